@@ -1,0 +1,1 @@
+"""selfsteer: align a chat model without human labels, by Self-Steering Optimization (arXiv 2410.17131)."""

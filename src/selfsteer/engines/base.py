@@ -1,0 +1,58 @@
+"""The seam for generation: requests in, completions out as they finish.
+
+Left out on purpose: anything about principles, pairs or files. An engine is opened inside a stage and closed with it.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from selfsteer.records import FinishReason, Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are drawn. Field names follow vLLM's SamplingParams."""
+
+    temperature: float = 0.7
+    """0 takes the most probable token."""
+    top_p: float = 0.8
+    max_new_tokens: int = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt to be answered once."""
+
+    key: str
+    """Content key of the wanted sample; comes back with the completion."""
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+    """The rendered prompt as token ids, for engines that hold the tokenizer's model."""
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The answer to one request."""
+
+    key: str
+    text: str
+    token_ids: tuple[int, ...]
+    """Without the end token."""
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """Answers requests; yields each completion as soon as it is finished, in any order.
+
+    An engine looks at `interrupt.stop_requested()` before it admits a further request: once it is true, the engine
+    finishes what is under way and returns.
+    """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]: ...

@@ -1,0 +1,220 @@
+"""The configuration of a run: one frozen section a stage, every field described, unknown keys refused.
+
+The defaults are the paper's (arXiv 2410.17131v2, section 4.1 and appendix A) wherever it gives a number.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LossName = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "apo_zero", "robust_dpo", "sppo"]
+ObjectiveName = Literal["sso", "equation_3", "l_plus", "l_minus"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Policy(Section):
+    """The chat model to align."""
+
+    model: str
+    """A local folder in Hugging Face format, a hub id, a .gguf file, or package:NAME (the GGUF inside an installed package)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the model."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template, for tokenizers without one."""
+    system_role: Literal["auto", "system", "user"] = "auto"
+    """Where a principle goes: the system message, or before the user's first turn for templates without a system role."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+class Queries(Section):
+    """The requests to answer."""
+
+    path: str
+    """A .jsonl, .json, .csv or .parquet file, or hub:NAME for a hub data set."""
+    column: str = "query"
+    """The column with the query: a string, or a list of chat messages ending in a user turn."""
+    split: str = "train"
+    """Split of a hub data set."""
+    limit: int | None = Field(None, ge=1)
+    """Take at most this many queries, the first ones that pass the checks."""
+    max_prompt_tokens: int = Field(2048, ge=1)
+    """Longer rendered prompts (query and principle) are dropped before sampling; nothing is ever cut."""
+
+
+class PrincipleSource(Section):
+    """Where the opposing principles come from."""
+
+    source: Literal["library", "generate", "file"] = "library"
+    """The built-in library, a language model, or a file."""
+    path: str | None = None
+    """With source: file, a JSONL file of {"good", "bad", "quality"} pairs; a row with "query" serves that query alone."""
+    qualities: list[str] | None = None
+    """Only these qualities of the library (or file); all of them when empty."""
+    model: str | None = None
+    """With source: generate, the principle generator; the policy itself when empty."""
+    concision: float = Field(0.2, ge=0, le=1)
+    """Share of the queries that get the concision pair added, against length bias."""
+    temperature: float = Field(0.7, ge=0)
+    """With source: generate, the sampling temperature."""
+    max_new_tokens: int = Field(256, ge=1)
+    """With source: generate, the limit of a principle pair."""
+    retries: int = Field(2, ge=0)
+    """With source: generate, further tries before a library pair stands in."""
+
+
+class Sampled(Section):
+    """How responses are drawn, by the policy and by the data generator."""
+
+    temperature: float = Field(0.7, ge=0)
+    """0 takes the most probable token."""
+    top_p: float = Field(0.8, gt=0, le=1)
+    """Nucleus: the smallest set of tokens with at least this probability."""
+    max_new_tokens: int = Field(2048, ge=1)
+    """Limit of a response."""
+
+
+class EngineSection(Section):
+    """What turns prompts into responses."""
+
+    kind: Literal["transformers"] = "transformers"
+    """The embedded engine."""
+    batch_size: int = Field(64, ge=1)
+    """Responses sampled side by side."""
+    dtype: DTypeName = "auto"
+    """auto: bfloat16 where the hardware multiplies it fast (CUDA, CPUs with AMX), else float32."""
+
+
+class Filters(Section):
+    """What must not become training data."""
+
+    truncated: Literal["drop", "keep"] = "drop"
+    """Responses cut off by max_new_tokens; kept ones are trained without an end token."""
+    near_identical: float = Field(0.9, gt=0, le=1)
+    """Drop pairs whose responses share at least this much of their word 3-grams (Jaccard)."""
+    max_length_ratio: float = Field(4.0, ge=1)
+    """Drop pairs in which one response has more than this many times the tokens of the other."""
+    refusals: bool = True
+    """Drop pairs whose chosen response is a refusal."""
+    leakage: bool = True
+    """Drop pairs in which a response speaks of its principle ("as instructed by the guidelines")."""
+
+
+class Generator(Section):
+    """The data generator: the policy trained with L_SSO to make accurate, on-policy pairs."""
+
+    kind: Literal["single", "none"] = "single"
+    """none: no generator; the pairs come from the policy itself (PBAA, the paper's baseline)."""
+    objective: ObjectiveName = "sso"
+    """sso (equation 4), equation_3 (the obvious L-), or one half alone."""
+    loss: LossName = "dpo"
+    """L_base, the preference loss."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the tie to the reference model (tau for IPO)."""
+    sft_weight: float = Field(0.1, ge=0)
+    """gamma, the weight of the SFT term on the chosen response."""
+    queries: int | None = Field(8000, ge=1)
+    """Train on this many queries, drawn with the seed; all when empty."""
+    learning_rate: float = Field(5e-7, gt=0)
+    """Peak learning rate."""
+    batch_size: int = Field(32, ge=1)
+    """Queries an optimizer step."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the steering pairs."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps."""
+
+
+class Alignment(Section):
+    """The alignment of the policy on the pairs that the generator made."""
+
+    loss: LossName = "dpo"
+    """L_base, the preference loss."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the tie to the reference model (tau for IPO)."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of an SFT term on the chosen response."""
+    learning_rate: float = Field(5e-7, gt=0)
+    """Peak learning rate."""
+    batch_size: int = Field(256, ge=1)
+    """Pairs an optimizer step."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the alignment pairs."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps."""
+
+
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685), folded into the model when training ends."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the update; the adapter is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in the adapter; above 0 the first margins are no longer exactly zero."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter, as peft names them."""
+
+
+class Training(Section):
+    """Mechanics that both trainings share."""
+
+    lora: Lora | None = None
+    """Train adapters instead of the full weights."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Queries (generator) or pairs (alignment) a forward pass and device; memory, not mathematics."""
+    dtype: DTypeName = "auto"
+    """Arithmetic of the forward pass; float32 master weights are kept. auto as in engine.dtype."""
+    prefix_sharing: bool = True
+    """Compute each prompt once for its completions; switched off by itself where a model does not allow it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    optimizer: str = "adamw_torch_fused"
+    """Optimizer, as transformers names it."""
+    scheduler: str = "cosine"
+    """Learning-rate schedule, as transformers names it."""
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    save_steps: int = Field(50, ge=1)
+    """Optimizer steps between checkpoints; a killed training continues from the last complete one."""
+    report_to: list[str] = []
+    """Trackers, as transformers names them (tensorboard, wandb, ...)."""
+
+
+class Quality(Section):
+    """The measures of the data."""
+
+    sample: int | None = Field(512, ge=1)
+    """Measure margins after training on at most this many pairs, drawn with the seed; all when empty."""
+
+
+class Recipe(Section):
+    """A whole run. Defaults are the paper's; `selfsteer show RECIPE` prints every one with its description."""
+
+    output: str = "runs/default"
+    """The run folder."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything that is drawn."""
+    rounds: int = Field(1, ge=1)
+    """Passes of the five steps, each from the policy of the one before."""
+    policy: Policy
+    queries: Queries
+    principles: PrincipleSource = PrincipleSource()
+    responses: Sampled = Sampled()
+    engine: EngineSection = EngineSection()
+    filters: Filters = Filters()
+    generator: Generator = Generator()
+    alignment: Alignment = Alignment()
+    training: Training = Training()
+    quality: Quality = Quality()
