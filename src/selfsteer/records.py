@@ -37,6 +37,18 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """A row that goes no further, kept with its reason."""
+
+    id: str
+    """The query's id, or where the row stands when it has none."""
+    reason: str
+    """Short and the same for all rows dropped alike, so that it can be counted."""
+    detail: str = ""
+    """What is particular to this row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Principles:
     """The opposing principles that steer one query."""
 
