@@ -1,0 +1,90 @@
+"""From messages to token ids: x, x+ and x-.
+
+A principle becomes the system message; where a template knows no system role it goes before the first user turn. User text
+can never introduce a special token: a prompt whose special tokens differ from those of the same conversation with harmless
+text is quarantined.
+"""
+
+import logging
+from typing import Literal, cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from selfsteer.records import FinishReason, Message
+from selfsteer.store import digest
+
+log = logging.getLogger(__name__)
+
+_HARMLESS = "a"
+
+
+class Prompts:
+    """Renders conversations with one tokenizer's chat template; what a prompt looks like is decided here."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, system_role: Literal["auto", "system", "user"] = "auto"
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.special_ids = frozenset(tokenizer.all_special_ids) | {
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._end_id = cast(int, tokenizer.eos_token_id)
+        self.system_role = self._detect_system_role() if system_role == "auto" else system_role
+        self._expected_specials: dict[tuple[str, ...], list[int]] = {}
+
+    @property
+    def digest(self) -> str:
+        """Digest of what, beside the tokenizer, determines a rendered prompt."""
+        return digest({"chat_template": self.tokenizer.chat_template, "system_role": self.system_role})
+
+    def steer(self, messages: tuple[Message, ...], principle: str) -> tuple[Message, ...]:
+        """x+ or x-: the query under a principle. A system message of the query's own stays, and comes first."""
+        first, *rest = messages
+        if first["role"] == "system":
+            return (Message(role="system", content=f"{first['content']}\n\n{principle}"), *rest)
+        if self.system_role == "system":
+            return (Message(role="system", content=principle), *messages)
+        return (Message(role="user", content=f"{principle}\n\n{first['content']}"), *rest)
+
+    def prompt_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        """The rendered conversation with the header of the answer behind it, as token ids."""
+        return self._ids(self._render(messages))
+
+    def completion_ids(self, text: str, finish: FinishReason) -> tuple[int, ...]:
+        """A completion as token ids, with the end token when the model had finished it."""
+        return (*self._ids(text), self._end_id) if finish == "stop" else self._ids(text)
+
+    def quarantine_reason(self, messages: tuple[Message, ...]) -> str | None:
+        """Why this conversation must not be rendered (its text contains special tokens), or None."""
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._expected_specials:
+            harmless = tuple(Message(role=role, content=_HARMLESS) for role in roles)
+            self._expected_specials[roles] = self._specials(self.prompt_ids(harmless))
+        found = self._specials(self.prompt_ids(messages))
+        return None if found == self._expected_specials[roles] else "special tokens in the text"
+
+    def contains_special(self, text: str) -> bool:
+        """Whether a completion's text would be read as containing special tokens."""
+        return not self.special_ids.isdisjoint(self._ids(text))
+
+    def _render(self, messages: tuple[Message, ...]) -> str:
+        conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
+        return cast(str, self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    def _specials(self, ids: tuple[int, ...]) -> list[int]:
+        return [token_id for token_id in ids if token_id in self.special_ids]
+
+    def _detect_system_role(self) -> Literal["system", "user"]:
+        marker = "selfsteer-marker"
+        try:
+            text = self._render((Message(role="system", content=marker), Message(role="user", content=_HARMLESS)))
+        except TemplateError:
+            text = ""
+        if marker in text:
+            return "system"
+        log.warning("the chat template knows no system role: principles go before the user's first turn")
+        return "user"
