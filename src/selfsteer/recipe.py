@@ -1,28 +1,38 @@
 """The configuration of a run: one frozen section a stage, every field described, unknown keys refused.
 
 The defaults are the paper's (arXiv 2410.17131v2, section 4.1 and appendix A) wherever it gives a number.
+`load` reads a recipe from YAML, `describe` writes it with everything explained. How YAML is read and how errors are put
+into words is in `recipe_text.py`; environment references and includes were left out on purpose: a recipe says all it does.
 """
 
-from typing import Literal
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from selfsteer import recipe_text
+from selfsteer.recipe_text import RecipeError
 
 LossName = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "apo_zero", "robust_dpo", "sppo"]
 ObjectiveName = Literal["sso", "equation_3", "l_plus", "l_minus"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Section(BaseModel):
     """A part of the recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Policy(Section):
     """The chat model to align."""
 
-    model: str
-    """A local folder in Hugging Face format, a hub id, a .gguf file, or package:NAME (the GGUF inside an installed package)."""
+    model: str = Field(min_length=1)
+    """A local folder in Hugging Face format, a hub id, a .gguf file, or package:NAME (the GGUF in an installed package)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the model."""
     chat_template: str | None = None
@@ -36,15 +46,15 @@ class Policy(Section):
 class Queries(Section):
     """The requests to answer."""
 
-    path: str
+    path: str = Field(min_length=1)
     """A .jsonl, .json, .csv or .parquet file, or hub:NAME for a hub data set."""
-    column: str = "query"
+    column: str = Field(default="query", min_length=1)
     """The column with the query: a string, or a list of chat messages ending in a user turn."""
     split: str = "train"
     """Split of a hub data set."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Take at most this many queries, the first ones that pass the checks."""
-    max_prompt_tokens: int = Field(2048, ge=1)
+    max_prompt_tokens: int = Field(default=2048, ge=1)
     """Longer rendered prompts (query and principle) are dropped before sampling; nothing is ever cut."""
 
 
@@ -59,24 +69,36 @@ class PrincipleSource(Section):
     """Only these qualities of the library (or file); all of them when empty."""
     model: str | None = None
     """With source: generate, the principle generator; the policy itself when empty."""
-    concision: float = Field(0.2, ge=0, le=1)
+    concision: float = Field(default=0.2, ge=0, le=1)
     """Share of the queries that get the concision pair added, against length bias."""
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(default=0.7, ge=0)
     """With source: generate, the sampling temperature."""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
     """With source: generate, the limit of a principle pair."""
-    retries: int = Field(2, ge=0)
+    retries: int = Field(default=2, ge=0)
     """With source: generate, further tries before a library pair stands in."""
+
+    @model_validator(mode="after")
+    def _used_settings(self) -> Self:
+        if self.source == "file" and not self.path:
+            raise ValueError("source: file needs principles.path, a JSONL file of principle pairs")
+        if self.source != "file" and self.path:
+            raise ValueError(f"path {self.path!r} is read only with source: file; set principles.source=file or path=null")
+        if self.source != "generate" and self.model:
+            raise ValueError(
+                f"model {self.model!r} writes only with source: generate; set principles.source=generate or model=null"
+            )
+        return self
 
 
 class Sampled(Section):
     """How responses are drawn, by the policy and by the data generator."""
 
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(default=0.7, ge=0)
     """0 takes the most probable token."""
-    top_p: float = Field(0.8, gt=0, le=1)
+    top_p: float = Field(default=0.8, gt=0, le=1)
     """Nucleus: the smallest set of tokens with at least this probability."""
-    max_new_tokens: int = Field(2048, ge=1)
+    max_new_tokens: int = Field(default=2048, ge=1)
     """Limit of a response."""
 
 
@@ -85,7 +107,7 @@ class EngineSection(Section):
 
     kind: Literal["transformers"] = "transformers"
     """The embedded engine."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Responses sampled side by side."""
     dtype: DTypeName = "auto"
     """auto: bfloat16 where the hardware multiplies it fast (CUDA, CPUs with AMX), else float32."""
@@ -96,9 +118,9 @@ class Filters(Section):
 
     truncated: Literal["drop", "keep"] = "drop"
     """Responses cut off by max_new_tokens; kept ones are trained without an end token."""
-    near_identical: float = Field(0.9, gt=0, le=1)
+    near_identical: float = Field(default=0.9, gt=0, le=1)
     """Drop pairs whose responses share at least this much of their word 3-grams (Jaccard)."""
-    max_length_ratio: float = Field(4.0, ge=1)
+    max_length_ratio: float = Field(default=4.0, ge=1)
     """Drop pairs in which one response has more than this many times the tokens of the other."""
     refusals: bool = True
     """Drop pairs whose chosen response is a refusal."""
@@ -115,19 +137,19 @@ class Generator(Section):
     """sso (equation 4), equation_3 (the obvious L-), or one half alone."""
     loss: LossName = "dpo"
     """L_base, the preference loss."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the tie to the reference model (tau for IPO)."""
-    sft_weight: float = Field(0.1, ge=0)
+    sft_weight: float = Field(default=0.1, ge=0)
     """gamma, the weight of the SFT term on the chosen response."""
-    queries: int | None = Field(8000, ge=1)
+    queries: int | None = Field(default=8000, ge=1)
     """Train on this many queries, drawn with the seed; all when empty."""
-    learning_rate: float = Field(5e-7, gt=0)
+    learning_rate: float = Field(default=5e-7, gt=0)
     """Peak learning rate."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Queries an optimizer step."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the steering pairs."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps."""
 
 
@@ -136,28 +158,28 @@ class Alignment(Section):
 
     loss: LossName = "dpo"
     """L_base, the preference loss."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the tie to the reference model (tau for IPO)."""
-    sft_weight: float = Field(0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0)
     """Weight of an SFT term on the chosen response."""
-    learning_rate: float = Field(5e-7, gt=0)
+    learning_rate: float = Field(default=5e-7, gt=0)
     """Peak learning rate."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(default=256, ge=1)
     """Pairs an optimizer step."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the alignment pairs."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps."""
 
 
 class Lora(Section):
     """Low-rank adapters (arXiv 2106.09685), folded into the model when training ends."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """Rank of the update."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Scale of the update; the adapter is multiplied by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in the adapter; above 0 the first margins are no longer exactly zero."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter, as peft names them."""
@@ -168,7 +190,7 @@ class Training(Section):
 
     lora: Lora | None = None
     """Train adapters instead of the full weights."""
-    micro_batch_size: int = Field(1, ge=1)
+    micro_batch_size: int = Field(default=1, ge=1)
     """Queries (generator) or pairs (alignment) a forward pass and device; memory, not mathematics."""
     dtype: DTypeName = "auto"
     """Arithmetic of the forward pass; float32 master weights are kept. auto as in engine.dtype."""
@@ -180,13 +202,13 @@ class Training(Section):
     """Optimizer, as transformers names it."""
     scheduler: str = "cosine"
     """Learning-rate schedule, as transformers names it."""
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps in which the learning rate rises."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    save_steps: int = Field(50, ge=1)
+    save_steps: int = Field(default=50, ge=1)
     """Optimizer steps between checkpoints; a killed training continues from the last complete one."""
     report_to: list[str] = []
     """Trackers, as transformers names them (tensorboard, wandb, ...)."""
@@ -195,7 +217,7 @@ class Training(Section):
 class Quality(Section):
     """The measures of the data."""
 
-    sample: int | None = Field(512, ge=1)
+    sample: int | None = Field(default=512, ge=1)
     """Measure margins after training on at most this many pairs, drawn with the seed; all when empty."""
 
 
@@ -204,9 +226,9 @@ class Recipe(Section):
 
     output: str = "runs/default"
     """The run folder."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn."""
-    rounds: int = Field(1, ge=1)
+    rounds: int = Field(default=1, ge=1)
     """Passes of the five steps, each from the policy of the one before."""
     policy: Policy
     queries: Queries
@@ -218,3 +240,59 @@ class Recipe(Section):
     alignment: Alignment = Alignment()
     training: Training = Training()
     quality: Quality = Quality()
+
+    @field_validator("output")
+    @classmethod
+    def _run_name(cls, output: str) -> str:
+        if not _RUN_NAME.fullmatch(Path(output).name):
+            raise ValueError(
+                f"given {output!r}, expected a folder whose own name has 1 to 64 letters, digits, dots, hyphens or"
+                " underscores and starts with a letter or digit"
+            )
+        return output
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's, with the mistakes put into words (`RecipeError`)."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise RecipeError(recipe_text.explain(error, cls, lambda _key: "recipe")) from None
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, with `dotted.key=value` overrides applied before anything is checked.
+
+    Values of overrides are YAML. Raises FileNotFoundError and `RecipeError`, which has one line a mistake: file and line or
+    "command line", dotted key, what was given and what was expected.
+    """
+    path = Path(path)
+    data, lines = recipe_text.read_yaml(path)
+    given = [recipe_text.parse_override(text) for text in overrides]
+    for override in given:
+        data = recipe_text.apply_override(data, override)
+    overridden = {override.key for override in given}
+
+    def origin(key: str) -> str:
+        while key:
+            if key in overridden:
+                return recipe_text.COMMAND_LINE
+            if key in lines:
+                return f"{path}:{lines[key]}"
+            key = key.rpartition(".")[0]
+        return str(path)
+
+    try:
+        return TypeAdapter(Recipe).validate_python(data)
+    except ValidationError as error:
+        raise RecipeError(recipe_text.explain(error, Recipe, origin)) from None
+
+
+def describe(recipe: Recipe) -> str:
+    """The resolved recipe as commented YAML that loads back as the same recipe; values off their default are marked."""
+    return recipe_text.describe(recipe)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as plain YAML, every value written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

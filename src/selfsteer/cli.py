@@ -1,0 +1,241 @@
+"""The command: parses, calls one function, prints what it returns, turns errors into messages and exit statuses.
+
+Exit statuses: 0 done; 2 something the user can mend (recipe, data, model, run folder); 128 + signal number when stopped; 1 a
+defect, with its traceback. Torch and transformers are imported by the commands that need them, so that the others answer
+at once. Results go to stdout, everything else to stderr.
+"""
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal, TypedDict, cast
+
+import typer
+
+from selfsteer import recipe as recipes
+from selfsteer.interrupt import Interrupted, graceful_stop
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    help="Align a chat model without human labels, by Self-Steering Optimization (arXiv 2410.17131).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # `main` decides what a person sees of an exception
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings that replace the recipe's, such as generator.beta=0.2.", show_default=False
+    ),
+]
+PairsFile = Annotated[
+    Path, typer.Argument(metavar="PAIRS", help="A preference dataset: prompt, chosen, rejected.", show_default=False)
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+ExportFormat = Literal["trl", "llamafactory", "parquet", "jsonl"]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"selfsteer {version('selfsteer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more, and show the traceback of every error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    _configure_logging(verbose=verbose)
+
+
+@app.command()
+def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run the whole pipeline, or continue it where it stopped; output=DIR names the run folder."""
+    resolved = recipes.load(recipe, overrides or ())
+    with graceful_stop():
+        from selfsteer import pipeline
+
+        _print_measures(pipeline.run(resolved))
+
+
+@app.command()
+def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Print the resolved recipe: every setting, its description, and what differs from the default."""
+    typer.echo(recipes.describe(recipes.load(recipe, overrides or ())), nl=False)
+
+
+@app.command()
+def status(run: RunFolder) -> None:
+    """Show the stages of a run, its counts and drops, and what comes next."""
+    from selfsteer import pipeline
+
+    _print_status(cast("Status", pipeline.status(run)))
+
+
+@app.command()
+def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Align a model on a preference dataset made elsewhere."""
+    resolved = recipes.load(recipe, overrides or ())
+    with graceful_stop():
+        from selfsteer import pipeline
+
+        _print_measures(pipeline.train_pairs(pairs, resolved))
+
+
+@app.command()
+def measure(
+    pairs: PairsFile,
+    policy: Annotated[str, typer.Option(metavar="MODEL", help="The model to measure under, as policy.model in a recipe.")],
+) -> None:
+    """Measure a preference dataset: on-policy probability, margins, lengths, overlap."""
+    with graceful_stop():
+        from selfsteer import pipeline
+
+        _print_measures(pipeline.measure_pairs(pairs, policy))
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    format: Annotated[ExportFormat, typer.Option(help="What will read it.")],
+) -> None:
+    """Write the preference data of a run for another program."""
+    from selfsteer import export as exports
+
+    exports.export(run, to, format)
+
+
+# ---- printing -------------------------------------------------------------------------------------------------------
+
+
+class StageStatus(TypedDict):
+    """One stage, as `pipeline.status` reports it."""
+
+    round: int
+    name: str
+    state: Literal["sealed", "partial", "waiting"]
+    wanted: int | None
+    kept: int | None
+    dropped: dict[str, int]
+    seconds: float | None
+
+
+class Status(TypedDict):
+    """A run, as `pipeline.status` reports it."""
+
+    run: str
+    stages: list[StageStatus]
+    next: str
+
+
+def _print_status(found: Status) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"sealed": "green", "partial": "yellow", "waiting": "dim"}
+    table = Table(title=Text(found["run"]), title_justify="left")
+    for heading in ("round", "stage", "state", "kept", "wanted", "dropped", "time"):
+        table.add_column(
+            heading, justify="right" if heading in {"round", "kept", "wanted", "time"} else "left", overflow="fold"
+        )
+    for stage in found["stages"]:
+        drops = ", ".join(f"{count:,} {reason}" for reason, count in sorted(stage["dropped"].items(), key=lambda d: -d[1]))
+        table.add_row(
+            str(stage["round"]),
+            Text(stage["name"]),
+            Text(stage["state"], style=colours[stage["state"]]),
+            _count(stage["kept"]),
+            _count(stage["wanted"]),
+            Text(drops),
+            _duration(stage["seconds"]),
+        )
+    console = Console()
+    console.print(table)
+    console.print(Text(f"next: {found['next']}"))
+
+
+def _print_measures(measures: Mapping[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("measure", "value")
+    table.columns[1].justify = "right"
+    for name, value in _flat(measures):
+        table.add_row(Text(name), Text(value))
+    Console().print(table)
+
+
+def _flat(measures: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested measures under dotted names, numbers with four significant digits."""
+    for name, value in measures.items():
+        if isinstance(value, Mapping):
+            yield from _flat(cast("Mapping[str, object]", value), f"{prefix}{name}.")
+        elif isinstance(value, float):
+            yield prefix + name, f"{value:.4g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield prefix + name, f"{value:,}"
+        else:
+            yield prefix + name, "-" if value is None else str(value)
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+# ---- logging and errors ---------------------------------------------------------------------------------------------
+
+
+def _configure_logging(*, verbose: bool) -> None:
+    """Our own messages from INFO up, everyone else's from WARNING up, on stderr."""
+    # Read when the libraries are first imported, which is why they are not set through their own functions.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if verbose else "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "warning" if verbose else "error")
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
+    else:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
+    logging.getLogger("selfsteer").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    try:
+        app(prog_name="selfsteer")
+    except Interrupted as stopped:
+        print(f"{stopped}:\n  {shlex.join(['selfsteer', *sys.argv[1:]])}", file=sys.stderr)
+        sys.exit(stopped.exit_status)
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        log.debug("the error in full", exc_info=error)
+        print(f"selfsteer: error: {error}", file=sys.stderr)
+        sys.exit(2)

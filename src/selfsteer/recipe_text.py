@@ -1,0 +1,258 @@
+"""Recipes as text: YAML and `key=value` in, commented YAML and readable mistakes out.
+
+Knows pydantic sections in general and nothing of any one of them; the sections are in `recipe.py`.
+"""
+
+import difflib
+import re
+import reprlib
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, cast, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+COMMAND_LINE = "command line"
+_COMMENT_WIDTH = 110
+_KEY = re.compile(r"\w+(\.\w+)*")
+_short = reprlib.Repr()
+_short.maxstring = 80
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; one line a mistake, each naming where it stands, the key and what was expected."""
+
+
+class Document(NamedTuple):
+    """A recipe file as read, before validation."""
+
+    data: dict[str, Any]
+    lines: dict[str, int]
+    """Line of each dotted key, counted from 1."""
+
+
+def read_yaml(path: Path) -> Document:
+    """Read one YAML mapping with yaml.safe_load; `RecipeError` when it is none or says a key twice."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, yaml.SafeLoader)
+        lines = dict(_key_lines(tree, path)) if tree is not None else {}
+        data = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is not UTF-8; save the recipe as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: holds {_short.repr(data)}; expected sections, such as 'policy:' with 'model:' under it")
+    return Document(cast("dict[str, Any]", data), lines)
+
+
+def _key_lines(root: yaml.Node, path: Path) -> Iterator[tuple[str, int]]:
+    """Each dotted key with its line; a key said twice is refused, as safe_load would silently take the last one."""
+    visited: set[int] = set()  # a YAML alias may point back at a node that holds it
+    pending = [("", root)]
+    while pending:
+        prefix, node = pending.pop()
+        if not isinstance(node, yaml.MappingNode) or id(node) in visited:
+            continue
+        visited.add(id(node))
+        first: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in first:
+                raise RecipeError(f"{path}:{line}: {prefix}{key}: said twice, first on line {first[key]}; keep one")
+            first[key] = line
+            yield f"{prefix}{key}", line
+            pending.append((f"{prefix}{key}.", value_node))
+
+
+class Override(NamedTuple):
+    """One `key=value` of the command line."""
+
+    key: str
+    value: Any
+
+
+def parse_override(text: str) -> Override:
+    """Split `dotted.key=value`; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        raise RecipeError(f"{COMMAND_LINE}: {text!r} is not key=value, such as generator.beta=0.2")
+    try:
+        return Override(key, yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise RecipeError(
+            f"{COMMAND_LINE}: {key}: {value!r} is not valid YAML; put it in double quotes inside single ones"
+        ) from None
+
+
+def apply_override(data: dict[str, Any], override: Override) -> dict[str, Any]:
+    """A copy of the data with one value replaced; sections on the way are made where they are missing."""
+    head, _, rest = override.key.partition(".")
+    if not rest:
+        return {**data, head: override.value}
+    child: Any = data.get(head)
+    if child is None:
+        child = {}
+    if not isinstance(child, dict):
+        raise RecipeError(f"{COMMAND_LINE}: {rest}: {head} is {_short.repr(child)}, not a section")
+    return {**data, head: apply_override(cast("dict[str, Any]", child), Override(rest, override.value))}
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def explain(error: ValidationError, model: type[BaseModel], origin: Callable[[str], str]) -> str:
+    """One line a mistake. `origin` says where a dotted key was given ("recipe.yaml:12", "command line")."""
+    mistakes: dict[str, list[str]] = {}
+    for details in error.errors(include_url=False):
+        key = _dotted(details["loc"], model)
+        mistakes.setdefault(key, []).append(_mistake(key, details, model))
+    return "\n".join(
+        f"{origin(key)}: {key + ': ' if key else ''}{'; or '.join(dict.fromkeys(found))}" for key, found in mistakes.items()
+    )
+
+
+def _mistake(key: str, details: ErrorDetails, model: type[BaseModel]) -> str:
+    match details["type"]:
+        case "extra_forbidden":
+            return f"unknown key; {_suggestion(key, model)}"
+        case "missing":
+            return f"missing; expected: {_description(key, model)}"
+        case "value_error":
+            return details["msg"].removeprefix("Value error, ")
+        case "model_type" | "model_attributes_type":
+            return f"given {_short.repr(details['input'])}, expected a section with keys of its own"
+        case kind:
+            expected = details["msg"].removeprefix("Input should be ")
+            quote = kind == "string_type" and isinstance(details["input"], bool | int | float)
+            return f"given {_short.repr(details['input'])}, expected {expected}" + (
+                '; put it in "quotes" if it is meant as text' if quote else ""
+            )
+
+
+def _dotted(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """pydantic's location without the tags that it adds for the members of a union."""
+    parts: list[str] = []
+    section: type[BaseModel] | None = model
+    for part in loc:
+        if section is not None:
+            parts.append(str(part))
+            field = section.model_fields.get(str(part))
+            section = section_of(field) if field else None
+        elif isinstance(part, int):
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _suggestion(key: str, model: type[BaseModel]) -> str:
+    """The nearest known keys: of this very name elsewhere, else alike in this section, else alike anywhere."""
+    known = [k.rpartition(".")[::2] for k in _keys(model)]  # (section, name)
+    section, _, name = key.rpartition(".")
+    siblings = [n for s, n in known if s == section]
+    same = [(s, n) for s, n in known if n == name]
+    near = [(section, n) for n in _alike(name, siblings)]
+    far = [(s, n) for s, n in known if n in _alike(name, [n for _, n in known])]
+    if found := same or near or far:
+        return f"did you mean {' or '.join(f'{s}.{n}'.lstrip('.') for s, n in found)}?"
+    return f"the keys {f'of {section}' if section else 'here'} are {', '.join(siblings)}"
+
+
+def _alike(name: str, names: Sequence[str]) -> list[str]:
+    """Names with these initials (lr for learning_rate), else the closest spelling."""
+    abbreviated = [n for n in names if name == "".join(word[0] for word in n.split("_"))]
+    return abbreviated or difflib.get_close_matches(name, names, n=1)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if section := section_of(field):
+            yield from _keys(section, f"{prefix}{name}.")
+
+
+def _description(key: str, model: type[BaseModel]) -> str:
+    section: type[BaseModel] | None = model
+    description = ""
+    for part in key.split("."):
+        assert section is not None  # pydantic reports as missing only what a section declares
+        field = section.model_fields[part]
+        section = section_of(field)
+        description = field.description or (section.__doc__ if section else "") or ""
+    return description.strip()
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, also where it may be null; None for plain values."""
+    annotation: Any = field.annotation
+    choices = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    return next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)
+
+
+# ---- commented YAML -------------------------------------------------------------------------------------------------
+
+
+def describe(section: BaseModel) -> str:
+    """The section as YAML, each field under its description, values that differ from the default marked."""
+    return "\n".join(_described(section)) + "\n"
+
+
+def _described(section: BaseModel) -> Iterator[str]:
+    for position, (name, field) in enumerate(type(section).model_fields.items()):
+        value: object = getattr(section, name)
+        inner = section_of(field)
+        if inner is not None and position > 0:
+            yield ""
+        yield from _comment(field, inner)
+        mark = _difference(value, field)
+        if isinstance(value, BaseModel):
+            yield f"{name}:{mark}"
+            yield from (textwrap.indent(line, "  ") for line in _described(value))
+        else:
+            yield f"{name}: {_inline(value)}{mark}"
+            if inner is not None:  # a section that is switched off: show what switching it on offers
+                yield f"# {name}:"
+                yield from (f"#   {line}" for line in _described(inner()))
+
+
+def _comment(field: FieldInfo, inner: type[BaseModel] | None) -> Sequence[str]:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    text = field.description or (inner.__doc__ if inner else "") or ""
+    if choices:
+        text = f"{text} [{' | '.join(map(str, choices))}]"
+    return textwrap.wrap(" ".join(text.split()), _COMMENT_WIDTH, initial_indent="# ", subsequent_indent="# ")
+
+
+def _difference(value: object, field: FieldInfo) -> str:
+    if field.is_required():
+        return ""
+    default: object = field.get_default(call_default_factory=True)
+    if value == default or isinstance(default, BaseModel):  # a section's own fields carry the marks
+        return ""
+    return f"  # default: {_inline(default)}"
+
+
+def _inline(value: object) -> str:
+    """The value in YAML on one line."""
+    text = _flow(value, style=None)
+    return text if "\n" not in text else _flow(value, style='"')
+
+
+def _flow(value: object, *, style: str | None) -> str:
+    """A list of one in flow style, without its brackets: quoted as needed in any context."""
+    written = yaml.safe_dump(
+        [value], default_flow_style=True, default_style=style, width=10**9, allow_unicode=True, sort_keys=False
+    )
+    return written.strip()[1:-1]
