@@ -295,4 +295,4 @@ def describe(recipe: Recipe) -> str:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as plain YAML, every value written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

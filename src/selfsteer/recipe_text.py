@@ -100,15 +100,22 @@ def parse_override(text: str) -> Override:
 
 def apply_override(data: dict[str, Any], override: Override) -> dict[str, Any]:
     """A copy of the data with one value replaced; sections on the way are made where they are missing."""
-    head, _, rest = override.key.partition(".")
-    if not rest:
-        return {**data, head: override.value}
-    child: Any = data.get(head)
+    return _replaced(data, override, depth=0)
+
+
+def _replaced(data: dict[str, Any], override: Override, *, depth: int) -> dict[str, Any]:
+    # Copies on the way down, as a YAML alias makes two sections one object.
+    parts = override.key.split(".")
+    name = parts[depth]
+    if depth == len(parts) - 1:
+        return {**data, name: override.value}
+    child: Any = data.get(name)
     if child is None:
         child = {}
     if not isinstance(child, dict):
-        raise RecipeError(f"{COMMAND_LINE}: {rest}: {head} is {_short.repr(child)}, not a section")
-    return {**data, head: apply_override(cast("dict[str, Any]", child), Override(rest, override.value))}
+        holder = ".".join(parts[: depth + 1])
+        raise RecipeError(f"{COMMAND_LINE}: {override.key}: {holder} is {_short.repr(child)}, not a section")
+    return {**data, name: _replaced(cast("dict[str, Any]", child), override, depth=depth + 1)}
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
@@ -247,7 +254,7 @@ def _difference(value: object, field: FieldInfo) -> str:
 def _inline(value: object) -> str:
     """The value in YAML on one line."""
     text = _flow(value, style=None)
-    return text if "\n" not in text else _flow(value, style='"')
+    return text if len(text.splitlines()) == 1 else _flow(value, style='"')
 
 
 def _flow(value: object, *, style: str | None) -> str:
