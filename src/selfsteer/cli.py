@@ -1,8 +1,8 @@
 """The command: parses, calls one function, prints what it returns, turns errors into messages and exit statuses.
 
-Exit statuses: 0 done; 2 something the user can mend (recipe, data, model, run folder); 128 + signal number when stopped; 1 a
-defect, with its traceback. Torch and transformers are imported by the commands that need them, so that the others answer
-at once. Results go to stdout, everything else to stderr.
+Exit statuses: 0 done; 2 something the user can mend (recipe, data, model, run folder, disk); 128 + signal number when
+stopped; 1 a defect, with its traceback. Torch and transformers are imported by the commands that need them, so that the
+others answer at once. Results go to stdout, everything else to stderr.
 """
 
 import logging
@@ -38,7 +38,6 @@ Overrides = Annotated[
 PairsFile = Annotated[
     Path, typer.Argument(metavar="PAIRS", help="A preference dataset: prompt, chosen, rejected.", show_default=False)
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 ExportFormat = Literal["trl", "llamafactory", "parquet", "jsonl"]
 
 
@@ -75,7 +74,7 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def status(run: RunFolder) -> None:
+def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]) -> None:
     """Show the stages of a run, its counts and drops, and what comes next."""
     from selfsteer import pipeline
 
@@ -106,14 +105,15 @@ def measure(
 
 @app.command()
 def export(
-    run: RunFolder,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a preference dataset.", show_default=False)],
     to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
     format: Annotated[ExportFormat, typer.Option(help="What will read it.")],
 ) -> None:
-    """Write the preference data of a run for another program."""
+    """Write the preference pairs of a run for the program that trains on them."""
     from selfsteer import export as exports
 
-    exports.export(run, to, format)
+    count = exports.export(run, to, format)
+    typer.echo(f"wrote {count:,} pairs to {to}")
 
 
 # ---- printing -------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def main() -> None:
     except Interrupted as stopped:
         print(f"{stopped}:\n  {shlex.join(['selfsteer', *sys.argv[1:]])}", file=sys.stderr)
         sys.exit(stopped.exit_status)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         log.debug("the error in full", exc_info=error)
         print(f"selfsteer: error: {error}", file=sys.stderr)
         sys.exit(2)

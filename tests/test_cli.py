@@ -1,0 +1,259 @@
+"""The command: what it calls and prints, its exit statuses, that nothing is written on a mistake, that it answers at once.
+
+`main` is called in this process with a scripted pipeline; logging and start-up are tested in a process of their own.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import selfsteer
+from selfsteer import cli, interrupt
+from selfsteer.recipe import Recipe, load
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+QUICKSTART = str(RECIPES / "quickstart.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "_configure_logging", lambda *, verbose: None)
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for selfsteer.pipeline; a test sets the functions that it expects to be called."""
+    fake = SimpleNamespace()
+    monkeypatch.setattr(selfsteer, "pipeline", fake, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    return fake
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["selfsteer", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def process(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "selfsteer", *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+# ---- show -----------------------------------------------------------------------------------------------------------
+
+
+def test_show_prints_a_recipe_that_loads_back(tmp_path: Path):
+    shown = process("show", QUICKSTART, "generator.beta=0.5", "output=runs/other", folder=tmp_path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "beta: 0.5  # default: 0.1" in shown.stdout
+    path = tmp_path / "shown.yaml"
+    path.write_text(shown.stdout, encoding="utf-8")
+    assert load(path) == load(QUICKSTART, ["generator.beta=0.5", "output=runs/other"])
+
+
+def test_show_and_help_leave_the_heavy_libraries_alone(tmp_path: Path):
+    code = """
+import sys
+from selfsteer import cli
+sys.argv = ["selfsteer", *sys.argv[1:]]
+try:
+    cli.main()
+except SystemExit as ended:
+    assert ended.code == 0
+heavy = {"torch", "transformers", "datasets", "peft", "pyarrow", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    for arguments in (["show", QUICKSTART], ["--help"], ["run", "--help"], ["--version"]):
+        ended = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert command(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("selfsteer 0.")
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run", "show"])
+def test_an_unknown_key_ends_with_2_and_writes_nothing(tmp_path: Path, name: str):
+    ended = process(name, QUICKSTART, "generator.bata=1", folder=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr == "selfsteer: error: command line: generator.bata: unknown key; did you mean generator.beta?\n"
+    assert ended.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert command(monkeypatch, "run", "nowhere.yaml") == 2
+    assert capsys.readouterr().err == "selfsteer: error: nowhere.yaml: no such recipe file\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["dance"], ["measure", "p.parquet"], ["export", "runs/a", "--to", "out", "--format", "xml"]]
+)
+def test_usage_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]):
+    assert command(monkeypatch, *arguments) == 2
+    assert "Usage: selfsteer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("queries.jsonl: line 3 has no 'query'"), OSError(28, "No space left", "a.jsonl")]
+)
+def test_what_the_user_can_mend_has_no_traceback(monkeypatch, capsys, pipeline, error: Exception):
+    def run(_recipe: Recipe) -> dict[str, object]:
+        raise error
+
+    pipeline.run = run
+    assert command(monkeypatch, "run", QUICKSTART) == 2
+    assert capsys.readouterr().err == f"selfsteer: error: {error}\n"
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch, pipeline):
+    """Python prints it and exits with 1."""
+
+    def run(_recipe: Recipe) -> dict[str, object]:
+        raise ZeroDivisionError
+
+    pipeline.run = run
+    monkeypatch.setattr(sys, "argv", ["selfsteer", "run", QUICKSTART])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_continue(monkeypatch, capsys, pipeline, signum: signal.Signals, status: int):
+    def run(_recipe: Recipe) -> dict[str, object]:
+        os.kill(os.getpid(), signum)
+        interrupt.raise_if_stopped()
+        raise AssertionError("the signal was not seen")
+
+    pipeline.run = run
+    before = signal.getsignal(signum)
+    assert command(monkeypatch, "run", QUICKSTART, "output=runs of today/a") == status
+    assert signal.getsignal(signum) is before
+    assert capsys.readouterr().err == (
+        f"stopped by {signum.name}; the same command continues:\n  selfsteer run {QUICKSTART} 'output=runs of today/a'\n"
+    )
+
+
+# ---- what the commands call and print -------------------------------------------------------------------------------
+
+
+def test_run_prints_the_measures(monkeypatch, capsys, pipeline):
+    given: list[Recipe] = []
+
+    def run(recipe: Recipe) -> dict[str, object]:
+        given.append(recipe)
+        return {"pairs": 1234, "round-1": {"on_policy": 0.123456, "judge": None}, "policy": "runs/a/policy"}
+
+    pipeline.run = run
+    assert command(monkeypatch, "run", QUICKSTART, "seed=7") == 0
+    assert given == [load(QUICKSTART, ["seed=7"])]
+    rows = [
+        [cell.strip() for cell in line.strip("│ ").split("│")]
+        for line in capsys.readouterr().out.splitlines()
+        if "│" in line
+    ]
+    assert rows == [
+        ["pairs", "1,234"],
+        ["round-1.on_policy", "0.1235"],
+        ["round-1.judge", "-"],
+        ["policy", "runs/a/policy"],
+    ]
+
+
+def test_train_and_measure_pass_on_what_they_are_given(monkeypatch, capsys, pipeline):
+    given: list[object] = []
+    pipeline.train_pairs = lambda pairs, recipe: given.append((pairs, recipe)) or {}
+    pipeline.measure_pairs = lambda pairs, policy: given.append((pairs, policy)) or {}
+    assert command(monkeypatch, "train", "pairs.jsonl", QUICKSTART, "seed=3") == 0
+    assert command(monkeypatch, "measure", "pairs.jsonl", "--policy", "some/model") == 0
+    assert given == [(Path("pairs.jsonl"), load(QUICKSTART, ["seed=3"])), (Path("pairs.jsonl"), "some/model")]
+
+
+def test_export_passes_on_what_it_is_given(monkeypatch, capsys):
+    given: list[object] = []
+    monkeypatch.setattr(
+        selfsteer, "export", SimpleNamespace(export=lambda *arguments: given.append(arguments) or 1234), raising=False
+    )
+    assert command(monkeypatch, "export", "runs/a", "--to", "out", "--format", "trl") == 0
+    assert given == [(Path("runs/a"), Path("out"), "trl")]
+    assert capsys.readouterr().out == "wrote 1,234 pairs to out\n"
+
+
+def test_status_shows_stages_drops_and_what_comes_next(monkeypatch, capsys, pipeline):
+    pipeline.status = lambda run: {
+        "run": str(run),
+        "stages": [
+            {
+                "round": 1,
+                "name": "2-responses",
+                "state": "sealed",
+                "wanted": 1000,
+                "kept": 3000,
+                "dropped": {"empty": 68, "identical": 1120},
+                "seconds": 3725.4,
+            },
+            {
+                "round": 1,
+                "name": "3-steering",
+                "state": "waiting",
+                "wanted": None,
+                "kept": None,
+                "dropped": {},
+                "seconds": None,
+            },
+        ],
+        "next": "round 1, 3-steering",
+    }
+    assert command(monkeypatch, "status", "runs/[a]") == 0
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in printed.splitlines() if "│" in line]
+    assert rows == [
+        ["1", "2-responses", "sealed", "3,000", "1,000", "1,120 identical, 68 empty", "1:02:05"],
+        ["1", "3-steering", "waiting", "-", "-", "", "-"],
+    ]
+    assert "runs/[a]" in printed
+    assert printed.endswith("next: round 1, 3-steering\n")
+
+
+# ---- logging --------------------------------------------------------------------------------------------------------
+
+
+def test_messages_go_to_stderr_and_others_chatter_nowhere(tmp_path: Path):
+    """A scripted pipeline in a process of its own: our INFO is shown, others' INFO and warnings are not."""
+    code = """
+import logging, sys, types, warnings
+import selfsteer
+from selfsteer import cli
+def run(recipe):
+    logging.getLogger("selfsteer.stage").info("kept 812 of 1,000")
+    logging.getLogger("selfsteer.stage").debug("not shown")
+    logging.getLogger("httpx").info("not shown")
+    logging.getLogger("httpx").warning("shown too")
+    warnings.warn("not shown")
+    return {"pairs": 812}
+selfsteer.pipeline = types.SimpleNamespace(run=run)
+sys.argv = ["selfsteer", "run", sys.argv[1]]
+cli.main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, QUICKSTART], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert [line.split(" ", 2)[2] for line in ended.stderr.splitlines()] == ["INFO kept 812 of 1,000", "WARNING shown too"]
+    assert "812" in ended.stdout
