@@ -9,7 +9,6 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict, cast
@@ -62,9 +61,9 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run the whole pipeline, or continue it where it stopped; output=DIR names the run folder."""
     resolved = recipes.load(recipe, overrides or ())
     with graceful_stop():
-        from selfsteer import pipeline
+        from selfsteer import pipeline, report
 
-        _print_measures(pipeline.run(resolved))
+        report.print_summary(pipeline.run(resolved))
 
 
 @app.command()
@@ -86,9 +85,9 @@ def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> 
     """Align a model on a preference dataset made elsewhere."""
     resolved = recipes.load(recipe, overrides or ())
     with graceful_stop():
-        from selfsteer import pipeline
+        from selfsteer import pipeline, report
 
-        _print_measures(pipeline.train_pairs(pairs, resolved))
+        report.print_summary(pipeline.train_pairs(pairs, resolved))
 
 
 @app.command()
@@ -98,9 +97,9 @@ def measure(
 ) -> None:
     """Measure a preference dataset: on-policy probability, margins, lengths, overlap."""
     with graceful_stop():
-        from selfsteer import pipeline
+        from selfsteer import pipeline, report
 
-        _print_measures(pipeline.measure_pairs(pairs, policy))
+        report.print_measures(pipeline.measure_pairs(pairs, policy))
 
 
 @app.command()
@@ -144,6 +143,8 @@ def _print_status(found: Status) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from selfsteer.report import duration
+
     colours = {"sealed": "green", "partial": "yellow", "waiting": "dim"}
     table = Table(title=Text(found["run"]), title_justify="left")
     for heading in ("round", "stage", "state", "kept", "wanted", "dropped", "time"):
@@ -159,48 +160,15 @@ def _print_status(found: Status) -> None:
             _count(stage["kept"]),
             _count(stage["wanted"]),
             Text(drops),
-            _duration(stage["seconds"]),
+            "-" if stage["seconds"] is None else duration(stage["seconds"]),
         )
     console = Console()
     console.print(table)
     console.print(Text(f"next: {found['next']}"))
 
 
-def _print_measures(measures: Mapping[str, object]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("measure", "value")
-    table.columns[1].justify = "right"
-    for name, value in _flat(measures):
-        table.add_row(Text(name), Text(value))
-    Console().print(table)
-
-
-def _flat(measures: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested measures under dotted names, numbers with four significant digits."""
-    for name, value in measures.items():
-        if isinstance(value, Mapping):
-            yield from _flat(cast("Mapping[str, object]", value), f"{prefix}{name}.")
-        elif isinstance(value, float):
-            yield prefix + name, f"{value:.4g}"
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield prefix + name, f"{value:,}"
-        else:
-            yield prefix + name, "-" if value is None else str(value)
-
-
 def _count(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 # ---- logging and errors ---------------------------------------------------------------------------------------------
