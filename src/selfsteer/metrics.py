@@ -1,0 +1,208 @@
+"""The shape of metrics.json: what a run measures, and what report.py, page.py and cards.py read.
+
+A key whose inputs were missing is absent. On disk an `Estimate` is {"mean", "low", "high", "n"}.
+"""
+
+from typing import NotRequired, TypedDict
+
+from selfsteer.estimates import Estimate
+
+
+class Both(TypedDict, total=False):
+    """A measure of the chosen and of the rejected responses."""
+
+    chosen: Estimate
+    rejected: Estimate
+
+
+class OnPolicy(Both, total=False):
+    """exp(mean log pi(token)) of a response given the row's prompt, under the policy to be aligned; averaged."""
+
+    all: Estimate
+    """Over chosen and rejected alike: the mean over pairs of the mean of both."""
+
+
+class Margin(TypedDict, total=False):
+    """log pi(chosen) - log pi(rejected) under the policy to be aligned, in nats."""
+
+    sum: Estimate
+    """Of the summed log-probabilities."""
+    per_token: Estimate
+    """Of the per-token means."""
+    chosen_above: Estimate
+    """Share of pairs whose summed log-probability is higher for chosen."""
+    length_correlation: float
+    """Pearson correlation of the summed margin with the length difference, both chosen - rejected."""
+
+
+class Length(TypedDict, total=False):
+    """Lengths of the responses."""
+
+    unit: str
+    """"tokens" when every row knows them, else "words"."""
+    chosen: Estimate
+    rejected: Estimate
+    chosen_median: float
+    rejected_median: float
+    ratio: float
+    """Mean length of chosen / mean length of rejected."""
+    chosen_longer: Estimate
+    """Share of pairs whose chosen response is strictly longer."""
+
+
+class Variety(TypedDict, total=False):
+    """How varied the text of one side is."""
+
+    distinct_1: float
+    """Different words / words (arXiv 1510.03055)."""
+    distinct_2: float
+    distinct_3: float
+    repetition: Estimate
+    """Share of a response's word 3-grams that it has said before, averaged over responses."""
+
+
+class Distribution(TypedDict):
+    """A histogram: `edges` has one number more than each list of counts."""
+
+    edges: list[float]
+    counts: dict[str, list[int]]
+
+
+class Measures(TypedDict, total=False):
+    """What `measure` found. Keys whose inputs were missing are absent."""
+
+    pairs: int
+    on_policy: OnPolicy
+    margin: Margin
+    length: Length
+    variety: dict[str, Variety]
+    """Of "chosen" and of "rejected"."""
+    variety_words: int
+    """Words of each side that distinct-n was taken over."""
+    overlap: Estimate
+    """Jaccard overlap of the word 3-grams of chosen and rejected."""
+    near_identical: Estimate
+    """Share of pairs whose overlap is above NEAR_IDENTICAL."""
+    repeated_pairs: int
+    """Pairs that repeat an earlier pair word for word."""
+    repeated_chosen: int
+    """Chosen responses that repeat an earlier chosen response word for word."""
+    repeated_rejected: int
+    truncated: Both
+    """Share of responses cut off by the token limit; nobody knows it of pairs made elsewhere (kind "given")."""
+    refusals: Both
+    """Share of responses that decline to answer."""
+    leakage: Both
+    """Share of responses that speak of their principle."""
+    distributions: dict[str, Distribution]
+    """"on_policy" and "length" (chosen, rejected), "margin" (per token)."""
+
+
+class Preference(TypedDict):
+    """How one model orders the pairs."""
+
+    margin: Estimate
+    """log pi(chosen) - log pi(rejected), summed over tokens."""
+    accuracy: Estimate
+    """Share of pairs whose chosen response is the more probable one."""
+    on_policy: OnPolicy
+
+
+class Reward(TypedDict):
+    """The implicit reward r(y) = beta * (log pi(y) - log pi_ref(y)) of DPO (arXiv 2305.18290, section 4)."""
+
+    margin: Estimate
+    accuracy: Estimate
+    """Share of pairs with a higher reward for chosen; equal rewards count as wrong."""
+    chosen: Estimate
+    rejected: Estimate
+
+
+class ImplicitReward(TypedDict, total=False):
+    """What training did to the pairs. Before it the reward is zero for every response."""
+
+    pairs: int
+    beta: float
+    before: Preference
+    after: Preference
+    reward: Reward
+
+
+class Comparison(TypedDict, total=False):
+    """One set of pairs against another on the queries that both have: mean of the per-query differences."""
+
+    queries: int
+    chosen: Estimate
+    """On-policy probability of the chosen response, first set - second set."""
+    rejected: Estimate
+    all: Estimate
+    margin_per_token: Estimate
+
+
+class StageSummary(TypedDict):
+    """What became of the rows of one stage."""
+
+    wanted: int
+    kept: int
+    dropped: dict[str, int]
+    """Rows by the reason they were dropped for."""
+    seconds: float
+
+
+class TrainingSummary(TypedDict, total=False):
+    """One training, of the generator or of the policy."""
+
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory: int
+    """Bytes."""
+    curve: list[dict[str, float]]
+    """One entry a logged step: "step", "loss", and whatever else the trainer logs."""
+    reward: ImplicitReward
+    """Of the pairs that it was trained on."""
+
+
+class RoundMetrics(TypedDict, total=False):
+    """One pass of the five steps."""
+
+    stages: dict[str, StageSummary]
+    """In the order of the run folder."""
+    steering: Measures
+    """The steering pairs, each measured under its own prompt (x+ or x-)."""
+    pbaa: Measures
+    """The policy's own responses of stage 2 as alignment pairs: steered by principle only, the paper's baseline.
+
+    With generator.kind none these pairs align the policy, and `alignment` is absent.
+    """
+    alignment: Measures
+    """The data generator's pairs, or pairs made elsewhere: what the policy is aligned on."""
+    comparison: Comparison
+    """alignment - pbaa."""
+    generator: TrainingSummary
+    policy: TrainingSummary
+
+
+class RunFacts(TypedDict):
+    """What identifies the run."""
+
+    name: str
+    folder: str
+    model: str
+    """The policy it started from, as the recipe names it."""
+    seed: int
+    seconds: float
+    """Wall-clock time, resumed parts added up."""
+    policy_folder: NotRequired[str]
+    """Where the aligned model is."""
+    pairs: NotRequired[str]
+    """Where the preference data is."""
+    versions: NotRequired[dict[str, str]]
+    hardware: NotRequired[str]
+
+
+class Metrics(TypedDict):
+    """A whole run."""
+
+    run: RunFacts
+    rounds: list[RoundMetrics]

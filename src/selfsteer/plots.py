@@ -1,0 +1,112 @@
+"""The plots of the report, as SVG to stand inside a page; needs matplotlib, and only this module does.
+
+Colours are CSS variables of the page, so that the plots follow its light and dark themes. Left out on purpose: anything
+that `metrics.json` does not hold.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from selfsteer.metrics import Distribution, Measures, RoundMetrics
+
+# Stand-ins that matplotlib accepts as colours, replaced in the SVG by what the page defines.
+_COLOURS = {"#010203": "var(--ink)", "#010204": "var(--chosen)", "#010205": "var(--rejected)", "#010206": "var(--line)"}
+_INK, _CHOSEN, _REJECTED, _LINE = _COLOURS
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "selfsteer",
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+}
+
+
+class Plot(NamedTuple):
+    """One figure."""
+
+    caption: str
+    svg: str
+    """An <svg> element."""
+
+
+def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
+    """Every plot that a round's metrics allow. data: sets of pairs by the name they have in the tables."""
+    drawn: list[Plot] = []
+    curves = {
+        name: [(entry["step"], entry["loss"]) for entry in this[key].get("curve", []) if "loss" in entry]
+        for name, key in (("data generator", "generator"), ("policy", "policy"))
+        if key in this
+    }
+    curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+    if curves:
+        drawn.append(Plot("Training loss at each logged optimizer step.", _losses(curves)))
+    for name, label, caption in (
+        ("on_policy", "exp(mean log-probability of a token)", "On-policy probability of the responses under the policy."),
+        ("margin", "nats a token, chosen - rejected", "Log-probability margin of the pairs under the policy."),
+        ("length", "", "Lengths of the responses."),
+    ):
+        panels = {key: found for key, measures in data.items() if (found := measures.get("distributions", {}).get(name))}
+        if panels:
+            units = {key: label or data[key].get("length", {}).get("unit", "words") for key in panels}
+            drawn.append(Plot(caption, _histograms(panels, units)))
+    return drawn
+
+
+def _losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    with mpl.rc_context(_STYLE):
+        figure, panels = _figure(len(curves))
+        for axes, (name, curve) in zip(panels, curves.items(), strict=True):
+            axes.plot([step for step, _ in curve], [loss for _, loss in curve], color=_CHOSEN, linewidth=1.5)
+            axes.set_title(name)
+            axes.set_xlabel("optimizer step")
+            axes.set_ylabel("loss")
+        return _svg(figure)
+
+
+def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) -> str:
+    """One panel a set of pairs, on the same horizontal scale."""
+    with mpl.rc_context(_STYLE):
+        figure, places = _figure(len(panels))
+        low = min(distribution["edges"][0] for distribution in panels.values())
+        high = max(distribution["edges"][-1] for distribution in panels.values())
+        for axes, (name, distribution) in zip(places, panels.items(), strict=True):
+            for index, (side, counts) in enumerate(distribution["counts"].items()):
+                colour = (_CHOSEN, _REJECTED)[index]
+                axes.stairs(counts, distribution["edges"], fill=True, color=colour, alpha=0.35)
+                axes.stairs(counts, distribution["edges"], color=colour, linewidth=1.2, label=side)
+            if len(distribution["counts"]) > 1:
+                axes.legend()
+            axes.set_xlim(low, high)
+            axes.set_title(name)
+            axes.set_xlabel(units[name])
+            axes.set_ylabel("responses" if len(distribution["counts"]) > 1 else "pairs")
+        return _svg(figure)
+
+
+def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(9.6, 2.7), layout="constrained")
+    return figure, list(figure.subplots(1, 2, squeeze=False)[0]) if panels > 1 else [figure.subplots()]
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for stand_in, colour in _COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    return svg
