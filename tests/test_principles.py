@@ -206,7 +206,10 @@ def test_the_prompt_shows_parseable_examples_and_ends_with_the_query():
     assert [message["role"] for message in messages] == ["user", "assistant"] * 3 + ["user"]
     assert messages[-1]["content"].endswith(f"Request: {query.text}")
     for shot in messages[1::2]:
-        assert isinstance(parse_principles(shot["content"]), PrinciplePair), shot["content"]
+        bad, good = shot["content"].splitlines()
+        assert isinstance(parse_principles(f"{bad} Be vague.\n{good} Be exact."), PrinciplePair), shot["content"]
+        assert parse_principles(shot["content"]) == Unparsed("repeats an example of the prompt")
+        assert parse_principles(f"{bad}\n{good} Be exact.") == Unparsed("repeats an example of the prompt")
     assert principle_messages(make("other"))[:-1] == messages[:-1]
 
 

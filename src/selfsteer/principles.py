@@ -196,6 +196,11 @@ def principle_messages(query: Query) -> tuple[Message, ...]:
     return (*shots, Message(role=last["role"], content=last["content"].replace("{query}", query.text)))
 
 
+@cache
+def _example_lines() -> frozenset[str]:
+    return frozenset(line for shot in _few_shot() if shot["role"] == "assistant" for line in shot["content"].splitlines())
+
+
 def parse_principles(text: str) -> PrinciplePair | Unparsed:
     """The pair in a model's answer of exactly two lines, "Bad: ..." and then "Good: ...", or why it is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -209,6 +214,8 @@ def parse_principles(text: str) -> PrinciplePair | Unparsed:
             return Unparsed(f"the {name} principle {reason}")
     if fold(bad).casefold() == fold(good).casefold():
         return Unparsed("both principles are the same")
+    if not _example_lines().isdisjoint(lines):  # small models copy; the example is about another request
+        return Unparsed("repeats an example of the prompt")
     if max(len(bad), len(good)) > _MOST_UNLIKE * min(len(bad), len(good)):
         return Unparsed("the principles differ too much in length")
     return PrinciplePair(good, bad, "generated")
