@@ -6,7 +6,7 @@ durable stays durable).
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -42,7 +42,7 @@ def _request_stop(signum: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def graceful_stop() -> Iterator[None]:
+def graceful_stop() -> Generator[None]:
     """Turn SIGINT and SIGTERM into a request to stop while the block runs (main thread only)."""
     global _received
     _received = None

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from selfsteer.durable import digest, file_digest
 from selfsteer.recipe import DTypeName, Policy
 from selfsteer.records import Checkpoint
-from selfsteer.store import digest, file_digest
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +147,9 @@ def _from_gguf(file: Path) -> Path:
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        del model.config.quantization_config  # the weights are plain now, and save_pretrained refuses what says otherwise
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # The weights are plain now, and save_pretrained refuses what says otherwise.
+        model.hf_quantizer.remove_quantization_config(model)
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
         unfinished.rename(folder)

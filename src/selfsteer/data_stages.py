@@ -1,0 +1,354 @@
+"""The four stages that make data: principles, responses, steering pairs, preference data, in the order of the run folder.
+
+Left out on purpose: how queries are read, prompts rendered, responses sampled, pairs built and scored: the modules of that
+name; and the trainings (`training_stages.py`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfsteer import queries as reading
+from selfsteer import schemas
+from selfsteer.durable import digest, file_digest
+from selfsteer.engines.base import Request, Sampling
+from selfsteer.journal import Journal
+from selfsteer.models import checkpoint, load_tokenizer, resolve
+from selfsteer.pairs import (
+    alignment_pair,
+    reject_reason,
+    special_token_reason,
+    steering_pairs,
+    steering_reject_reason,
+)
+from selfsteer.principles import Attempt, Pool, choose_principles, generate_principles, load_pool, principle_messages
+from selfsteer.prompts import Prompts
+from selfsteer.recipe import Generator, Policy, Recipe
+from selfsteer.records import Checkpoint, Dropped, PairRow, Principles, Query, Responses
+from selfsteer.reference import Group, score_missing, scores
+from selfsteer.responses import open_engine, request, response, sample, seed_for
+from selfsteer.schemas import NO_SEEDS, Seeds
+from selfsteer.stages import Round, Work, arithmetic, draw_queries, inputs_of, kept, make_stage, policy_as_judge
+from selfsteer.store import Contents, Origin, Stage
+from selfsteer.training_stages import MODEL
+
+# --- 1: principles ---------------------------------------------------------------------------------------------------------
+
+
+def principles_stage(round: Round) -> Stage:
+    """Step 1: every usable query with its pair of opposing principles."""
+    section = round.recipe.principles
+    inputs = {"policy": round.policy.digest, "prompts": round.prompts.digest, "queries": _source_digest(round.recipe)}
+    if section.path is not None:
+        inputs["principles"] = file_digest(Path(section.path))
+    settings = {
+        "queries": round.recipe.queries.model_dump(exclude={"path"}),
+        "principles": section.model_dump(exclude={"path"}),
+        "library": digest([list(pair) for pair in load_pool(section).pairs]),
+        "seed": round.recipe.seed,
+        "round": round.number,
+    }
+    return make_stage(round, "1-principles", Origin(settings=settings, inputs=inputs), lambda work: _principles(round, work))
+
+
+def _principles(round: Round, work: Work) -> Contents:
+    section = round.recipe.principles
+    pool = load_pool(section)
+    wanted = sum(1 for _ in _checked_queries(round))
+    assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
+    if section.source == "generate":
+        assign = _generated_principles(round, work, pool)
+    dropped: list[Dropped] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for item in _checked_queries(round):
+            if isinstance(item, Dropped):
+                dropped.append(item)
+                continue
+            principles = assign(item)
+            length = max(len(prompt) for prompt in _steered_prompts(round.prompts, item, principles))
+            limit = round.recipe.queries.max_prompt_tokens
+            if length > limit:
+                detail = f"{length} tokens with its principle, limit {limit}"
+                dropped.append(Dropped(id=item.id, reason="prompt too long", detail=detail))
+                continue
+            yield {"query_id": item.id, "messages": list(item.messages), "principles": asdict(principles)}
+
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PRINCIPLES)
+
+
+def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
+    """The recipe's queries that can be rendered, up to queries.limit of them, and those that were dropped on the way."""
+    section = round.recipe.queries
+    kept = 0
+    for item in reading.read_queries(section.model_copy(update={"limit": None})):
+        if isinstance(item, Query):
+            reason = round.prompts.quarantine_reason(item.messages)
+            length = len(round.prompts.prompt_ids(item.messages)) if reason is None else 0
+            if reason is not None:
+                item = Dropped(id=item.id, reason=reason)
+            elif length > section.max_prompt_tokens:
+                detail = f"{length} tokens, limit {section.max_prompt_tokens}"
+                item = Dropped(id=item.id, reason="prompt too long", detail=detail)
+            else:
+                kept += 1
+        yield item
+        if section.limit is not None and kept == section.limit:
+            return
+    if kept == 0:
+        raise ValueError(f"{section.path}: no usable query. Look at the dropped ones, or set queries.column in the recipe.")
+
+
+def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Query], Principles]:
+    """Sample what the journal lacks; returns a function that reads a query's principles back from it."""
+    section, recipe = round.recipe.principles, round.recipe
+    writer, prompts = round.policy, round.prompts
+    if section.model is not None:
+        writer = resolve(Policy(model=section.model, trust_remote_code=recipe.policy.trust_remote_code))
+        prompts = Prompts(load_tokenizer(writer.path))
+    sampling = Sampling(temperature=section.temperature, top_p=recipe.responses.top_p, max_new_tokens=section.max_new_tokens)
+
+    def ask(attempt: Attempt) -> Request:
+        messages = principle_messages(attempt.query)
+        return request(prompts, messages, model_digest=writer.digest, sampling=sampling, seed=attempt.seed)
+
+    def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
+        tried = list(attempts)
+        wanted = {attempt: ask(attempt) for attempt in tried}
+        engine = partial(open_engine, recipe, writer)
+        sample(engine, wanted.values(), work.journal, description="principles", total=len(tried))
+        return ((attempt, work.journal.get(item.key)["text"]) for attempt, item in wanted.items())
+
+    def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
+        return ((attempt, work.journal.get(ask(attempt).key)["text"]) for attempt in attempts)
+
+    usable = (item for item in _checked_queries(round) if isinstance(item, Query))
+    for _ in generate_principles(usable, answer, section, pool, recipe.seed):
+        pass
+    return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
+
+
+def _source_digest(recipe: Recipe) -> str:
+    path = recipe.queries.path
+    return digest(path) if path.startswith("hub:") else file_digest(Path(path))
+
+
+# --- 2: responses ----------------------------------------------------------------------------------------------------------
+
+
+def responses_stage(round: Round, principles: Stage) -> Stage:
+    """Step 2: y+, y- and y_o from the policy, for the queries that train the generator (for all, where there is none)."""
+    generator = round.recipe.generator
+    settings = {
+        "responses": round.recipe.responses.model_dump(),
+        "dtype": round.recipe.engine.dtype,
+        "queries": generator.queries if generator.kind == "single" else None,
+        "original": _needs_original(generator),
+        "seed": round.recipe.seed,
+        "round": round.number,
+    }
+    origin = Origin(settings=settings, inputs=inputs_of(round, principles=principles))
+    return make_stage(round, "2-responses", origin, lambda work: _responses(round, work, principles))
+
+
+def _responses(round: Round, work: Work, principles: Stage) -> Contents:
+    generator = round.recipe.generator
+    wanted_ids = draw_queries(round, principles, generator.queries if generator.kind == "single" else None)
+    roles = ("good", "bad", "original") if _needs_original(generator) else ("good", "bad")
+
+    def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
+        for row in principles.rows():
+            if wanted_ids is None or row["query_id"] in wanted_ids:
+                yield row, _requests(round, round.policy, row, roles)
+
+    total = kept(principles) if wanted_ids is None else len(wanted_ids)
+    sample(
+        partial(open_engine, round.recipe, round.policy),
+        (item for _, requests in asked() for item in requests.values()),
+        work.journal,
+        description="responses of the policy",
+        total=total * len(roles),
+    )
+    rows = (
+        {**row, "original": None} | {role: asdict(response(work.journal, item)) for role, item in requests.items()}
+        for row, requests in asked()
+    )
+    return Contents(wanted=total, rows=rows, schema=schemas.RESPONSES)
+
+
+def _needs_original(generator: Generator) -> bool:
+    return generator.kind == "single" and generator.objective in ("sso", "l_minus")
+
+
+def _requests(round: Round, model: Checkpoint, row: dict[str, Any], roles: Iterable[str]) -> dict[str, Request]:
+    """The prompts x+ (good), x- (bad) and x (original) of a query, to be answered by `model`."""
+    query, principles = schemas.query(row), schemas.principles(row)
+    messages = {
+        "good": round.prompts.steer(query.messages, principles.good),
+        "bad": round.prompts.steer(query.messages, principles.bad),
+        "original": query.messages,
+    }
+    sampling = Sampling(**round.recipe.responses.model_dump())
+    return {
+        role: request(
+            round.prompts,
+            messages[role],
+            model_digest=model.digest,
+            sampling=sampling,
+            seed=seed_for(round.recipe.seed, round.number, query.id, role),
+        )
+        for role in roles
+    }
+
+
+def _steered_prompts(prompts: Prompts, query: Query, principles: Principles) -> tuple[tuple[int, ...], ...]:
+    return tuple(prompts.prompt_ids(prompts.steer(query.messages, text)) for text in (principles.good, principles.bad))
+
+
+# --- 3: steering pairs -----------------------------------------------------------------------------------------------------
+
+POLICY_PAIRS = "policy-pairs.parquet"
+"""The policy's own responses as alignment pairs (PBAA), scored: what the generator's pairs are compared with."""
+
+
+def steering_stage(round: Round, responses: Stage) -> Stage:
+    """Step 3, first half: the pairs of L_SSO with reference log-probabilities, and the PBAA pairs of the same queries."""
+    settings = {
+        "filters": round.recipe.filters.model_dump(),
+        "objective": round.recipe.generator.objective,
+        **arithmetic(round.recipe.training),
+    }
+    origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
+    return make_stage(round, "3-steering", origin, lambda work: _steering(round, work, responses))
+
+
+def _steering(round: Round, work: Work, responses: Stage) -> Contents:
+    objective, judge = round.recipe.generator.objective, policy_as_judge(round)
+    dropped: list[Dropped] = []
+
+    def judged() -> Iterator[tuple[Responses, str | None]]:
+        for row in responses.rows():
+            item = schemas.responses(row)
+            yield item, steering_reject_reason(item, round.recipe.filters, round.prompts)
+
+    def groups(item: Responses) -> tuple[Group, Group]:
+        own = alignment_pair(item.query, item.good, item.bad)
+        return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((own,))
+
+    wanted = kept(responses)
+    every_group = (group for item, reason in judged() if reason is None for group in groups(item))
+    score_missing(judge, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
+    own = (
+        row
+        for item, reason in judged()
+        if reason is None
+        for row in _scored_rows(work.journal, groups(item)[1], item.principles, _seeds(item))
+    )
+    _write_pairs(work.stage.path / POLICY_PAIRS, own)
+
+    def rows() -> Iterator[PairRow]:
+        for item, reason in judged():
+            if reason is None:
+                yield from _scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
+            else:
+                dropped.append(Dropped(id=item.query.id, reason=reason))
+
+    each = 2 if objective in ("sso", "equation_3") else 1
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PAIRS, rows_each=each, files=(POLICY_PAIRS,))
+
+
+def _write_pairs(path: Path, rows: Iterator[PairRow]) -> None:
+    with pq.ParquetWriter(path, schemas.PAIRS) as writer:
+        while some := [dict(row) for row in islice(rows, 1024)]:
+            writer.write_table(pa.Table.from_pylist(some, schema=schemas.PAIRS))
+
+
+# --- 5: preference data ----------------------------------------------------------------------------------------------------
+
+
+def preferences_stage(round: Round, principles: Stage, responses: Stage, generator: Stage | None) -> Stage:
+    """Step 4: chosen and rejected for every bare query, from the generator; from the policy where there is none (PBAA)."""
+    recipe = round.recipe
+    settings = {
+        "responses": recipe.responses.model_dump(),
+        "filters": recipe.filters.model_dump(),
+        "seed": recipe.seed,
+        "round": round.number,
+        **arithmetic(recipe.training),
+    }
+    if generator is None:
+        origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
+        return make_stage(round, "5-preferences", origin, lambda work: _own_preferences(round, work, responses))
+    origin = Origin(settings=settings, inputs=inputs_of(round, principles=principles, generator=generator))
+    return make_stage(round, "5-preferences", origin, lambda work: _preferences(round, work, principles, generator))
+
+
+def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
+    return _preference_pairs(round, work, lambda: map(schemas.responses, responses.rows()), kept(responses))
+
+
+def _preferences(round: Round, work: Work, principles: Stage, generator: Stage) -> Contents:
+    model = checkpoint(generator.path / MODEL)
+    total = kept(principles)
+
+    def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
+        return ((row, _requests(round, model, row, ("good", "bad"))) for row in principles.rows())
+
+    sample(
+        partial(open_engine, round.recipe, model),
+        (item for _, requests in asked() for item in requests.values()),
+        work.journal,
+        description="responses of the generator",
+        total=2 * total,
+    )
+
+    def answered() -> Iterator[Responses]:
+        for row, requests in asked():
+            good, bad = (response(work.journal, requests[role]) for role in ("good", "bad"))
+            yield Responses(query=schemas.query(row), principles=schemas.principles(row), good=good, bad=bad, original=None)
+
+    return _preference_pairs(round, work, answered, total)
+
+
+def _preference_pairs(round: Round, work: Work, answered: Callable[[], Iterator[Responses]], total: int) -> Contents:
+    """Filtered alignment pairs with their log-probabilities under the policy: reference and on-policy measure in one."""
+    judge = policy_as_judge(round)
+    dropped: list[Dropped] = []
+
+    def judged() -> Iterator[tuple[Responses, str | None]]:
+        for item in answered():
+            reason = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
+            yield item, reason or special_token_reason((item.good.text, item.bad.text), round.prompts)
+
+    def group(item: Responses) -> Group:
+        return judge.group((alignment_pair(item.query, item.good, item.bad),))
+
+    every_group = (group(item) for item, reason in judged() if reason is None)
+    score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
+
+    def rows() -> Iterator[PairRow]:
+        for item, reason in judged():
+            if reason is None:
+                yield from _scored_rows(work.journal, group(item), item.principles, _seeds(item))
+            else:
+                dropped.append(Dropped(id=item.query.id, reason=reason))
+
+    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=schemas.PAIRS)
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------------
+
+
+def _seeds(item: Responses) -> Seeds:
+    return Seeds(chosen=item.good.seed, rejected=item.bad.seed)
+
+
+def _scored_rows(journal: Journal, group: Group, principles: Principles, seeds: Seeds) -> Iterator[PairRow]:
+    for pair, scored in zip(group.pairs, scores(journal, group), strict=True):
+        yield schemas.scored_row(pair, scored, principles, seeds)

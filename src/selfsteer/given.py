@@ -1,0 +1,94 @@
+"""Preference data made elsewhere: to train on, and to measure."""
+
+from collections.abc import Iterator
+from itertools import tee
+from pathlib import Path
+from typing import Any, cast
+
+from selfsteer import interrupt, schemas
+from selfsteer.durable import file_digest
+from selfsteer.metrics import Measures
+from selfsteer.models import load_tokenizer, resolve
+from selfsteer.pairs import special_token_reason
+from selfsteer.preferences import read_pairs
+from selfsteer.progress import progress
+from selfsteer.prompts import Prompts
+from selfsteer.quality import measure
+from selfsteer.recipe import Policy, Training
+from selfsteer.records import Dropped, PairRow, PreferencePair
+from selfsteer.reference import Group, score_missing, scores
+from selfsteer.schemas import NO_SEEDS
+from selfsteer.scoring import open_scorer, score
+from selfsteer.stages import Round, Work, arithmetic, inputs_of, make_stage, policy_as_judge
+from selfsteer.store import Contents, Origin, Stage
+
+
+def given_stage(round: Round, pairs: Path) -> Stage:
+    """Stage 5 filled from a file: checked pairs with their reference log-probabilities under the policy."""
+    settings = {"max_prompt_tokens": round.recipe.queries.max_prompt_tokens, **arithmetic(round.recipe.training)}
+    origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": file_digest(pairs)})
+    return make_stage(round, "5-preferences", origin, lambda work: _given(round, work, pairs))
+
+
+def _given(round: Round, work: Work, path: Path) -> Contents:
+    judge = policy_as_judge(round)
+    limit = round.recipe.queries.max_prompt_tokens
+    dropped: list[Dropped] = []
+
+    def groups() -> Iterator[Group | Dropped]:
+        for item in usable_pairs(path, round.prompts, limit):
+            yield item if isinstance(item, Dropped) else judge.group((item,))
+
+    wanted = sum(1 for _ in usable_pairs(path, round.prompts, limit))
+    to_score = (group for group in groups() if isinstance(group, Group))
+    score_missing(judge, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
+
+    def rows() -> Iterator[PairRow]:
+        for item in groups():
+            if isinstance(item, Dropped):
+                dropped.append(item)
+            else:
+                [scored] = scores(work.journal, item)
+                yield schemas.scored_row(item.pairs[0], scored, None, NO_SEEDS)
+
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PAIRS)
+
+
+def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[PreferencePair | Dropped]:
+    """The pairs of a file that can be tokenised as they are, and the others with the reason why not.
+
+    Raises ValueError, naming file and row, for a malformed file.
+    """
+    number = 0
+    for number, row in enumerate(read_pairs(path), 1):  # noqa: B007 (counts the rows for the error below)
+        if isinstance(row, Dropped):
+            yield row
+            continue
+        pair = schemas.pair(cast(dict[str, Any], row))
+        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason((pair.chosen, pair.rejected), prompts)
+        if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
+            reason = "prompt too long"
+        yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
+    if number == 0:
+        raise ValueError(f"{path}: no rows")
+
+
+def measure_given(path: Path, policy: str) -> Measures:
+    """Every measure of a preference dataset, with log-probabilities under `policy` (a model reference as in a recipe)."""
+    section = Policy(model=resolve(Policy(model=policy)).path)
+    prompts = Prompts(load_tokenizer(section.model))
+    total = sum(isinstance(item, PreferencePair) for item in usable_pairs(path, prompts, None))
+    with (
+        progress("log-probabilities of the pairs", total, unit="pairs") as advance,
+        open_scorer(section, Training()) as scorer,
+    ):
+        kept = (item for item in usable_pairs(path, prompts, None) if isinstance(item, PreferencePair))
+        scored, named = tee(kept)
+
+        def rows() -> Iterator[PairRow]:
+            for pair, numbers in zip(named, score(scorer, ([pair] for pair in scored)), strict=True):
+                interrupt.raise_if_stopped()
+                advance(1)
+                yield schemas.scored_row(pair, numbers[0], None, NO_SEEDS)
+
+        return measure(rows())

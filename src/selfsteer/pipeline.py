@@ -1,0 +1,88 @@
+"""The whole method, in the order of DESIGN section 1; start reading here.
+
+    query -> principles -> responses -> steering pairs -> data generator -> alignment pairs -> policy -> report
+
+Each line of `run_round` makes one sealed folder of the run; called again, it reuses what is sealed. Left out on purpose: how
+anything is done.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+from selfsteer import summary
+from selfsteer.cards import CardFacts, Method, write_model_card
+from selfsteer.data_stages import preferences_stage, principles_stage, responses_stage, steering_stage
+from selfsteer.given import given_stage, measure_given
+from selfsteer.metrics import Measures, Metrics
+from selfsteer.models import checkpoint, load_tokenizer, resolve
+from selfsteer.page import pick_examples, write_page
+from selfsteer.prompts import Prompts
+from selfsteer.recipe import Recipe, dump
+from selfsteer.records import Checkpoint, PairRow
+from selfsteer.report import write_metrics
+from selfsteer.stages import Round
+from selfsteer.store import RunFolder
+from selfsteer.training_stages import MODEL, generator_stage, policy_stage
+
+
+def run(recipe: Recipe) -> Metrics:
+    """Align recipe.policy, or continue where an earlier call with the same output folder stopped."""
+    with RunFolder(recipe.output) as folder:
+        folder.describe(dump(recipe), summary.session())
+        policy = resolve(recipe.policy)
+        for number in range(1, recipe.rounds + 1):
+            policy = run_round(_round(number, folder, recipe, policy))
+        return _finish(folder, recipe, "pbaa" if recipe.generator.kind == "none" else "sso")
+
+
+def run_round(round: Round) -> Checkpoint:
+    """One round of Self-Steering Optimization (arXiv 2410.17131); returns the aligned policy."""
+    principles = principles_stage(round)
+    responses = responses_stage(round, principles)
+    if round.recipe.generator.kind == "none":  # PBAA, the paper's baseline: the policy's own responses are the pairs
+        preferences = preferences_stage(round, principles, responses, None)
+    else:
+        steering = steering_stage(round, responses)
+        generator = generator_stage(round, steering)
+        preferences = preferences_stage(round, principles, responses, generator)
+    return checkpoint(policy_stage(round, preferences).path / MODEL)
+
+
+def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
+    """Step 5 on its own: align recipe.policy on a preference dataset made elsewhere."""
+    with RunFolder(recipe.output) as folder:
+        folder.describe(dump(recipe), summary.session())
+        round = _round(1, folder, recipe, resolve(recipe.policy))
+        policy_stage(round, given_stage(round, pairs))
+        return _finish(folder, recipe, "given")
+
+
+def measure_pairs(pairs: Path, policy: str) -> Measures:
+    """On-policy probability, margins, lengths and overlap of any preference dataset, under the model that policy names."""
+    return measure_given(pairs, policy)
+
+
+def _round(number: int, folder: RunFolder, recipe: Recipe, policy: Checkpoint) -> Round:
+    tokenizer = load_tokenizer(
+        policy.path, chat_template=recipe.policy.chat_template, trust_remote_code=recipe.policy.trust_remote_code
+    )
+    prompts = Prompts(tokenizer, system_role=recipe.policy.system_role)
+    return Round(number=number, folder=folder, recipe=recipe, policy=policy, prompts=prompts)
+
+
+def _finish(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
+    """Write metrics.json, report.html and the model card from the sealed stages."""
+    metrics = summary.metrics(folder, recipe)
+    write_metrics(folder.path / "metrics.json", metrics)
+    pairs = cast("Iterator[PairRow]", folder.stage(recipe.rounds, "5-preferences").rows())
+    write_page(folder.path / "report.html", metrics, pick_examples(pairs, seed=recipe.seed))
+    facts = CardFacts(
+        name=folder.path.name,
+        base_model=recipe.policy.model,
+        method=method,
+        recipe=dump(recipe),
+        rounds=metrics["rounds"],
+    )
+    write_model_card(folder.stage(recipe.rounds, "6-policy").path / MODEL, facts)
+    return metrics

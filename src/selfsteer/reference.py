@@ -1,0 +1,102 @@
+"""Log-probabilities of pairs, computed once and journalled.
+
+One number serves both purposes: the reference log-probability of the trainings, and the on-policy measure of the data.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from selfsteer.durable import digest
+from selfsteer.interrupt import raise_if_stopped, stop_requested
+from selfsteer.journal import Journal
+from selfsteer.models import compute_dtype, pick_device
+from selfsteer.pairs import pair_row
+from selfsteer.progress import progress
+from selfsteer.quality import ScoredPair
+from selfsteer.recipe import Policy, Training
+from selfsteer.records import Checkpoint, PreferencePair, Scored
+from selfsteer.scoring import open_scorer, score
+
+SCHEMA = 1
+"""Version of the journalled scores; part of every key."""
+
+_DURABLE_EVERY = 16
+"""Groups appended to the journal at once."""
+
+
+class Group(NamedTuple):
+    """The pairs of one query that are computed together, as training will compute them."""
+
+    key: str
+    pairs: Sequence[PreferencePair]
+
+
+class Judge(NamedTuple):
+    """The model that scores, and how it computes."""
+
+    model: Checkpoint
+    policy: Policy
+    """The recipe's policy section: chat template, system role."""
+    training: Training
+
+    def group(self, pairs: Sequence[PreferencePair]) -> Group:
+        """The pairs under a key of what determines their log-probabilities."""
+        content = {
+            "schema": SCHEMA,
+            "model": self.model.digest,
+            "policy": self.policy.model_dump(include={"chat_template", "system_role"}),
+            "dtype": str(compute_dtype(self.training.dtype, pick_device())),
+            "prefix_sharing": self.training.prefix_sharing,
+            "pairs": [pair_row(pair) for pair in pairs],
+        }
+        return Group(key=digest(content), pairs=pairs)
+
+
+def score_missing(judge: Judge, groups: Iterable[Group], journal: Journal, *, description: str, total: int) -> None:
+    """Score every group that the journal lacks; the model is loaded only when there is one.
+
+    total, the number of groups, is for the progress bar. Raises Interrupted when a signal asked to stop.
+    """
+    lacking = (group for group in groups if group.key not in journal)
+    first = next(lacking, None)
+    if first is None:
+        return
+    policy = judge.policy.model_copy(update={"model": judge.model.path})
+    keys: deque[str] = deque()
+    batch: list[tuple[str, dict[str, object]]] = []
+    with (
+        progress(description, total, unit="queries") as advance,
+        open_scorer(policy, judge.training) as scorer,
+    ):
+        for scored in score(scorer, _pairs(chain([first], lacking), keys)):
+            batch.append((keys.popleft(), {"scores": [_numbers(pair) for pair in scored]}))
+            if len(batch) == _DURABLE_EVERY:
+                journal.append(batch)
+                advance(len(batch))
+                batch = []
+        journal.append(batch)
+        advance(len(batch))
+    raise_if_stopped()
+
+
+def scores(journal: Journal, group: Group) -> list[ScoredPair]:
+    """The journalled scores of a group's pairs, in their order."""
+    return [
+        ScoredPair(Scored(logps=chosen, tokens=chosen_tokens), Scored(logps=rejected, tokens=rejected_tokens))
+        for chosen, chosen_tokens, rejected, rejected_tokens in journal.get(group.key)["scores"]
+    ]
+
+
+def _pairs(groups: Iterable[Group], keys: deque[str]) -> Iterator[Sequence[PreferencePair]]:
+    """The pairs of each group; keys notes whose turn it is, because scoring may read ahead."""
+    for group in groups:
+        if stop_requested():
+            return
+        keys.append(group.key)
+        yield group.pairs
+
+
+def _numbers(pair: ScoredPair) -> list[float]:
+    return [pair.chosen.logps, pair.chosen.tokens, pair.rejected.logps, pair.rejected.tokens]

@@ -1,0 +1,113 @@
+"""Sampling through an engine, into a journal: what is wanted, less what is there already.
+
+Both samplings of the method (by the policy, by the data generator) and the generation of principles are this one loop.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+
+from selfsteer.durable import digest
+from selfsteer.engines.base import Completion, Engine, Request, Sampling
+from selfsteer.engines.transformers import TransformersEngine
+from selfsteer.interrupt import raise_if_stopped
+from selfsteer.journal import Journal
+from selfsteer.models import compute_dtype, pick_device
+from selfsteer.progress import progress
+from selfsteer.prompts import Prompts
+from selfsteer.recipe import Recipe
+from selfsteer.records import Checkpoint, Message, Response
+
+SCHEMA = 1
+"""Version of the journalled samples; part of every key."""
+
+_DURABLE_EVERY = 16
+"""Completions appended to the journal at once: one fdatasync for so many."""
+
+
+def open_engine(recipe: Recipe, model: Checkpoint) -> Engine:
+    """The engine that the recipe names, holding this model; enter it to load."""
+    device = pick_device()
+    return TransformersEngine(
+        model.path,
+        batch_size=recipe.engine.batch_size,
+        dtype=compute_dtype(recipe.engine.dtype, device),
+        device=device,
+        trust_remote_code=recipe.policy.trust_remote_code,
+    )
+
+
+def seed_for(*parts: str | int) -> int:
+    """A 32-bit seed that depends on its parts only: not on order, time or the number of others."""
+    return int(digest(list(parts))[:8], 16)
+
+
+def request(prompts: Prompts, messages: tuple[Message, ...], *, model_digest: str, sampling: Sampling, seed: int) -> Request:
+    """A request whose key is the content that determines its completion (no paths, times or endpoints)."""
+    prompt_ids = prompts.prompt_ids(messages)
+    key = digest(
+        {
+            "schema": SCHEMA,
+            "model": model_digest,
+            "prompt_ids": prompt_ids,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "seed": seed,
+        }
+    )
+    return Request(key=key, messages=messages, prompt_ids=prompt_ids, sampling=sampling, seed=seed)
+
+
+def sample(
+    open_engine: Callable[[], Engine], wanted: Iterable[Request], journal: Journal, *, description: str, total: int
+) -> int:
+    """Answer every wanted request that the journal lacks; the engine is opened only when there is one.
+
+    wanted is read lazily, once. total, the number of wanted requests, is for the progress bar.
+    Returns the number of new samples. Raises Interrupted, with all finished samples durable, when a signal asked to stop.
+    """
+    lacking = _lacking(wanted, journal)
+    first = next(lacking, None)
+    if first is None:
+        return 0
+    new = 0
+    batch: list[Completion] = []
+    with progress(description, total - len(journal), unit="responses") as advance, open_engine() as engine:
+        for completion in engine.generate(chain([first], lacking)):
+            batch.append(completion)
+            if len(batch) >= _DURABLE_EVERY:
+                _append(journal, batch)
+                new += len(batch)
+                advance(len(batch))
+                batch = []
+        _append(journal, batch)
+        new += len(batch)
+        advance(len(batch))
+    raise_if_stopped()
+    return new
+
+
+def response(journal: Journal, wanted: Request) -> Response:
+    """The journalled answer to a request."""
+    data = journal.get(wanted.key)
+    return Response(
+        text=data["text"], token_ids=tuple(data["token_ids"]), finish_reason=data["finish_reason"], seed=wanted.seed
+    )
+
+
+def _lacking(wanted: Iterable[Request], journal: Journal) -> Iterator[Request]:
+    """The wanted requests that have no durable answer, each key once."""
+    seen: set[str] = set()
+    for item in wanted:
+        if item.key not in journal and item.key not in seen:
+            seen.add(item.key)
+            yield item
+
+
+def _append(journal: Journal, batch: list[Completion]) -> None:
+    if batch:
+        journal.append([(item.key, _data(item)) for item in batch])
+
+
+def _data(item: Completion) -> dict[str, object]:
+    return {"text": item.text, "token_ids": list(item.token_ids), "finish_reason": item.finish_reason}

@@ -1,0 +1,104 @@
+"""What the stages of a round have in common: how one is made, sealed and reused.
+
+A stage that was made from the same origin (settings and digests of its inputs) is reused as it is; one whose settings
+changed is made again from its journal, so that only samples that are new are paid for. Left out on purpose: the stages
+themselves (`data_stages.py`, `training_stages.py`) and their order (`pipeline.py`).
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from selfsteer.clock import elapsed
+from selfsteer.journal import Journal
+from selfsteer.prompts import Prompts
+from selfsteer.recipe import Recipe, Training
+from selfsteer.records import Checkpoint
+from selfsteer.reference import Judge
+from selfsteer.responses import seed_for
+from selfsteer.store import Contents, Manifest, Origin, RunFolder, Stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What the stages of one round have in common."""
+
+    number: int
+    folder: RunFolder
+    recipe: Recipe
+    policy: Checkpoint
+    """The policy at the round's start: what samples, and the reference model of both trainings."""
+    prompts: Prompts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """An unsealed stage that is being made: where, with which journal, and under which fingerprint."""
+
+    stage: Stage
+    journal: Journal
+    origin: Origin
+
+
+def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], Contents]) -> Stage:
+    """The sealed stage: as it stands when it has this origin, else made by `make` and sealed."""
+    stage = round.folder.stage(round.number, name)
+    if stage.is_current(origin.fingerprint):
+        stage.verify()
+        log.info("%s: sealed, reused", name)
+        return stage
+    earlier = stage.manifest()
+    if earlier is not None:
+        changed = sorted(
+            key
+            for before, now in ((earlier.settings, origin.settings), (earlier.inputs, origin.inputs))
+            for key in before.keys() | now.keys()
+            if before.get(key) != now.get(key)
+        )
+        log.info("%s: made again, because of %s; samples that are still wanted are reused", name, ", ".join(changed))
+        stage.reopen()
+    with elapsed(stage.path) as seconds, stage.journal() as journal:
+        contents = make(Work(stage=stage, journal=journal, origin=origin))
+        manifest = stage.seal(origin, contents, seconds=seconds())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items())
+    log.info("%s: kept %s of %s%s", name, f"{manifest.kept:,}", f"{manifest.wanted:,}", f" ({reasons})" if reasons else "")
+    return stage
+
+
+def kept(stage: Stage) -> int:
+    """How many items a sealed stage kept."""
+    return sealed(stage).kept
+
+
+def sealed(stage: Stage) -> Manifest:
+    """The manifest of a stage that an earlier one has sealed."""
+    manifest = stage.manifest()
+    assert manifest is not None, f"{stage.path} is read before it is sealed"
+    return manifest
+
+
+def inputs_of(round: Round, **stages: Stage) -> dict[str, str]:
+    """Digests of the policy, of how prompts are rendered, and of the sealed stages that this one reads."""
+    digests = {"policy": round.policy.digest, "prompts": round.prompts.digest}
+    return digests | {name: sealed(stage).digest for name, stage in stages.items()}
+
+
+def arithmetic(training: Training) -> dict[str, Any]:
+    """How log-probabilities are computed: trainings repeat them bit for bit only when they compute alike."""
+    return training.model_dump(include={"dtype", "prefix_sharing"})
+
+
+def policy_as_judge(round: Round) -> Judge:
+    """What gives the reference log-probabilities: the policy, computing as the trainings will."""
+    return Judge(round.policy, round.recipe.policy, round.recipe.training)
+
+
+def draw_queries(round: Round, stage: Stage, count: int | None) -> set[str] | None:
+    """The ids of `count` queries drawn with the seed; None for all of them."""
+    if count is None or count >= kept(stage):
+        return None
+    ids = {row["query_id"] for row in stage.rows()}
+    return set(sorted(ids, key=lambda query_id: seed_for(round.recipe.seed, "drawn", query_id))[:count])

@@ -1,0 +1,95 @@
+"""The two stages that train: the data generator on the steering pairs, the policy on the preference data.
+
+Left out on purpose: the trainer (`training.py`); files are the contract: sealed pairs in, a Hugging Face folder out.
+"""
+
+import shutil
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, cast
+
+from selfsteer import schemas
+from selfsteer.durable import canonical_json, replacing
+from selfsteer.metrics import ImplicitReward
+from selfsteer.models import checkpoint
+from selfsteer.quality import implicit_reward
+from selfsteer.recipe import Alignment, Generator
+from selfsteer.records import PairRow
+from selfsteer.reference import Group, Judge, score_missing, scores
+from selfsteer.stages import Round, Work, draw_queries, inputs_of, kept, make_stage
+from selfsteer.store import Contents, Origin, Stage
+from selfsteer.training import TrainingJob, train
+
+MODEL, HISTORY, MEASURES = "model", "history.jsonl", "measures.json"
+"""What a training stage seals: the Hugging Face folder, a line an optimizer step, and what training did to its pairs."""
+
+
+def generator_stage(round: Round, steering: Stage) -> Stage:
+    """Step 3: a copy of the policy trained with L_SSO."""
+    return _training_stage(round, "4-generator", steering, round.recipe.generator)
+
+
+def policy_stage(round: Round, preferences: Stage) -> Stage:
+    """Step 5: the policy itself trained on the preference data."""
+    return _training_stage(round, "6-policy", preferences, round.recipe.alignment)
+
+
+def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | Alignment) -> Stage:
+    settings = {
+        "objective": section.model_dump(exclude={"kind", "objective", "queries"}),
+        "training": round.recipe.training.model_dump(exclude={"save_steps", "report_to", "gradient_checkpointing"}),
+        "measured": round.recipe.quality.sample,
+        "seed": round.recipe.seed,
+    }
+    origin = Origin(settings=settings, inputs=inputs_of(round, pairs=pairs))
+    return make_stage(round, name, origin, lambda work: _train(round, work, pairs, section))
+
+
+def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignment) -> Contents:
+    unfinished = work.stage.path / f"training-{work.origin.fingerprint[:12]}"
+    for stale in work.stage.path.glob("training-*"):
+        if stale != unfinished:
+            shutil.rmtree(stale)
+    job = TrainingJob(
+        policy=round.recipe.policy.model_copy(update={"model": round.policy.path}),
+        pairs=str(pairs.path / "data.parquet"),
+        output=str(unfinished),
+        loss=section.loss,
+        beta=section.beta,
+        sft_weight=section.sft_weight,
+        learning_rate=section.learning_rate,
+        batch_size=section.batch_size,
+        epochs=section.epochs,
+        max_steps=section.max_steps,
+        training=round.recipe.training,
+        seed=round.recipe.seed,
+    )
+    result = train(job)
+    shutil.rmtree(work.stage.path / MODEL, ignore_errors=True)
+    (unfinished / MODEL).rename(work.stage.path / MODEL)
+    shutil.copyfile(unfinished / HISTORY, work.stage.path / HISTORY)
+    reward = _what_training_did(round, work, pairs, section.beta)
+    measures = {"steps": result.steps, "reward": reward}
+    with replacing(work.stage.path / MEASURES) as file:
+        file.write(canonical_json(measures))
+    shutil.rmtree(unfinished)
+    return Contents(wanted=kept(pairs), files=(MODEL, HISTORY, MEASURES))
+
+
+def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> ImplicitReward:
+    """Margins and accuracy of the training pairs before and after, on at most quality.sample queries."""
+    drawn = draw_queries(round, pairs, round.recipe.quality.sample)
+    judge = Judge(checkpoint(work.stage.path / MODEL), round.recipe.policy, round.recipe.training)
+
+    def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
+        for query_id, rows in groupby(pairs.rows(), key=lambda row: row["query_id"]):
+            if drawn is None or query_id in drawn:
+                of_query = list(rows)
+                yield of_query, judge.group([schemas.pair(row) for row in of_query])
+
+    total = kept(pairs) if drawn is None else len(drawn)
+    every_group = (group for _, group in groups())
+    score_missing(judge, every_group, work.journal, description="margins after training", total=total)
+    before = (cast(PairRow, row) for rows, _ in groups() for row in rows)
+    after = (pair for _, group in groups() for pair in scores(work.journal, group))
+    return implicit_reward(before, after, beta=beta)
