@@ -1,1 +1,35 @@
-"""selfsteer: align a chat model without human labels, by Self-Steering Optimization (arXiv 2410.17131)."""
+"""selfsteer: align a chat model without human labels, by Self-Steering Optimization (arXiv 2410.17131).
+
+    import selfsteer
+    metrics = selfsteer.run("recipes/quickstart.yaml", "queries.limit=24")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from selfsteer.metrics import Metrics
+    from selfsteer.recipe import Recipe
+
+__all__ = ["run"]
+
+
+def run(recipe: Recipe | Path | str, *overrides: str) -> Metrics:
+    """The whole pipeline, or its continuation, as `selfsteer run` does it; call it from the main thread.
+
+    recipe: a Recipe, or the path of one in YAML; overrides: "key=value", with dotted keys, for a path only.
+    Returns what metrics.json holds. Raises ValueError for what the user can mend, Interrupted after SIGINT or SIGTERM.
+    """
+    # Imported here so that `import selfsteer` and the command's help stay fast.
+    from selfsteer import pipeline
+    from selfsteer.interrupt import graceful_stop
+    from selfsteer.recipe import Recipe, load
+
+    if not isinstance(recipe, Recipe):
+        recipe = load(Path(recipe), overrides)
+    elif overrides:
+        raise ValueError("overrides go with the path of a recipe; a Recipe is changed with model_copy(update=...)")
+    with graceful_stop():
+        return pipeline.run(recipe)

@@ -5,7 +5,6 @@ GGUF is turned into an ordinary folder once and kept in the cache (`SELFSTEER_CA
 training, export and vLLM all want one. Safetensors only: pickled weights are refused.
 """
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -112,7 +111,7 @@ def load_model(
     path: str, *, dtype: torch.dtype, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A causal language model in eval mode, from safetensors only."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
     )
     return model.to(device).eval()
@@ -178,8 +177,3 @@ def hardware() -> dict[str, str | int]:
     device = pick_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "cpus": os.cpu_count() or 1, "threads": torch.get_num_threads()}
-
-
-def text_digest(text: str) -> str:
-    """sha256 of a text, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -16,6 +16,7 @@ from selfsteer.quality import implicit_reward
 from selfsteer.recipe import Alignment, Generator
 from selfsteer.records import PairRow
 from selfsteer.reference import Group, Judge, score_missing, scores
+from selfsteer.report import plain
 from selfsteer.stages import Round, Work, draw_queries, inputs_of, kept, make_stage
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.training import TrainingJob, train
@@ -71,7 +72,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     reward = _what_training_did(round, work, pairs, section.beta)
     measures = {"steps": result.steps, "reward": reward}
     with replacing(work.stage.path / MEASURES) as file:
-        file.write(canonical_json(measures))
+        file.write(canonical_json(plain(measures)))
     shutil.rmtree(unfinished)
     return Contents(wanted=kept(pairs), files=(MODEL, HISTORY, MEASURES))
 
