@@ -1,8 +1,8 @@
 """The embedded engine against `model.generate`, in one run on the same queries.
 
-64 chat prompts, 128 new tokens at most, batch 64, temperature 0.7, top-p 0.8. Tokens a second count the tokens of the
-completions, end tokens apart; loading is outside. Repeats alternate, and medians are compared. Then the time of one decode step
-of the engine, by part.
+64 chat prompts, at most 128 new tokens, batch 64, temperature 0.7, top-p 0.8. Tokens a second count the tokens of the
+completions, end tokens apart; loading is outside. Repeats alternate, and medians are compared. Then the time of one decode
+step of the engine, by part.
 
     python bench/sampler.py [--queries FILE.jsonl] [--model MODEL] [--repeats 3]
 """

@@ -27,6 +27,9 @@ _GROWTH = 128
 
 _ALIGNMENT = 16
 
+_CPU_ROWS = 8
+"""Slots that attend together on a CPU: the fewer, the less of their span is masked, for a call each. Elsewhere all do."""
+
 
 class UnsupportedAttentionError(ValueError):
     """The model's attention does more than plain causal attention."""
@@ -60,6 +63,15 @@ def choose(logits: Tensor, *, temperature: Tensor, top_p: Tensor, uniforms: Tens
         if len(rows) == 0:
             break
     return torch.where(temperature > 0, chosen, logits.argmax(-1))
+
+
+class Block(NamedTuple):
+    """Neighbouring active slots that attend together."""
+
+    start: int
+    stop: int
+    mask: Tensor
+    """0 up to each sequence's newest token, -inf beyond it, up to the longest of the block: (stop - start, 1, 1, span)."""
 
 
 class Segment(NamedTuple):
@@ -117,8 +129,7 @@ class Step:
     cache: SlotCache
     positions: Tensor
     """Position of the newest token of each active sequence, (n,)."""
-    mask: Tensor | None
-    """0 up to that position, -inf beyond it, up to the longest active sequence: (n, 1, 1, span). None when n is 0."""
+    blocks: tuple[Block, ...]
     prompts: tuple[Segment, ...]
 
 
@@ -129,12 +140,16 @@ def plan_step(cache: SlotCache, lengths: list[int], prompts: tuple[Segment, ...]
     """
     cache.reserve(max([*lengths, *(p.stop - p.start for p in prompts)]))
     positions = torch.tensor(lengths, dtype=torch.long, device=like.device) - 1
-    mask = None
-    if lengths:
-        span = -(-max(lengths) // _ALIGNMENT) * _ALIGNMENT
-        beyond = torch.arange(span, device=like.device) > positions[:, None]
-        mask = torch.zeros_like(beyond, dtype=like.dtype).masked_fill_(beyond, -torch.inf)[:, None, None]
-    return Step(cache=cache, positions=positions, mask=mask, prompts=prompts)
+    rows = _CPU_ROWS if like.device.type == "cpu" else cache.slots
+    blocks: list[Block] = []
+    for start in range(0, len(lengths), rows):
+        inside = lengths[start : start + rows]
+        span = -(-max(inside) // _ALIGNMENT) * _ALIGNMENT
+        stop = start + len(inside)
+        beyond = torch.arange(span, device=like.device) > positions[start:stop, None]
+        mask = torch.zeros_like(beyond, dtype=like.dtype).masked_fill_(beyond, -torch.inf)
+        blocks.append(Block(start, stop, mask[:, None, None]))
+    return Step(cache=cache, positions=positions, blocks=tuple(blocks), prompts=prompts)
 
 
 def slot_attention(
@@ -156,17 +171,17 @@ def slot_attention(
     keys, values = step.cache.layer(index, key, value)
     n, (_, heads, tokens, _) = len(step.positions), query.shape
     output = value.new_empty(1, tokens, heads, value.shape[-1])
-    if step.mask is not None:
+    if n:
         slots = torch.arange(n, device=key.device)
         keys[slots, :, step.positions] = key[0, :, :n].transpose(0, 1)
         values[slots, :, step.positions] = value[0, :, :n].transpose(0, 1)
-        span = step.mask.shape[-1]
-        # The query heads that share a key-value head are positions of one attention over it: nothing is repeated.
-        grouped = query[0, :, :n].transpose(0, 1).reshape(n, keys.shape[1], -1, query.shape[-1])
-        attended = scaled_dot_product_attention(
-            grouped, keys[:n, :, :span], values[:n, :, :span], attn_mask=step.mask, scale=scale
-        )
-        output[0, :n] = attended.reshape(n, heads, -1)
+    # The query heads that share a key-value head are positions of one attention over it: nothing is repeated.
+    grouped = query[0, :, :n].transpose(0, 1).reshape(n, keys.shape[1], heads // keys.shape[1], query.shape[-1])
+    for start, stop, mask in step.blocks:
+        span = mask.shape[-1]
+        k, v = keys[start:stop, :, :span], values[start:stop, :, :span]
+        attended = scaled_dot_product_attention(grouped[start:stop], k, v, attn_mask=mask, scale=scale)
+        output[0, start:stop] = attended.reshape(stop - start, heads, -1)
     for slot, start, stop in step.prompts:
         keys[slot, :, : stop - start] = key[0, :, start:stop]
         values[slot, :, : stop - start] = value[0, :, start:stop]
