@@ -134,10 +134,14 @@ class TokenLogps(torch.autograd.Function):
         head = weight.to(dtype)
         for part in _chunks(len(targets), len(weight)):
             logits = _logits(hidden[part], (weight, head, bias), targets[part])
-            normalisers[part] = logits.logsumexp(-1)
-            logps[part] = logits.gather(1, targets[part, None])[:, 0] - normalisers[part]
+            predicted = logits.gather(1, targets[part, None])[:, 0]
+            # log-sum-exp over the logits themselves: nothing else of their size is made.
+            largest = logits.amax(-1)
+            sums = logits.sub_(largest[:, None]).exp_().sum(-1)
+            normalisers[part] = largest + sums.log()
+            logps[part] = predicted - normalisers[part]
             if direction is not None:
-                direction[part] = _logits_gradient(logits, normalisers[part], targets[part]).to(dtype) @ head
+                direction[part] = _logits_gradient(logits.div_(sums[:, None]), targets[part], 1.0).to(dtype) @ head
         ctx.dtype = dtype
         ctx.hidden_only = hidden_only
         if hidden_only:
@@ -160,7 +164,8 @@ class TokenLogps(torch.autograd.Function):
         bias_grad = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         for part in _chunks(len(targets), len(weight)):
             logits = _logits(hidden[part], (weight, head, bias), targets[part])
-            gradient = _logits_gradient(logits, normalisers[part], targets[part]).mul_(scale[part])
+            softmax = logits.sub_(normalisers[part, None]).exp_()
+            gradient = _logits_gradient(softmax, targets[part], scale[part])
             if bias_grad is not None:
                 bias_grad += gradient.sum(0)
             gradient = gradient.to(ctx.dtype)
@@ -188,10 +193,10 @@ def _logits(hidden: Tensor, output: Head, targets: Tensor) -> Tensor:
     return logits if bias is None else logits.add_(bias)
 
 
-def _logits_gradient(logits: Tensor, normalisers: Tensor, targets: Tensor) -> Tensor:
-    """d logps / d logits = onehot(target) - softmax(logits), (chunk, V), written over the logits."""
-    gradient = logits.sub_(normalisers[:, None]).exp_().neg_()
-    return gradient.scatter_add_(1, targets[:, None], torch.ones_like(normalisers)[:, None])
+def _logits_gradient(softmax: Tensor, targets: Tensor, scale: Tensor | float) -> Tensor:
+    """scale * d logps / d logits = scale * (onehot(target) - softmax), (chunk, V), written over the softmax."""
+    softmax.scatter_add_(1, targets[:, None], softmax.new_full((len(targets), 1), -1.0))
+    return softmax.mul_(-scale)
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:

