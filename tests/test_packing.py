@@ -77,7 +77,7 @@ def test_shared_equals_plain(name: str, monkeypatch: pytest.MonkeyPatch):
     (plain * weights).sum().backward()
     grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    assert choose_packing(model, rows, dtype=torch.float32) is pack
+    assert choose_packing(model, rows) is pack
     shared = model(**pack(rows))
     (shared * weights).sum().backward()
     assert torch.allclose(shared, plain, rtol=1e-5, atol=0)
@@ -93,7 +93,7 @@ def test_log_probabilities_in_bfloat16_are_close_and_negative():
     exact = tiny_model()
     teach(exact, torch.float32)
     rows = random_rows()
-    assert choose_packing(model, rows, dtype=torch.bfloat16) is pack
+    assert choose_packing(model, rows) is pack
     with torch.no_grad():
         rounded, plain = model(**pack(rows)), exact(**pad(rows))
     assert rounded.dtype == torch.float32
@@ -105,7 +105,7 @@ def test_a_completion_does_not_see_its_neighbours():
     model = tiny_model()
     teach(model, torch.float32)
     (prompt, completions), _ = random_rows()
-    assert choose_packing(model, [Row(prompt, completions)], dtype=torch.float32) is pack
+    assert choose_packing(model, [Row(prompt, completions)]) is pack
     with torch.no_grad():
         together = model(**pack([Row(prompt, completions)]))
         alone = torch.cat([model(**pack([Row(prompt, (completion,))])) for completion in completions])
@@ -117,7 +117,7 @@ def test_the_taught_model_still_answers_plain_calls():
     with torch.no_grad():
         before = model(input_ids=ids).logits
         teach(model, torch.float32)
-        choose_packing(model, random_rows(), dtype=torch.float32)
+        choose_packing(model, random_rows())
         assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_a_sliding_window_is_not_shared(caplog: pytest.LogCaptureFixture):
     model = MistralForCausalLM(config).eval()
     teach(model, torch.float32)
     with caplog.at_level(logging.WARNING):
-        assert choose_packing(model, random_rows(), dtype=torch.float32) is pad
+        assert choose_packing(model, random_rows()) is pad
     assert len([r for r in caplog.records if "does not allow prefix sharing" in r.message]) == 1
     assert model.config._attn_implementation == "sdpa"
 
@@ -151,8 +151,8 @@ def test_scaled_logits_are_not_shared():
 
     model.forward = softcapped
     teach(model, torch.float32)
-    assert choose_packing(model, random_rows(), dtype=torch.float32) is pad
+    assert choose_packing(model, random_rows()) is pad
 
 
 def test_sharing_can_be_switched_off():
-    assert choose_packing(tiny_model(), random_rows(), dtype=torch.float32, sharing=False) is pad
+    assert choose_packing(tiny_model(), random_rows(), sharing=False) is pad

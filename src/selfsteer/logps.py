@@ -25,8 +25,8 @@ Packing = Callable[[Sequence[Row]], Batch]
 CHUNK_ELEMENTS = 2**24
 """Logits alive at a time: 64 MB in float32."""
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Largest relative difference of a summed log-probability between the packed and the plain forward."""
+TOLERANCE = 1e-5
+"""Largest difference of a summed log-probability between packed and plain, in float32, relative to it (at least 1 nat)."""
 
 
 def teach(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -45,23 +45,22 @@ def teach(model: PreTrainedModel, dtype: torch.dtype) -> None:
         device = batch["input_ids"].device.type
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             tokens = _plain_logps(plain, batch) if layout.spans is None else _shared_logps(self, batch)
-        # Not index_add: its order of summation is not fixed on GPUs, and equal models must give equal sums.
-        return torch.stack([completion.sum() for completion in tokens.split(layout.tokens)])
+        return _sums(tokens, layout)
 
     model.forward = MethodType(forward, model)
 
 
-def choose_packing(model: PreTrainedModel, rows: Sequence[Row], *, dtype: torch.dtype, sharing: bool = True) -> Packing:
+def choose_packing(model: PreTrainedModel, rows: Sequence[Row], *, sharing: bool = True) -> Packing:
     """`pack` where the model gives the same log-probabilities packed as plain, checked on `rows`; else `pad` and a warning.
 
-    model: taught with the same dtype, not yet wrapped. Its attention function is exchanged when packing holds.
+    model: with float32 weights, not yet wrapped. Its attention function is exchanged when packing holds.
     """
     if not sharing:
         return pad
     before = cast(str, model.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
     model.set_attn_implementation(ATTENTION)
     difference = _sharing_error(model, rows)
-    if difference <= TOLERANCE[dtype]:
+    if difference <= TOLERANCE:
         return pack
     model.set_attn_implementation(before)
     log.warning(
@@ -69,7 +68,7 @@ def choose_packing(model: PreTrainedModel, rows: Sequence[Row], *, dtype: torch.
         " own prompt, which is slower",
         type(model).__name__,
         difference,
-        TOLERANCE[dtype],
+        TOLERANCE,
     )
     return pad
 
@@ -78,15 +77,25 @@ def _sharing_error(model: PreTrainedModel, rows: Sequence[Row]) -> float:
     training = model.training
     model.eval()
     try:
+        # In float32 whatever training computes in: rounding must not hide a completion that sees its neighbour.
         with torch.no_grad():
-            plain = torch.cat([model(**to_device(pad([Row(p, (c,))]), model.device)) for p, cs in rows for c in cs])
-            shared = model(**to_device(pack(rows), model.device))
+            alone = [
+                to_device(pad([Row(prompt, (one,))]), model.device) for prompt, completions in rows for one in completions
+            ]
+            plain = torch.stack([_plain_logps(model.forward, batch).sum() for batch in alone])
+            together = to_device(pack(rows), model.device)
+            shared = _sums(_shared_logps(model, together), together["layout"])
     except (NotImplementedError, TypeError) as reason:  # a model's own code that takes no layout, or attention we don't redo
         log.info("prefix sharing: %s", reason)
         return float("inf")
     finally:
         model.train(training)
-    return ((shared - plain).abs() / plain.abs()).nan_to_num(nan=float("inf")).max().item()
+    return ((shared - plain).abs() / plain.abs().clamp(min=1)).nan_to_num(nan=float("inf")).max().item()
+
+
+def _sums(tokens: Tensor, layout: Layout) -> Tensor:
+    # Not index_add: its order of summation is not fixed on GPUs, and equal models must give equal sums.
+    return torch.stack([completion.sum() for completion in tokens.split(layout.tokens)])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

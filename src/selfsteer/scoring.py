@@ -65,8 +65,7 @@ def score(scorer: Scorer, groups: Iterable[Sequence[PreferencePair]]) -> Iterato
     first = next(token_groups, None)
     if first is None:
         return
-    dtype = compute_dtype(training.dtype, model.device)
-    packing = choose_packing(model, first.rows, dtype=dtype, sharing=training.prefix_sharing)
+    packing = choose_packing(model, first.rows, sharing=training.prefix_sharing)
     remaining = chain([first], token_groups)
     while batch := list(islice(remaining, training.micro_batch_size)):
         yield from _score_batch(model, batch, packing)

@@ -153,11 +153,10 @@ def train(job: TrainingJob) -> TrainingResult:
 def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel | PeftModel, Packing]:
     training = job.training
     device = pick_device()
-    dtype = compute_dtype(training.dtype, device)
     model = load_model(job.policy.model, dtype=torch.float32, device=device, trust_remote_code=job.policy.trust_remote_code)
-    teach(model, dtype)
+    teach(model, compute_dtype(training.dtype, device))
     rows = share_prompts(data[0].pairs).rows
-    packing = choose_packing(model, rows, dtype=dtype, sharing=training.prefix_sharing)
+    packing = choose_packing(model, rows, sharing=training.prefix_sharing)
     if training.lora is None:
         return model, packing
     lora = training.lora
