@@ -1,0 +1,64 @@
+"""Shared by the tests of the whole pipeline: the tiny model on disk, and recipes around it."""
+
+import json
+import os
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: for matrices this small threads cost more than they save
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model_dir
+
+QUERIES = (
+    "What is the capital of France?",
+    "Explain how rainbows form.",
+    "Write a short story about a lighthouse keeper.",
+    "Who finds a letter in a bottle?",
+    "Why is the brown fox quick?",
+    "How deep is a drop of water?",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model as a Hugging Face folder, with room for a principle in its context."""
+    return tiny_model_dir(tmp_path_factory.mktemp("policy") / "tiny", max_positions=2048)
+
+
+@pytest.fixture(scope="session")
+def queries_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("queries") / "queries.jsonl"
+    path.write_text("".join(json.dumps({"query": text}) + "\n" for text in QUERIES), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe_of(tiny_folder: str, queries_file: Path) -> Callable[..., dict[str, Any]]:
+    """A recipe of a few seconds as plain values: `recipe_of(output, {"alignment.loss": "ipo"})`."""
+
+    def build(output: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+        recipe: dict[str, Any] = {
+            "output": str(output),
+            "policy": {"model": tiny_folder},
+            "queries": {"path": str(queries_file)},
+            "responses": {"max_new_tokens": 8},
+            "engine": {"dtype": "float32"},
+            "filters": {"truncated": "keep", "max_length_ratio": 1000.0},
+            "generator": {"batch_size": 2, "learning_rate": 1e-3},
+            "alignment": {"batch_size": 2, "learning_rate": 1e-3},
+            "training": {"dtype": "float32", "save_steps": 1},
+        }
+        for key, value in (changes or {}).items():
+            section = recipe
+            *sections, last = key.split(".")
+            for name in sections:
+                section = section.setdefault(name, {})
+            section[last] = value
+        return recipe
+
+    return build

