@@ -202,31 +202,35 @@ def test_export_passes_on_what_it_is_given(monkeypatch, capsys):
     assert capsys.readouterr().out == "wrote 1,234 pairs to out\n"
 
 
-def test_status_shows_stages_drops_and_what_comes_next(monkeypatch, capsys, pipeline):
-    pipeline.status = lambda run: {
-        "run": str(run),
-        "stages": [
-            {
-                "round": 1,
-                "name": "2-responses",
-                "state": "sealed",
-                "wanted": 1000,
-                "kept": 3000,
-                "dropped": {"empty": 68, "identical": 1120},
-                "seconds": 3725.4,
-            },
-            {
-                "round": 1,
-                "name": "3-steering",
-                "state": "waiting",
-                "wanted": None,
-                "kept": None,
-                "dropped": {},
-                "seconds": None,
-            },
-        ],
-        "next": "round 1, 3-steering",
-    }
+def test_status_shows_stages_drops_and_what_comes_next(monkeypatch, capsys):
+    def status(run: Path) -> dict[str, object]:
+        return {
+            "run": str(run),
+            "stages": [
+                {
+                    "round": 1,
+                    "name": "2-responses",
+                    "state": "sealed",
+                    "wanted": 1000,
+                    "kept": 3000,
+                    "dropped": {"empty": 68, "identical": 1120},
+                    "seconds": 3725.4,
+                },
+                {
+                    "round": 1,
+                    "name": "3-steering",
+                    "state": "waiting",
+                    "wanted": None,
+                    "kept": None,
+                    "dropped": {},
+                    "seconds": None,
+                },
+            ],
+            "next": "round 1, 3-steering",
+        }
+
+    monkeypatch.setattr(selfsteer, "summary", SimpleNamespace(status=status), raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
     assert command(monkeypatch, "status", "runs/[a]") == 0
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in printed.splitlines() if "│" in line]

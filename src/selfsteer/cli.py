@@ -11,12 +11,15 @@ import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from selfsteer import recipe as recipes
 from selfsteer.interrupt import Interrupted, graceful_stop
+
+if TYPE_CHECKING:
+    from selfsteer.summary import Status
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +78,9 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]) -> None:
     """Show the stages of a run, its counts and drops, and what comes next."""
-    from selfsteer import pipeline
+    from selfsteer import summary
 
-    _print_status(cast("Status", pipeline.status(run)))
+    _print_status(summary.status(run))
 
 
 @app.command()
@@ -118,27 +121,7 @@ def export(
 # ---- printing -------------------------------------------------------------------------------------------------------
 
 
-class StageStatus(TypedDict):
-    """One stage, as `pipeline.status` reports it."""
-
-    round: int
-    name: str
-    state: Literal["sealed", "partial", "waiting"]
-    wanted: int | None
-    kept: int | None
-    dropped: dict[str, int]
-    seconds: float | None
-
-
-class Status(TypedDict):
-    """A run, as `pipeline.status` reports it."""
-
-    run: str
-    stages: list[StageStatus]
-    next: str
-
-
-def _print_status(found: Status) -> None:
+def _print_status(found: "Status") -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -50,6 +50,7 @@ def principles_stage(round: Round) -> Stage:
     settings = {
         "queries": round.recipe.queries.model_dump(exclude={"path"}),
         "principles": section.model_dump(exclude={"path"}),
+        "system_role": round.prompts.system_role,
         "library": digest([list(pair) for pair in load_pool(section).pairs]),
         "seed": round.recipe.seed,
         "round": round.number,

@@ -72,7 +72,7 @@ def sample(
         return 0
     new = 0
     batch: list[Completion] = []
-    with progress(description, total - len(journal), unit="responses") as advance, open_engine() as engine:
+    with progress(description, max(0, total - len(journal)), unit="responses") as advance, open_engine() as engine:
         for completion in engine.generate(chain([first], lacking)):
             batch.append(completion)
             if len(batch) >= _DURABLE_EVERY:

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
@@ -15,7 +15,7 @@ from selfsteer.data_stages import POLICY_PAIRS
 from selfsteer.metrics import Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
 from selfsteer.models import hardware
 from selfsteer.quality import compare, measure
-from selfsteer.recipe import Recipe
+from selfsteer.recipe import Recipe, load
 from selfsteer.records import PairRow
 from selfsteer.store import RunFolder, Stage
 from selfsteer.training_stages import HISTORY, MEASURES, MODEL
@@ -127,13 +127,23 @@ class Status(TypedDict):
 def status(path: Path) -> Status:
     """How far the run at `path` is; needs no lock. Raises ValueError where there is no run."""
     folder = RunFolder.view(path)
-    rounds = sorted(int(each.name.removeprefix("round-")) for each in folder.path.glob("round-*"))
-    stages = [_stage_status(folder.stage(number, name), number) for number in rounds or [1] for name in STAGES]
+    recipe = load(folder.path / "recipe.yaml")
+    names = _stage_names(folder, recipe)
+    stages = [
+        _stage_status(folder.stage(number, name), number) for number in range(1, recipe.rounds + 1) for name in names
+    ]
     following = next((each for each in stages if each["state"] != "sealed"), None)
     if following is None:
         return Status(run=str(path), stages=stages, next="nothing: the run is complete")
     verb = "continue" if following["state"] == "partial" else "begin"
     return Status(run=str(path), stages=stages, next=f"{verb} round {following['round']}, {following['name']}")
+
+
+def _stage_names(folder: RunFolder, recipe: Recipe) -> Sequence[str]:
+    """The stages that this run consists of."""
+    if not folder.stage(1, STAGES[0]).path.is_dir() and folder.stage(1, STAGES[4]).path.is_dir():
+        return STAGES[4:]  # `selfsteer train`: the pairs were made elsewhere
+    return [name for name in STAGES if recipe.generator.kind != "none" or name not in STAGES[2:4]]
 
 
 def _stage_status(stage: Stage, number: int) -> StageStatus:
