@@ -44,8 +44,22 @@ class Completion:
     finish_reason: FinishReason
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A request that was not and will not be answered; the others go on."""
+
+    key: str
+    reason: str
+    """Short and the same for all requests that failed alike, so that it can be counted."""
+    detail: str = ""
+    """What is particular to this request."""
+
+
 class Engine(Protocol):
     """Answers requests; yields each completion as soon as it is finished, in any order.
+
+    A request that cannot be answered for a reason of its own is yielded as `Failed`: it becomes a dropped row. What
+    concerns all requests is raised.
 
     An engine looks at `interrupt.stop_requested()` before it admits a further request: once it is true, the engine
     finishes what is under way and returns.
@@ -55,4 +69,6 @@ class Engine(Protocol):
 
     def __exit__(self, *exception: object) -> None: ...
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]: ...
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion | Failed]:
+        """Pull the requests lazily and answer each once."""
+        ...

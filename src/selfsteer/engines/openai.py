@@ -1,0 +1,394 @@
+"""The engine for any OpenAI-compatible server, or a fleet of them behind a router (vLLM, SGLang, TGI, a hosted API).
+
+Requests are pulled in the caller's thread as room is made for them; an event loop in a thread of its own (anyio's portal)
+keeps up to `concurrency` of them in flight over reused connections. What may pass is tried again, with full jitter
+(https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/) and after the time that the server asks for.
+When a request fails for good, a one-token request tells whose fault that is: if the server answers it, the request is
+yielded as `Failed`, else `ServerError` ends the run.
+
+Chat messages are the default, rendered by the server's chat template. With `send="token_ids"` the prompt goes out exactly
+as `Request.prompt_ids` has it, which vLLM and SGLang take at /completions; a rendered prompt is never sent as a string,
+because servers put a second BOS before it.
+
+A server may apply sampling defaults of its own to what a request leaves open (vLLM takes top_k and a repetition penalty
+from the model's generation_config.json): start it without them (vLLM: --generation-config vllm), or set them in `extra`.
+
+Left out on purpose: streaming of single answers, several answers a request, starting or stopping servers.
+"""
+
+import json
+import logging
+import os
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from typing import Literal, Self
+from urllib.parse import urlsplit
+
+import anyio
+import httpx2
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from selfsteer.engines.answers import Answer, RefusedError, TryError, excerpt, read_answer, read_error
+from selfsteer.engines.base import Completion, Failed, Request
+from selfsteer.interrupt import stop_requested
+
+log = logging.getLogger(__name__)
+
+COSTLY_TRIES = 3
+"""Tries of a request whose answers were late, unreadable or too large: each may have cost the server a whole generation."""
+
+LONGEST_PAUSE = 60.0
+"""Seconds to which the pause between two tries grows, unless the server asks for more."""
+
+LONGEST_WAIT = 600.0
+"""Seconds: a server that asks for more (Retry-After) ends the run, which can be continued later."""
+
+KEEPALIVE = 4.0
+"""Seconds for which an unused connection is kept: less than the 5 after which uvicorn closes it, perhaps as we write."""
+
+WARN_EVERY = 30.0
+"""Seconds between two warnings about failing tries."""
+
+_STOP_POLL = 0.2
+"""Seconds after which a pause notices that a stop was requested."""
+
+_ERROR_BYTES = 4096
+"""What is read of the body of an error."""
+
+_OURS = frozenset({"model", "messages", "prompt", "n", "stream", "temperature", "top_p", "max_tokens", "seed"})
+
+
+class ServerError(OSError):
+    """The server cannot be used, by any request; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Where requests go, and within which limits."""
+
+    base_url: str
+    """Up to and including the version, such as http://localhost:8000/v1."""
+    model: str
+    """The model's name on the server; an adapter's, where the server holds several."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the API key; no key is sent when None."""
+    send: Literal["messages", "token_ids"] = "messages"
+    concurrency: int = 64
+    """Requests in flight at most."""
+    tries: int = 10
+    """Tries of one request; the pauses between ten of them add up to about a minute and a half."""
+    first_pause: float = 0.5
+    """Seconds: each pause is drawn from 0 to a limit that starts here and doubles up to `LONGEST_PAUSE`."""
+    total_seconds: float = 600.0
+    """Limit of one try, the generation included."""
+    idle_seconds: float = 60.0
+    """Limit of connecting, of sending, and of a silence within an answer's body."""
+    max_answer_bytes: int = 8 * 2**20
+    extra: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Further fields of each request (top_k, chat_template_kwargs, ...); null takes out one that the server refuses."""
+
+    def __post_init__(self) -> None:
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query or url.port == 0:
+            # The value itself is not repeated: it may contain a password.
+            raise ValueError(
+                "the engine's base_url must be http(s)://HOST[:PORT]/PATH without user, password or query, such as "
+                "http://localhost:8000/v1. A key goes into the environment variable that api_key_env names."
+            )
+        for name in ("concurrency", "tries", "first_pause", "total_seconds", "idle_seconds", "max_answer_bytes"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"the engine's {name} is {getattr(self, name)}; it must be above 0")
+        taken = sorted(key for key, value in self.extra.items() if key in _OURS and value is not None)
+        if taken:
+            raise ValueError(f"the engine's extra sets {taken}, which the recipe sets elsewhere; only null is allowed there")
+
+
+class OpenAIEngine:
+    """Implements `Engine` over HTTP; opens its connections on entry and closes them on exit.
+
+    tokenize: the token ids of a text, for servers that do not return them; the same text, not always the same tokens as
+    those sampled. end_ids: the model's end tokens, taken off returned token ids.
+
+    Proxies come from the usual environment variables. Raises ValueError when the named key is not in the environment.
+    """
+
+    def __init__(
+        self, server: Server, *, tokenize: Callable[[str], Iterable[int]], end_ids: Collection[int] = frozenset()
+    ) -> None:
+        self.server = server
+        self.url = server.base_url.rstrip("/") + ("/chat/completions" if server.send == "messages" else "/completions")
+        self._tokenize = tokenize
+        self._end_ids = frozenset(end_ids)
+        self._key = _api_key(server.api_key_env)
+        self._exit = ExitStack()
+        self._portal: BlockingPortal | None = None
+        self._under_way: set[Future[Answer | Failed | None]] = set()
+        self._ending = False
+        self._answered = 0
+        self._answered_at_refusal = 0
+        self._last_answer = 0.0
+        self._failed_tries = 0
+        self._last_warning = -WARN_EVERY
+
+    def __enter__(self) -> Self:
+        # An answer's size is limited as it comes: it must not unfold after that.
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        concurrency, idle = self.server.concurrency, self.server.idle_seconds
+        self._limiter = anyio.CapacityLimiter(concurrency)
+        self._client = httpx2.AsyncClient(
+            headers=headers,
+            limits=httpx2.Limits(
+                max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=KEEPALIVE
+            ),
+            # A server is silent while it generates, so the wait for its answer is limited by the total alone.
+            timeout=httpx2.Timeout(connect=idle, write=idle, read=None, pool=None),
+        )
+        with ExitStack() as stack:
+            self._portal = stack.enter_context(start_blocking_portal(name="openai-engine"))
+            stack.enter_context(self._portal.wrap_async_context_manager(self._client))
+            self._last_answer = self._portal.call(anyio.current_time)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._cancel()
+        self._portal = None
+        self._exit.close()
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion | Failed]:
+        """Answer the requests as `Engine` promises; those in flight when the iterator is closed are abandoned.
+
+        Raises `ServerError`, after yielding all that is finished, when the server refuses us (401, 403, 404), has gone,
+        or answers nonsense to everything.
+        """
+        if self._portal is None:
+            raise ValueError("the engine is closed; use it in a with statement")
+        self._ending = False
+        source = iter(requests)
+        done: SimpleQueue[Future[Answer | Failed | None]] = SimpleQueue()
+        keys: dict[Future[Answer | Failed | None], str] = {}
+        try:
+            while True:
+                # Twice the concurrency, so that the loop has something to start while the caller is busy.
+                while len(self._under_way) < 2 * self.server.concurrency and not self._at_end():
+                    request = next(source, None)
+                    if request is None:
+                        break
+                    future = self._portal.start_task_soon(self._outcome, request)
+                    keys[future] = request.key
+                    self._under_way.add(future)
+                    future.add_done_callback(done.put)
+                if not self._under_way:
+                    return
+                future = done.get()
+                self._under_way.discard(future)
+                yield from self._finished(future.result(), keys.pop(future))
+        except ServerError:
+            self._cancel()
+            for future, key in keys.items():
+                if not future.cancelled() and future.exception() is None:
+                    yield from self._finished(future.result(), key)
+            raise
+        finally:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for future in self._under_way:
+            future.cancel()
+        self._under_way.clear()
+
+    def _finished(self, outcome: Answer | Failed | None, key: str) -> Iterator[Completion | Failed]:
+        if outcome is None:
+            return
+        if isinstance(outcome, Failed):
+            yield outcome
+            return
+        # Here and not in the loop's thread: tokenizers must not be used by two threads at once.
+        ids = tuple(self._tokenize(outcome.text)) if outcome.token_ids is None else outcome.token_ids
+        if outcome.finish_reason == "stop" and ids and ids[-1] in self._end_ids:
+            ids = ids[:-1]
+        yield Completion(key=key, text=outcome.text, token_ids=ids, finish_reason=outcome.finish_reason)
+
+    async def _outcome(self, request: Request) -> Answer | Failed | None:
+        """The answer to one request, why there is none, or None when the end came first."""
+        async with self._limiter:
+            try:
+                return await self._tried(request)
+            except ServerError:
+                self._ending = True
+                raise
+
+    async def _tried(self, request: Request) -> Answer | Failed | None:
+        failures = costly = 0
+        in_vain = 0  # tries in a row during which nobody was answered
+        answered = self._answered
+        while not self._at_end():
+            try:
+                answer = await self._try(self._body(request))
+            except RefusedError as refusal:
+                # Two in a row, or the very first: perhaps it is our settings that are refused.
+                in_a_row, self._answered_at_refusal = self._answered == self._answered_at_refusal, self._answered
+                if in_a_row:
+                    await self._check_server(request, refusal)
+                return Failed(key=request.key, reason=refusal.reason, detail=refusal.detail)
+            except TryError as error:
+                failures += 1
+                costly += error.costly
+                in_vain = in_vain + 1 if answered == self._answered else 0
+                answered = self._answered
+                self._warn(error)
+                if costly >= COSTLY_TRIES or (failures >= self.server.tries and not error.busy):
+                    await self._check_server(request, error)
+                    return Failed(key=request.key, reason="no usable answer", detail=f"{failures} tries; the last: {error}")
+                # One that is told to wait is not given up while others get through: its turn will come.
+                if in_vain >= self.server.tries and self._silence() > self.server.total_seconds:
+                    raise self._unusable(
+                        f"asks to wait, and answered nobody for {self._silence():.0f} s ({error})"
+                    ) from None
+                await self._pause(failures, error.retry_after)
+            else:
+                self._note_answer()
+                return answer
+        return None
+
+    def _at_end(self) -> bool:
+        return self._ending or stop_requested()
+
+    def _note_answer(self) -> None:
+        self._answered += 1
+        self._last_answer = anyio.current_time()
+
+    def _silence(self) -> float:
+        """Seconds since the server last answered any request."""
+        return anyio.current_time() - self._last_answer
+
+    async def _pause(self, failures: int, retry_after: float | None) -> None:
+        asked = retry_after or 0.0
+        if asked > LONGEST_WAIT:
+            raise self._unusable(f"asks to come back in {asked:.0f} s (Retry-After)")
+        limit = min(LONGEST_PAUSE, self.server.first_pause * 2.0 ** (failures - 1))
+        end = anyio.current_time() + asked + random.uniform(0, limit)
+        while (left := end - anyio.current_time()) > 0 and not self._at_end():
+            await anyio.sleep(min(left, _STOP_POLL))
+
+    async def _check_server(self, request: Request, cause: Exception) -> None:
+        """Raise `ServerError` unless the server answers one token to a harmless prompt under the request's own settings."""
+        probe = replace(
+            request,
+            messages=({"role": "user", "content": "Hello"},),
+            prompt_ids=request.prompt_ids[:1],
+            sampling=replace(request.sampling, max_new_tokens=1),
+        )
+        try:
+            await self._try(self._body(probe))
+        except (RefusedError, TryError) as error:
+            raise self._unusable(f"failed ({cause}), and so did a one-token request ({error})") from None
+        self._note_answer()
+
+    async def _try(self, body: bytes) -> Answer:
+        """One exchange. Raises RefusedError, TryError, ServerError."""
+        total = self.server.total_seconds
+        try:
+            with anyio.fail_after(total):
+                async with self._client.stream("POST", self.url, content=body) as response:
+                    if response.status_code != 200:
+                        said = f"HTTP {response.status_code} {excerpt(await self._beginning(response), self._key)}".strip()
+                        error = read_error(response.status_code, response.headers, said)
+                        raise error or self._refuses_all(response.status_code, said)
+                    content = await self._whole(response)
+        except TimeoutError:
+            raise TryError(f"no complete answer in {total:g} s (total_seconds)", costly=True) from None
+        except httpx2.RequestError as error:
+            raise TryError(f"{type(error).__name__}: {error}") from None
+        return read_answer(content, secret=self._key)
+
+    def _body(self, request: Request) -> bytes:
+        sampling = request.sampling
+        body: dict[str, object] = {
+            "model": self.server.model,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "n": 1,
+            "seed": request.seed,
+            "stream": False,
+        }
+        if self.server.send == "messages":
+            body["messages"] = request.messages
+        else:
+            body |= {"prompt": request.prompt_ids, "return_token_ids": True}
+        body |= self.server.extra
+        return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+
+    async def _whole(self, response: httpx2.Response) -> bytes:
+        """The body within the limits of size and silence."""
+        body = bytearray()
+        chunks = response.aiter_bytes()
+        while True:
+            try:
+                with anyio.fail_after(self.server.idle_seconds):
+                    body += await anext(chunks)
+            except StopAsyncIteration:
+                return bytes(body)
+            except TimeoutError:
+                raise TryError(
+                    f"silent for {self.server.idle_seconds:g} s amid its answer (idle_seconds)", costly=True
+                ) from None
+            if len(body) > self.server.max_answer_bytes:
+                raise TryError(
+                    f"an answer of more than {self.server.max_answer_bytes} bytes (max_answer_bytes)", costly=True
+                )
+
+    async def _beginning(self, response: httpx2.Response) -> bytes:
+        """What an error says for itself, as far as it comes; the status counts even when that breaks off."""
+        body = bytearray()
+        with anyio.move_on_after(self.server.idle_seconds):
+            try:
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    if len(body) > _ERROR_BYTES:
+                        break
+            except httpx2.RequestError as error:
+                log.debug("%s: body of HTTP %d: %s", self.url, response.status_code, error)
+        return bytes(body)
+
+    def _refuses_all(self, status: int, said: str) -> ServerError:
+        name = self.server.api_key_env
+        if status in (401, 403):
+            way_out = f"Put a valid key into the environment variable {name}" if name else "Name its variable in api_key_env"
+        elif 300 <= status < 400:
+            way_out = "Redirects are not followed: set base_url to where it leads"
+        else:
+            way_out = f"Check base_url (it mostly ends in /v1) and the model's name there, {self.server.model!r}"
+        return self._unusable(f"refuses all requests ({said}). {way_out}")
+
+    def _unusable(self, what: str) -> ServerError:
+        return ServerError(
+            f"{self.url} {what}. {self._answered} requests were answered before; what is finished is kept. When this "
+            "is mended, the same command continues."
+        )
+
+    def _warn(self, error: TryError) -> None:
+        self._failed_tries += 1
+        now = anyio.current_time()
+        if now - self._last_warning >= WARN_EVERY:
+            self._last_warning = now
+            log.warning("%s: trying again (%d failed tries so far); the last: %s", self.url, self._failed_tries, error)
+
+
+def _api_key(name: str | None) -> str | None:
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    # Checked here, because the HTTP library would repeat a malformed header in its error.
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            f"the environment variable {name}, which api_key_env names, holds no usable key; set it and run again"
+        )
+    return key
