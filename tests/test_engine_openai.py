@@ -265,6 +265,16 @@ def test_storm_of_429_loses_nothing(monkeypatch: pytest.MonkeyPatch):
     assert server.most_in_flight <= 8
 
 
+def test_one_that_waits_is_not_given_up_while_others_get_through(monkeypatch: pytest.MonkeyPatch):
+    """p0 is told to wait six times, twice its tries; whatever the clock says, others are answered meanwhile."""
+    monkeypatch.setattr(OpenAIEngine, "_silence", lambda _: 99.0)
+    waits = misbehave_for("p0", error(429, Retry_After="0.05"), times=6)
+    with MisbehavingServer(lambda call: waits(call) if call.prompt == "p0" else late(0.005)(call)) as server:
+        outcomes = answered(server, many(120), concurrency=2)
+    assert len(texts(outcomes)) == 120
+    assert server.count("p0") == 7
+
+
 def test_429_for_everybody_ends_after_the_total_limit():
     """At least `tries` calls, and none answered for total_seconds."""
     began = time.monotonic()
@@ -373,6 +383,21 @@ def test_refusals_of_everything_stop_at_once(status: int, way_out: str, monkeypa
     ):
         answered(server, many(50), concurrency=1, api_key_env="TEST_KEY")
     assert len(server.calls) == 1
+
+
+def test_nothing_is_sent_after_a_refusal_though_the_caller_is_busy():
+    """The caller handles the first answer for 0.3 s, while the second request is refused: the third is not sent."""
+
+    def slow(text: str) -> list[int]:
+        time.sleep(0.3)
+        return [ord(c) for c in text]
+
+    with MisbehavingServer(lambda call: echo(call) if call.number == 1 else error(401)) as server:
+        address = Server(base_url=server.base_url, model="m", concurrency=1)
+        with OpenAIEngine(address, tokenize=slow) as engine:
+            outcomes, _ = until_error(engine, many(20))
+    assert len(outcomes) == 1
+    assert len(server.calls) == 2
 
 
 def test_no_key_where_one_is_needed():
