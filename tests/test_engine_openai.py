@@ -386,18 +386,17 @@ def test_refusals_of_everything_stop_at_once(status: int, way_out: str, monkeypa
 
 
 def test_nothing_is_sent_after_a_refusal_though_the_caller_is_busy():
-    """The caller handles the first answer for 0.3 s, while the second request is refused: the third is not sent."""
+    """The first request is refused while the second is still being made."""
 
-    def slow(text: str) -> list[int]:
-        time.sleep(0.3)
-        return [ord(c) for c in text]
+    def source() -> Iterator[Request]:
+        for request in many(20):
+            yield request
+            time.sleep(0.3)
 
-    with MisbehavingServer(lambda call: echo(call) if call.number == 1 else error(401)) as server:
-        address = Server(base_url=server.base_url, model="m", concurrency=1)
-        with OpenAIEngine(address, tokenize=slow) as engine:
-            outcomes, _ = until_error(engine, many(20))
-    assert len(outcomes) == 1
-    assert len(server.calls) == 2
+    with MisbehavingServer(lambda _: error(401)) as server:
+        with engine_for(server, concurrency=1) as engine, pytest.raises(ServerError, match="HTTP 401"):
+            next(engine.generate(source()))
+        assert len(server.calls) == 1
 
 
 def test_no_key_where_one_is_needed():
