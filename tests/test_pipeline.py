@@ -197,6 +197,8 @@ def test_the_aligned_model_is_an_ordinary_folder(finished: Path, tiny_folder: st
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], return_tensors="pt", return_dict=True)
     with torch.no_grad():
         assert torch.isfinite(model(**ids).logits).all()
+    configs = [json.loads((Path(each) / "config.json").read_text()) for each in (folder, tiny_folder)]
+    assert configs[0] == configs[1], "training leaves nothing of its own behind"
     card = (folder / "README.md").read_text()
     assert all(text in card for text in ("2410.17131", "learning_rate: 0.001", "sft_weight: 0.1")), "how it was made"
 
@@ -235,14 +237,15 @@ def test_a_second_call_does_nothing_new(finished: Path, recipe_of: RecipeOf):
 
 
 def test_the_same_seed_gives_identical_data(finished: Path, recipe_of: RecipeOf, tmp_path: Path):
-    changes = {"generator.max_steps": 1, "alignment.max_steps": 1}
-    for name in ("a", "b"):
-        run(recipe_of(tmp_path / name, changes))
-    run(recipe_of(tmp_path / "c", {**changes, "seed": 1}))
+    run(recipe_of(tmp_path / "same"))
     for stage in ("1-principles", "2-responses", "3-steering", "5-preferences"):
-        assert rows(tmp_path / "a", stage) == rows(tmp_path / "b", stage)
-    assert rows(tmp_path / "a", "2-responses") == rows(finished, "2-responses")
-    assert rows(tmp_path / "a", "2-responses") != rows(tmp_path / "c", "2-responses")
+        assert rows(tmp_path / "same", stage) == rows(finished, stage)
+    assert (tmp_path / "same/round-1/6-policy/model/model.safetensors").read_bytes() == (
+        finished / "round-1/6-policy/model/model.safetensors"
+    ).read_bytes()
+    run(recipe_of(tmp_path / "other", {"seed": 1, "generator.kind": "none", "alignment.max_steps": 1}))
+    pairs = zip(rows(tmp_path / "other", "2-responses"), rows(finished, "2-responses"), strict=True)
+    assert all(one["good"]["seed"] != two["good"]["seed"] for one, two in pairs)
 
 
 def test_a_changed_temperature_makes_new_samples_and_keeps_the_old(copy: Path, recipe_of: RecipeOf, caplog: Any):

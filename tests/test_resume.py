@@ -1,0 +1,223 @@
+"""kill -9 of the whole pipeline, again and again, until it is through: the data is that of a run that nobody disturbed.
+
+A child is killed before its n-th fsync of a file below a given place; every durable step of the run folder is one, so that
+place and n pick the moment: while sampling, while scoring, while a checkpoint is written, between the files of a seal. The
+children are forks of one process that has imported everything, because importing takes longer than the work.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import selfsteer
+
+RecipeOf = Callable[..., dict[str, Any]]
+STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
+
+# Arguments: a recipe, then "n:SIGNAL:PLACE" for every child: what it gets before its n-th fsync of a path with PLACE in it.
+# Prints for each child its exit status (negative: the signal that killed it) and how many stages are sealed then.
+CHILDREN = """
+import os, signal, sys, traceback
+from pathlib import Path
+import torch, transformers, datasets, peft, pyarrow.parquet, selfsteer
+from selfsteer import cli, pipeline, report
+
+def child(recipe, moment):
+    count, name, place = moment.split(":")
+    left = int(count)
+
+    def counted(sync):
+        def step(descriptor):
+            nonlocal left
+            left -= place in os.readlink(f"/proc/self/fd/{descriptor}")
+            if left == 0:
+                left = -1
+                os.kill(os.getpid(), getattr(signal, name))
+            return sync(descriptor)
+        return step
+
+    os.fsync = counted(os.fsync)
+    sys.argv = ["selfsteer", "run", recipe]
+    cli.main()
+
+recipe, *moments = sys.argv[1:]
+for moment in moments:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(recipe, moment)
+        except SystemExit as ended:
+            sys.stderr.flush()
+            os._exit(ended.code)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    sealed = len(list(Path(recipe).parent.glob("run/round-1/*/MANIFEST.json")))
+    print('child', status, sealed, flush=True)
+"""
+
+
+class Child(NamedTuple):
+    status: int
+    sealed: int
+    """Stages with a manifest, when it had ended."""
+
+
+THROUGH = "0:SIGKILL:"
+"""Nothing happens to this child."""
+
+
+def children(recipe: Path, *moments: str) -> tuple[list[Child], str]:
+    """What became of every child, and what they all said."""
+    command = [sys.executable, "-c", CHILDREN, str(recipe), *moments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.removeprefix("child ").split() for line in ended.stdout.splitlines() if line.startswith("child ")]
+    return [Child(int(status), int(sealed)) for status, sealed in lines], ended.stderr
+
+
+def parts(run: Path, stage: str) -> list[str]:
+    """The keys of the whole records of a stage."""
+    keys: list[str] = []
+    for part in sorted((run / "round-1" / stage / "parts").glob("*.jsonl")):
+        keys += [json.loads(line)["key"] for line in part.read_text().splitlines() if line.endswith("}")]
+    return keys
+
+
+def data(run: Path, stage: str) -> Any:
+    return pq.read_table(run / "round-1" / stage / "data.parquet").to_pylist()
+
+
+@pytest.fixture
+def recipe(recipe_of: RecipeOf, tmp_path: Path) -> Path:
+    return write(tmp_path, recipe_of)
+
+
+def write(folder: Path, recipe_of: RecipeOf) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_of(folder / "run", {"training.save_steps": 1})))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe_of: RecipeOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write(tmp_path_factory.mktemp("undisturbed"), recipe_of)
+    selfsteer.run(path)
+    return path.parent / "run"
+
+
+def same_result(run: Path, undisturbed: Path) -> None:
+    """Data, weights and histories; no sample made twice and none more than without a kill."""
+    for stage in ("1-principles", "2-responses", "3-steering", "5-preferences"):
+        assert data(run, stage) == data(undisturbed, stage), stage
+    for stage in STAGES[1:]:
+        keys = parts(run, stage)
+        assert len(keys) == len(set(keys)), f"{stage}: a sample was made twice"
+        assert set(keys) == set(parts(undisturbed, stage)), stage
+    for stage in ("4-generator", "6-policy"):
+        ours, theirs = (load_file(each / "round-1" / stage / "model/model.safetensors") for each in (run, undisturbed))
+        assert ours.keys() == theirs.keys()
+        assert all((ours[name] == theirs[name]).all() for name in ours), f"{stage}: other weights"
+        steps, expected = (
+            [json.loads(line) for line in (each / "round-1" / stage / "history.jsonl").read_text().splitlines()]
+            for each in (run, undisturbed)
+        )
+        assert [(step["step"], step["loss"]) for step in steps] == [(step["step"], step["loss"]) for step in expected]
+        assert not list((run / "round-1" / stage).glob("training-*")), "the checkpoints are gone with the finished training"
+
+
+KILLS = (
+    "1:SIGKILL:1-principles/data.parquet",
+    "1:SIGKILL:2-responses/parts/",
+    "1:SIGKILL:2-responses/parts/",
+    "1:SIGKILL:2-responses/data.parquet",
+    "1:SIGKILL:2-responses/MANIFEST",
+    "1:SIGKILL:3-steering/parts/",
+    "1:SIGKILL:3-steering/dropped",
+    "1:SIGKILL:checkpoint-1/",
+    "1:SIGKILL:checkpoint-2/COMPLETE",
+    "1:SIGKILL:4-generator/model/",
+    "1:SIGKILL:4-generator/MANIFEST",
+    "1:SIGKILL:5-preferences/parts/",
+    "1:SIGKILL:5-preferences/MANIFEST",
+    "3:SIGKILL:6-policy/training-",
+    "1:SIGKILL:6-policy/MANIFEST",
+    "1:SIGKILL:metrics.json",
+)
+"""In the order of the pipeline, each behind the one before."""
+
+
+def test_killed_in_every_stage(recipe: Path, undisturbed: Path):
+    """One folder, sixteen kills on the way through: sampling, scoring, checkpoints, seals."""
+    found, said = children(recipe, *KILLS, THROUGH)
+    survivors = [moment for moment, child in zip(KILLS, found, strict=False) if child.status != -signal.SIGKILL]
+    assert survivors == [], said
+    assert found[-1] == Child(0, 6), said
+    same_result(recipe.parent / "run", undisturbed)
+
+
+def test_killed_at_moments_drawn(recipe: Path, undisturbed: Path):
+    """Wherever between the 5th and the 60th durable step of each child; what was durable stays."""
+    draw = random.Random(4)
+    moments = [f"{draw.randint(5, 60)}:SIGKILL:" for _ in range(5)]
+    found, said = children(recipe, *moments, THROUGH)
+    assert {child.status for child in found} == {0, -signal.SIGKILL}, said
+    assert [child.sealed for child in found] == sorted(child.sealed for child in found), "a sealed stage was lost"
+    assert found[-1] == Child(0, 6), said
+    same_result(recipe.parent / "run", undisturbed)
+
+
+def test_stopped_by_a_signal_in_every_stage(recipe: Path, undisturbed: Path):
+    """What is under way is finished and kept, in training as a complete checkpoint; the message says how to go on."""
+    moments = (
+        "1:SIGTERM:2-responses/parts/",
+        "1:SIGINT:3-steering/parts/",
+        "1:SIGTERM:checkpoint-1/",
+        "1:SIGINT:checkpoint-2/",
+        "1:SIGTERM:5-preferences/parts/",
+    )
+    found, said = children(recipe, *moments, THROUGH)
+    assert [child.status for child in found] == [143, 130, 143, 130, 143, 0], said
+    assert [child.sealed for child in found] == [1, 2, 3, 3, 4, 6], said
+    for name, times in (("SIGTERM", 3), ("SIGINT", 2)):
+        assert said.count(f"stopped by {name}; the same command continues:\n  selfsteer run {recipe}\n") == times
+    same_result(recipe.parent / "run", undisturbed)
+
+
+def test_a_second_process_names_the_holder(recipe: Path):
+    """It ends with 2 and leaves the folder as it is; the first one does not notice."""
+    command = [sys.executable, "-m", "selfsteer", "run", str(recipe), "responses.max_new_tokens=400"]
+    folder = recipe.parent / "run"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
+        try:
+            until(lambda: (folder / "run.json").exists(), first)
+            second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            assert first.poll() is None, "the first one was to be at work still"
+        finally:
+            first.kill()
+        assert first.stderr is not None
+        assert "Traceback" not in first.stderr.read()
+    assert second.returncode == 2, second.stderr
+    assert str(folder) in second.stderr
+    assert str(first.pid) in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)
