@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from conftest import QUERIES
+from tiny import CHAT_TEMPLATE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfsteer
@@ -396,6 +398,78 @@ def test_every_row_is_kept_or_dropped_with_a_reason(recipe_of: RecipeOf, tmp_pat
     ]
 
 
+def test_filters_are_counted_and_named(copy: Path, recipe_of: RecipeOf):
+    """Of 300 tokens some responses are cut off: their queries go no further, each with that reason."""
+    run(recipe_of(copy, {"responses.max_new_tokens": 300, "filters.truncated": "drop", "generator.max_steps": 1}))
+    cut = {
+        row["query_id"]
+        for row in rows(copy, "2-responses")
+        if "length" in {row[role]["finish_reason"] for role in ("good", "bad", "original")}
+    }
+    dropped = (copy / "round-1/3-steering/dropped.jsonl").read_text().splitlines()
+    assert {json.loads(line)["id"] for line in dropped} == cut
+    assert {json.loads(line)["reason"] for line in dropped} == {"cut off by the length limit"}
+    kept = {row["query_id"] for row in rows(copy, "3-steering")}
+    assert kept
+    assert kept == {row["query_id"] for row in rows(copy, "1-principles")} - cut
+
+
+def test_a_damaged_stage_is_refused(copy: Path, recipe_of: RecipeOf):
+    file = copy / "round-1/2-responses/data.parquet"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"2-responses/data\.parquet"):
+        run(recipe_of(copy))
+
+
+def test_the_generator_trains_on_a_part_and_answers_all(recipe_of: RecipeOf, tmp_path: Path):
+    changes = {"generator.queries": 3, "generator.max_steps": 1, "alignment.max_steps": 1, "quality.sample": 2}
+    run(recipe_of(tmp_path / "run", changes))
+    drawn = [row["query_id"] for row in rows(tmp_path / "run", "2-responses")]
+    every = [row["query_id"] for row in rows(tmp_path / "run", "1-principles")]
+    assert len(drawn) == 3
+    assert drawn == [key for key in every if key in drawn]
+    assert len(samples(tmp_path / "run", "2-responses")) == 9
+    assert [row["query_id"] for row in rows(tmp_path / "run", "5-preferences")] == every
+
+
+def test_conversations_with_a_system_message(recipe_of: RecipeOf, tmp_path: Path):
+    """The system message stays in the bare query and comes before the principle."""
+    messages = [
+        {"role": "system", "content": "You are a pirate."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "Arr."},
+        {"role": "user", "content": "How so?"},
+    ]
+    path = tmp_path / "queries.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    changes = {"queries.path": str(path), "queries.column": "messages"}
+    run(recipe_of(tmp_path / "run", {**changes, "generator.max_steps": 1, "alignment.max_steps": 1}))
+    (row,) = rows(tmp_path / "run", "5-preferences")
+    assert row["prompt"] == messages
+    (plus, _) = rows(tmp_path / "run", "3-steering")
+    assert plus["prompt"][0]["content"] == f"You are a pirate.\n\n{plus['principles']['good']}"
+    assert plus["prompt"][1:] == messages[1:]
+
+
+def test_principles_that_the_model_cannot_write(recipe_of: RecipeOf, tmp_path: Path):
+    """Random weights write no principles: a library pair stands in, with the reason, and nothing is asked twice."""
+    changes = {
+        "principles.source": "generate",
+        "principles.retries": 1,
+        "principles.max_new_tokens": 8,
+        "generator.kind": "none",
+        "alignment.max_steps": 1,
+    }
+    run(recipe_of(tmp_path / "run", changes))
+    found = rows(tmp_path / "run", "1-principles")
+    assert len(found) == len(QUERIES)
+    assert all(row["principles"]["fallback"] and row["principles"]["source"] == "library" for row in found)
+    asked = samples(tmp_path / "run", "1-principles")
+    assert len(asked) == len(set(asked)) == 2 * len(QUERIES)
+
+
 # --- pairs made elsewhere, export, status ----------------------------------------------------------------------------------
 
 
@@ -418,8 +492,30 @@ def test_train_pairs(given: Path, recipe_of: RecipeOf, tmp_path: Path):
     assert rows(tmp_path / "run", "5-preferences")[0]["chosen"][0]["content"] == "The capital of France is Paris."
     assert found["rounds"][0]["alignment"]["pairs"] == 2
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/round-1/6-policy/model")
-    card = (tmp_path / "run/round-1/6-policy/model/README.md").read_text()
-    assert "pairs.jsonl" not in card or "/" not in card.split("pairs.jsonl")[0].splitlines()[-1]
+    before = contents(tmp_path / "run")
+    pipeline.train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run")))
+    assert contents(tmp_path / "run") == before
+
+
+def test_scores_follow_the_chat_template_not_its_path(given: Path, recipe_of: RecipeOf, tmp_path: Path):
+    """Another text in the same template file: the same pairs have other log-probabilities."""
+    template = tmp_path / "own.jinja"
+    recipe = Recipe.model_validate(
+        recipe_of(tmp_path / "run", {"policy.chat_template": str(template), "alignment.max_steps": 1})
+    )
+    found: list[list[float]] = []
+    for greeting in ("Hi.", "Write a story."):
+        template.write_text(greeting + CHAT_TEMPLATE)
+        pipeline.train_pairs(given, recipe)
+        found.append([row["ref_chosen_logps"] for row in rows(tmp_path / "run", "5-preferences")])
+    assert all(one != two for one, two in zip(*found, strict=True))
+    moved = tmp_path / "moved.jinja"
+    template.rename(moved)
+    before = samples(tmp_path / "run", "5-preferences")
+    pipeline.train_pairs(
+        given, recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"chat_template": str(moved)})})
+    )
+    assert samples(tmp_path / "run", "5-preferences") == before, "a path is no part of what determines a score"
 
 
 def test_measure_pairs_writes_nothing(given: Path, tiny_folder: str, tmp_path: Path):
@@ -456,13 +552,31 @@ def test_export(form: Any, finished: Path, tmp_path: Path):
     assert all(json.dumps(row["chosen"][0]["content"], ensure_ascii=False) in text for row in expected)
 
 
-def status_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(cli, "_configure_logging", lambda *, verbose: None)
-    monkeypatch.setattr(sys, "argv", ["selfsteer", "status", str(folder)])
-    monkeypatch.setenv("COLUMNS", "120")
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 0
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call the command; returns what it prints."""
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr(cli, "_configure_logging", lambda *, verbose: None)
+        monkeypatch.setattr(sys, "argv", ["selfsteer", *arguments])
+        monkeypatch.setenv("COLUMNS", "120")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    return command
+
+
+def test_the_summary_and_the_measures_are_printed(
+    given: Path, recipe_of: RecipeOf, tiny_folder: str, tmp_path: Path, shown: Callable[..., str]
+):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(tmp_path / "run")))
+    trained = shown("train", str(given), str(tmp_path / "recipe.yaml"))
+    assert "6-policy" in trained
+    assert str(tmp_path / "run/round-1/6-policy/model") in trained.replace("\n", "")
+    assert "on-policy" in shown("measure", str(given), "--policy", tiny_folder).lower()
 
 
 @pytest.fixture
@@ -471,17 +585,15 @@ def _half(copy: Path) -> None:
         shutil.rmtree(copy / "round-1" / name)
 
 
-def test_status_of_a_complete_run(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    status_of(monkeypatch, copy)
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in STAGES)
-    assert shown.count("sealed") == 6
-    assert "complete" in shown
+def test_status_of_a_complete_run(copy: Path, shown: Callable[..., str]):
+    found = shown("status", str(copy))
+    assert all(name in found for name in STAGES)
+    assert found.count("sealed") == 6
+    assert "complete" in found
 
 
 @pytest.mark.usefixtures("_half")
-def test_status_of_a_run_that_was_stopped(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    status_of(monkeypatch, copy)
-    shown = capsys.readouterr().out
-    assert shown.count("sealed") == 4
-    assert "next: begin round 1, 5-preferences" in shown
+def test_status_of_a_run_that_was_stopped(copy: Path, shown: Callable[..., str]):
+    found = shown("status", str(copy))
+    assert found.count("sealed") == 4
+    assert "next: begin round 1, 5-preferences" in found
