@@ -1,0 +1,379 @@
+"""Judges of preference pairs: which of two responses is better, and does that agree with chosen above rejected?
+
+judge                   who says which response is better                         costs a pair
+sampled_verdicts        an LLM behind any engine, by one letter, in both orders   two short answers
+embedded_verdicts       an LLM in this process, by P(A) and P(B), in both orders  two prompts, nothing is sampled
+reward_verdicts         a sequence-classification reward model                    two sequences
+(self_judges.py)        the trained or the steered policy itself                  at most one forward pass
+
+Every judge yields a `Verdict` for every pair, in order; `verdicts.judge_report` turns them into numbers. What a judge said
+is journalled under a content key and never asked twice; what it failed to say is asked again by the next run.
+
+Left out on purpose: which judge a recipe names, gates on its report, grades of single responses.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from selfsteer import reference, reward
+from selfsteer.durable import digest
+from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
+from selfsteer.interrupt import raise_if_stopped
+from selfsteer.journal import Journal
+from selfsteer.models import load_tokenizer
+from selfsteer.progress import progress
+from selfsteer.prompts import Prompts
+from selfsteer.quality import ScoredPair
+from selfsteer.records import Message, PreferencePair
+from selfsteer.verdicts import Orders, Verdict, by_margin, by_orders, failure
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+"""Version of the journalled answers; part of every key."""
+
+Pairs = Callable[[], Iterable[PreferencePair]]
+"""The pairs to be judged, each time from the beginning: once to ask, once to read the verdicts."""
+
+_DURABLE_EVERY = 16
+_RETRY_TEMPERATURE = 0.7
+"""Of the further tries after an unreadable answer, where the first one was greedy and would repeat itself."""
+
+# --- the prompt of an LLM judge --------------------------------------------------------------------------------------------
+
+FIRST, SECOND = "A", "B"
+"""The closed set of answers: the response shown first is better, or the second."""
+
+_PLACES = ("fence", "request", "first", "second")
+_PLACE = re.compile(r"\{(" + "|".join(_PLACES) + r")\}")
+_SHORTEST_FENCE = 8
+
+
+def judge_template(path: Path | None = None) -> str:
+    """The built-in pairwise prompt, or a file's. ValueError, naming them, when places are missing."""
+    if path is None:
+        return _built_in_template()
+    text = path.read_text(encoding="utf-8")
+    missing = [place for place in _PLACES if f"{{{place}}}" not in text]
+    if missing:
+        raise ValueError(
+            f"{path}: a judge's template needs the places {{fence}}, {{request}}, {{first}} and {{second}}; {missing} are"
+            f" missing. It must ask for exactly {FIRST} or {SECOND}."
+        )
+    return text
+
+
+@cache
+def _built_in_template() -> str:
+    return resources.files("selfsteer").joinpath("templates", "judge_pairwise.txt").read_text(encoding="utf-8")
+
+
+def judge_messages(template: str, prompt: Iterable[Message], first: str, second: str) -> tuple[Message, ...]:
+    """The judge's prompt. What it is to judge stands between marks with a code that occurs in none of these texts.
+
+    Texts are filled in at once, so that a place named in one of them stays as it is.
+    """
+    request = _request_text(tuple(prompt))
+    texts = {"request": request, "first": first, "second": second}
+    filled = texts | {"fence": _fence(request, first, second)}
+    return (Message(role="user", content=_PLACE.sub(lambda place: filled[place[1]], template)),)
+
+
+def _fence(*texts: str) -> str:
+    """A code that no text contains; the same in both orders of the responses. Its digits follow from the texts themselves:
+    no response can hold the code of a prompt that it is part of.
+    """
+    code = digest(sorted(texts))
+    length = _SHORTEST_FENCE
+    while any(code[:length] in text for text in texts):
+        length += 1
+        assert length <= len(code), "a text contains its own sha256"
+    return code[:length]
+
+
+def _request_text(prompt: tuple[Message, ...]) -> str:
+    """The user's turn alone, or the whole conversation with the role before every turn."""
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
+
+
+class BothOrders(NamedTuple):
+    """One question, asked with the chosen response first and with it second."""
+
+    chosen_first: tuple[Message, ...]
+    chosen_second: tuple[Message, ...]
+
+
+def _questions(template: str, pair: PreferencePair) -> BothOrders:
+    return BothOrders(
+        judge_messages(template, pair.prompt, pair.chosen, pair.rejected),
+        judge_messages(template, pair.prompt, pair.rejected, pair.chosen),
+    )
+
+
+def _refusal(questions: BothOrders, prompts: Prompts, limit: int) -> str | None:
+    """Why a judge with this tokenizer must not be asked, or None."""
+    for messages in questions:
+        reason = prompts.quarantine_reason(messages)
+        if reason is not None:
+            return reason
+        if len(prompts.prompt_ids(messages)) > limit:
+            return "too long for the judge"
+    return None
+
+
+# --- an LLM behind an engine -----------------------------------------------------------------------------------------------
+
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=16)
+"""A letter needs no more tokens; a model that thinks first does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMJudge:
+    """An LLM that is asked for one letter through an engine."""
+
+    name: str
+    """What identifies it, in every key: the digest of its weights, or the model's name on a server. No addresses."""
+    prompts: Prompts | None
+    """Its tokenizer, for engines that take token ids; None for a server that renders messages itself. Only with it can
+    texts that would be read as special tokens be kept from the judge."""
+    template: str
+    """See `judge_template`."""
+    sampling: Sampling = GREEDY
+    retries: int = 2
+    """Further tries of an answer that can't be read."""
+    max_prompt_tokens: int = 8192
+    """Longer questions are not asked, where the tokenizer is known; nothing is ever cut."""
+
+    def request(self, messages: tuple[Message, ...], attempt: int) -> Request:
+        """One try of one question, under a key of what determines the answer."""
+        sampling = self.sampling
+        if attempt and sampling.temperature == 0:
+            sampling = replace(sampling, temperature=_RETRY_TEMPERATURE)
+        content = {
+            "schema": SCHEMA,
+            "judge": self.name,
+            "messages": list(messages),
+            "prompts": None if self.prompts is None else self.prompts.digest,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "attempt": attempt,
+        }
+        key = digest(content)
+        prompt_ids = () if self.prompts is None else self.prompts.prompt_ids(messages)
+        return Request(key=key, messages=messages, prompt_ids=prompt_ids, sampling=sampling, seed=int(key[:8], 16))
+
+    def refusal(self, questions: BothOrders) -> str | None:
+        """Why it must not be asked, or None."""
+        return None if self.prompts is None else _refusal(questions, self.prompts, self.max_prompt_tokens)
+
+
+def parse_answer(text: str) -> str | None:
+    """`FIRST` or `SECOND` where the answer is exactly that, but for white space around it; else None: unreadable."""
+    answer = text.strip()
+    return answer if answer in (FIRST, SECOND) else None
+
+
+def sampled_verdicts(
+    judge: LLMJudge, pairs: Pairs, open_engine: Callable[[], Engine], journal: Journal, *, total: int
+) -> Iterator[Verdict]:
+    """The verdicts of an LLM that answers with a letter. total, the number of pairs, is for the progress bar.
+
+    An answer that can't be read is asked for again, a request that fails costs its pair, and a server that has gone costs
+    the pairs that it has not answered. Raises Interrupted, with all answers durable, when a signal asked to stop.
+    """
+    failed: dict[str, str] = {}
+    for attempt in range(1 + judge.retries):
+        wanted = _unread(judge, pairs(), attempt, journal)
+        first = next(wanted, None)
+        if first is None:
+            break
+        with progress("verdicts", 2 * total, unit="answers") as advance, open_engine() as engine:
+            for batch in _answers(engine, chain([first], wanted), failed):
+                journal.append([(each.key, {"text": each.text, "finish_reason": each.finish_reason}) for each in batch])
+                advance(len(batch))
+        raise_if_stopped()
+    for pair in pairs():
+        yield _verdict(judge, pair, journal, failed)
+
+
+def _unread(judge: LLMJudge, pairs: Iterable[PreferencePair], attempt: int, journal: Journal) -> Iterator[Request]:
+    """The questions that were answered unreadably in every earlier try and have no answer to this one, each once."""
+    asked: set[str] = set()
+    for pair in pairs:
+        questions = _questions(judge.template, pair)
+        if judge.refusal(questions) is not None:
+            continue
+        for messages in questions:
+            tries = [judge.request(messages, number).key for number in range(attempt)]
+            if any(key not in journal or _read(journal, key) is not None for key in tries):
+                continue
+            request = judge.request(messages, attempt)
+            if request.key not in journal and request.key not in asked:
+                asked.add(request.key)
+                yield request
+
+
+def _answers(engine: Engine, requests: Iterable[Request], failed: dict[str, str]) -> Iterator[list[Completion]]:
+    """Batches of answers to make durable; notes why requests failed. A server that has gone ends them."""
+    batch: list[Completion] = []
+    answers = engine.generate(requests)
+    while True:
+        try:
+            answer = next(answers, None)
+        except OSError as error:
+            log.warning("the judge has gone; pairs that it has not answered get no verdict: %s", error)
+            answer = None
+        if isinstance(answer, Failed):
+            failed[answer.key] = answer.reason
+        elif answer is not None:
+            batch.append(answer)
+        if batch and (answer is None or len(batch) == _DURABLE_EVERY):
+            yield batch
+            batch = []
+        if answer is None:
+            return
+
+
+def _read(journal: Journal, key: str) -> str | None:
+    answer = journal.get(key)
+    return parse_answer(answer["text"]) if answer["finish_reason"] == "stop" else None
+
+
+def _verdict(judge: LLMJudge, pair: PreferencePair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
+    questions = _questions(judge.template, pair)
+    refusal = judge.refusal(questions)
+    if refusal is not None:
+        return failure(pair, refusal)
+    letters: list[str] = []
+    for messages in questions:
+        tries = [judge.request(messages, attempt).key for attempt in range(1 + judge.retries)]
+        answered = [key for key in tries if key in journal]
+        letter = next((letter for key in answered if (letter := _read(journal, key)) is not None), None)
+        if letter is None:
+            reason = next((failed[key] for key in tries if key in failed), None)
+            return failure(pair, reason or ("unreadable answer" if answered else "the judge did not answer"))
+        letters.append(letter)
+    return by_orders(pair, Orders(float(letters[0] == FIRST), float(letters[1] == SECOND)))
+
+
+# --- an LLM in this process: probabilities instead of samples --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedJudge:
+    """An LLM in this process."""
+
+    scoring: reference.Judge
+    """The model, and how it computes log-probabilities."""
+    template: str
+    """See `judge_template`."""
+    max_prompt_tokens: int = 8192
+    """Longer questions are not asked; nothing is ever cut."""
+
+
+def embedded_verdicts(judge: EmbeddedJudge, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
+    """Verdicts from the probabilities of the two letters, renormalised over them, in both orders: nothing is sampled.
+
+    Each order is one prompt with two completions behind it, in the packed forward pass that scores pairs. total, the
+    number of pairs, is for the progress bar. Raises Interrupted, with all scores durable, when a signal asked to stop.
+    """
+    scoring = judge.scoring
+    policy = scoring.policy
+    tokenizer = load_tokenizer(
+        scoring.model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code
+    )
+    prompts = Prompts(tokenizer, system_role=policy.system_role)
+
+    def asked() -> Iterator[tuple[PreferencePair, reference.Group | str]]:
+        """Every pair with its question, or with why it must not be asked."""
+        for pair in pairs():
+            questions = _questions(judge.template, pair)
+            refusal = _refusal(questions, prompts, judge.max_prompt_tokens)
+            yield pair, refusal or scoring.group([_letters(pair, messages) for messages in questions])
+
+    groups = (group for _, group in asked() if isinstance(group, reference.Group))
+    reference.score_missing(scoring, groups, journal, description="verdicts", total=total)
+    for pair, group in asked():
+        yield failure(pair, group) if isinstance(group, str) else _embedded_verdict(pair, reference.scores(journal, group))
+
+
+def _embedded_verdict(pair: PreferencePair, scores: Sequence[ScoredPair]) -> Verdict:
+    chosen_first, chosen_second = (
+        letter_probability({FIRST: scored.chosen.logps, SECOND: scored.rejected.logps}) for scored in scores
+    )
+    orders = Orders(chosen_first.first, 1 - chosen_second.first)
+    return by_orders(pair, orders, mass=(chosen_first.mass + chosen_second.mass) / 2)
+
+
+def _letters(pair: PreferencePair, question: tuple[Message, ...]) -> PreferencePair:
+    """The two answers as completions of the judge's prompt, without an end token: their probability is the letters' own."""
+    return PreferencePair(
+        query_id=pair.query_id,
+        kind="given",
+        prompt=question,
+        chosen=FIRST,
+        rejected=SECOND,
+        chosen_finish="length",
+        rejected_finish="length",
+    )
+
+
+class LetterProbability(NamedTuple):
+    """What the log-probabilities of the letters say."""
+
+    first: float
+    """Probability of `FIRST`, renormalised over the closed set."""
+    mass: float
+    """Probability of the closed set."""
+
+
+def letter_probability(logps: Mapping[str, float]) -> LetterProbability:
+    """From log-probabilities by letter, as the embedded model or a server gives them."""
+    first, second = logps[FIRST], logps[SECOND]
+    # Stable for letters that are both improbable, unlike a quotient of probabilities.
+    return LetterProbability(1 / (1 + math.exp(min(second - first, 700.0))), math.exp(first) + math.exp(second))
+
+
+# --- a reward model --------------------------------------------------------------------------------------------------------
+
+
+def reward_verdicts(judge: reward.RewardModel, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
+    """The response with the higher reward. total, the number of pairs, is for the progress bar.
+
+    Raises Interrupted, with all rewards durable, when a signal asked to stop.
+    """
+    renderer = reward.open_renderer(judge)
+
+    def asked() -> Iterator[tuple[PreferencePair, tuple[reward.Conversation, ...], str | None]]:
+        for pair in pairs():
+            both = _conversations(pair)
+            yield pair, both, next(filter(None, map(renderer.refusal, both)), None)
+
+    wanted = (conversation for _, both, refusal in asked() if refusal is None for conversation in both)
+    reward.score_missing(judge, wanted, journal, description="rewards", total=2 * total)
+    for pair, both, refusal in asked():
+        if refusal is not None:
+            yield failure(pair, refusal)
+            continue
+        chosen, rejected = (reward.reward_of(judge, conversation, journal) for conversation in both)
+        if chosen is None or rejected is None:
+            yield failure(pair, "reward is not finite")
+        else:
+            yield by_margin(pair, chosen - rejected)
+
+
+def _conversations(pair: PreferencePair) -> tuple[reward.Conversation, ...]:
+    responses = (pair.chosen, pair.rejected)
+    return tuple((*pair.prompt, Message(role="assistant", content=response)) for response in responses)
