@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from selfsteer.estimates import Estimate, mean_estimate, paired_difference, share_estimate
-from selfsteer.quality import ScoredPair, compare, implicit_reward, measure, words
+from selfsteer.languages import script_mismatch
+from selfsteer.quality import ScoredPair, compare, implicit_reward, measure
 from selfsteer.records import Message, PairRow, Scored
+from selfsteer.shingles import HASHES, near_repeats, ngram_hashes, signature, words
 
 
 def pair(chosen: str, rejected: str, *, query_id: str = "q", **columns: object) -> PairRow:
@@ -216,6 +218,102 @@ def test_paired_difference_is_narrower_than_the_values():
     assert found is not None
     assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
     assert paired_difference(a, {}) is None
+
+
+TEXT = [f"word{number}" for number in range(200)]
+
+
+def altered(text_words: list[str], *places: int) -> list[str]:
+    return [f"other{place}" if place in places else word for place, word in enumerate(text_words)]
+
+
+def test_near_repeats_are_later_texts_that_overlap_enough():
+    """200 words have 198 3-grams. Another word in the middle changes 3: overlap 195 / 201 = 0.970; ten of them: 168 / 228.
+
+    The last word changes one: 197 / 199 = 0.990. Only the second and the third text repeat the first.
+    """
+    texts = [
+        TEXT,
+        altered(TEXT, 100),
+        altered(TEXT, 199),
+        altered(TEXT, *range(5, 195, 19)),
+        altered(TEXT, *range(0, 200, 3)),
+    ]
+    signatures = b"".join(map(signature, texts))
+    assert len(signatures) == 5 * HASHES
+    assert near_repeats(signatures, 0.9) == 2
+    assert near_repeats(signatures[:HASHES], 0.9) == 0
+    assert near_repeats(b"", 0.9) == 0
+
+
+def test_signatures_estimate_the_overlap():
+    """Overlaps of 0.97, 0.83 and 0.48: bytes agree to that share and, of the others, by chance; error at most 0.044."""
+    for changed, overlap in (((100,), 195 / 201), (range(10, 190, 30), 180 / 216), (range(3, 199, 9), 132 / 264)):
+        one, other = (np.frombuffer(signature(text), np.uint8) for text in (TEXT, altered(TEXT, *changed)))
+        assert abs((one == other).mean() - (overlap + (1 - overlap) / 256)) < 0.13
+
+
+def test_signatures_repeat_and_short_texts_have_one():
+    assert signature(["yes"]) == signature(["yes"]) != signature(["no"])
+    assert signature(["a", "b"]) == signature(["b", "a"])
+    assert near_repeats(signature(["yes"]) + signature(["no"]) + signature(["yes"]) + signature([]), 0.9) == 1
+    assert signature(["fixed", "once", "and", "for", "all"]).hex()[:16] == "e12256b16d7d9940"
+
+
+def test_ngram_hashes_tell_order_and_length_apart():
+    assert len(ngram_hashes(TEXT, 3)) == len(set(ngram_hashes(TEXT, 3).tolist())) == 198
+    assert ngram_hashes(["a", "b", "c"], 3) != ngram_hashes(["c", "b", "a"], 3)
+    assert ngram_hashes(["a", "b"], 3).tolist() == ngram_hashes(["a", "b"], 2).tolist()
+    assert ngram_hashes(["a", "b"], 3)[0] not in ngram_hashes(["a", "b", "c"], 3)
+    assert ngram_hashes([], 3).tolist() == []
+
+
+def test_near_repeats_across_pairs_are_measured_by_side():
+    """Of four chosen, the second nearly repeats the first, the fourth the third word for word; the rejected differ."""
+    chosen = [TEXT, altered(TEXT, 100), ["quite", "short"], ["quite", "short"]]
+    rejected = [altered(TEXT, *range(start, 200, 4)) for start in range(4)]
+    found = measure(pair(" ".join(good), " ".join(bad)) for good, bad in zip(chosen, rejected, strict=True))
+    assert found["near_repeated"]["chosen"].mean == 0.5
+    assert found["near_repeated"]["rejected"].mean == 0.0
+    assert found["near_repeated"]["chosen"].n == 4
+
+
+ENGLISH, RUSSIAN, CHINESE = "Where does the sun rise?", "Где восходит солнце?", "太阳从哪里升起来呢请你告诉我"
+JAPANESE = "太陽はどこから昇りますか、教えてください"
+
+
+@pytest.mark.parametrize(
+    ("query", "response", "mismatch"),
+    [
+        (ENGLISH, "It rises in the east.", False),
+        (ENGLISH, RUSSIAN, True),
+        (RUSSIAN, "It rises in the east.", True),
+        (CHINESE, "太阳从东方升起这是大家都知道的事情", False),
+        (CHINESE, JAPANESE, True),
+        (JAPANESE, "太陽は東から昇ります。毎朝見られます", False),
+        (ENGLISH, "Ｉｔ ｒｉｓｅｓ ｉｎ ｔｈｅ ｅａｓｔ", False),
+        (RUSSIAN, "Солнце восходит на востоке: print('east')", False),
+        # Unseen, as the docstring says: another language in the same script.
+        (ENGLISH, "Il se lève à l'est, comme toujours.", False),
+        # Nothing to go by: too few letters, or a query that mixes scripts.
+        (ENGLISH, "42 + 1 = 43", None),
+        ("1 + 1 = ?", RUSSIAN, None),
+        (f"Translate into English: {RUSSIAN}", RUSSIAN, None),
+    ],
+)
+def test_script_mismatch(query: str, response: str, mismatch: bool | None):
+    assert script_mismatch(query, response) is mismatch
+
+
+def test_language_mismatch_counts_the_rows_that_can_be_told():
+    rows = [
+        pair("It rises in the east.", RUSSIAN, prompt=[Message(role="user", content=ENGLISH)]),
+        pair("It rises in the east.", "42", prompt=[Message(role="user", content=ENGLISH)]),
+    ]
+    found = measure(rows)["language_mismatch"]
+    assert (found["chosen"].mean, found["chosen"].n) == (0.0, 2)
+    assert (found["rejected"].mean, found["rejected"].n) == (1.0, 1)
+    assert "language_mismatch" not in measure([pair("It rises in the east.", RUSSIAN)])
 
 
 def test_words_of_languages_without_spaces():

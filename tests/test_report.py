@@ -141,6 +141,16 @@ def test_measures_of_one_data_set():
     assert "difference" not in text
 
 
+def test_what_judges_say_is_shown_where_they_were_asked():
+    share = Estimate(0.625, 0.5, 0.75, 40)
+    console = Console(file=io.StringIO(), width=100)
+    print_measures({"pairs": 40, "judge": {"accuracy": share}, "principle_consistency": {"accuracy": share}}, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert re.search(r"judged\s+accuracy\s+62\.5% \[50\.0, 75\.0\]\s+principle consistency\s+62\.5%", text)
+    assert "ties" not in text
+
+
 def test_one_row_has_no_interval():
     console = Console(file=io.StringIO(), width=100)
     print_measures({"pairs": 1, "overlap": Estimate(0.25, None, None, 1)}, console)

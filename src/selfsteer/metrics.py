@@ -3,9 +3,10 @@
 A key whose inputs were missing is absent. On disk an `Estimate` is {"mean", "low", "high", "n"}.
 """
 
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from selfsteer.estimates import Estimate
+from selfsteer.verdicts import JudgeReport
 
 
 class Both(TypedDict, total=False):
@@ -88,12 +89,20 @@ class Measures(TypedDict, total=False):
     repeated_chosen: int
     """Chosen responses that repeat an earlier chosen response word for word."""
     repeated_rejected: int
+    near_repeated: Both
+    """Share of responses that overlap with an earlier one of their side by more than NEAR_IDENTICAL."""
     truncated: Both
     """Share of responses cut off by the token limit; nobody knows it of pairs made elsewhere (kind "given")."""
     refusals: Both
     """Share of responses that decline to answer."""
     leakage: Both
     """Share of responses that speak of their principle."""
+    language_mismatch: Both
+    """Share of responses that leave the writing system of their query, of those where that can be told."""
+    judge: JudgeReport
+    """Of the judge that the recipe names."""
+    principle_consistency: JudgeReport
+    """Of the self-judge by log pi(y | x+) - log pi(y | x-), summed over the tokens."""
     distributions: dict[str, Distribution]
     """"on_policy" and "length" (chosen, rejected), "margin" (per token)."""
 
@@ -139,6 +148,44 @@ class Comparison(TypedDict, total=False):
     margin_per_token: Estimate
 
 
+class Contamination(TypedDict):
+    """Queries that share text with evaluation files."""
+
+    share: Estimate
+    """Of the queries that share a 13-gram with any of the files."""
+    files: dict[str, int]
+    """Such queries by file."""
+
+
+class Drift(TypedDict, total=False):
+    """The alignment pairs of a round against those of the round before: this round - the one before."""
+
+    margin: Estimate
+    """Of the log-probability margin per token."""
+    on_policy: Estimate
+    length_chosen: Estimate
+    """In the unit of both rounds; absent where they differ."""
+    length_rejected: Estimate
+    refusals_chosen: Estimate
+    refusals_rejected: Estimate
+    repetition_chosen: Estimate
+    accuracy: Estimate
+    principle_consistency: Estimate
+
+
+class GateResult(NamedTuple):
+    """One gate of the recipe, evaluated on a round."""
+
+    name: str
+    bound: str
+    """As the recipe says it."""
+    value: Estimate | None
+    """None where the measure is absent."""
+    passed: bool
+    reason: str = ""
+    """Why it failed."""
+
+
 class StageSummary(TypedDict):
     """What became of the rows of one stage."""
 
@@ -179,6 +226,10 @@ class RoundMetrics(TypedDict, total=False):
     """The data generator's pairs, or pairs made elsewhere: what the policy is aligned on."""
     comparison: Comparison
     """alignment - pbaa."""
+    contamination: Contamination
+    drift: Drift
+    """From the second round on."""
+    gates: list[GateResult]
     generator: TrainingSummary
     policy: TrainingSummary
 

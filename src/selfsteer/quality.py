@@ -3,13 +3,13 @@
 On-policy probability and accuracy of the data follow the paper (arXiv 2410.17131, figure 3). The log-probabilities are
 read from the rows; a measure whose inputs are missing is absent, never zero. Left out on purpose: models and judges.
 
-Rows are streamed; what stays in memory is about a hundred bytes a pair and a bounded sample of words.
+Rows are streamed; what stays in memory is about a hundred bytes a pair, a bounded sample of words, and signatures of the
+first responses, at most 26 MB.
 """
 
 import hashlib
 import json
 import math
-import re
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,7 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from selfsteer import shingles
 from selfsteer.estimates import Estimate, mean_estimate, paired_difference, share_estimate
+from selfsteer.languages import script_mismatch
 from selfsteer.metrics import (
     Both,
     Comparison,
@@ -35,20 +37,15 @@ from selfsteer.metrics import (
 )
 from selfsteer.pairs import is_refusal, leaks_principle, similarity
 from selfsteer.records import PairRow, Scored
+from selfsteer.shingles import words
 
 NEAR_IDENTICAL = 0.9
-"""Word 3-gram Jaccard overlap above which chosen and rejected hardly differ."""
+"""Word 3-gram Jaccard overlap above which two responses hardly differ."""
+NEAR_REPEAT_ROWS = 100_000
+"""Near-duplicates across pairs are sought among the first responses of a side, at most this many."""
 WORD_BUDGET = 200_000
 """distinct-n falls as text grows, so it is taken over equally many words of both sides, at most this many."""
 BINS = 24
-
-# Chinese and Japanese are written without spaces: there a character counts as a word.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
-
-
-def words(text: str) -> list[str]:
-    """The lower-cased words of a text."""
-    return _WORD.findall(text.lower())
 
 
 @dataclass(slots=True)
@@ -61,11 +58,16 @@ class _Side:
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     vocabulary_ids: "array[int]" = field(default_factory=lambda: array("q"))
     """The words of the first responses as numbers, up to WORD_BUDGET; -1 ends a response."""
+    signatures: bytearray = field(default_factory=bytearray)
+    """MinHash signatures of the first responses, up to NEAR_REPEAT_ROWS."""
     truncated: int = 0
     refusals: int = 0
     leaks: int = 0
+    scripts: int = 0
+    """Responses whose writing system could be compared with the query's."""
+    mismatches: int = 0
 
-    def add(self, text: str, *, tokens: int | None, finish: str, vocabulary: dict[str, int]) -> None:
+    def add(self, text: str, query: str, *, tokens: int | None, finish: str, vocabulary: dict[str, int]) -> None:
         """Take in one response; `vocabulary` numbers the words and grows."""
         text_words = words(text)
         self.words.append(len(text_words))
@@ -78,6 +80,11 @@ class _Side:
         if len(self.vocabulary_ids) < WORD_BUDGET:
             self.vocabulary_ids.extend(vocabulary.setdefault(word, len(vocabulary)) for word in text_words[:WORD_BUDGET])
             self.vocabulary_ids.append(-1)
+        if len(self.signatures) < NEAR_REPEAT_ROWS * shingles.HASHES:
+            self.signatures += shingles.signature(text_words)
+        mismatch = script_mismatch(query, text)
+        self.scripts += mismatch is not None
+        self.mismatches += mismatch is True
         self.truncated += finish == "length"
         self.refusals += is_refusal(text)
         self.leaks += leaks_principle(text)
@@ -110,8 +117,9 @@ def measure(rows: Iterable[PairRow]) -> Measures:
     sampled = 0
     for row in rows:
         good, bad = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-        chosen.add(good, tokens=row.get("chosen_tokens"), finish=row["chosen_finish"], vocabulary=vocabulary)
-        rejected.add(bad, tokens=row.get("rejected_tokens"), finish=row["rejected_finish"], vocabulary=vocabulary)
+        query = row["prompt"][-1]["content"]
+        chosen.add(good, query, tokens=row.get("chosen_tokens"), finish=row["chosen_finish"], vocabulary=vocabulary)
+        rejected.add(bad, query, tokens=row.get("rejected_tokens"), finish=row["rejected_finish"], vocabulary=vocabulary)
         sampled += row["kind"] != "given"
         overlaps.append(similarity(good, bad))
         digests.append(_digest(json.dumps([row["prompt"], good, bad])))
@@ -135,10 +143,15 @@ def measure(rows: Iterable[PairRow]) -> Measures:
         repeated_pairs=_repeats(digests),
         repeated_chosen=_repeats(chosen.digests),
         repeated_rejected=_repeats(rejected.digests),
+        near_repeated=Both(chosen=_near_repeats(chosen), rejected=_near_repeats(rejected)),
         refusals=Both(chosen=_share(chosen.refusals, n), rejected=_share(rejected.refusals, n)),
         leakage=Both(chosen=_share(chosen.leaks, n), rejected=_share(rejected.leaks, n)),
         distributions=distributions,
     )
+    if chosen.scripts and rejected.scripts:
+        measures["language_mismatch"] = Both(
+            chosen=_share(chosen.mismatches, chosen.scripts), rejected=_share(rejected.mismatches, rejected.scripts)
+        )
     if sampled:
         measures["truncated"] = Both(chosen=_share(chosen.truncated, sampled), rejected=_share(rejected.truncated, sampled))
     if scores.margin:
@@ -316,6 +329,11 @@ def _share(hits: int, n: int) -> Estimate:
 
 def _above_zero(values: "array[float]") -> Estimate:
     return _share(sum(value > 0 for value in values), len(values))
+
+
+def _near_repeats(side: _Side) -> Estimate:
+    signatures = bytes(side.signatures)
+    return _share(shingles.near_repeats(signatures, NEAR_IDENTICAL), len(signatures) // shingles.HASHES)
 
 
 def _repeats(digests: "array[int]") -> int:

@@ -26,6 +26,9 @@ from selfsteer.records import Dropped, Message, Query
 CHARACTERS_PER_TOKEN = 128
 """The longest tokens of common vocabularies (runs of spaces); a text beyond the token limit times this can never fit."""
 
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""The kinds of file that can be read."""
+
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -151,14 +154,28 @@ def _rows(section: recipe.Queries) -> Iterator[Row]:
     if section.path.startswith("hub:"):
         return _hub_rows(section.path.removeprefix("hub:"), section.split)
     path = Path(section.path)
-    readers = {".jsonl": jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
-    if path.suffix.lower() not in (*readers, ".parquet"):
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: unknown kind of file; queries.path takes .jsonl, .json, .csv, .parquet or hub:NAME")
     if not path.is_file():
         raise ValueError(f"{path}: no such file; set queries.path in the recipe")
-    if path.suffix.lower() == ".parquet":
-        return _parquet_rows(path, section.column)
-    return readers[path.suffix.lower()](path)
+    return file_rows(path, section.column)
+
+
+def file_rows(path: Path, column: str | None = None) -> Iterator[Row]:
+    """Every row of an existing file of one of the SUFFIXES; of Parquet, `column` alone where one is given.
+
+    Raises ValueError, naming file and place, for what is malformed.
+    """
+    match path.suffix.lower():
+        case ".parquet":
+            return _parquet_rows(path, column)
+        case ".json":
+            return _json_rows(path)
+        case ".csv":
+            return _csv_rows(path)
+        case suffix:
+            assert suffix == ".jsonl", suffix
+            return jsonl_rows(path)
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
@@ -222,13 +239,13 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         ) from error
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
+def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
+            if column is not None and column not in file.schema_arrow.names:
                 raise ValueError(_missing(str(path), column, file.schema_arrow.names))
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}: row {number}", fields)

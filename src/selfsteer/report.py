@@ -4,6 +4,7 @@ The tables are built once (`tables`), and drawn by `print_summary` here and by `
 measuring; a number that is not in the metrics is not in the report.
 """
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,19 @@ from rich.text import Text
 
 from selfsteer.durable import replacing
 from selfsteer.estimates import METHOD, Estimate
-from selfsteer.metrics import Comparison, Measures, Metrics, RoundMetrics
+from selfsteer.metrics import Comparison, Contamination, Drift, GateResult, Measures, Metrics, RoundMetrics
 
 Json = Mapping[str, Any]
 Form = Literal["number", "share"]
 
+DIRT = (
+    ("cut off", "truncated"),
+    ("refusal", "refusals"),
+    ("leakage", "leakage"),
+    ("other script", "language_mismatch"),
+    ("nearly said before,", "near_repeated"),
+)
+"""Labels and keys of the measures of dirt that both sides have."""
 PBAA, GENERATOR, ALIGNMENT = "PBAA pairs", "generator pairs", "alignment pairs"
 
 
@@ -50,9 +59,9 @@ class Table(NamedTuple):
 
 
 def plain(value: object) -> Any:
-    """The same as JSON values: an `Estimate` becomes {"mean", "low", "high", "n"}."""
-    if isinstance(value, Estimate):
-        return value._asdict()
+    """The same as JSON values: an `Estimate` becomes {"mean", "low", "high", "n"}, a `GateResult` likewise."""
+    if isinstance(value, Estimate | GateResult):
+        return {key: plain(item) for key, item in value._asdict().items()}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in cast("Mapping[object, object]", value).items()}
     if isinstance(value, list | tuple):
@@ -78,6 +87,13 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
 def print_measures(measures: Measures, console: Console | None = None) -> None:
     """Print the measures of one set of pairs."""
     _print(measures_table({"pairs": measures}), console or _console())
+
+
+def table_text(table: Table) -> str:
+    """The table as plain text of 100 columns."""
+    text = io.StringIO()
+    _print(table, Console(file=text, width=100))
+    return text.getvalue().rstrip()
 
 
 def closing_line(metrics: Metrics) -> str:
@@ -107,6 +123,12 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
         columns = data_sets(this)
         if columns:
             yield measures_table(columns, this.get("comparison"), title=f"Preference data{suffix}")
+        if "contamination" in this:
+            yield _contamination(this["contamination"], f"Overlap of the queries with evaluation files{suffix}")
+        if "drift" in this:
+            yield _drift(this["drift"], f"Drift since round {number - 1}")
+        if "gates" in this:
+            yield gates_table(this["gates"], title=f"Gates{suffix}")
         if "generator" in this or "policy" in this:
             yield _trainings(this, f"Training{suffix}")
 
@@ -119,6 +141,22 @@ def data_sets(this: RoundMetrics) -> dict[str, Measures]:
     if "alignment" in this:
         columns[GENERATOR if "generator" in this else ALIGNMENT] = this["alignment"]
     return columns
+
+
+def gates_table(results: Sequence[GateResult], *, title: str = "Gates") -> Table:
+    """What each gate of the recipe measured, and whether that is within its bound."""
+    rows = [
+        Row(
+            result.name,
+            (
+                cell(plain(result.value), "number"),
+                Cell(result.bound),
+                Cell("passed" if result.passed else f"FAILED: {result.reason}"),
+            ),
+        )
+        for result in results
+    ]
+    return Table(title, ("measured", "bound", ""), tuple(rows), METHOD, left=True)
 
 
 def measures_table(columns: Mapping[str, Measures], comparison: Comparison | None = None, *, title: str = "Pairs") -> Table:
@@ -159,6 +197,16 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
             ],
         ),
         (
+            "judged",
+            [
+                line("accuracy", "judge.accuracy", "share"),
+                line("ties", "judge.ties", "share"),
+                line("orders disagree", "judge.flips", "share"),
+                line("the longer one wins", "judge.longer_wins", "share"),
+                line("principle consistency", "principle_consistency.accuracy", "share"),
+            ],
+        ),
+        (
             "variety",
             [
                 line("distinct-2 chosen", "variety.chosen.distinct_2"),
@@ -170,11 +218,7 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
         ),
         (
             "dirt",
-            [
-                line(f"{name} {side}", f"{key}.{side}", "share")
-                for name, key in (("cut off", "truncated"), ("refusal", "refusals"), ("leakage", "leakage"))
-                for side in ("chosen", "rejected")
-            ]
+            [line(f"{name} {side}", f"{key}.{side}", "share") for name, key in DIRT for side in ("chosen", "rejected")]
             + [line("nearly identical", "near_identical", "share"), line("repeated pairs", "repeated_pairs")],
         ),
     )
@@ -200,6 +244,21 @@ def _stages(this: RoundMetrics, title: str) -> Table:
         numbers = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]))
         rows.append(Row(name, (*map(Cell, numbers), Cell(listed))))
     return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), left=True)
+
+
+def _contamination(found: Contamination, title: str) -> Table:
+    rows = [Row("share of the queries", (cell(plain(found["share"]), "share"),))]
+    rows += (Row(file, (Cell(f"{count:,}"),)) for file, count in found["files"].items())
+    return Table(
+        title, ("overlapping",), tuple(rows), "Queries that share 13 words in a row, or the whole of a shorter text."
+    )
+
+
+def _drift(drift: Drift, title: str) -> Table:
+    changes = cast(Json, plain(drift))
+    rows = tuple(Row(key.replace("_", " "), (cell(value, "number", signed=True),)) for key, value in changes.items())
+    note = "This round - the round before. The intervals take the rounds as independent samples (MOVER, Newcombe 1998)."
+    return Table(title, ("change",), rows, note)
 
 
 def _trainings(this: RoundMetrics, title: str) -> Table:
