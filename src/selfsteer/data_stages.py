@@ -5,7 +5,7 @@ name; and the trainings (`training_stages.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from selfsteer import queries as reading
 from selfsteer import schemas
 from selfsteer.durable import digest, file_digest
-from selfsteer.engines.base import Request, Sampling
+from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.journal import Journal
 from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.pairs import (
@@ -30,7 +30,7 @@ from selfsteer.pairs import (
 from selfsteer.principles import Attempt, Pool, choose_principles, generate_principles, load_pool, principle_messages
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import Generator, Policy, Recipe
-from selfsteer.records import Checkpoint, Dropped, PairRow, Principles, Query, Responses
+from selfsteer.records import Checkpoint, Dropped, PairRow, Principles, Query, Response, Responses
 from selfsteer.reference import Group, score_missing, scores
 from selfsteer.responses import open_engine, request, response, sample, seed_for
 from selfsteer.schemas import NO_SEEDS, Seeds
@@ -90,6 +90,7 @@ def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
     kept = 0
     for item in reading.read_queries(section.model_copy(update={"limit": None})):
         if isinstance(item, Query):
+            item = replace(item, messages=round.prompts.fold(item.messages))
             reason = round.prompts.quarantine_reason(item.messages)
             length = len(round.prompts.prompt_ids(item.messages)) if reason is None else 0
             if reason is not None:
@@ -102,8 +103,6 @@ def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
         yield item
         if section.limit is not None and kept == section.limit:
             return
-    if kept == 0:
-        raise ValueError(f"{section.path}: no usable query. Look at the dropped ones, or set queries.column in the recipe.")
 
 
 def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Query], Principles]:
@@ -119,15 +118,18 @@ def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Que
         messages = principle_messages(attempt.query)
         return request(prompts, messages, model_digest=writer.digest, sampling=sampling, seed=attempt.seed)
 
+    def answer_to(asked: Request) -> str:
+        answered = response(work.journal, asked)
+        return "" if isinstance(answered, Failed) else answered.text
+
     def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        tried = list(attempts)
-        wanted = {attempt: ask(attempt) for attempt in tried}
+        tried = [(attempt, ask(attempt)) for attempt in attempts]
         engine = partial(open_engine, recipe, writer)
-        sample(engine, wanted.values(), work.journal, description="principles", total=len(tried))
-        return ((attempt, work.journal.get(item.key)["text"]) for attempt, item in wanted.items())
+        sample(engine, (item for _, item in tried), work.journal, description="principles", total=len(tried))
+        return ((attempt, answer_to(item)) for attempt, item in tried)
 
     def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        return ((attempt, work.journal.get(ask(attempt).key)["text"]) for attempt in attempts)
+        return ((attempt, answer_to(ask(attempt))) for attempt in attempts)
 
     usable = (item for item in _checked_queries(round) if isinstance(item, Query))
     for _ in generate_principles(usable, answer, section, pool, recipe.seed):
@@ -176,11 +178,28 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         description="responses of the policy",
         total=total * len(roles),
     )
-    rows = (
-        {**row, "original": None} | {role: asdict(response(work.journal, item)) for role, item in requests.items()}
-        for row, requests in asked()
-    )
-    return Contents(wanted=total, rows=rows, schema=schemas.RESPONSES)
+    dropped: list[Dropped] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row, requests in asked():
+            answers = _answers(work.journal, row["query_id"], requests)
+            if isinstance(answers, Dropped):
+                dropped.append(answers)
+            else:
+                yield {**row, "original": None} | {role: asdict(answer) for role, answer in answers.items()}
+
+    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=schemas.RESPONSES)
+
+
+def _answers(journal: Journal, query_id: str, requests: dict[str, Request]) -> dict[str, Response] | Dropped:
+    """The responses to a query by role, or why one of them is missing."""
+    answers: dict[str, Response] = {}
+    for role, item in requests.items():
+        answer = response(journal, item)
+        if isinstance(answer, Failed):
+            return Dropped(id=query_id, reason=answer.reason, detail=f"{role}: {answer.detail}")
+        answers[role] = answer
+    return answers
 
 
 def _needs_original(generator: Generator) -> bool:
@@ -309,36 +328,45 @@ def _preferences(round: Round, work: Work, principles: Stage, generator: Stage) 
         total=2 * total,
     )
 
-    def answered() -> Iterator[Responses]:
+    def answered() -> Iterator[Responses | Dropped]:
         for row, requests in asked():
-            good, bad = (response(work.journal, requests[role]) for role in ("good", "bad"))
-            yield Responses(query=schemas.query(row), principles=schemas.principles(row), good=good, bad=bad, original=None)
+            answers = _answers(work.journal, row["query_id"], requests)
+            if isinstance(answers, Dropped):
+                yield answers
+                continue
+            yield Responses(query=schemas.query(row), principles=schemas.principles(row), **answers, original=None)
 
     return _preference_pairs(round, work, answered, total)
 
 
-def _preference_pairs(round: Round, work: Work, answered: Callable[[], Iterator[Responses]], total: int) -> Contents:
+def _preference_pairs(
+    round: Round, work: Work, answered: Callable[[], Iterator[Responses | Dropped]], total: int
+) -> Contents:
     """Filtered alignment pairs with their log-probabilities under the policy: reference and on-policy measure in one."""
     judge = policy_as_judge(round)
     dropped: list[Dropped] = []
 
-    def judged() -> Iterator[tuple[Responses, str | None]]:
+    def judged() -> Iterator[Responses | Dropped]:
         for item in answered():
+            if isinstance(item, Dropped):
+                yield item
+                continue
             reason = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
-            yield item, reason or special_token_reason((item.good.text, item.bad.text), round.prompts)
+            reason = reason or special_token_reason((item.good.text, item.bad.text), round.prompts)
+            yield item if reason is None else Dropped(id=item.query.id, reason=reason)
 
     def group(item: Responses) -> Group:
         return judge.group((alignment_pair(item.query, item.good, item.bad),))
 
-    every_group = (group(item) for item, reason in judged() if reason is None)
+    every_group = (group(item) for item in judged() if isinstance(item, Responses))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
     def rows() -> Iterator[PairRow]:
-        for item, reason in judged():
-            if reason is None:
-                yield from _scored_rows(work.journal, group(item), item.principles, _seeds(item))
+        for item in judged():
+            if isinstance(item, Dropped):
+                dropped.append(item)
             else:
-                dropped.append(Dropped(id=item.query.id, reason=reason))
+                yield from _scored_rows(work.journal, group(item), item.principles, _seeds(item))
 
     return Contents(wanted=total, rows=rows(), dropped=dropped, schema=schemas.PAIRS)
 

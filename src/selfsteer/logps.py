@@ -107,7 +107,8 @@ def _plain_logps(forward: Callable[..., Any], batch: Batch) -> Tensor:
     """(N,) from the model's own logits."""
     logits: Tensor = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     chosen = logits.flatten(0, 1)[batch["sources"]].float()
-    return chosen.log_softmax(-1).gather(1, batch["targets"][:, None])[:, 0]
+    # Not log_softmax: over large vocabularies its float32 sum is off by some 1e-6 a token, always to one side.
+    return chosen.gather(1, batch["targets"][:, None])[:, 0] - chosen.logsumexp(-1)
 
 
 def _shared_logps(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ training, export and vLLM all want one. Safetensors only: pickled weights are re
 """
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 _IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 """Files of a model folder that determine what it computes; README and training leftovers do not."""
+
+_CONFIGURATION = {"config.json", "generation_config.json", "tokenizer_config.json"}
+_INCIDENTAL = {"transformers_version", "_name_or_path", "name_or_path", "local_files_only"}
+"""Entries of configuration files that say how a folder was written, not what the model computes."""
 
 
 def pick_device() -> torch.device:
@@ -81,7 +86,14 @@ def checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: no .safetensors weights (pickled weights are refused); convert them with save_pretrained"
         )
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in _IDENTITY_SUFFIXES)
-    return Checkpoint(path=str(folder), digest=digest({f.name: file_digest(f) for f in files}))
+    return Checkpoint(path=str(folder), digest=digest({f.name: _content_digest(f) for f in files}))
+
+
+def _content_digest(file: Path) -> str:
+    if file.name not in _CONFIGURATION:
+        return file_digest(file)
+    content: dict[str, Any] = json.loads(file.read_bytes())
+    return digest({key: value for key, value in content.items() if key not in _INCIDENTAL})
 
 
 def load_tokenizer(

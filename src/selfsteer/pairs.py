@@ -69,7 +69,8 @@ def pair_row(pair: PreferencePair) -> PairRow:
 
 _REFUSAL = re.compile(
     r"""^\W*(?:
-        (?:i['’]?m|i\ am)\ (?:really\ |very\ |so\ )?(?:sorry|afraid)\b.{0,80}?\b(?:can(?:no|['’])?t|unable|not\ able)
+        (?:(?:(?:i['’]?m|i\ am)\ )?(?:really\ |very\ |so\ )?(?:sorry|afraid)|i\ apologi[sz]e)\b
+        [^.!?]{0,80}?\b(?:can(?:no|['’])?t|unable|not\ able)
       | (?:i['’]?m|i\ am)\ (?:unable|not\ able)\ to\b
       | i\ (?:can(?:no|['’])?t|won['’]?t|will\ not)\ (?:assist|help|provide|answer|fulfil|comply|do\ that|create|write)
       | (?:as\ an\ ai(?:\ language\ model|\ assistant)?|unfortunately),?
@@ -83,7 +84,8 @@ _LEAKAGE = re.compile(
     r"""\b(?:as|like)\ (?:i\ was\ |you\ |you['’]ve\ |you\ have\ )?(?:instructed|directed|told|required|requested|asked)\b
         .{0,40}\b(?:guideline|principle|instruction|system\ (?:prompt|message))
       | \b(?:according\ to|following|based\ on|in\ line\ with|per|under)\ (?:the|my|these|those|your)
-        \ (?:given\ |provided\ |above\ |system\ )?(?:guidelines|principles?|system\ (?:prompt|message|instructions))
+        \ (?:given\ |provided\ |above\ |system\ )?(?:guidelines(?!\ (?:of|from|by|for|in|on|set|issued|published)\b)
+          |principles?|system\ (?:prompt|message|instructions))\b
       | \bi\ (?:was|am|have\ been|['’]ve\ been)\ (?:instructed|told|directed|asked)\ (?:not\ )?to
         \ (?:be|give|answer|respond|write|keep|avoid)\b
       | \bmy\ (?:instructions|guidelines|system\ prompt)\b""",

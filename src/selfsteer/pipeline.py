@@ -17,9 +17,11 @@ from selfsteer.given import given_stage, measure_given
 from selfsteer.metrics import Measures, Metrics
 from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.page import pick_examples, write_page
+from selfsteer.preferences import read_pairs
 from selfsteer.prompts import Prompts
+from selfsteer.queries import read_queries
 from selfsteer.recipe import Recipe, dump
-from selfsteer.records import Checkpoint, PairRow
+from selfsteer.records import Checkpoint, PairRow, Query
 from selfsteer.report import write_metrics
 from selfsteer.stages import Round
 from selfsteer.store import RunFolder
@@ -28,9 +30,13 @@ from selfsteer.training_stages import MODEL, generator_stage, policy_stage
 
 def run(recipe: Recipe) -> Metrics:
     """Align recipe.policy, or continue where an earlier call with the same output folder stopped."""
+    # What can't begin must leave no trace, and must not touch the folder of an earlier run.
+    policy = resolve(recipe.policy)
+    _prompts(recipe, policy)
+    if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
+        raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        policy = resolve(recipe.policy)
         for number in range(1, recipe.rounds + 1):
             policy = run_round(_round(number, folder, recipe, policy))
         return _finish(folder, recipe, "pbaa" if recipe.generator.kind == "none" else "sso")
@@ -51,9 +57,12 @@ def run_round(round: Round) -> Checkpoint:
 
 def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     """Step 5 on its own: align recipe.policy on a preference dataset made elsewhere."""
+    policy = resolve(recipe.policy)
+    _prompts(recipe, policy)
+    next(read_pairs(pairs), None)
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        round = _round(1, folder, recipe, resolve(recipe.policy))
+        round = _round(1, folder, recipe, policy)
         policy_stage(round, given_stage(round, pairs))
         return _finish(folder, recipe, "given")
 
@@ -64,16 +73,20 @@ def measure_pairs(pairs: Path, policy: str) -> Measures:
 
 
 def _round(number: int, folder: RunFolder, recipe: Recipe, policy: Checkpoint) -> Round:
+    return Round(number=number, folder=folder, recipe=recipe, policy=policy, prompts=_prompts(recipe, policy))
+
+
+def _prompts(recipe: Recipe, policy: Checkpoint) -> Prompts:
+    """How this policy's prompts are rendered. Raises ValueError for a chat template that is missing or can't be read."""
     tokenizer = load_tokenizer(
         policy.path, chat_template=recipe.policy.chat_template, trust_remote_code=recipe.policy.trust_remote_code
     )
-    prompts = Prompts(tokenizer, system_role=recipe.policy.system_role)
-    return Round(number=number, folder=folder, recipe=recipe, policy=policy, prompts=prompts)
+    return Prompts(tokenizer, system_role=recipe.policy.system_role)
 
 
 def _finish(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
     """Write metrics.json, report.html and the model card from the sealed stages."""
-    metrics = summary.metrics(folder, recipe)
+    metrics = summary.metrics(folder, recipe, method)
     write_metrics(folder.path / "metrics.json", metrics)
     pairs = cast("Iterator[PairRow]", folder.stage(recipe.rounds, "5-preferences").rows())
     write_page(folder.path / "report.html", metrics, pick_examples(pairs, seed=recipe.seed))

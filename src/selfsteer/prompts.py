@@ -8,7 +8,7 @@ text is quarantined.
 import logging
 from typing import Literal, cast
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from selfsteer.durable import digest
@@ -38,8 +38,18 @@ class Prompts:
         """Digest of what, beside the tokenizer, determines a rendered prompt."""
         return digest({"chat_template": self.tokenizer.chat_template, "system_role": self.system_role})
 
+    def fold(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The query as this template can render it: without a system role, its system message begins the user's turn."""
+        if self.system_role == "system" or messages[0]["role"] != "system":
+            return messages
+        system, first, *rest = messages
+        return (Message(role=first["role"], content=f"{system['content']}\n\n{first['content']}"), *rest)
+
     def steer(self, messages: tuple[Message, ...], principle: str) -> tuple[Message, ...]:
-        """x+ or x-: the query under a principle. A system message of the query's own stays, and comes first."""
+        """x+ or x-: the query under a principle. A system message of the query's own stays, before the principle."""
+        if self.system_role == "user" and messages[0]["role"] == "system":
+            system, *others = messages
+            return self.fold((Message(role="system", content=f"{system['content']}\n\n{principle}"), *others))
         first, *rest = messages
         if first["role"] == "system":
             return (Message(role="system", content=f"{first['content']}\n\n{principle}"), *rest)
@@ -58,11 +68,14 @@ class Prompts:
     def quarantine_reason(self, messages: tuple[Message, ...]) -> str | None:
         """Why this conversation must not be rendered (its text contains special tokens), or None."""
         roles = tuple(message["role"] for message in messages)
+        try:
+            rendered = self.prompt_ids(messages)
+        except TemplateError as error:
+            return f"refused by the chat template: {error.message}"
         if roles not in self._expected_specials:
             harmless = tuple(Message(role=role, content=_HARMLESS) for role in roles)
             self._expected_specials[roles] = self._specials(self.prompt_ids(harmless))
-        found = self._specials(self.prompt_ids(messages))
-        return None if found == self._expected_specials[roles] else "special tokens in the text"
+        return None if self._specials(rendered) == self._expected_specials[roles] else "special tokens in the text"
 
     def contains_special(self, text: str) -> bool:
         """Whether a completion's text would be read as containing special tokens."""
@@ -82,6 +95,11 @@ class Prompts:
         marker = "selfsteer-marker"
         try:
             text = self._render((Message(role="system", content=marker), Message(role="user", content=_HARMLESS)))
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"policy.chat_template: line {error.lineno} of the template can't be read: {error.message}. Mend it, or "
+                "name another in the recipe."
+            ) from error
         except TemplateError:
             text = ""
         if marker in text:

@@ -275,7 +275,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     def origin(key: str) -> str:
         while key:
-            if key in overridden:
+            new_section = key not in lines and any(other.startswith(f"{key}.") for other in overridden)
+            if key in overridden or new_section:
                 return recipe_text.COMMAND_LINE
             if key in lines:
                 return f"{path}:{lines[key]}"

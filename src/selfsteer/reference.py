@@ -14,6 +14,7 @@ from selfsteer.journal import Journal
 from selfsteer.models import compute_dtype, pick_device
 from selfsteer.pairs import pair_row
 from selfsteer.progress import progress
+from selfsteer.prompts import Prompts
 from selfsteer.quality import ScoredPair
 from selfsteer.recipe import Policy, Training
 from selfsteer.records import Checkpoint, PreferencePair, Scored
@@ -38,7 +39,8 @@ class Judge(NamedTuple):
 
     model: Checkpoint
     policy: Policy
-    """The recipe's policy section: chat template, system role."""
+    """The recipe's policy section, from which the model is loaded."""
+    prompts: Prompts
     training: Training
 
     def group(self, pairs: Sequence[PreferencePair]) -> Group:
@@ -46,7 +48,7 @@ class Judge(NamedTuple):
         content = {
             "schema": SCHEMA,
             "model": self.model.digest,
-            "policy": self.policy.model_dump(include={"chat_template", "system_role"}),
+            "prompts": self.prompts.digest,
             "dtype": str(compute_dtype(self.training.dtype, pick_device())),
             "prefix_sharing": self.training.prefix_sharing,
             "pairs": [pair_row(pair) for pair in pairs],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from selfsteer.durable import digest
-from selfsteer.engines.base import Completion, Engine, Request, Sampling
+from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.interrupt import raise_if_stopped
 from selfsteer.journal import Journal
@@ -71,10 +71,10 @@ def sample(
     if first is None:
         return 0
     new = 0
-    batch: list[Completion] = []
+    batch: list[Completion | Failed] = []
     with progress(description, max(0, total - len(journal)), unit="responses") as advance, open_engine() as engine:
-        for completion in engine.generate(chain([first], lacking)):
-            batch.append(completion)
+        for answer in engine.generate(chain([first], lacking)):
+            batch.append(answer)
             if len(batch) >= _DURABLE_EVERY:
                 _append(journal, batch)
                 new += len(batch)
@@ -87,9 +87,11 @@ def sample(
     return new
 
 
-def response(journal: Journal, wanted: Request) -> Response:
-    """The journalled answer to a request."""
+def response(journal: Journal, wanted: Request) -> Response | Failed:
+    """The journalled answer to a request, or why there is none."""
     data = journal.get(wanted.key)
+    if "failed" in data:
+        return Failed(key=wanted.key, reason=data["failed"], detail=data["detail"])
     return Response(
         text=data["text"], token_ids=tuple(data["token_ids"]), finish_reason=data["finish_reason"], seed=wanted.seed
     )
@@ -104,10 +106,12 @@ def _lacking(wanted: Iterable[Request], journal: Journal) -> Iterator[Request]:
             yield item
 
 
-def _append(journal: Journal, batch: list[Completion]) -> None:
+def _append(journal: Journal, batch: list[Completion | Failed]) -> None:
     if batch:
         journal.append([(item.key, _data(item)) for item in batch])
 
 
-def _data(item: Completion) -> dict[str, object]:
+def _data(item: Completion | Failed) -> dict[str, object]:
+    if isinstance(item, Failed):
+        return {"failed": item.reason, "detail": item.detail}
     return {"text": item.text, "token_ids": list(item.token_ids), "finish_reason": item.finish_reason}

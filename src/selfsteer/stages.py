@@ -47,9 +47,9 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
     """The sealed stage: as it stands when it has this origin, else made by `make` and sealed."""
     stage = round.folder.stage(round.number, name)
     if stage.is_current(origin.fingerprint):
-        stage.verify()
+        manifest = stage.verify()
         log.info("%s: sealed, reused", name)
-        return stage
+        return _not_empty(stage, manifest)
     earlier = stage.manifest()
     if earlier is not None:
         changed = sorted(
@@ -65,7 +65,34 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
         manifest = stage.seal(origin, contents, seconds=seconds())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items())
     log.info("%s: kept %s of %s%s", name, f"{manifest.kept:,}", f"{manifest.wanted:,}", f" ({reasons})" if reasons else "")
-    return stage
+    return _not_empty(stage, manifest)
+
+
+_WAYS_OUT = {
+    "prompt too long": "raise queries.max_prompt_tokens",
+    "cut off by the length limit": "raise responses.max_new_tokens, or set filters.truncated to keep",
+    "near-identical responses": "raise filters.near_identical, or use stronger principles",
+    "identical responses": "raise responses.temperature, or use stronger principles",
+    "length ratio": "raise filters.max_length_ratio",
+    "refusal in the chosen response": "set filters.refusals to false",
+    "principle leakage": "set filters.leakage to false",
+}
+"""What to change in the recipe when too many rows are dropped for a reason."""
+
+
+def _not_empty(stage: Stage, manifest: Manifest) -> Stage:
+    """The stage. Raises ValueError, with the reasons and the way out, when nothing was kept."""
+    if manifest.kept > 0:
+        return stage
+    if manifest.wanted == 0:
+        raise ValueError(f"{manifest.stage}: there are no queries. Look at queries.path and queries.column in the recipe.")
+    reasons = "; ".join(
+        f"{count:,} {reason}" + (f" ({_WAYS_OUT[reason]})" if reason in _WAYS_OUT else "")
+        for reason, count in manifest.dropped.items()
+    )
+    raise ValueError(
+        f"{manifest.stage}: nothing is left of {manifest.wanted:,}: {reasons}. See {stage.path / 'dropped.jsonl'}."
+    )
 
 
 def kept(stage: Stage) -> int:
@@ -93,7 +120,7 @@ def arithmetic(training: Training) -> dict[str, Any]:
 
 def policy_as_judge(round: Round) -> Judge:
     """What gives the reference log-probabilities: the policy, computing as the trainings will."""
-    return Judge(round.policy, round.recipe.policy, round.recipe.training)
+    return Judge(round.policy, round.recipe.policy, round.prompts, round.recipe.training)
 
 
 def draw_queries(round: Round, stage: Stage, count: int | None) -> set[str] | None:

@@ -4,23 +4,30 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 import pyarrow.parquet as pq
 
+from selfsteer.cards import Method
 from selfsteer.data_stages import POLICY_PAIRS
 from selfsteer.metrics import Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
 from selfsteer.models import hardware
 from selfsteer.quality import compare, measure
 from selfsteer.recipe import Recipe, load
 from selfsteer.records import PairRow
+from selfsteer.stages import sealed
 from selfsteer.store import RunFolder, Stage
 from selfsteer.training_stages import HISTORY, MEASURES, MODEL
 
-STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
+STAGES: dict[Method, tuple[str, ...]] = {
+    "sso": ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy"),
+    "pbaa": ("1-principles", "2-responses", "5-preferences", "6-policy"),
+    "given": ("5-preferences", "6-policy"),
+}
+"""What a run consists of, by where its pairs come from."""
 
 _LIBRARIES = ("selfsteer", "torch", "transformers", "peft", "accelerate", "datasets", "pyarrow")
 
@@ -41,9 +48,9 @@ def _commit() -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-def metrics(folder: RunFolder, recipe: Recipe) -> Metrics:
+def metrics(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
     """The measures of every round, and what identifies the run."""
-    rounds = [_round(folder, number) for number in range(1, recipe.rounds + 1)]
+    rounds = [_round(folder, number, method) for number in range(1, recipe.rounds + 1)]
     seconds = sum(stage["seconds"] for each in rounds for stage in each.get("stages", {}).values())
     last = folder.stage(recipe.rounds, "6-policy").path / MODEL
     facts = RunFacts(
@@ -60,19 +67,17 @@ def metrics(folder: RunFolder, recipe: Recipe) -> Metrics:
     return Metrics(run=facts, rounds=rounds)
 
 
-def _round(folder: RunFolder, number: int) -> RoundMetrics:
-    stages = {name: folder.stage(number, name) for name in STAGES}
-    manifests = {name: stage.manifest() for name, stage in stages.items()}
+def _round(folder: RunFolder, number: int, method: Method) -> RoundMetrics:
+    stages = {name: folder.stage(number, name) for name in STAGES[method]}
+    manifests = {name: sealed(stage) for name, stage in stages.items()}
     found = RoundMetrics(
         stages={
             name: StageSummary(wanted=each.wanted, kept=each.kept, dropped=each.dropped, seconds=each.seconds)
             for name, each in manifests.items()
-            if each is not None
         }
     )
-    preferences = cast("Iterator[PairRow]", stages["5-preferences"].rows())
-    found["alignment"] = measure(preferences)
-    if manifests["3-steering"] is not None:
+    found["alignment" if method != "pbaa" else "pbaa"] = measure(cast("Iterator[PairRow]", stages["5-preferences"].rows()))
+    if method == "sso":
         own = stages["3-steering"].path / POLICY_PAIRS
         found["steering"] = measure(cast("Iterator[PairRow]", stages["3-steering"].rows()))
         found["pbaa"] = measure(_rows(own))
@@ -128,10 +133,8 @@ def status(path: Path) -> Status:
     """How far the run at `path` is; needs no lock. Raises ValueError where there is no run."""
     folder = RunFolder.view(path)
     recipe = load(folder.path / "recipe.yaml")
-    names = _stage_names(folder, recipe)
-    stages = [
-        _stage_status(folder.stage(number, name), number) for number in range(1, recipe.rounds + 1) for name in names
-    ]
+    names = STAGES[_method(folder, recipe)]
+    stages = [_stage_status(folder.stage(number, name), number) for number in range(1, recipe.rounds + 1) for name in names]
     following = next((each for each in stages if each["state"] != "sealed"), None)
     if following is None:
         return Status(run=str(path), stages=stages, next="nothing: the run is complete")
@@ -139,11 +142,11 @@ def status(path: Path) -> Status:
     return Status(run=str(path), stages=stages, next=f"{verb} round {following['round']}, {following['name']}")
 
 
-def _stage_names(folder: RunFolder, recipe: Recipe) -> Sequence[str]:
-    """The stages that this run consists of."""
-    if not folder.stage(1, STAGES[0]).path.is_dir() and folder.stage(1, STAGES[4]).path.is_dir():
-        return STAGES[4:]  # `selfsteer train`: the pairs were made elsewhere
-    return [name for name in STAGES if recipe.generator.kind != "none" or name not in STAGES[2:4]]
+def _method(folder: RunFolder, recipe: Recipe) -> Method:
+    """Where the pairs of this run come from; those of `selfsteer train` were made elsewhere."""
+    if not folder.stage(1, "1-principles").path.is_dir() and folder.stage(1, "5-preferences").path.is_dir():
+        return "given"
+    return "pbaa" if recipe.generator.kind == "none" else "sso"
 
 
 def _stage_status(stage: Stage, number: int) -> StageStatus:

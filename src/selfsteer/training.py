@@ -219,10 +219,11 @@ def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, poli
     """An ordinary Hugging Face folder in the dtype of the policy, there as a whole or not at all."""
     model = cast(PreTrainedModel | PeftModel, trainer.accelerator.unwrap_model(cast(torch.nn.Module, trainer.model)))
     plain = cast(PreTrainedModel, model.merge_and_unload()) if isinstance(model, PeftModel) else model
-    kept = AutoConfig.from_pretrained(policy.model, trust_remote_code=policy.trust_remote_code).dtype
+    given = AutoConfig.from_pretrained(policy.model, trust_remote_code=policy.trust_remote_code)
     unfinished = folder.with_name(".model-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    cast(torch.nn.Module, plain).to(kept or torch.float32)
+    cast(torch.nn.Module, plain).to(given.dtype or torch.float32)
+    plain.config.use_cache = given.use_cache  # switched off for training
     plain.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     for file in unfinished.iterdir():

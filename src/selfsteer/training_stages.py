@@ -80,7 +80,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
 def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> ImplicitReward:
     """Margins and accuracy of the training pairs before and after, on at most quality.sample queries."""
     drawn = draw_queries(round, pairs, round.recipe.quality.sample)
-    judge = Judge(checkpoint(work.stage.path / MODEL), round.recipe.policy, round.recipe.training)
+    judge = Judge(checkpoint(work.stage.path / MODEL), round.recipe.policy, round.prompts, round.recipe.training)
 
     def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
         for query_id, rows in groupby(pairs.rows(), key=lambda row: row["query_id"]):
