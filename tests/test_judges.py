@@ -17,12 +17,11 @@ from selfsteer.engines.base import Completion, Failed, Request, Sampling
 from selfsteer.engines.openai import OpenAIEngine, Server
 from selfsteer.interrupt import Interrupted
 from selfsteer.journal import Journal
+from selfsteer.judge_prompts import judge_messages, judge_template
 from selfsteer.judges import (
     EmbeddedJudge,
     LLMJudge,
     embedded_verdicts,
-    judge_messages,
-    judge_template,
     letter_probability,
     parse_answer,
     sampled_verdicts,
@@ -148,7 +147,7 @@ def test_candidates_cannot_close_their_fence_or_fill_places():
 
 
 def test_a_code_that_occurs_is_lengthened(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("selfsteer.judges.digest", lambda _: "0123456789abcdef")
+    monkeypatch.setattr("selfsteer.judge_prompts.digest", lambda _: "0123456789abcdef")
     text = judge_messages(judge_template(), (Message(role="user", content="q"),), "01234567", "012345678")[0]["content"]
     assert marks(text) == "0123456789"
 
@@ -398,7 +397,8 @@ def test_special_tokens_and_long_texts_are_not_asked(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def scoring(tiny_folder: str) -> Judge:
-    return Judge(checkpoint(Path(tiny_folder)), Policy(model=tiny_folder), Training(dtype="float32"))
+    prompts = Prompts(load_tokenizer(tiny_folder))
+    return Judge(checkpoint(Path(tiny_folder)), Policy(model=tiny_folder), prompts, Training(dtype="float32"))
 
 
 def test_letter_probability_by_hand():
@@ -484,7 +484,6 @@ def summed_logps(folder: str, messages: tuple[Message, ...], text: str) -> tuple
 
 
 def test_consistency_is_the_difference_of_log_odds(scoring: Judge, tiny_folder: str, tmp_path: Path):
-    prompts = Prompts(load_tokenizer(tiny_folder))
     query = Query(id="q", messages=(Message(role="user", content="How do rainbows form?"),))
     good, bad = (
         Response(text=text, token_ids=(1,), finish_reason="stop", seed=0)
@@ -497,10 +496,10 @@ def test_consistency_is_the_difference_of_log_odds(scoring: Judge, tiny_folder: 
         Steered(pair(chosen=" "), PRINCIPLES),
     ]
     with Journal(tmp_path) as journal:
-        found = list(consistency_verdicts(scoring, prompts, lambda: items, journal, total=len(items)))
+        found = list(consistency_verdicts(scoring, lambda: items, journal, total=len(items)))
         assert len(journal) == 2
-    plus = prompts.steer(query.messages, PRINCIPLES.good)
-    minus = prompts.steer(query.messages, PRINCIPLES.bad)
+    plus = scoring.prompts.steer(query.messages, PRINCIPLES.good)
+    minus = scoring.prompts.steer(query.messages, PRINCIPLES.bad)
     odds, lengths = {}, {}
     for response in (good.text, bad.text):
         (under_good, lengths[response]), (under_bad, _) = (

@@ -132,3 +132,13 @@ def test_a_reward_that_is_no_number_costs_its_pair(model: RewardModel, tmp_path:
     with Journal(tmp_path) as journal:
         (verdict,) = reward_verdicts(model, lambda: pairs, journal, total=1)
     assert verdict.error == "reward is not finite"
+
+
+def test_a_conversation_that_the_template_refuses_is_named(model: RewardModel, tmp_path: Path):
+    template = tmp_path / "strict.jinja"
+    text = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template.write_text(text + CHAT_TEMPLATE, encoding="utf-8")
+    renderer = open_renderer(replace(model, policy=Policy(model=model.model.path, chat_template=str(template))))
+    assert renderer.refusal(conversation("Yes.")) is None
+    with_system = (Message(role="system", content="Be kind."), *conversation("Yes."))
+    assert renderer.refusal(with_system) == "refused by the chat template: no system role"

@@ -14,13 +14,9 @@ Left out on purpose: which judge a recipe names, gates on its report, grades of 
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import resources
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from selfsteer import reference, reward
@@ -28,7 +24,7 @@ from selfsteer.durable import digest
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.interrupt import raise_if_stopped
 from selfsteer.journal import Journal
-from selfsteer.models import load_tokenizer
+from selfsteer.judge_prompts import FIRST, SECOND, BothOrders, questions, refusal
 from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
 from selfsteer.quality import ScoredPair
@@ -47,90 +43,6 @@ _DURABLE_EVERY = 16
 _RETRY_TEMPERATURE = 0.7
 """Of the further tries after an unreadable answer, where the first one was greedy and would repeat itself."""
 
-# --- the prompt of an LLM judge --------------------------------------------------------------------------------------------
-
-FIRST, SECOND = "A", "B"
-"""The closed set of answers: the response shown first is better, or the second."""
-
-_PLACES = ("fence", "request", "first", "second")
-_PLACE = re.compile(r"\{(" + "|".join(_PLACES) + r")\}")
-_SHORTEST_FENCE = 8
-
-
-def judge_template(path: Path | None = None) -> str:
-    """The built-in pairwise prompt, or a file's. ValueError, naming them, when places are missing."""
-    if path is None:
-        return _built_in_template()
-    text = path.read_text(encoding="utf-8")
-    missing = [place for place in _PLACES if f"{{{place}}}" not in text]
-    if missing:
-        raise ValueError(
-            f"{path}: a judge's template needs the places {{fence}}, {{request}}, {{first}} and {{second}}; {missing} are"
-            f" missing. It must ask for exactly {FIRST} or {SECOND}."
-        )
-    return text
-
-
-@cache
-def _built_in_template() -> str:
-    return resources.files("selfsteer").joinpath("templates", "judge_pairwise.txt").read_text(encoding="utf-8")
-
-
-def judge_messages(template: str, prompt: Iterable[Message], first: str, second: str) -> tuple[Message, ...]:
-    """The judge's prompt. What it is to judge stands between marks with a code that occurs in none of these texts.
-
-    Texts are filled in at once, so that a place named in one of them stays as it is.
-    """
-    request = _request_text(tuple(prompt))
-    texts = {"request": request, "first": first, "second": second}
-    filled = texts | {"fence": _fence(request, first, second)}
-    return (Message(role="user", content=_PLACE.sub(lambda place: filled[place[1]], template)),)
-
-
-def _fence(*texts: str) -> str:
-    """A code that no text contains; the same in both orders of the responses. Its digits follow from the texts themselves:
-    no response can hold the code of a prompt that it is part of.
-    """
-    code = digest(sorted(texts))
-    length = _SHORTEST_FENCE
-    while any(code[:length] in text for text in texts):
-        length += 1
-        assert length <= len(code), "a text contains its own sha256"
-    return code[:length]
-
-
-def _request_text(prompt: tuple[Message, ...]) -> str:
-    """The user's turn alone, or the whole conversation with the role before every turn."""
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
-
-
-class BothOrders(NamedTuple):
-    """One question, asked with the chosen response first and with it second."""
-
-    chosen_first: tuple[Message, ...]
-    chosen_second: tuple[Message, ...]
-
-
-def _questions(template: str, pair: PreferencePair) -> BothOrders:
-    return BothOrders(
-        judge_messages(template, pair.prompt, pair.chosen, pair.rejected),
-        judge_messages(template, pair.prompt, pair.rejected, pair.chosen),
-    )
-
-
-def _refusal(questions: BothOrders, prompts: Prompts, limit: int) -> str | None:
-    """Why a judge with this tokenizer must not be asked, or None."""
-    for messages in questions:
-        reason = prompts.quarantine_reason(messages)
-        if reason is not None:
-            return reason
-        if len(prompts.prompt_ids(messages)) > limit:
-            return "too long for the judge"
-    return None
-
-
 # --- an LLM behind an engine -----------------------------------------------------------------------------------------------
 
 
@@ -148,7 +60,7 @@ class LLMJudge:
     """Its tokenizer, for engines that take token ids; None for a server that renders messages itself. Only with it can
     texts that would be read as special tokens be kept from the judge."""
     template: str
-    """See `judge_template`."""
+    """See `judge_prompts.judge_template`."""
     sampling: Sampling = GREEDY
     retries: int = 2
     """Further tries of an answer that can't be read."""
@@ -174,9 +86,9 @@ class LLMJudge:
         prompt_ids = () if self.prompts is None else self.prompts.prompt_ids(messages)
         return Request(key=key, messages=messages, prompt_ids=prompt_ids, sampling=sampling, seed=int(key[:8], 16))
 
-    def refusal(self, questions: BothOrders) -> str | None:
+    def refusal(self, both: BothOrders) -> str | None:
         """Why it must not be asked, or None."""
-        return None if self.prompts is None else _refusal(questions, self.prompts, self.max_prompt_tokens)
+        return None if self.prompts is None else refusal(both, self.prompts, self.max_prompt_tokens)
 
 
 def parse_answer(text: str) -> str | None:
@@ -212,10 +124,10 @@ def _unread(judge: LLMJudge, pairs: Iterable[PreferencePair], attempt: int, jour
     """The questions that were answered unreadably in every earlier try and have no answer to this one, each once."""
     asked: set[str] = set()
     for pair in pairs:
-        questions = _questions(judge.template, pair)
-        if judge.refusal(questions) is not None:
+        both = questions(judge.template, pair)
+        if judge.refusal(both) is not None:
             continue
-        for messages in questions:
+        for messages in both:
             tries = [judge.request(messages, number).key for number in range(attempt)]
             if any(key not in journal or _read(journal, key) is not None for key in tries):
                 continue
@@ -252,12 +164,12 @@ def _read(journal: Journal, key: str) -> str | None:
 
 
 def _verdict(judge: LLMJudge, pair: PreferencePair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
-    questions = _questions(judge.template, pair)
-    refusal = judge.refusal(questions)
-    if refusal is not None:
-        return failure(pair, refusal)
+    both = questions(judge.template, pair)
+    reason = judge.refusal(both)
+    if reason is not None:
+        return failure(pair, reason)
     letters: list[str] = []
-    for messages in questions:
+    for messages in both:
         tries = [judge.request(messages, attempt).key for attempt in range(1 + judge.retries)]
         answered = [key for key in tries if key in journal]
         letter = next((letter for key in answered if (letter := _read(journal, key)) is not None), None)
@@ -278,7 +190,7 @@ class EmbeddedJudge:
     scoring: reference.Judge
     """The model, and how it computes log-probabilities."""
     template: str
-    """See `judge_template`."""
+    """See `judge_prompts.judge_template`."""
     max_prompt_tokens: int = 8192
     """Longer questions are not asked; nothing is ever cut."""
 
@@ -290,18 +202,13 @@ def embedded_verdicts(judge: EmbeddedJudge, pairs: Pairs, journal: Journal, *, t
     number of pairs, is for the progress bar. Raises Interrupted, with all scores durable, when a signal asked to stop.
     """
     scoring = judge.scoring
-    policy = scoring.policy
-    tokenizer = load_tokenizer(
-        scoring.model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code
-    )
-    prompts = Prompts(tokenizer, system_role=policy.system_role)
 
     def asked() -> Iterator[tuple[PreferencePair, reference.Group | str]]:
         """Every pair with its question, or with why it must not be asked."""
         for pair in pairs():
-            questions = _questions(judge.template, pair)
-            refusal = _refusal(questions, prompts, judge.max_prompt_tokens)
-            yield pair, refusal or scoring.group([_letters(pair, messages) for messages in questions])
+            both = questions(judge.template, pair)
+            reason = refusal(both, scoring.prompts, judge.max_prompt_tokens)
+            yield pair, reason or scoring.group([_letters(pair, messages) for messages in both])
 
     groups = (group for _, group in asked() if isinstance(group, reference.Group))
     reference.score_missing(scoring, groups, journal, description="verdicts", total=total)
@@ -361,11 +268,11 @@ def reward_verdicts(judge: reward.RewardModel, pairs: Pairs, journal: Journal, *
             both = _conversations(pair)
             yield pair, both, next(filter(None, map(renderer.refusal, both)), None)
 
-    wanted = (conversation for _, both, refusal in asked() if refusal is None for conversation in both)
+    wanted = (conversation for _, both, reason in asked() if reason is None for conversation in both)
     reward.score_missing(judge, wanted, journal, description="rewards", total=2 * total)
-    for pair, both, refusal in asked():
-        if refusal is not None:
-            yield failure(pair, refusal)
+    for pair, both, reason in asked():
+        if reason is not None:
+            yield failure(pair, reason)
             continue
         chosen, rejected = (reward.reward_of(judge, conversation, journal) for conversation in both)
         if chosen is None or rejected is None:

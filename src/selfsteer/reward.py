@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfsteer.durable import digest, file_digest
@@ -80,7 +81,11 @@ class Renderer(NamedTuple):
         """Why this conversation must not be scored, or None."""
         if any(self.prompts.contains_special(message["content"]) for message in conversation):
             return "special tokens in the text"
-        return "too long for the reward model" if len(self.ids(conversation)) > self.max_tokens else None
+        try:
+            length = len(self.ids(conversation))
+        except TemplateError as error:
+            return f"refused by the chat template: {error.message}"
+        return "too long for the reward model" if length > self.max_tokens else None
 
 
 def open_renderer(reward: RewardModel) -> Renderer:

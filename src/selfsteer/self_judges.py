@@ -60,19 +60,19 @@ class Consistency(NamedTuple):
 
 
 def consistency_verdicts(
-    judge: reference.Judge, prompts: Prompts, items: Callable[[], Iterable[Steered]], journal: Journal, *, total: int
+    judge: reference.Judge, items: Callable[[], Iterable[Steered]], journal: Journal, *, total: int
 ) -> Iterator[Consistency]:
     """Does log pi(y|x+) - log pi(y|x-) rank chosen above rejected? One forward pass a query, journalled.
 
-    prompts: of the judge's tokenizer. items: the pairs, each time from the beginning; total, their number, is for the
-    progress bar. Raises Interrupted, with all scores durable, when a signal asked to stop.
+    items: the pairs, each time from the beginning; total, their number, is for the progress bar. Raises Interrupted, with
+    all scores durable, when a signal asked to stop.
     """
 
     def asked() -> Iterator[tuple[PreferencePair, reference.Group | str]]:
         """Every pair with its question, or with why it must not be asked."""
         for item in items():
-            both = _under_both(item, prompts)
-            yield item.pair, _refusal(both, prompts) or judge.group(both)
+            both = _under_both(item, judge.prompts)
+            yield item.pair, _refusal(both, judge.prompts) or judge.group(both)
 
     groups = (group for _, group in asked() if isinstance(group, reference.Group))
     reference.score_missing(judge, groups, journal, description="principle consistency", total=total)
