@@ -188,7 +188,8 @@ class EmbeddedJudge:
     """An LLM in this process."""
 
     scoring: reference.Judge
-    """The model, and how it computes log-probabilities."""
+    """The model, and how it computes log-probabilities. A small judge's averaged probabilities lie so close to one half
+    that rounding to bfloat16 turns some of them: take float32 where it can be paid."""
     template: str
     """See `judge_prompts.judge_template`."""
     max_prompt_tokens: int = 8192
