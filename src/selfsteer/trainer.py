@@ -44,7 +44,7 @@ class Step(TypedDict):
     seconds: float
 
 
-class TrainingDiverged(ValueError):  # noqa: N818, an event as `Interrupted` is
+class TrainingDiverged(ValueError):
     """The loss or the gradient is no finite number; the last complete checkpoint stays."""
 
 
