@@ -10,6 +10,8 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
+from selfsteer import interrupt
+
 T = TypeVar("T")
 
 
@@ -42,7 +44,19 @@ def everyones(value: float) -> list[float]:
     return torch.cat(gathered).tolist()
 
 
+def stop_signal() -> int:
+    """The signal that asked any of the processes to stop; 0 while none did."""
+    return int(max(everyones(interrupt.signal_number())))
+
+
 def wait() -> None:
     """Go on only when all processes have come here."""
     if several():
         distributed.barrier()
+
+
+def end() -> None:
+    """Leave the group, when nothing more will be asked of it."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from selfsteer import checkpoints, interrupt, processes
+from selfsteer import checkpoints, processes
 from selfsteer.logps import Packing
 from selfsteer.objective import PairLogps, sft
 from selfsteer.packing import Batch, share_prompts
@@ -215,19 +215,14 @@ class Keeper(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop when asked to."""
-        if _asked_to_stop():
+        if processes.stop_signal():
             control.should_save = control.should_training_stop = True
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop between micro-batches too; the weights are still those of the last step, saved now unless they are."""
-        if _asked_to_stop():
+        if processes.stop_signal():
             control.should_training_stop = True
             control.should_save = state.global_step > self._saved
-
-
-def _asked_to_stop() -> bool:
-    """Whether any of the processes was."""
-    return any(processes.everyones(float(interrupt.stop_requested())))
 
 
 def read_history(path: Path) -> list[Step]:

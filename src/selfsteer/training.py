@@ -140,7 +140,8 @@ def train(job: TrainingJob) -> TrainingResult:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Keeper(output, identity, done))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    interrupt.raise_if_stopped()
+    if stopped := processes.stop_signal():
+        raise interrupt.Interrupted(stopped)
     folder = output / "model"
     _export(trainer, tokenizer, job, folder)
     history = read_history(output / "history.jsonl")
@@ -216,6 +217,7 @@ def _arguments(job: TrainingJob) -> TrainingArguments:
         activation_checkpointing=training.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         save_steps=training.save_steps,
+        ddp_find_unused_parameters=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=training.report_to,
