@@ -21,6 +21,7 @@ from test_training import FLOAT32, curve, steering_group, write_pairs
 from tiny import tiny_model_dir
 
 from selfsteer import checkpoints, interrupt
+from selfsteer import launch as launching
 from selfsteer.launch import _is_free, launch
 from selfsteer.recipe import Launcher, Lora, Policy
 from selfsteer.trainer import TrainingDiverged, read_history
@@ -99,6 +100,37 @@ def test_two_processes_train_as_one(alone: TrainingJob, together: TrainingJob):
     weights, expected = (load_file(Path(each.output) / "model" / "model.safetensors") for each in (together, alone))
     assert weights.keys() == expected.keys()
     assert all((weights[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+
+
+SHARDED = """
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_reshard_after_forward: true,
+  fsdp_state_dict_type: SHARDED_STATE_DICT, fsdp_cpu_ram_efficient_loading: false, fsdp_offload_params: false}
+machine_rank: 0
+main_process_port: 0
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+"""
+
+
+def test_sharded_weights_train_as_one(job: TrainingJob, alone: TrainingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """FSDP2 through an accelerate configuration file: torch shards on a CPU, accelerate has to be made to (sharded.py)."""
+    (tmp_path / "fsdp.yaml").write_text(SHARDED)
+    command = launching._command(Launcher(kind="accelerate", config=str(tmp_path / "fsdp.yaml")))
+    assert command[-2:] == ["--module", "selfsteer.launch"]
+    sharding = [*command[:-2], str(Path(__file__).with_name("sharded.py"))]
+    monkeypatch.setattr(launching, "_command", lambda _: sharding)
+    sharded = replace(job, output=str(tmp_path / "run"))
+    result = launch(sharded, TWO)
+    assert curve(sharded) == near(alone)
+    weights, expected = (load_file(Path(each.output) / "model" / "model.safetensors") for each in (sharded, alone))
+    assert weights.keys() == expected.keys()
+    assert all((weights[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+    last = checkpoints.latest(Path(sharded.output))
+    assert last is not None
+    assert len(list(last.rglob("*.distcp"))) == 4, "weights and optimizer, a part from each process"
+    assert result.steps == 6
 
 
 def test_checkpoints_hold_what_every_process_wrote(together: TrainingJob):

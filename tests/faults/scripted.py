@@ -94,7 +94,7 @@ def main() -> None:
             except BaseException:
                 traceback.print_exc()
             os._exit(1)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print("child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def scripted(folder: Path, recipe: dict[str, Any], *moments: str) -> tuple[list[
     environment = os.environ | {"PYTHONPATH": paths}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
     assert ended.returncode == 0, ended.stderr
-    return [int(line) for line in ended.stdout.split()], ended.stderr
+    lines = [line.split() for line in ended.stdout.splitlines() if line.startswith("child ")]
+    return [int(status) for _, status in lines], ended.stderr
 
 
 # --- kills and full disks --------------------------------------------------------------------------------------------------
