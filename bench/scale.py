@@ -4,7 +4,8 @@
 
 Engine, scorer and trainer are scripted and take no time to speak of; queries, prompts, tokenizer, journals, filters, pairs,
 seals and measures are real. Each size runs in a process of its own, so that its peak memory is its own. "again" is the same
-command on the finished run; "resumed" is the same with the responses unsealed, so that they are read back from their journal.
+command on the finished run; "resumed" the same with the responses unsealed, so that they are read back from their journal.
+On a machine that is doing other things the CPU seconds of the first run are the figure to look at.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
-WORDS = "the of light letter water slow deep bright seven perhaps never river stone answer because question morning".split()
+WORDS = ("the", "of", "light", "letter", "water", "slow", "deep", "bright", "seven", "perhaps", "never", "river", "stone")
 QUERY_WORDS, RESPONSE_WORDS = 40, 150
 
 
@@ -36,18 +37,22 @@ def main() -> None:
     if given.one is not None:
         print(json.dumps(measure(given.one, given.folder)))
         return
-    print("queries  seconds  queries/s  again s  resumed s  start MB  peak MB  disk MB  seconds a stage")
+    print("queries  seconds    CPU s  queries/CPU s  again s  resumed s  start MB  peak MB  disk MB  seconds a stage")
     for size in given.sizes:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             command = [sys.executable, __file__, "--one", str(size), "--folder", folder]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
         stages = " ".join(f"{seconds:.1f}" for seconds in found["stages"])
-        print(
-            f"{size:7,d} {found['seconds']:8.1f} {size / found['seconds']:10.1f} {found['again']:8.1f} {found['resumed']:10.1f}"
-            f" {found['start']:9.0f} {found['peak']:8.0f} {found['disk']:8.0f}  {stages}",
-            flush=True,
-        )
+        numbers = [found["seconds"], found["cpu"], size / found["cpu"], *(found[name] for name in ("again", "resumed"))]
+        sizes = [found[name] for name in ("start", "peak", "disk")]
+        columns = [
+            f"{value:{width}.{places}f}"
+            for value, width, places in zip(
+                [*numbers, *sizes], (8, 8, 14, 8, 10, 9, 8, 8), (1, 1, 1, 1, 1, 0, 0, 0), strict=True
+            )
+        ]
+        print(f"{size:7,d} {' '.join(columns)}  {stages}", flush=True)
 
 
 def measure(size: int, folder: Path) -> dict[str, Any]:
@@ -71,8 +76,9 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
             "filters": {"max_length_ratio": 1000.0},
         }
     )
-    start = peak()
+    start, before = peak(), time.process_time()
     seconds = timed(lambda: pipeline.run(recipe))
+    cpu = time.process_time() - before
     again = timed(lambda: pipeline.run(recipe))
     for name in ("MANIFEST.json", "data.parquet"):
         (folder / "run/round-1/2-responses" / name).unlink()
@@ -81,6 +87,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
     disk = sum(file.stat().st_size for file in (folder / "run").rglob("*") if file.is_file())
     return {
         "seconds": seconds,
+        "cpu": cpu,
         "again": again,
         "resumed": resumed,
         "start": start,

@@ -34,7 +34,7 @@ SECONDS = 300
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
-    """Seven queries in batches of four, three epochs: the last step of an epoch has three, which two processes can't halve."""
+    """Seven queries in batches of four, three epochs: the last step of each has three, which two processes can't halve."""
     folder = tmp_path_factory.mktemp("launch")
     policy = Policy(model=tiny_model_dir(folder / "tiny"))
     pairs = write_pairs(folder / "pairs.parquet", policy, FLOAT32, [steering_group(number) for number in range(7)])
@@ -167,9 +167,10 @@ def test_a_signal_to_the_parent_ends_in_a_complete_checkpoint(base: TrainingJob,
         until(lambda: read_history(history), "the first step")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with interrupt.graceful_stop(), pytest.raises(interrupt.Interrupted) as stopped:
+    with interrupt.graceful_stop():
         threading.Thread(target=stop, daemon=True).start()
-        launch(long, TWO)
+        with pytest.raises(interrupt.Interrupted) as stopped:
+            launch(long, TWO)
     assert stopped.value.exit_status == 143
     assert _is_free(Path(long.output) / "GROUP"), "the group has ended before its parent"
     last = checkpoints.latest(Path(long.output))

@@ -39,7 +39,7 @@ from selfsteer.objective import REFERENCE_FREE, objective
 from selfsteer.packing import pack, share_prompts
 from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
-from selfsteer.recipe import LossName, Lora, Policy, Training
+from selfsteer.recipe import Lora, LossName, Policy, Training
 from selfsteer.tokens import TokenGroups, token_groups
 from selfsteer.trainer import Collator, JobParts, Keeper, PreferenceTrainer, Step, read_history, truncate_history
 

@@ -86,14 +86,17 @@ def main() -> None:
     for moment in moments:
         pid = os.fork()
         if pid == 0:
+            status: Any = 1
             try:
                 child(recipe, Path(log), moment)
+                status = 0
             except SystemExit as ended:
+                status = ended.code
+            finally:
+                if status == 1:
+                    traceback.print_exc()
                 sys.stderr.flush()
-                os._exit(ended.code)  # pyright: ignore
-            except BaseException:
-                traceback.print_exc()
-            os._exit(1)
+                os._exit(status)
         print("child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 

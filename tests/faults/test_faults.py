@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import yaml
-from faults.scripted import IN_FLIGHT, ScriptedEngine, calls
 
 import selfsteer
+from faults.scripted import IN_FLIGHT, ScriptedEngine, calls
 from selfsteer import checkpoints, data_stages, store
 from selfsteer.recipe import Recipe
 from selfsteer.responses import _DURABLE_EVERY
