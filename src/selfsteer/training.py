@@ -13,6 +13,7 @@ Left out on purpose: evaluation during training; the stages measure before and a
 
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -77,11 +78,8 @@ class TrainingJob:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """The job that `as_json` gave."""
-        sections = {
-            "policy": Policy.model_validate(values["policy"]),
-            "training": Training.model_validate(values["training"]),
-        }
-        return cls(**values | sections)
+        policy, training = Policy.model_validate(values["policy"]), Training.model_validate(values["training"])
+        return cls(**{**values, "policy": policy, "training": training})
 
     def digest(self) -> str:
         """sha256 of everything that determines the result; no paths."""
@@ -137,6 +135,8 @@ def train(job: TrainingJob) -> TrainingResult:
             advance=advance,
         )
         trainer = PreferenceTrainer(model, args, data, parts)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+            log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Keeper(output, identity, done))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
