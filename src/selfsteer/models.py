@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfsteer.durable import digest, file_digest
-from selfsteer.memory import keep_freed_memory
 from selfsteer.recipe import DTypeName, Policy
 from selfsteer.records import Checkpoint
 
@@ -124,8 +123,6 @@ def load_model(
     path: str, *, dtype: torch.dtype, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A causal language model in eval mode, from safetensors only."""
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
     model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
     )
