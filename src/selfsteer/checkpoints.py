@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 
 MARKER = "COMPLETE"
 
+KEPT = 2
+"""Complete checkpoints that stay on disk."""
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -59,6 +62,13 @@ def resume_point(output: Path, training: str) -> Path | None:
             log.warning("removing %s: it was trained with other settings or data", folder)
             shutil.rmtree(folder)
     return next(iter(_newest_first(output)), None)
+
+
+def rotate(output: Path) -> None:
+    """Remove all but the newest, by their steps: times of files go wrong with the clock."""
+    for folder in _newest_first(output)[KEPT:]:
+        (folder / MARKER).unlink(missing_ok=True)  # a removal that is broken off leaves nothing that could count
+        shutil.rmtree(folder)
 
 
 def step_of(folder: Path) -> int:

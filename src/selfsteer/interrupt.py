@@ -28,6 +28,11 @@ def stop_requested() -> bool:
     return _received is not None
 
 
+def signal_number() -> int:
+    """The signal that asked this process to stop; 0 while none did."""
+    return _received or 0
+
+
 def raise_if_stopped() -> None:
     """Raise `Interrupted` when a signal asked this process to stop."""
     if _received is not None:

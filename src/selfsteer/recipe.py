@@ -214,6 +214,26 @@ class Training(Section):
     """Trackers, as transformers names them (tensorboard, wandb, ...)."""
 
 
+class Launcher(Section):
+    """The processes of the trainings; where they run, not what they compute."""
+
+    kind: Literal["local", "accelerate"] = "local"
+    """local: this process. accelerate: several, started by `accelerate launch`."""
+    processes: int | None = Field(default=None, ge=1)
+    """With kind: accelerate, the number of processes over all machines; the configuration's when empty."""
+    config: str | None = None
+    """With kind: accelerate, its configuration file (FSDP, DeepSpeed, machines); data parallelism here when empty."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        given = self.processes is not None or self.config is not None
+        if self.kind == "local" and given:
+            raise ValueError("launcher.processes and launcher.config need launcher.kind: accelerate")
+        if self.kind == "accelerate" and not given:
+            raise ValueError("kind: accelerate needs launcher.processes or launcher.config")
+        return self
+
+
 class Quality(Section):
     """The measures of the data."""
 
@@ -239,6 +259,7 @@ class Recipe(Section):
     generator: Generator = Generator()
     alignment: Alignment = Alignment()
     training: Training = Training()
+    launcher: Launcher = Launcher()
     quality: Quality = Quality()
 
     @field_validator("output")

