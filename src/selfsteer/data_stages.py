@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from selfsteer import queries as reading
 from selfsteer import schemas
 from selfsteer.durable import digest, file_digest
-from selfsteer.engines.base import Failed, Request, Sampling
+from selfsteer.engines.base import Engine, Failed, Request, Sampling
 from selfsteer.journal import Journal
 from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.pairs import (
@@ -30,9 +30,10 @@ from selfsteer.pairs import (
 from selfsteer.principles import Attempt, Pool, choose_principles, generate_principles, load_pool, principle_messages
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import Generator, Policy, Recipe
+from selfsteer.recipe_engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped, PairRow, Principles, Query, Response, Responses
 from selfsteer.reference import Group, score_missing, scores
-from selfsteer.responses import open_engine, request, response, sample, seed_for
+from selfsteer.responses import open_engine, request, response, sample, sampler_digest, seed_for
 from selfsteer.schemas import NO_SEEDS, Seeds
 from selfsteer.stages import Round, Work, arithmetic, draw_queries, inputs_of, kept, make_stage, policy_as_judge
 from selfsteer.store import Contents, Origin, Stage
@@ -49,7 +50,8 @@ def principles_stage(round: Round) -> Stage:
         inputs["principles"] = file_digest(Path(section.path))
     settings = {
         "queries": round.recipe.queries.model_dump(exclude={"path"}),
-        "principles": section.model_dump(exclude={"path"}),
+        "principles": section.model_dump(exclude={"path", "engine"}),
+        **(sampling_identity(section.engine or round.recipe.engine) if section.source == "generate" else {}),
         "system_role": round.prompts.system_role,
         "library": digest([list(pair) for pair in load_pool(section).pairs]),
         "seed": round.recipe.seed,
@@ -112,11 +114,13 @@ def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Que
     if section.model is not None:
         writer = resolve(Policy(model=section.model, trust_remote_code=recipe.policy.trust_remote_code))
         prompts = Prompts(load_tokenizer(writer.path))
+    engine_section = section.engine or recipe.engine
+    model_digest = sampler_digest(engine_section, writer)
     sampling = Sampling(temperature=section.temperature, top_p=recipe.responses.top_p, max_new_tokens=section.max_new_tokens)
 
     def ask(attempt: Attempt) -> Request:
         messages = principle_messages(attempt.query)
-        return request(prompts, messages, model_digest=writer.digest, sampling=sampling, seed=attempt.seed)
+        return request(prompts, messages, model_digest=model_digest, sampling=sampling, seed=attempt.seed)
 
     def answer_to(asked: Request) -> str:
         answered = response(work.journal, asked)
@@ -124,7 +128,7 @@ def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Que
 
     def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
         tried = [(attempt, ask(attempt)) for attempt in attempts]
-        engine = partial(open_engine, recipe, writer)
+        engine = partial(open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
         sample(engine, (item for _, item in tried), work.journal, description="principles", total=len(tried))
         return ((attempt, answer_to(item)) for attempt, item in tried)
 
@@ -150,7 +154,8 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
     generator = round.recipe.generator
     settings = {
         "responses": round.recipe.responses.model_dump(),
-        "dtype": round.recipe.engine.dtype,
+        "dtype": None if round.recipe.engine.kind == "openai" else round.recipe.engine.dtype,
+        **sampling_identity(round.recipe.engine),
         "queries": generator.queries if generator.kind == "single" else None,
         "original": _needs_original(generator),
         "seed": round.recipe.seed,
@@ -172,7 +177,7 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
 
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
-        partial(open_engine, round.recipe, round.policy),
+        _engine(round, round.policy),
         (item for _, requests in asked() for item in requests.values()),
         work.journal,
         description="responses of the policy",
@@ -206,6 +211,11 @@ def _needs_original(generator: Generator) -> bool:
     return generator.kind == "single" and generator.objective in ("sso", "l_minus")
 
 
+def _engine(round: Round, model: Checkpoint) -> Callable[[], Engine]:
+    recipe = round.recipe
+    return partial(open_engine, recipe.engine, model, round.prompts, trust_remote_code=recipe.policy.trust_remote_code)
+
+
 def _requests(round: Round, model: Checkpoint, row: dict[str, Any], roles: Iterable[str]) -> dict[str, Request]:
     """The prompts x+ (good), x- (bad) and x (original) of a query, to be answered by `model`."""
     query, principles = schemas.query(row), schemas.principles(row)
@@ -215,11 +225,12 @@ def _requests(round: Round, model: Checkpoint, row: dict[str, Any], roles: Itera
         "original": query.messages,
     }
     sampling = Sampling(**round.recipe.responses.model_dump())
+    model_digest = sampler_digest(round.recipe.engine, model)
     return {
         role: request(
             round.prompts,
             messages[role],
-            model_digest=model.digest,
+            model_digest=model_digest,
             sampling=sampling,
             seed=seed_for(round.recipe.seed, round.number, query.id, role),
         )
@@ -300,6 +311,7 @@ def preferences_stage(round: Round, principles: Stage, responses: Stage, generat
         "filters": recipe.filters.model_dump(),
         "seed": recipe.seed,
         "round": round.number,
+        **sampling_identity(recipe.engine),
         **arithmetic(recipe.training),
     }
     if generator is None:
@@ -321,7 +333,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generator: Stage) 
         return ((row, _requests(round, model, row, ("good", "bad"))) for row in principles.rows())
 
     sample(
-        partial(open_engine, round.recipe, model),
+        _engine(round, model),
         (item for _, requests in asked() for item in requests.values()),
         work.journal,
         description="responses of the generator",

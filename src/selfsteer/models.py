@@ -119,6 +119,18 @@ def load_tokenizer(
     return tokenizer
 
 
+def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a completion: those of the model folder's generation configuration and the tokenizer's."""
+    folder = Path(path)
+    file = folder / "generation_config.json"
+    settings: dict[str, Any] = json.loads((file if file.is_file() else folder / "config.json").read_bytes())
+    ends: int | list[int] | None = settings.get("eos_token_id")
+    several = ends if isinstance(ends, list) else [ends]
+    own = tokenizer.eos_token_id
+    assert own is None or isinstance(own, int)
+    return frozenset(end for end in (*several, own) if end is not None)
+
+
 def load_model(
     path: str, *, dtype: torch.dtype, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:

@@ -23,6 +23,7 @@ from selfsteer.queries import read_queries
 from selfsteer.recipe import Recipe, dump
 from selfsteer.records import Checkpoint, PairRow, Query
 from selfsteer.report import write_metrics
+from selfsteer.responses import check_engines
 from selfsteer.stages import Round
 from selfsteer.store import RunFolder
 from selfsteer.training_stages import MODEL, generator_stage, policy_stage
@@ -32,7 +33,7 @@ def run(recipe: Recipe) -> Metrics:
     """Align recipe.policy, or continue where an earlier call with the same output folder stopped."""
     # What can't begin must leave no trace, and must not touch the folder of an earlier run.
     policy = resolve(recipe.policy)
-    _prompts(recipe, policy)
+    check_engines(recipe, policy, _prompts(recipe, policy))
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with RunFolder(recipe.output) as folder:

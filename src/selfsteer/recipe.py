@@ -11,21 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from selfsteer import recipe_text
-from selfsteer.recipe_text import RecipeError
+from selfsteer.recipe_engines import DTypeName, EngineSection, TransformersSection
+from selfsteer.recipe_text import RecipeError, Section
 
 LossName = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "apo_zero", "robust_dpo", "sppo"]
 ObjectiveName = Literal["sso", "equation_3", "l_plus", "l_minus"]
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-class Section(BaseModel):
-    """A part of the recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Policy(Section):
@@ -69,6 +63,8 @@ class PrincipleSource(Section):
     """Only these qualities of the library (or file); all of them when empty."""
     model: str | None = None
     """With source: generate, the principle generator; the policy itself when empty."""
+    engine: EngineSection | None = None
+    """With source: generate, the engine that holds the principle generator; the one of the responses when empty."""
     concision: float = Field(default=0.2, ge=0, le=1)
     """Share of the queries that get the concision pair added, against length bias."""
     temperature: float = Field(default=0.7, ge=0)
@@ -88,6 +84,12 @@ class PrincipleSource(Section):
             raise ValueError(
                 f"model {self.model!r} writes only with source: generate; set principles.source=generate or model=null"
             )
+        if self.source != "generate" and self.engine:
+            raise ValueError("engine writes only with source: generate; set principles.source=generate or engine=null")
+        if self.model and self.engine and self.engine.kind == "openai" and self.engine.serve is None:
+            raise ValueError(
+                f"model {self.model!r} is not what a server that runs already holds; say it in engine.model alone"
+            )
         return self
 
 
@@ -100,17 +102,6 @@ class Sampled(Section):
     """Nucleus: the smallest set of tokens with at least this probability."""
     max_new_tokens: int = Field(default=2048, ge=1)
     """Limit of a response."""
-
-
-class EngineSection(Section):
-    """What turns prompts into responses."""
-
-    kind: Literal["transformers"] = "transformers"
-    """The embedded engine."""
-    batch_size: int = Field(default=64, ge=1)
-    """Responses sampled side by side."""
-    dtype: DTypeName = "auto"
-    """auto: bfloat16 where the hardware multiplies it fast (CUDA, CPUs with AMX), else float32."""
 
 
 class Filters(Section):
@@ -210,7 +201,7 @@ class Training(Section):
     """Gradients are scaled down to this norm."""
     save_steps: int = Field(default=50, ge=1)
     """Optimizer steps between checkpoints; a killed training continues from the last complete one."""
-    report_to: list[str] = []
+    report_to: list[str] = Field(default_factory=list[str])
     """Trackers, as transformers names them (tensorboard, wandb, ...)."""
 
 
@@ -254,13 +245,30 @@ class Recipe(Section):
     queries: Queries
     principles: PrincipleSource = PrincipleSource()
     responses: Sampled = Sampled()
-    engine: EngineSection = EngineSection()
+    engine: EngineSection = TransformersSection()
+    """What turns prompts into responses: kind transformers (embedded), vllm or openai, each with fields of its own."""
     filters: Filters = Filters()
     generator: Generator = Generator()
     alignment: Alignment = Alignment()
     training: Training = Training()
     launcher: Launcher = Launcher()
     quality: Quality = Quality()
+
+    @model_validator(mode="after")
+    def _engine_can_hold_what_is_trained(self) -> Self:
+        if self.engine.kind != "openai" or self.engine.serve is not None:
+            return self
+        if self.generator.kind != "none" or self.rounds > 1:
+            raise ValueError(
+                "engine: a server that runs already can't hold the weights that this run trains. Set engine.serve to the"
+                " command that serves a model's folder, or use kind vllm; or keep this server for the principles"
+                " (principles.engine)"
+            )
+        if self.principles.source == "generate" and self.principles.model and self.principles.engine is None:
+            raise ValueError(
+                "principles.model: the server of engine holds another model; give principles an engine of its own"
+            )
+        return self
 
     @field_validator("output")
     @classmethod
