@@ -17,8 +17,8 @@ from selfsteer import report
 from selfsteer.durable import replacing
 from selfsteer.metrics import RoundMetrics
 
-Method = Literal["sso", "pbaa", "given"]
-"""Pairs from a data generator, from the policy itself (generator.kind none), or made elsewhere."""
+Method = Literal["sso", "dual", "pbaa", "given"]
+"""Pairs from a data generator, from two (generator.kind dual), from the policy itself (none), or made elsewhere."""
 
 _HOW: dict[Method, str] = {
     "sso": """\
@@ -29,6 +29,18 @@ A chat model aligned without human labels, by Self-Steering Optimization
 2. The model answered each query under either principle.
 3. A copy of the model, the data generator, was trained to keep good and bad responses apart and both close to what the model
    itself would say. It answered the queries under either principle, which made the preference pairs, and was discarded.
+4. The model was trained on the pairs, the bare query above both responses.
+
+No human, reward model or other model judged the responses.""",
+    "dual": """\
+A chat model aligned without human labels, by Self-Steering Optimization with two data generators
+([arXiv 2410.17131](https://arxiv.org/abs/2410.17131)):
+
+1. Each query got two opposing principles, one that leads to a good response and one that leads to a relatively bad one.
+2. The model answered each query under either principle.
+3. Two copies of the model were trained: one to keep good responses above bad ones, one to prefer what the model itself would
+   say when told to answer badly. The first answered the queries under the better principle, the second under the worse one,
+   which made the preference pairs; both were discarded.
 4. The model was trained on the pairs, the bare query above both responses.
 
 No human, reward model or other model judged the responses.""",
@@ -48,6 +60,7 @@ _SELF_MADE = """\
 - What the model does not know, its own pairs cannot teach."""
 _LIMITS: dict[Method, str] = {
     "sso": _SELF_MADE,
+    "dual": _SELF_MADE,
     "pbaa": _SELF_MADE,
     "given": "- The pairs were taken as given; whether their preferences are right was not checked.",
 }

@@ -6,6 +6,7 @@ Each line of `run_round` makes one sealed folder of the run; called again, it re
 anything is done.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -13,19 +14,23 @@ from typing import cast
 from selfsteer import summary
 from selfsteer.cards import CardFacts, Method, write_model_card
 from selfsteer.data_stages import preferences_stage, principles_stage, responses_stage, steering_stage
+from selfsteer.gates import complaint, require
 from selfsteer.given import given_stage, measure_given
 from selfsteer.metrics import Measures, Metrics
 from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.page import pick_examples, write_page
 from selfsteer.preferences import read_pairs
 from selfsteer.prompts import Prompts
+from selfsteer.quality_stage import check_judging, quality_stage
 from selfsteer.queries import read_queries
 from selfsteer.recipe import Recipe, dump
 from selfsteer.records import Checkpoint, PairRow, Query
 from selfsteer.report import write_metrics
 from selfsteer.stages import Round
-from selfsteer.store import RunFolder
+from selfsteer.store import RunFolder, Stage
 from selfsteer.training_stages import MODEL, generator_stage, policy_stage
+
+log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> Metrics:
@@ -33,37 +38,51 @@ def run(recipe: Recipe) -> Metrics:
     # What can't begin must leave no trace, and must not touch the folder of an earlier run.
     policy = resolve(recipe.policy)
     _prompts(recipe, policy)
+    check_judging(recipe)
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
         for number in range(1, recipe.rounds + 1):
             policy = run_round(_round(number, folder, recipe, policy))
-        return _finish(folder, recipe, "pbaa" if recipe.generator.kind == "none" else "sso")
+        return _finish(folder, recipe, summary.method_of(recipe))
 
 
 def run_round(round: Round) -> Checkpoint:
     """One round of Self-Steering Optimization (arXiv 2410.17131); returns the aligned policy."""
+    preferences = make_data(round)
+    _hold_gates(round, summary.method_of(round.recipe))
+    return checkpoint(policy_stage(round, preferences).path / MODEL)
+
+
+def make_data(round: Round) -> Stage:
+    """Steps 1 to 4 of a round: the preference pairs, judged."""
     principles = principles_stage(round)
     responses = responses_stage(round, principles)
     if round.recipe.generator.kind == "none":  # PBAA, the paper's baseline: the policy's own responses are the pairs
         preferences = preferences_stage(round, principles, responses, None)
-    else:
-        steering = steering_stage(round, responses)
-        generator = generator_stage(round, steering)
-        preferences = preferences_stage(round, principles, responses, generator)
-    return checkpoint(policy_stage(round, preferences).path / MODEL)
+        quality_stage(round, preferences)
+        return preferences
+    steering = steering_stage(round, responses)
+    generators = generator_stage(round, steering)
+    preferences = preferences_stage(round, principles, responses, generators)
+    quality_stage(round, preferences, steering)
+    return preferences
 
 
 def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     """Step 5 on its own: align recipe.policy on a preference dataset made elsewhere."""
     policy = resolve(recipe.policy)
     _prompts(recipe, policy)
+    check_judging(recipe)
     next(read_pairs(pairs), None)
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
         round = _round(1, folder, recipe, policy)
-        policy_stage(round, given_stage(round, pairs))
+        preferences = given_stage(round, pairs)
+        quality_stage(round, preferences, principles=False)
+        _hold_gates(round, "given")
+        policy_stage(round, preferences)
         return _finish(folder, recipe, "given")
 
 
@@ -84,12 +103,34 @@ def _prompts(recipe: Recipe, policy: Checkpoint) -> Prompts:
     return Prompts(tokenizer, system_role=recipe.policy.system_role)
 
 
+def _hold_gates(round: Round, method: Method) -> None:
+    """Compare the data of a round with the recipe's gates. Raises `GateFailed` where the recipe stops on failure."""
+    section = round.recipe.quality
+    if not section.gates:
+        return
+    metrics = summary.unaligned(round.folder, round.recipe, method, round.number)
+    results = metrics["rounds"][-1].get("gates", [])
+    text = complaint(results)
+    if text is None:
+        return
+    if section.on_failure == "warn":
+        log.warning("%s\nquality.on_failure is warn: the policy is aligned on these pairs all the same.", text)
+        return
+    _write_report(round.folder, metrics, round.recipe.seed)
+    require(results)
+
+
+def _write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
+    """Write metrics.json and report.html."""
+    write_metrics(folder.path / "metrics.json", metrics)
+    pairs = cast("Iterator[PairRow]", folder.stage(len(metrics["rounds"]), "5-preferences").rows())
+    write_page(folder.path / "report.html", metrics, pick_examples(pairs, seed=seed))
+
+
 def _finish(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
     """Write metrics.json, report.html and the model card from the sealed stages."""
     metrics = summary.metrics(folder, recipe, method)
-    write_metrics(folder.path / "metrics.json", metrics)
-    pairs = cast("Iterator[PairRow]", folder.stage(recipe.rounds, "5-preferences").rows())
-    write_page(folder.path / "report.html", metrics, pick_examples(pairs, seed=recipe.seed))
+    _write_report(folder, metrics, recipe.seed)
     facts = CardFacts(
         name=folder.path.name,
         base_model=recipe.policy.model,

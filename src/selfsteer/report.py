@@ -262,7 +262,13 @@ def _drift(drift: Drift, title: str) -> Table:
 
 
 def _trainings(this: RoundMetrics, title: str) -> Table:
-    names = [(column, this[key]) for column, key in (("data generator", "generator"), ("policy", "policy")) if key in this]
+    dual = "bad_generator" in this
+    trainings = (
+        ("generator of chosen" if dual else "data generator", "generator"),
+        ("generator of rejected", "bad_generator"),
+        ("policy", "policy"),
+    )
+    names = [(column, this[key]) for column, key in trainings if key in this]
     sides = [cast(Json, plain(summary)) for _, summary in names]
 
     def line(label: str, path: str, form: Form = "number") -> Row:

@@ -6,7 +6,7 @@ themselves (`data_stages.py`, `training_stages.py`) and their order (`pipeline.p
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,9 +123,26 @@ def policy_as_judge(round: Round) -> Judge:
     return Judge(round.policy, round.recipe.policy, round.prompts, round.recipe.training)
 
 
-def draw_queries(round: Round, stage: Stage, count: int | None) -> set[str] | None:
-    """The ids of `count` queries drawn with the seed; None for all of them."""
-    if count is None or count >= kept(stage):
+def draw_queries(round: Round, stage: Stage, count: int | None, *, without: Collection[str] = ()) -> set[str] | None:
+    """The ids of `count` of a stage's queries other than those of `without`, drawn with the seed; None for all of them."""
+    if not without and (count is None or count >= kept(stage)):
         return None
-    ids = {row["query_id"] for row in stage.rows()}
+    return draw(round, {row["query_id"] for row in stage.rows()}.difference(without), count)
+
+
+def draw(round: Round, ids: Iterable[str], count: int | None) -> set[str]:
+    """At most `count` of these queries, drawn with the seed; all of them for None."""
     return set(sorted(ids, key=lambda query_id: seed_for(round.recipe.seed, "drawn", query_id))[:count])
+
+
+def held_out(round: Round) -> frozenset[str]:
+    """The queries that neither training sees: the same ones whatever the seed, so that runs compare on them."""
+    count = round.recipe.queries.holdout
+    if count == 0:
+        return frozenset()
+    first = round.folder.path / f"round-{round.number}" / "1-principles"
+    source = round.folder.stage(round.number, "1-principles" if first.is_dir() else "5-preferences")
+    ids = {row["query_id"] for row in source.rows()}
+    if count >= len(ids):
+        raise ValueError(f"queries.holdout: {count} of {len(ids)} queries; leave some to train on.")
+    return frozenset(sorted(ids, key=lambda query_id: seed_for("held out", query_id))[:count])
