@@ -4,7 +4,6 @@ The frame is `templates/model_card.md`. Left out on purpose: claims about qualit
 """
 
 import re
-from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -94,7 +93,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         version=version("selfsteer"),
         how=_HOW[facts["method"]],
         limits=_LIMITS[facts["method"]],
-        tables="\n\n".join(map(_markdown, report.tables(facts["rounds"]))),
+        tables="\n\n".join(map(report.markdown, report.tables(facts["rounds"]))),
         fence=_fence(facts["recipe"]),
         recipe=facts["recipe"].rstrip(),
     )
@@ -123,23 +122,6 @@ def _base_model(model: str) -> str:
         return f"[{model}](https://huggingface.co/{model})"
     # A path says nothing to a stranger, and too much of the machine.
     return f"`{model if model.startswith('package:') else Path(model).name}`"
-
-
-def _markdown(table: report.Table) -> str:
-    def cells(values: Iterator[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
-
-    alignments = ["---:"] * len(table.columns)
-    if table.left:
-        alignments[-1] = ":---"
-    lines = [cells(iter(("", *table.columns))), cells(iter((":---", *alignments)))]
-    for row in table.rows:
-        if row.cells:
-            lines.append(cells(iter((row.label, *(" ".join(filter(None, cell)) for cell in row.cells)))))
-        else:
-            lines.append(cells(iter((f"**{row.label}**", *[""] * len(table.columns)))))
-    note = f"\n\n{table.note}" if table.note else ""
-    return f"### {table.title}\n\n" + "\n".join(lines) + note
 
 
 def _fence(text: str) -> str:

@@ -7,28 +7,33 @@ anything is done.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from selfsteer import summary
+from selfsteer.answers import answers_stage, win_verdicts
 from selfsteer.cards import CardFacts, Method, write_model_card
+from selfsteer.comparison import ArmRun, ComparisonResult, arm_recipe, check_arms, query_values, summarize, write_comparison
 from selfsteer.data_stages import preferences_stage, principles_stage, responses_stage, steering_stage
 from selfsteer.gates import complaint, require
-from selfsteer.given import given_stage, measure_given
+from selfsteer.given import given_stage, judge_given, measure_given
 from selfsteer.metrics import Measures, Metrics
 from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.page import pick_examples, write_page
 from selfsteer.preferences import read_pairs
 from selfsteer.prompts import Prompts
-from selfsteer.quality_stage import check_judging, quality_stage
+from selfsteer.quality_stage import QUALITY, check_judging, quality_stage, read_verdicts
 from selfsteer.queries import read_queries
-from selfsteer.recipe import Recipe, dump
+from selfsteer.recipe import Policy, Recipe, dump
+from selfsteer.recipe_judge import find_judge, guess_judge
 from selfsteer.records import Checkpoint, PairRow, Query
 from selfsteer.report import write_metrics
-from selfsteer.stages import Round
+from selfsteer.stages import Round, held_out
 from selfsteer.store import RunFolder, Stage
 from selfsteer.training_stages import MODEL, generator_stage, policy_stage
+from selfsteer.verdicts import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +91,64 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
         return _finish(folder, recipe, "given")
 
 
-def measure_pairs(pairs: Path, policy: str) -> Measures:
-    """On-policy probability, margins, lengths and overlap of any preference dataset, under the model that policy names."""
-    return measure_given(pairs, policy)
+def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> ComparisonResult:
+    """Every arm under every seed, in run folders below recipe.output that lend each other what they have in common."""
+    check_arms(recipe, arms, seeds)
+    policy = resolve(recipe.policy)
+    _prompts(recipe, policy)
+    check_judging(recipe)
+    runs: dict[str, list[ArmRun]] = {name: [] for name in arms}
+    finished: list[RunFolder] = []
+    with RunFolder(recipe.output) as owned:
+        for seed in seeds:
+            for name in arms:
+                if name != "base":
+                    log.info("arm %s, seed %d", name, seed)
+                    arm = arm_recipe(recipe, name, seed)
+                    runs[name].append(_run_arm(name, arm, policy, tuple(finished)))
+                    finished.append(RunFolder(arm.output))
+        result = summarize(recipe, runs, seeds)
+        write_comparison(owned.path, result)
+    return result
+
+
+def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFolder, ...]) -> ArmRun:
+    """The data of one arm and, where the recipe says so, a policy aligned on it; its measures on the held-out queries."""
+    with RunFolder(recipe.output) as folder:
+        folder.describe(dump(recipe), summary.session())
+        round = replace(_round(1, folder, recipe, policy), lenders=lenders)
+        method = "given" if name == "given" else summary.method_of(recipe)
+        if method == "given":
+            preferences = given_stage(round, Path(cast(str, recipe.compare.given)))
+            quality = quality_stage(round, preferences, principles=False)
+        else:
+            preferences = make_data(round)
+            quality = folder.stage(1, QUALITY)
+        wins: list[Verdict] = []
+        if recipe.compare.align:
+            aligned = policy_stage(round, preferences)
+            answers = None if method == "given" else answers_stage(round, folder.stage(1, "1-principles"), aligned)
+            wins = [] if answers is None else win_verdicts(answers)
+            metrics = _finish(folder, recipe, method)
+        else:
+            metrics = summary.unaligned(folder, recipe, method, 1)
+            _write_report(folder, metrics, recipe.seed)
+        rows = cast("Iterator[PairRow]", preferences.rows())
+        verdicts = {} if quality is None or quality.manifest() is None else read_verdicts(quality)
+        values = query_values(rows, verdicts.get("pbaa" if method == "pbaa" else "alignment", {}), held_out(round))
+        return ArmRun(values, metrics["rounds"][0], wins)
+
+
+def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measures:
+    """On-policy probability, margins, lengths and overlap of any preference dataset, under the model that policy names.
+
+    judge: a model that judges the pairs, too: an LLM, or a reward model by its configuration.
+    """
+    found = None if judge is None else find_judge(guess_judge(judge), Policy(model=policy))
+    measures = measure_given(pairs, policy)
+    if found is not None:
+        measures["judge"] = judge_given(pairs, found, Policy(model=policy))
+    return measures
 
 
 def _round(number: int, folder: RunFolder, recipe: Recipe, policy: Checkpoint) -> Round:

@@ -30,14 +30,14 @@ from selfsteer.store import Contents, Origin, Stage
 from selfsteer.verdicts import JudgeReport, Orders, Verdict, judge_report
 
 QUALITY = "5-quality"
-_VERDICTS, _CONTAMINATION = "verdicts.parquet", "contamination.json"
+VERDICTS, _CONTAMINATION = "verdicts.parquet", "contamination.json"
 
 DataSet = Literal["pbaa", "alignment"]
 """As in `RoundMetrics`."""
 JudgeName = Literal["judge", "principle_consistency"]
 """As in `Measures`."""
 
-_SCHEMA = pa.schema(
+VERDICT_SCHEMA = pa.schema(
     [
         ("pairs", pa.string()),
         ("by", pa.string()),
@@ -107,13 +107,13 @@ class _Task(NamedTuple):
 
 def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Contents:
     found = (
-        _verdict_row(name, by, verdict)
+        verdict_row(name, by, verdict)
         for name, rows in task.sets.items()
         for by, verdicts in _judged(round, work, rows, task)
         for verdict in verdicts
     )
-    schemas.write_rows(work.stage.path / _VERDICTS, found, _SCHEMA)
-    files = [_VERDICTS]
+    schemas.write_rows(work.stage.path / VERDICTS, found, VERDICT_SCHEMA)
+    files = [VERDICTS]
     if round.recipe.quality.evaluation_files:
         _write_contamination(work.stage.path / _CONTAMINATION, round.recipe.quality.evaluation_files, preferences)
         files.append(_CONTAMINATION)
@@ -146,7 +146,8 @@ def _judged(
         yield "judge", ask(task.judge, round.recipe.policy, pairs, work.journal, total=total)
 
 
-def _verdict_row(name: DataSet, by: JudgeName, verdict: Verdict) -> dict[str, Any]:
+def verdict_row(name: DataSet, by: JudgeName, verdict: Verdict) -> dict[str, Any]:
+    """A row of `VERDICT_SCHEMA`."""
     orders = verdict.orders
     return {
         "pairs": name,
@@ -165,7 +166,7 @@ def _verdict_row(name: DataSet, by: JudgeName, verdict: Verdict) -> dict[str, An
 def read_verdicts(stage: Stage) -> dict[DataSet, dict[JudgeName, list[Verdict]]]:
     """The sealed verdicts, by set of pairs and judge."""
     found: defaultdict[DataSet, defaultdict[JudgeName, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
-    for row in schemas.file_rows(stage.path / _VERDICTS):
+    for row in schemas.file_rows(stage.path / VERDICTS):
         orders = None if row["chosen_first"] is None else Orders(row["chosen_first"], row["chosen_second"])
         fields = {key: row[key] for key in ("query_id", "preferred", "longer", "mass", "margin", "error")}
         found[row["pairs"]][row["by"]].append(Verdict(orders=orders, **fields))

@@ -3,6 +3,7 @@
 Left out on purpose: how they judge (`judges.py`), and judges behind a server.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,13 @@ def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
         raise ValueError(str(error).replace("policy.model", "judge.model")) from error
     load_tokenizer(model.path, chat_template=section.chat_template, trust_remote_code=source.trust_remote_code)
     return RecipeJudge(section=section, model=model, template=template)
+
+
+def guess_judge(model: str) -> JudgeSection:
+    """A judge with default settings; of which kind, its configuration says. Raises ValueError as `resolve` does."""
+    config = json.loads((Path(resolve(Policy(model=model)).path) / "config.json").read_bytes())
+    scores = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return JudgeSection(kind="reward_model" if scores else "llm", model=model)
 
 
 def ask(judge: RecipeJudge, policy: Policy, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:

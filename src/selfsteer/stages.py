@@ -17,6 +17,7 @@ from selfsteer.recipe import Recipe, Training
 from selfsteer.records import Checkpoint
 from selfsteer.reference import Judge
 from selfsteer.responses import seed_for
+from selfsteer.sharing import adopt, borrow
 from selfsteer.store import Contents, Manifest, Origin, RunFolder, Stage
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Round:
     policy: Checkpoint
     """The policy at the round's start: what samples, and the reference model of both trainings."""
     prompts: Prompts
+    lenders: tuple[RunFolder, ...] = ()
+    """Finished runs whose stages and samples this one may take over, where they are the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,11 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
         )
         log.info("%s: made again, because of %s; samples that are still wanted are reused", name, ", ".join(changed))
         stage.reopen()
+    lenders = [lender.stage(round.number, name) for lender in round.lenders]
+    if adopt(stage, lenders, origin.fingerprint):
+        log.info("%s: the same as in an earlier run, taken over", name)
+        return _not_empty(stage, sealed(stage))
+    borrow(stage, lenders)
     with elapsed(stage.path) as seconds, stage.journal() as journal:
         contents = make(Work(stage=stage, journal=journal, origin=origin))
         manifest = stage.seal(origin, contents, seconds=seconds())
