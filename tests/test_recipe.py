@@ -155,7 +155,10 @@ def test_an_override_that_is_not_yaml(smallest: Path):
             "training.sft_weight: unknown key; did you mean generator.sft_weight or alignment.sft_weight?",
         ),
         ("training.lora.rnk=4", "training.lora.rnk: unknown key; did you mean training.lora.rank?"),
-        ("quality.zzz=1", "quality.zzz: unknown key; the keys of quality are sample"),
+        (
+            "queries.zzz=1",
+            "queries.zzz: unknown key; the keys of queries are path, column, split, limit, max_prompt_tokens, holdout",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest(smallest: Path, override: str, expected: str):

@@ -50,6 +50,8 @@ class Queries(Section):
     """Take at most this many queries, the first ones that pass the checks."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
     """Longer rendered prompts (query and principle) are dropped before sampling; nothing is ever cut."""
+    holdout: int = Field(default=0, ge=0)
+    """Keep this many queries, the same whatever the seed, out of both trainings; pairs are made and judged on them."""
 
 
 class PrincipleSource(Section):
@@ -122,8 +124,9 @@ class Filters(Section):
 class Generator(Section):
     """The data generator: the policy trained with L_SSO to make accurate, on-policy pairs."""
 
-    kind: Literal["single", "none"] = "single"
-    """none: no generator; the pairs come from the policy itself (PBAA, the paper's baseline)."""
+    kind: Literal["single", "dual", "none"] = "single"
+    """single: one generator; dual: one trained on L+ for the chosen and one on L- for the rejected responses (needs
+    training.lora); none: no generator, the pairs come from the policy itself (PBAA, the paper's baseline)."""
     objective: ObjectiveName = "sso"
     """sso (equation 4), equation_3 (the obvious L-), or one half alone."""
     loss: LossName = "dpo"
@@ -142,6 +145,15 @@ class Generator(Section):
     """Passes over the steering pairs."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps."""
+
+    @model_validator(mode="after")
+    def _both_halves(self) -> Self:
+        if self.kind == "dual" and self.objective in ("l_plus", "l_minus"):
+            raise ValueError(
+                f"kind: dual trains a generator on each half of L_SSO, but objective {self.objective!r} has one half alone; "
+                "set generator.objective to sso or equation_3"
+            )
+        return self
 
 
 class Alignment(Section):
@@ -225,11 +237,65 @@ class Launcher(Section):
         return self
 
 
+class JudgeSection(Section):
+    """What judges the pairs, in both orders; `docs/quality.md` says what its numbers are worth."""
+
+    kind: Literal["none", "llm", "reward_model"] = "none"
+    """llm: a chat model asked which response is better, by the probability of its answer; reward_model: a
+    sequence-classification model with one label."""
+    model: str | None = None
+    """The judge, named as policy.model is."""
+    dtype: DTypeName = "float32"
+    """Arithmetic; a small judge's probabilities lie so close to one half that rounding turns some of its verdicts."""
+    template: str | None = None
+    """With kind: llm, a file with the question, in place of the built-in one."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template, for tokenizers without one."""
+    max_prompt_tokens: int = Field(default=8192, ge=1)
+    """Pairs whose question (or conversation) is longer get no verdict; nothing is ever cut."""
+
+    @model_validator(mode="after")
+    def _used_settings(self) -> Self:
+        if self.kind != "none" and not self.model:
+            raise ValueError(f"kind: {self.kind} needs judge.model")
+        if self.kind == "none" and self.model:
+            raise ValueError(f"model {self.model!r} judges only with kind: llm or reward_model; set judge.kind")
+        if self.kind != "llm" and self.template:
+            raise ValueError(f"template {self.template!r} is read only with kind: llm; set judge.kind=llm or template=null")
+        return self
+
+
 class Quality(Section):
-    """The measures of the data."""
+    """The measures of the data, and what becomes of a round whose data fails them."""
 
     sample: int | None = Field(default=512, ge=1)
-    """Measure margins after training on at most this many pairs, drawn with the seed; all when empty."""
+    """Judge, and measure margins after training, on at most this many pairs, drawn with the seed; all when empty."""
+    principle_consistency: bool = True
+    """Measure whether the policy itself tells the responses apart by their principles: a forward pass a pair."""
+    evaluation_files: list[str] = Field(default_factory=list[str])
+    """Files (.jsonl, .json, .csv, .parquet) that the queries must not overlap with; the overlap is measured."""
+    gates: dict[str, str] = Field(default_factory=dict[str, str])
+    """Bounds on the measures of a round's pairs, such as accuracy: ">= 0.6"; `docs/quality.md` lists them."""
+    on_failure: Literal["stop", "warn"] = "stop"
+    """After a failed gate: stop before the policy is aligned (the data stays), or warn and go on."""
+
+    @field_validator("gates")
+    @classmethod
+    def _readable_gates(cls, gates: dict[str, str]) -> dict[str, str]:
+        if gates:
+            from selfsteer.gates import parse  # brings numpy, which the other commands do without
+
+            parse(gates)
+        return gates
+
+
+class ComparisonSection(Section):
+    """What `selfsteer compare` does beyond making and measuring the data of every arm."""
+
+    align: bool = False
+    """Align a policy on each arm's data as well, and let the judge, if there is one, compare it with the first policy."""
+    given: str | None = None
+    """Preference data made elsewhere, for the arm "given"."""
 
 
 class Recipe(Section):
@@ -252,7 +318,34 @@ class Recipe(Section):
     alignment: Alignment = Alignment()
     training: Training = Training()
     launcher: Launcher = Launcher()
+    judge: JudgeSection = JudgeSection()
     quality: Quality = Quality()
+    compare: ComparisonSection = ComparisonSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.generator.kind == "dual" and self.training.lora is None:
+            raise ValueError(
+                "generator.kind: dual trains two adapters on one model and needs training.lora; set training.lora.rank=16"
+            )
+        if self.quality.gates:
+            from selfsteer.gates import unmeasured  # brings numpy
+
+            if mistakes := unmeasured(self.quality.gates, self._not_measured()):
+                raise ValueError("; ".join(mistakes))
+        return self
+
+    def _not_measured(self) -> dict[str, str]:
+        """Measures that this recipe does not take, by the beginning of their path, with the way to have them."""
+        missing = {
+            "pairs.judge": "" if self.judge.kind != "none" else "a judge; set judge.kind and judge.model",
+            "pairs.principle_consistency": ""
+            if self.quality.principle_consistency
+            else "quality.principle_consistency; set it to true",
+            "contamination": "" if self.quality.evaluation_files else "files to compare with; set quality.evaluation_files",
+            "comparison": "" if self.generator.kind != "none" else "a generator; set generator.kind",
+        }
+        return {path: way for path, way in missing.items() if way}
 
     @model_validator(mode="after")
     def _engine_can_hold_what_is_trained(self) -> Self:

@@ -48,11 +48,10 @@ def open_engine(section: EngineSection, model: Checkpoint, prompts: Prompts, *, 
         "dtype": str(dtype).removeprefix("torch."),
         "trust_remote_code": trust_remote_code,
     }
-    settings = VllmSettings(
-        **section.model_dump(include={"replicas", "max_num_seqs", "tensor_parallel_size", "logps"}),
-        **({} if section.python is None else {"python": section.python}),
-        arguments=arguments,
-    )
+    fields = section.model_dump(include={"replicas", "max_num_seqs", "tensor_parallel_size", "logps"})
+    if section.python is not None:
+        fields["python"] = section.python
+    settings = VllmSettings(**fields, arguments=arguments)
     return VllmEngine(model.path, settings, decode=partial(_decode, prompts), end_ids=end_ids(model.path, prompts.tokenizer))
 
 
@@ -181,5 +180,5 @@ def _append(journal: Journal, batch: list[Completion | Failed]) -> None:
 def _data(item: Completion | Failed) -> dict[str, object]:
     if isinstance(item, Failed):
         return {"failed": item.reason, "detail": item.detail}
-    data = {"text": item.text, "token_ids": list(item.token_ids), "finish_reason": item.finish_reason}
+    data: dict[str, object] = {"text": item.text, "token_ids": list(item.token_ids), "finish_reason": item.finish_reason}
     return data if item.logps is None else data | {"logps": list(item.logps)}

@@ -79,7 +79,8 @@ class TrainingJob:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """The job that `as_json` gave."""
         policy, training = Policy.model_validate(values["policy"]), Training.model_validate(values["training"])
-        return cls(**{**values, "policy": policy, "training": training})
+        fields: dict[str, Any] = {**values, "policy": policy, "training": training}
+        return cls(**fields)
 
     def digest(self) -> str:
         """sha256 of everything that determines the result; no paths."""

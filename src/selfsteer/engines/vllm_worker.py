@@ -63,7 +63,8 @@ def main() -> int:
     seeded = not current_platform.is_cpu()
     adapter = LoRARequest("adapter", 1, start["adapter"]) if start["adapter"] else None
     limit = engine.vllm_config.model_config.max_model_len
-    say({"ready": {"version": vllm.__version__, "seeded": seeded}})
+    version = vllm.__version__  # pyright: ignore[reportAttributeAccessIssue]
+    say({"ready": {"version": version, "seeded": seeded}})
 
     inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(inbox,), daemon=True).start()
