@@ -166,7 +166,8 @@ def query_values(rows: Iterator[PairRow], verdicts: Mapping[JudgeName, Sequence[
         }
         for name, value in found.items():
             gathered[name][query].append(value)
-    for by, name in (("judge", "accuracy"), ("principle_consistency", "principle_consistency")):
+    judged: dict[JudgeName, str] = {"judge": "accuracy", "principle_consistency": "principle_consistency"}
+    for by, name in judged.items():
         for verdict in verdicts.get(by, ()):
             if verdict.query_id in only and verdict.preferred is not None:
                 gathered[name][verdict.query_id].append(points(verdict))
