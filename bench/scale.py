@@ -60,7 +60,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
     from selfsteer import data_stages, pipeline, reference, training_stages
     from selfsteer.recipe import Recipe
 
-    data_stages.open_engine = lambda *_: ScriptedEngine()  # type: ignore[assignment]
+    data_stages.open_engine = lambda *_, **__: ScriptedEngine()  # type: ignore[assignment]
     reference.open_scorer = scripted_scorer  # type: ignore[assignment]
     reference.score = scripted_scores  # type: ignore[assignment]
     training_stages.launch = scripted_training  # type: ignore[assignment]

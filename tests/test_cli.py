@@ -183,10 +183,10 @@ def test_run_prints_the_summary(monkeypatch, capsys, pipeline):
 def test_train_and_measure_pass_on_what_they_are_given(monkeypatch, capsys, pipeline):
     given: list[object] = []
     pipeline.train_pairs = lambda pairs, recipe: given.append((pairs, recipe)) or metrics("runs/trained")
-    pipeline.measure_pairs = lambda pairs, policy: given.append((pairs, policy)) or {"pairs": 4321}
+    pipeline.measure_pairs = lambda pairs, policy, judge: given.append((pairs, policy, judge)) or {"pairs": 4321}
     assert command(monkeypatch, "train", "pairs.jsonl", QUICKSTART, "seed=3") == 0
-    assert command(monkeypatch, "measure", "pairs.jsonl", "--policy", "some/model") == 0
-    assert given == [(Path("pairs.jsonl"), load(QUICKSTART, ["seed=3"])), (Path("pairs.jsonl"), "some/model")]
+    assert command(monkeypatch, "measure", "pairs.jsonl", "--policy", "some/model", "--judge", "other/model") == 0
+    assert given == [(Path("pairs.jsonl"), load(QUICKSTART, ["seed=3"])), (Path("pairs.jsonl"), "some/model", "other/model")]
     printed = capsys.readouterr().out
     assert "runs/trained/policy" in printed
     assert "4,321" in printed

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from selfsteer import recipe_text
 from selfsteer.recipe import Lora, Recipe, RecipeError, describe, dump, load
+from selfsteer.recipe_engines import sampling_identity
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMALLEST = {"policy": {"model": "some/model"}, "queries": {"path": "queries.jsonl"}}
@@ -64,10 +65,11 @@ def test_every_field_is_described():
 
     def check(section: type) -> None:
         for name, field in section.model_fields.items():
-            inner = recipe_text.section_of(field)
-            assert len((field.description or (inner and inner.__doc__) or "").split()) >= 3, f"{section.__name__}.{name}"
-            if inner:
-                check(inner)
+            inner = list(recipe_text.kinds_of(field).values())
+            text = field.description or (inner[0].__doc__ if inner else "") or ""
+            assert len(text.split()) >= 3, f"{section.__name__}.{name}"
+            for kind in inner:
+                check(kind)
 
     check(Recipe)
 
@@ -153,7 +155,10 @@ def test_an_override_that_is_not_yaml(smallest: Path):
             "training.sft_weight: unknown key; did you mean generator.sft_weight or alignment.sft_weight?",
         ),
         ("training.lora.rnk=4", "training.lora.rnk: unknown key; did you mean training.lora.rank?"),
-        ("quality.zzz=1", "quality.zzz: unknown key; the keys of quality are sample"),
+        (
+            "queries.zzz=1",
+            "queries.zzz: unknown key; the keys of queries are path, column, split, limit, max_prompt_tokens, holdout",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest(smallest: Path, override: str, expected: str):
@@ -210,6 +215,90 @@ def test_rates_are_finite(smallest: Path, value: str):
 def test_principle_settings_that_would_not_be_used(tmp_path: Path, settings: str, expected: str):
     path = written(tmp_path, f"policy: {{model: m}}\nqueries: {{path: q}}\nprinciples: {{{settings}}}\n")
     assert mistakes(path) == [f"recipe.yaml:3: principles: {expected}"]
+
+
+# ---- engines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "kind"),
+    [
+        ("{}", "transformers"),
+        ("{dtype: float32}", "transformers"),
+        ("{kind: vllm, python: /env/bin/python, extra: {quantization: fp8}}", "vllm"),
+        ("{kind: openai, serve: 'vllm serve {model} --port {port}'}", "openai"),
+    ],
+)
+def test_an_engine_is_a_section_of_its_kind_and_loads_back(tmp_path: Path, section: str, kind: str):
+    path = written(tmp_path, f"policy: {{model: m}}\nqueries: {{path: q}}\nengine: {section}\n")
+    recipe = load(path)
+    assert recipe.engine.kind == kind
+    assert load(written(tmp_path, describe(recipe))) == recipe
+    assert load(written(tmp_path, dump(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("{kind: vlm}", ".kind: given 'vlm', expected 'transformers', 'vllm', 'openai'"),
+        ("5", ": given 5, expected a section with keys of its own"),
+        ("{batch_siz: 3}", ".batch_siz: unknown key; did you mean {}.batch_size?"),
+        (
+            "{kind: vllm, batch_size: 3}",
+            ".batch_size: not a key of kind vllm (of transformers); its keys are kind, python, replicas,"
+            " tensor_parallel_size, dtype, max_num_seqs, max_model_len, gpu_memory_utilization, enable_prefix_caching,"
+            " enforce_eager, logps, extra",
+        ),
+        ("{kind: vllm, replica: 2}", ".replica: unknown key; did you mean {}.replicas?"),
+        ("{kind: vllm, extra: {dtype: half}}", ": extra sets dtype, which the recipe sets elsewhere"),
+        (
+            "{kind: openai}",
+            ": kind openai needs base_url and model, of a server that runs already, or serve, a command",
+        ),
+        (
+            "{kind: openai, serve: 'x {model} {port}', base_url: 'http://h/v1'}",
+            ": serve starts a server of its own; set base_url=null, or serve=null to use the one at base_url",
+        ),
+        ("{kind: openai, serve: 'x {model} {port}', tries: 0}", ".tries: given 0, expected greater than or equal to 1"),
+    ],
+)
+@pytest.mark.parametrize("place", ["engine", "principles.engine"])
+def test_mistakes_in_engines(smallest: Path, place: str, section: str, expected: str):
+    expected = f"command line: {place}{expected.replace('{}', place)}"
+    assert mistakes(smallest, "principles.source=generate", f"{place}={section}") == [expected]
+
+
+SERVER = "{kind: openai, base_url: 'http://h/v1', model: m}"
+
+
+def test_a_server_that_runs_already_holds_nothing_that_a_run_trains(smallest: Path):
+    (line,) = mistakes(smallest, f"engine={SERVER}")
+    assert "engine: a server that runs already can't hold the weights" in line
+    assert load(smallest, [f"engine={SERVER}", "generator.kind=none"]).engine.kind == "openai"
+    assert "can't hold" in mistakes(smallest, f"engine={SERVER}", "generator.kind=none", "rounds=2")[0]
+    principles = ["principles.source=generate", f"principles.engine={SERVER}"]
+    assert load(smallest, principles).principles.engine is not None
+    assert "say it in engine.model" in mistakes(smallest, *principles, "principles.model=other/model")[0]
+    assert "engine writes only with source: generate" in mistakes(smallest, f"principles.engine={SERVER}")[0]
+
+
+def test_only_what_changes_the_samples_is_part_of_their_keys(smallest: Path):
+    """Kind, endpoints, commands and batch sizes come and go; what the server is sent stays with the sample."""
+
+    def identity(section: str) -> dict[str, object]:
+        return sampling_identity(load(smallest, [f"engine={section}", "generator.kind=none"]).engine)
+
+    assert identity("{dtype: float32, batch_size: 3}") == {}
+    assert identity("{kind: vllm, python: /p, replicas: 4}") == {}
+    assert identity("{kind: vllm, extra: {quantization: fp8}}") == {"vllm": {"quantization": "fp8"}}
+    assert identity("{kind: openai, serve: 'x {model} {port}', send: token_ids}") == {}
+    assert identity("{kind: openai, serve: 'x {model} {port}'}") == {"openai": {"send": "messages"}}
+    assert identity("{kind: openai, base_url: 'http://h/v1', model: m, extra: {top_k: 9}}") == {
+        "openai": {"model": "m", "send": "messages", "extra": {"top_k": 9}}
+    }
+
+
+# ---- names of runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("output", ["runs/a", "a", "/tmp/A.b_c-1", "runs/a/", "x" * 64])

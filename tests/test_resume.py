@@ -164,7 +164,7 @@ def test_killed_in_every_stage(recipe: Path, undisturbed: Path):
     found, said = children(recipe, *KILLS, THROUGH)
     survivors = [moment for moment, child in zip(KILLS, found, strict=False) if child.status != -signal.SIGKILL]
     assert survivors == [], said
-    assert found[-1] == Child(0, 6), said
+    assert found[-1] == Child(0, 7), said
     same_result(recipe.parent / "run", undisturbed)
 
 
@@ -175,7 +175,7 @@ def test_killed_at_moments_drawn(recipe: Path, undisturbed: Path):
     found, said = children(recipe, *moments, THROUGH)
     assert {child.status for child in found} == {0, -signal.SIGKILL}, said
     assert [child.sealed for child in found] == sorted(child.sealed for child in found), "a sealed stage was lost"
-    assert found[-1] == Child(0, 6), said
+    assert found[-1] == Child(0, 7), said
     same_result(recipe.parent / "run", undisturbed)
 
 
@@ -190,7 +190,7 @@ def test_stopped_by_a_signal_in_every_stage(recipe: Path, undisturbed: Path):
     )
     found, said = children(recipe, *moments, THROUGH)
     assert [child.status for child in found] == [143, 130, 143, 130, 143, 0], said
-    assert [child.sealed for child in found] == [1, 2, 3, 3, 4, 6], said
+    assert [child.sealed for child in found] == [1, 2, 3, 3, 4, 7], said
     for name, times in (("SIGTERM", 3), ("SIGINT", 2)):
         assert said.count(f"stopped by {name}; the same command continues:\n  selfsteer run {recipe}\n") == times
     same_result(recipe.parent / "run", undisturbed)

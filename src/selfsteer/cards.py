@@ -4,7 +4,6 @@ The frame is `templates/model_card.md`. Left out on purpose: claims about qualit
 """
 
 import re
-from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -17,8 +16,8 @@ from selfsteer import report
 from selfsteer.durable import replacing
 from selfsteer.metrics import RoundMetrics
 
-Method = Literal["sso", "pbaa", "given"]
-"""Pairs from a data generator, from the policy itself (generator.kind none), or made elsewhere."""
+Method = Literal["sso", "dual", "pbaa", "given"]
+"""Pairs from a data generator, from two (generator.kind dual), from the policy itself (none), or made elsewhere."""
 
 _HOW: dict[Method, str] = {
     "sso": """\
@@ -29,6 +28,18 @@ A chat model aligned without human labels, by Self-Steering Optimization
 2. The model answered each query under either principle.
 3. A copy of the model, the data generator, was trained to keep good and bad responses apart and both close to what the model
    itself would say. It answered the queries under either principle, which made the preference pairs, and was discarded.
+4. The model was trained on the pairs, the bare query above both responses.
+
+No human, reward model or other model judged the responses.""",
+    "dual": """\
+A chat model aligned without human labels, by Self-Steering Optimization with two data generators
+([arXiv 2410.17131](https://arxiv.org/abs/2410.17131)):
+
+1. Each query got two opposing principles, one that leads to a good response and one that leads to a relatively bad one.
+2. The model answered each query under either principle.
+3. Two copies of the model were trained: one to keep good responses above bad ones, one to prefer what the model itself would
+   say when told to answer badly. The first answered the queries under the better principle, the second under the worse one,
+   which made the preference pairs; both were discarded.
 4. The model was trained on the pairs, the bare query above both responses.
 
 No human, reward model or other model judged the responses.""",
@@ -48,6 +59,7 @@ _SELF_MADE = """\
 - What the model does not know, its own pairs cannot teach."""
 _LIMITS: dict[Method, str] = {
     "sso": _SELF_MADE,
+    "dual": _SELF_MADE,
     "pbaa": _SELF_MADE,
     "given": "- The pairs were taken as given; whether their preferences are right was not checked.",
 }
@@ -81,7 +93,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         version=version("selfsteer"),
         how=_HOW[facts["method"]],
         limits=_LIMITS[facts["method"]],
-        tables="\n\n".join(map(_markdown, report.tables(facts["rounds"]))),
+        tables="\n\n".join(map(report.markdown, report.tables(facts["rounds"]))),
         fence=_fence(facts["recipe"]),
         recipe=facts["recipe"].rstrip(),
     )
@@ -110,23 +122,6 @@ def _base_model(model: str) -> str:
         return f"[{model}](https://huggingface.co/{model})"
     # A path says nothing to a stranger, and too much of the machine.
     return f"`{model if model.startswith('package:') else Path(model).name}`"
-
-
-def _markdown(table: report.Table) -> str:
-    def cells(values: Iterator[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
-
-    alignments = ["---:"] * len(table.columns)
-    if table.left:
-        alignments[-1] = ":---"
-    lines = [cells(iter(("", *table.columns))), cells(iter((":---", *alignments)))]
-    for row in table.rows:
-        if row.cells:
-            lines.append(cells(iter((row.label, *(" ".join(filter(None, cell)) for cell in row.cells)))))
-        else:
-            lines.append(cells(iter((f"**{row.label}**", *[""] * len(table.columns)))))
-    note = f"\n\n{table.note}" if table.note else ""
-    return f"### {table.title}\n\n" + "\n".join(lines) + note
 
 
 def _fence(text: str) -> str:

@@ -97,12 +97,40 @@ def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> 
 def measure(
     pairs: PairsFile,
     policy: Annotated[str, typer.Option(metavar="MODEL", help="The model to measure under, as policy.model in a recipe.")],
+    judge: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="An LLM or a reward model that judges the pairs.", show_default=False)
+    ] = None,
 ) -> None:
-    """Measure a preference dataset: on-policy probability, margins, lengths, overlap."""
+    """Measure a preference dataset: on-policy probability, margins, lengths, overlap, and a judge's accuracy."""
     with graceful_stop():
         from selfsteer import pipeline, report
 
-        report.print_measures(pipeline.measure_pairs(pairs, policy))
+        report.print_measures(pipeline.measure_pairs(pairs, policy, judge))
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    arms: Annotated[str, typer.Option(metavar="A,B,...", help="What to compare; docs/quality.md lists them.")] = "pbaa,sso",
+    seeds: Annotated[str | None, typer.Option(metavar="N,M,...", help="The seeds; the recipe's when left out.")] = None,
+) -> None:
+    """Make preference data in several ways on the same queries, and compare it on held-out ones."""
+    resolved = recipes.load(recipe, overrides or ())
+    numbers = [resolved.seed] if seeds is None else [_seed(text) for text in seeds.split(",")]
+    with graceful_stop():
+        from selfsteer import comparison, pipeline, report
+
+        result = pipeline.compare(resolved, [name.strip() for name in arms.split(",")], numbers)
+        for table in comparison.comparison_tables(result):
+            typer.echo(report.table_text(table) + "\n")
+        typer.echo(f"comparison  {Path(resolved.output) / 'comparison.json'}, comparison.md")
+
+
+def _seed(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"--seeds: {text!r} is not a whole number")
+    return int(text)
 
 
 @app.command()

@@ -49,16 +49,21 @@ class Evaluation(NamedTuple):
     """The file of each row."""
 
 
-def read_evaluation(paths: Sequence[Path]) -> Evaluation:
-    """Hash every string of .jsonl, .json, .csv and .parquet files; a .json file is held in memory, the others stream.
-
-    Raises ValueError, naming file and place, for files that are missing, of another kind or malformed.
-    """
+def check_files(paths: Sequence[Path]) -> None:
+    """Raises ValueError for files that are missing or of a kind that can't be read."""
     for path in paths:
         if path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path}: unknown kind of evaluation file; give one of {', '.join(SUFFIXES)}")
         if not path.is_file():
             raise ValueError(f"{path}: no such evaluation file")
+
+
+def read_evaluation(paths: Sequence[Path]) -> Evaluation:
+    """Hash every string of .jsonl, .json, .csv and .parquet files; a .json file is held in memory, the others stream.
+
+    Raises ValueError, naming file and place, for files that are missing, of another kind or malformed.
+    """
+    check_files(paths)
     hashes, owners = array("Q"), array("i")
     places: list[str] = []
     files: list[str] = []

@@ -7,17 +7,13 @@ name; and the trainings (`training_stages.py`).
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from selfsteer import queries as reading
 from selfsteer import schemas
 from selfsteer.durable import digest, file_digest
-from selfsteer.engines.base import Failed, Request, Sampling
+from selfsteer.engines.base import Engine, Failed, Request, Sampling
 from selfsteer.journal import Journal
 from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.pairs import (
@@ -30,13 +26,14 @@ from selfsteer.pairs import (
 from selfsteer.principles import Attempt, Pool, choose_principles, generate_principles, load_pool, principle_messages
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import Generator, Policy, Recipe
+from selfsteer.recipe_engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped, PairRow, Principles, Query, Response, Responses
 from selfsteer.reference import Group, score_missing, scores
-from selfsteer.responses import open_engine, request, response, sample, seed_for
+from selfsteer.responses import open_engine, request, response, sample, sampler_digest, seed_for
 from selfsteer.schemas import NO_SEEDS, Seeds
-from selfsteer.stages import Round, Work, arithmetic, draw_queries, inputs_of, kept, make_stage, policy_as_judge
+from selfsteer.stages import Round, Work, arithmetic, draw_queries, held_out, inputs_of, kept, make_stage, policy_as_judge
 from selfsteer.store import Contents, Origin, Stage
-from selfsteer.training_stages import MODEL
+from selfsteer.training_stages import MODEL, Generators
 
 # --- 1: principles ---------------------------------------------------------------------------------------------------------
 
@@ -48,8 +45,9 @@ def principles_stage(round: Round) -> Stage:
     if section.path is not None:
         inputs["principles"] = file_digest(Path(section.path))
     settings = {
-        "queries": round.recipe.queries.model_dump(exclude={"path"}),
-        "principles": section.model_dump(exclude={"path"}),
+        "queries": round.recipe.queries.model_dump(exclude={"path", "holdout"}),
+        "principles": section.model_dump(exclude={"path", "engine"}),
+        **(sampling_identity(section.engine or round.recipe.engine) if section.source == "generate" else {}),
         "system_role": round.prompts.system_role,
         "library": digest([list(pair) for pair in load_pool(section).pairs]),
         "seed": round.recipe.seed,
@@ -112,11 +110,13 @@ def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Que
     if section.model is not None:
         writer = resolve(Policy(model=section.model, trust_remote_code=recipe.policy.trust_remote_code))
         prompts = Prompts(load_tokenizer(writer.path))
+    engine_section = section.engine or recipe.engine
+    model_digest = sampler_digest(engine_section, writer)
     sampling = Sampling(temperature=section.temperature, top_p=recipe.responses.top_p, max_new_tokens=section.max_new_tokens)
 
     def ask(attempt: Attempt) -> Request:
         messages = principle_messages(attempt.query)
-        return request(prompts, messages, model_digest=writer.digest, sampling=sampling, seed=attempt.seed)
+        return request(prompts, messages, model_digest=model_digest, sampling=sampling, seed=attempt.seed)
 
     def answer_to(asked: Request) -> str:
         answered = response(work.journal, asked)
@@ -124,7 +124,7 @@ def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Que
 
     def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
         tried = [(attempt, ask(attempt)) for attempt in attempts]
-        engine = partial(open_engine, recipe, writer)
+        engine = partial(open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
         sample(engine, (item for _, item in tried), work.journal, description="principles", total=len(tried))
         return ((attempt, answer_to(item)) for attempt, item in tried)
 
@@ -150,19 +150,24 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
     generator = round.recipe.generator
     settings = {
         "responses": round.recipe.responses.model_dump(),
-        "dtype": round.recipe.engine.dtype,
-        "queries": generator.queries if generator.kind == "single" else None,
+        "dtype": None if round.recipe.engine.kind == "openai" else round.recipe.engine.dtype,
+        **sampling_identity(round.recipe.engine),
+        "queries": None if generator.kind == "none" else generator.queries,
         "original": _needs_original(generator),
         "seed": round.recipe.seed,
         "round": round.number,
     }
+    if round.recipe.queries.holdout and generator.kind != "none":
+        settings["holdout"] = round.recipe.queries.holdout
     origin = Origin(settings=settings, inputs=inputs_of(round, principles=principles))
     return make_stage(round, "2-responses", origin, lambda work: _responses(round, work, principles))
 
 
 def _responses(round: Round, work: Work, principles: Stage) -> Contents:
     generator = round.recipe.generator
-    wanted_ids = draw_queries(round, principles, generator.queries if generator.kind == "single" else None)
+    wanted_ids = None
+    if generator.kind != "none":
+        wanted_ids = draw_queries(round, principles, generator.queries, without=held_out(round))
     roles = ("good", "bad", "original") if _needs_original(generator) else ("good", "bad")
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
@@ -172,7 +177,7 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
 
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
-        partial(open_engine, round.recipe, round.policy),
+        _engine(round, round.policy),
         (item for _, requests in asked() for item in requests.values()),
         work.journal,
         description="responses of the policy",
@@ -203,7 +208,12 @@ def _answers(journal: Journal, query_id: str, requests: dict[str, Request]) -> d
 
 
 def _needs_original(generator: Generator) -> bool:
-    return generator.kind == "single" and generator.objective in ("sso", "l_minus")
+    return generator.kind != "none" and generator.objective in ("sso", "l_minus")
+
+
+def _engine(round: Round, model: Checkpoint) -> Callable[[], Engine]:
+    recipe = round.recipe
+    return partial(open_engine, recipe.engine, model, round.prompts, trust_remote_code=recipe.policy.trust_remote_code)
 
 
 def _requests(round: Round, model: Checkpoint, row: dict[str, Any], roles: Iterable[str]) -> dict[str, Request]:
@@ -215,11 +225,12 @@ def _requests(round: Round, model: Checkpoint, row: dict[str, Any], roles: Itera
         "original": query.messages,
     }
     sampling = Sampling(**round.recipe.responses.model_dump())
+    model_digest = sampler_digest(round.recipe.engine, model)
     return {
         role: request(
             round.prompts,
             messages[role],
-            model_digest=model.digest,
+            model_digest=model_digest,
             sampling=sampling,
             seed=seed_for(round.recipe.seed, round.number, query.id, role),
         )
@@ -270,7 +281,7 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         if reason is None
         for row in _scored_rows(work.journal, groups(item)[1], item.principles, _seeds(item))
     )
-    _write_pairs(work.stage.path / POLICY_PAIRS, own)
+    schemas.write_rows(work.stage.path / POLICY_PAIRS, own, schemas.PAIRS)
 
     def rows() -> Iterator[PairRow]:
         for item, reason in judged():
@@ -283,16 +294,10 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
     return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PAIRS, rows_each=each, files=(POLICY_PAIRS,))
 
 
-def _write_pairs(path: Path, rows: Iterator[PairRow]) -> None:
-    with pq.ParquetWriter(path, schemas.PAIRS) as writer:
-        while some := [dict(row) for row in islice(rows, 1024)]:
-            writer.write_table(pa.Table.from_pylist(some, schema=schemas.PAIRS))
-
-
 # --- 5: preference data ----------------------------------------------------------------------------------------------------
 
 
-def preferences_stage(round: Round, principles: Stage, responses: Stage, generator: Stage | None) -> Stage:
+def preferences_stage(round: Round, principles: Stage, responses: Stage, generators: Generators | None) -> Stage:
     """Step 4: chosen and rejected for every bare query, from the generator; from the policy where there is none (PBAA)."""
     recipe = round.recipe
     settings = {
@@ -300,33 +305,45 @@ def preferences_stage(round: Round, principles: Stage, responses: Stage, generat
         "filters": recipe.filters.model_dump(),
         "seed": recipe.seed,
         "round": round.number,
+        **sampling_identity(recipe.engine),
         **arithmetic(recipe.training),
     }
-    if generator is None:
+    if generators is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
         return make_stage(round, "5-preferences", origin, lambda work: _own_preferences(round, work, responses))
-    origin = Origin(settings=settings, inputs=inputs_of(round, principles=principles, generator=generator))
-    return make_stage(round, "5-preferences", origin, lambda work: _preferences(round, work, principles, generator))
+    inputs = inputs_of(round, principles=principles, generator=generators.good)
+    if generators.bad != generators.good:
+        inputs |= inputs_of(round, bad_generator=generators.bad)
+    origin = Origin(settings=settings, inputs=inputs)
+    return make_stage(round, "5-preferences", origin, lambda work: _preferences(round, work, principles, generators))
 
 
 def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
     return _preference_pairs(round, work, lambda: map(schemas.responses, responses.rows()), kept(responses))
 
 
-def _preferences(round: Round, work: Work, principles: Stage, generator: Stage) -> Contents:
-    model = checkpoint(generator.path / MODEL)
+def _preferences(round: Round, work: Work, principles: Stage, generators: Generators) -> Contents:
     total = kept(principles)
+    # The models that sample, one after the other, each with its roles.
+    samplers = [(checkpoint(generators.good.path / MODEL), ("good", "bad"))]
+    if generators.bad != generators.good:
+        samplers = [(checkpoint(stage.path / MODEL), (role,)) for role, stage in generators._asdict().items()]
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
-        return ((row, _requests(round, model, row, ("good", "bad"))) for row in principles.rows())
+        for row in principles.rows():
+            yield (
+                row,
+                {role: item for model, roles in samplers for role, item in _requests(round, model, row, roles).items()},
+            )
 
-    sample(
-        partial(open_engine, round.recipe, model),
-        (item for _, requests in asked() for item in requests.values()),
-        work.journal,
-        description="responses of the generator",
-        total=2 * total,
-    )
+    for model, roles in samplers:
+        sample(
+            _engine(round, model),
+            (item for row in principles.rows() for item in _requests(round, model, row, roles).values()),
+            work.journal,
+            description="responses of the generator",
+            total=len(work.journal) + len(roles) * total,
+        )
 
     def answered() -> Iterator[Responses | Dropped]:
         for row, requests in asked():

@@ -146,6 +146,19 @@ def parse(bounds: Mapping[str, str]) -> tuple[Gate, ...]:
     return tuple(gates)
 
 
+def unmeasured(bounds: Mapping[str, str], missing: Mapping[str, str]) -> list[str]:
+    """A complaint for each readable gate on a measure that will not be taken.
+
+    missing: the beginnings of the paths of such measures, with what they need.
+    """
+    return [
+        f"gate {gate.name}: needs {need}"
+        for gate in parse(bounds)
+        for path, need in missing.items()
+        if _source(gate.name).startswith(path)
+    ]
+
+
 def evaluate(gates: Sequence[Gate], metrics: RoundMetrics, *, number: int) -> list[GateResult]:
     """Every gate against the measures of round `number`, counted from 1; gates on drift wait for the second round."""
     return [_result(gate, metrics) for gate in gates if number > 1 or not gate.name.startswith("drift_")]
@@ -162,6 +175,13 @@ def require(results: Sequence[GateResult]) -> None:
     text = complaint(results)
     if text is not None:
         raise GateFailed(text)
+
+
+def _source(name: str) -> str:
+    """The path of what is measured; of drift, that of the measure which drifts."""
+    path = MEASURES[name].path
+    drifting = MEASURES.get(name.removeprefix("drift_"))
+    return drifting.path if drifting is not None and path.startswith("drift.") else path
 
 
 def _names(given: str) -> tuple[str, ...]:

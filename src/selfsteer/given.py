@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from itertools import tee
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from selfsteer import interrupt, schemas
 from selfsteer.durable import file_digest
+from selfsteer.journal import Journal
 from selfsteer.metrics import Measures
 from selfsteer.models import load_tokenizer, resolve
 from selfsteer.pairs import special_token_reason
@@ -15,12 +17,14 @@ from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
 from selfsteer.quality import measure
 from selfsteer.recipe import Policy, Training
+from selfsteer.recipe_judge import RecipeJudge, ask
 from selfsteer.records import Dropped, PairRow, PreferencePair
 from selfsteer.reference import Group, score_missing, scores
 from selfsteer.schemas import NO_SEEDS
 from selfsteer.scoring import open_scorer, score
 from selfsteer.stages import Round, Work, arithmetic, inputs_of, make_stage, policy_as_judge
 from selfsteer.store import Contents, Origin, Stage
+from selfsteer.verdicts import JudgeReport, judge_report
 
 
 def given_stage(round: Round, pairs: Path) -> Stage:
@@ -92,3 +96,14 @@ def measure_given(path: Path, policy: str) -> Measures:
                 yield schemas.scored_row(pair, numbers[0], None, NO_SEEDS)
 
         return measure(rows())
+
+
+def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
+    """What a judge says about a preference dataset; nothing is kept. policy: whose prompts decide which pairs are usable."""
+    prompts = Prompts(load_tokenizer(resolve(policy).path))
+
+    def pairs() -> Iterator[PreferencePair]:
+        return (item for item in usable_pairs(path, prompts, None) if isinstance(item, PreferencePair))
+
+    with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
+        return judge_report(ask(judge, policy, pairs, journal, total=sum(1 for _ in pairs())))

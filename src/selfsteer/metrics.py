@@ -231,6 +231,9 @@ class RoundMetrics(TypedDict, total=False):
     """From the second round on."""
     gates: list[GateResult]
     generator: TrainingSummary
+    """Of a dual generator, the one of the chosen responses."""
+    bad_generator: TrainingSummary
+    """Of a dual generator, the one of the rejected responses."""
     policy: TrainingSummary
 
 

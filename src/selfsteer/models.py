@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfsteer.durable import digest, file_digest
-from selfsteer.memory import keep_freed_memory
 from selfsteer.recipe import DTypeName, Policy
 from selfsteer.records import Checkpoint
 
@@ -120,12 +119,22 @@ def load_tokenizer(
     return tokenizer
 
 
+def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a completion: those of the model folder's generation configuration and the tokenizer's."""
+    folder = Path(path)
+    file = folder / "generation_config.json"
+    settings: dict[str, Any] = json.loads((file if file.is_file() else folder / "config.json").read_bytes())
+    ends: int | list[int] | None = settings.get("eos_token_id")
+    several = ends if isinstance(ends, list) else [ends]
+    own = tokenizer.eos_token_id
+    assert own is None or isinstance(own, int)
+    return frozenset(end for end in (*several, own) if end is not None)
+
+
 def load_model(
     path: str, *, dtype: torch.dtype, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A causal language model in eval mode, from safetensors only."""
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
     model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
     )

@@ -120,7 +120,7 @@ def apo_zero(pairs: PairLogps, *, beta: float) -> Tensor:
 
 
 def robust_dpo(pairs: PairLogps, *, beta: float) -> Tensor:
-    """Robust DPO (arXiv 2403.00409, equation 12): DPO without bias when a share epsilon of the labels is flipped.
+    """Robust DPO (arXiv 2403.00409): DPO without bias when a share epsilon of the labels is flipped.
 
     ((1 - epsilon) * L(w, l) - epsilon * L(l, w)) / (1 - 2 * epsilon), epsilon = FLIP_RATE.
     """

@@ -11,21 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from selfsteer import recipe_text
-from selfsteer.recipe_text import RecipeError
+from selfsteer.recipe_engines import DTypeName, EngineSection, TransformersSection
+from selfsteer.recipe_text import RecipeError, Section
 
 LossName = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "apo_zero", "robust_dpo", "sppo"]
 ObjectiveName = Literal["sso", "equation_3", "l_plus", "l_minus"]
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-class Section(BaseModel):
-    """A part of the recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Policy(Section):
@@ -56,6 +50,8 @@ class Queries(Section):
     """Take at most this many queries, the first ones that pass the checks."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
     """Longer rendered prompts (query and principle) are dropped before sampling; nothing is ever cut."""
+    holdout: int = Field(default=0, ge=0)
+    """Keep this many queries, the same whatever the seed, out of both trainings; pairs are made and judged on them."""
 
 
 class PrincipleSource(Section):
@@ -69,6 +65,8 @@ class PrincipleSource(Section):
     """Only these qualities of the library (or file); all of them when empty."""
     model: str | None = None
     """With source: generate, the principle generator; the policy itself when empty."""
+    engine: EngineSection | None = None
+    """With source: generate, the engine that holds the principle generator; the one of the responses when empty."""
     concision: float = Field(default=0.2, ge=0, le=1)
     """Share of the queries that get the concision pair added, against length bias."""
     temperature: float = Field(default=0.7, ge=0)
@@ -88,6 +86,12 @@ class PrincipleSource(Section):
             raise ValueError(
                 f"model {self.model!r} writes only with source: generate; set principles.source=generate or model=null"
             )
+        if self.source != "generate" and self.engine:
+            raise ValueError("engine writes only with source: generate; set principles.source=generate or engine=null")
+        if self.model and self.engine and self.engine.kind == "openai" and self.engine.serve is None:
+            raise ValueError(
+                f"model {self.model!r} is not what a server that runs already holds; say it in engine.model alone"
+            )
         return self
 
 
@@ -100,17 +104,6 @@ class Sampled(Section):
     """Nucleus: the smallest set of tokens with at least this probability."""
     max_new_tokens: int = Field(default=2048, ge=1)
     """Limit of a response."""
-
-
-class EngineSection(Section):
-    """What turns prompts into responses."""
-
-    kind: Literal["transformers"] = "transformers"
-    """The embedded engine."""
-    batch_size: int = Field(default=64, ge=1)
-    """Responses sampled side by side."""
-    dtype: DTypeName = "auto"
-    """auto: bfloat16 where the hardware multiplies it fast (CUDA, CPUs with AMX), else float32."""
 
 
 class Filters(Section):
@@ -131,8 +124,9 @@ class Filters(Section):
 class Generator(Section):
     """The data generator: the policy trained with L_SSO to make accurate, on-policy pairs."""
 
-    kind: Literal["single", "none"] = "single"
-    """none: no generator; the pairs come from the policy itself (PBAA, the paper's baseline)."""
+    kind: Literal["single", "dual", "none"] = "single"
+    """single: one generator; dual: one trained on L+ for the chosen and one on L- for the rejected responses (needs
+    training.lora); none: no generator, the pairs come from the policy itself (PBAA, the paper's baseline)."""
     objective: ObjectiveName = "sso"
     """sso (equation 4), equation_3 (the obvious L-), or one half alone."""
     loss: LossName = "dpo"
@@ -151,6 +145,15 @@ class Generator(Section):
     """Passes over the steering pairs."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps."""
+
+    @model_validator(mode="after")
+    def _both_halves(self) -> Self:
+        if self.kind == "dual" and self.objective in ("l_plus", "l_minus"):
+            raise ValueError(
+                f"kind: dual trains a generator on each half of L_SSO, but objective {self.objective!r} has one half alone; "
+                "set generator.objective to sso or equation_3"
+            )
+        return self
 
 
 class Alignment(Section):
@@ -210,7 +213,7 @@ class Training(Section):
     """Gradients are scaled down to this norm."""
     save_steps: int = Field(default=50, ge=1)
     """Optimizer steps between checkpoints; a killed training continues from the last complete one."""
-    report_to: list[str] = []
+    report_to: list[str] = Field(default_factory=list[str])
     """Trackers, as transformers names them (tensorboard, wandb, ...)."""
 
 
@@ -234,11 +237,65 @@ class Launcher(Section):
         return self
 
 
+class JudgeSection(Section):
+    """What judges the pairs, in both orders; `docs/quality.md` says what its numbers are worth."""
+
+    kind: Literal["none", "llm", "reward_model"] = "none"
+    """llm: a chat model asked which response is better, by the probability of its answer; reward_model: a
+    sequence-classification model with one label."""
+    model: str | None = None
+    """The judge, named as policy.model is."""
+    dtype: DTypeName = "float32"
+    """Arithmetic; a small judge's probabilities lie so close to one half that rounding turns some of its verdicts."""
+    template: str | None = None
+    """With kind: llm, a file with the question, in place of the built-in one."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template, for tokenizers without one."""
+    max_prompt_tokens: int = Field(default=8192, ge=1)
+    """Pairs whose question (or conversation) is longer get no verdict; nothing is ever cut."""
+
+    @model_validator(mode="after")
+    def _used_settings(self) -> Self:
+        if self.kind != "none" and not self.model:
+            raise ValueError(f"kind: {self.kind} needs judge.model")
+        if self.kind == "none" and self.model:
+            raise ValueError(f"model {self.model!r} judges only with kind: llm or reward_model; set judge.kind")
+        if self.kind != "llm" and self.template:
+            raise ValueError(f"template {self.template!r} is read only with kind: llm; set judge.kind=llm or template=null")
+        return self
+
+
 class Quality(Section):
-    """The measures of the data."""
+    """The measures of the data, and what becomes of a round whose data fails them."""
 
     sample: int | None = Field(default=512, ge=1)
-    """Measure margins after training on at most this many pairs, drawn with the seed; all when empty."""
+    """Judge, and measure margins after training, on at most this many pairs, drawn with the seed; all when empty."""
+    principle_consistency: bool = True
+    """Measure whether the policy itself tells the responses apart by their principles: a forward pass a pair."""
+    evaluation_files: list[str] = Field(default_factory=list[str])
+    """Files (.jsonl, .json, .csv, .parquet) that the queries must not overlap with; the overlap is measured."""
+    gates: dict[str, str] = Field(default_factory=dict[str, str])
+    """Bounds on the measures of a round's pairs, such as accuracy: ">= 0.6"; `docs/quality.md` lists them."""
+    on_failure: Literal["stop", "warn"] = "stop"
+    """After a failed gate: stop before the policy is aligned (the data stays), or warn and go on."""
+
+    @field_validator("gates")
+    @classmethod
+    def _readable_gates(cls, gates: dict[str, str]) -> dict[str, str]:
+        if gates:
+            from selfsteer.gates import parse  # brings numpy, which the other commands do without
+
+            parse(gates)
+        return gates
+
+
+class ComparisonSection(Section):
+    """What `selfsteer compare` does beyond making and measuring the data of every arm."""
+
+    align: bool = False
+    """Align a policy on each arm's data as well, and let the judge, if there is one, compare it with the first policy."""
+    given: str | None = None
+    """Preference data made elsewhere, for the arm "given"."""
 
 
 class Recipe(Section):
@@ -254,13 +311,57 @@ class Recipe(Section):
     queries: Queries
     principles: PrincipleSource = PrincipleSource()
     responses: Sampled = Sampled()
-    engine: EngineSection = EngineSection()
+    engine: EngineSection = TransformersSection()
+    """What turns prompts into responses: kind transformers (embedded), vllm or openai, each with fields of its own."""
     filters: Filters = Filters()
     generator: Generator = Generator()
     alignment: Alignment = Alignment()
     training: Training = Training()
     launcher: Launcher = Launcher()
+    judge: JudgeSection = JudgeSection()
     quality: Quality = Quality()
+    compare: ComparisonSection = ComparisonSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.generator.kind == "dual" and self.training.lora is None:
+            raise ValueError(
+                "generator.kind: dual trains two adapters on one model and needs training.lora; set training.lora.rank=16"
+            )
+        if self.quality.gates:
+            from selfsteer.gates import unmeasured  # brings numpy
+
+            if mistakes := unmeasured(self.quality.gates, self._not_measured()):
+                raise ValueError("; ".join(mistakes))
+        return self
+
+    def _not_measured(self) -> dict[str, str]:
+        """Measures that this recipe does not take, by the beginning of their path, with the way to have them."""
+        missing = {
+            "pairs.judge": "" if self.judge.kind != "none" else "a judge; set judge.kind and judge.model",
+            "pairs.principle_consistency": ""
+            if self.quality.principle_consistency
+            else "quality.principle_consistency; set it to true",
+            "contamination": "" if self.quality.evaluation_files else "files to compare with; set quality.evaluation_files",
+            "comparison": "" if self.generator.kind != "none" else "a generator; set generator.kind",
+        }
+        return {path: way for path, way in missing.items() if way}
+
+    @model_validator(mode="after")
+    def _engine_can_hold_what_is_trained(self) -> Self:
+        if self.engine.kind != "openai" or self.engine.serve is not None:
+            return self
+        if self.generator.kind != "none" or self.rounds > 1:
+            raise ValueError(
+                "engine: a server that runs already can't hold the weights that this run trains. Set engine.serve to the"
+                " command that serves a model's folder, or use kind vllm; or keep this server for the principles"
+                " (principles.engine)"
+            )
+        if self.principles.source == "generate" and self.principles.model and self.principles.engine is None:
+            raise ValueError(
+                "principles.model: the server of engine holds another model; give principles an engine of its own"
+            )
+        return self
 
     @field_validator("output")
     @classmethod

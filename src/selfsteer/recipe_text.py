@@ -10,10 +10,10 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -22,6 +22,12 @@ _COMMENT_WIDTH = 110
 _KEY = re.compile(r"\w+(\.\w+)*")
 _short = reprlib.Repr()
 _short.maxstring = 80
+
+
+class Section(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RecipeError(ValueError):
@@ -121,26 +127,38 @@ def _replaced(data: dict[str, Any], override: Override, *, depth: int) -> dict[s
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """Where a mistake is."""
+
+    key: str
+    """Dotted, as it stands in the recipe."""
+    kind: str | None
+    """The kind of the section around it, where sections of several kinds may stand there."""
+
+
 def explain(error: ValidationError, model: type[BaseModel], origin: Callable[[str], str]) -> str:
     """One line a mistake. `origin` says where a dotted key was given ("recipe.yaml:12", "command line")."""
     mistakes: dict[str, list[str]] = {}
     for details in error.errors(include_url=False):
-        key = _dotted(details["loc"], model)
-        mistakes.setdefault(key, []).append(_mistake(key, details, model))
+        place = _place(details["loc"], model)
+        key = f"{place.key}.kind" if details["type"] == "union_tag_invalid" else place.key
+        mistakes.setdefault(key, []).append(_mistake(place, details, model))
     return "\n".join(
         f"{origin(key)}: {key + ': ' if key else ''}{'; or '.join(dict.fromkeys(found))}" for key, found in mistakes.items()
     )
 
 
-def _mistake(key: str, details: ErrorDetails, model: type[BaseModel]) -> str:
+def _mistake(place: Place, details: ErrorDetails, model: type[BaseModel]) -> str:
     match details["type"]:
         case "extra_forbidden":
-            return f"unknown key; {_suggestion(key, model)}"
+            return _unknown(place, model)
         case "missing":
-            return f"missing; expected: {_description(key, model)}"
+            return f"missing; expected: {_description(place.key, model)}"
         case "value_error":
             return details["msg"].removeprefix("Value error, ")
-        case "model_type" | "model_attributes_type":
+        case "union_tag_invalid":
+            return f"given {details['ctx']['tag']!r}, expected {details['ctx']['expected_tags']}"  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        case "model_type" | "model_attributes_type" | "union_tag_not_found":
             return f"given {_short.repr(details['input'])}, expected a section with keys of its own"
         case kind:
             expected = details["msg"].removeprefix("Input should be ")
@@ -150,31 +168,37 @@ def _mistake(key: str, details: ErrorDetails, model: type[BaseModel]) -> str:
             )
 
 
-def _dotted(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
+def _place(loc: tuple[int | str, ...], model: type[BaseModel]) -> Place:
     """pydantic's location without the tags that it adds for the members of a union."""
     parts: list[str] = []
-    section: type[BaseModel] | None = model
+    sections: Kinds = {"": model}
+    kind = None
     for part in loc:
-        if section is not None:
+        if len(sections) > 1 and part in sections:
+            kind = str(part)
+            sections = {kind: sections[kind]}
+        elif sections:
             parts.append(str(part))
-            field = section.model_fields.get(str(part))
-            section = section_of(field) if field else None
+            field = next(iter(sections.values())).model_fields.get(str(part))
+            sections = kinds_of(field) if field else {}
         elif isinstance(part, int):
             parts.append(str(part))
-    return ".".join(parts)
+    return Place(".".join(parts), kind)
 
 
-def _suggestion(key: str, model: type[BaseModel]) -> str:
+def _unknown(place: Place, model: type[BaseModel]) -> str:
     """The nearest known keys: of this very name elsewhere, else alike in this section, else alike anywhere."""
-    known = [k.rpartition(".")[::2] for k in _keys(model)]  # (section, name)
-    section, _, name = key.rpartition(".")
-    siblings = [n for s, n in known if s == section]
+    section, _, name = place.key.rpartition(".")
+    siblings = [key.name for key in _keys(model) if key.section == section and place.kind in (None, key.kind)]
+    if others := [key.kind for key in _keys(model) if (key.section, key.name) == (section, name)]:
+        return f"not a key of kind {place.kind} (of {', '.join(map(str, others))}); its keys are {', '.join(siblings)}"
+    known = list(dict.fromkeys((key.section, key.name) for key in _keys(model)))
     same = [(s, n) for s, n in known if n == name]
     near = [(section, n) for n in _alike(name, siblings)]
     far = [(s, n) for s, n in known if n in _alike(name, [n for _, n in known])]
-    if found := same or near or far:
-        return f"did you mean {' or '.join(f'{s}.{n}'.lstrip('.') for s, n in found)}?"
-    return f"the keys {f'of {section}' if section else 'here'} are {', '.join(siblings)}"
+    if found := (near or same or far) if place.kind else (same or near or far):
+        return f"unknown key; did you mean {' or '.join(f'{s}.{n}'.lstrip('.') for s, n in found)}?"
+    return f"unknown key; the keys {f'of {section}' if section else 'here'} are {', '.join(siblings)}"
 
 
 def _alike(name: str, names: Sequence[str]) -> list[str]:
@@ -183,29 +207,57 @@ def _alike(name: str, names: Sequence[str]) -> list[str]:
     return abbreviated or difflib.get_close_matches(name, names, n=1)
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+class _Key(NamedTuple):
+    section: str
+    name: str
+    kind: str | None
+    """The kind of its section, where sections of several kinds may stand there."""
+
+
+def _keys(model: type[BaseModel], section: str = "", kind: str | None = None) -> Iterator[_Key]:
     for name, field in model.model_fields.items():
-        yield prefix + name
-        if section := section_of(field):
-            yield from _keys(section, f"{prefix}{name}.")
+        yield _Key(section, name, kind)
+        inner = kinds_of(field)
+        for inner_kind, inner_model in inner.items():
+            yield from _keys(inner_model, f"{section}.{name}".lstrip("."), inner_kind if len(inner) > 1 else None)
 
 
 def _description(key: str, model: type[BaseModel]) -> str:
-    section: type[BaseModel] | None = model
+    sections: list[type[BaseModel]] = [model]
     description = ""
     for part in key.split("."):
-        assert section is not None  # pydantic reports as missing only what a section declares
-        field = section.model_fields[part]
-        section = section_of(field)
-        description = field.description or (section.__doc__ if section else "") or ""
+        # pydantic reports as missing only what a section declares
+        field = next(s.model_fields[part] for s in sections if part in s.model_fields)
+        sections = list(kinds_of(field).values())
+        description = field.description or (sections[0].__doc__ if sections else "") or ""
     return description.strip()
 
 
+Kinds = dict[str, type[BaseModel]]
+"""Sections by their kind, where it matters; one alone has any name."""
+
+
+def kinds_of(field: FieldInfo) -> Kinds:
+    """The sections that a field may hold, by kind, also where it may be null; none for plain values."""
+    return {str(section.__name__ if tag is None else tag): section for tag, section in _members(field.annotation, None)}
+
+
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, also where it may be null; None for plain values."""
-    annotation: Any = field.annotation
-    choices = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
-    return next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)
+    """The section that a field holds, the first kind where there are several; None for plain values."""
+    return next(iter(kinds_of(field).values()), None)
+
+
+def _members(annotation: Any, tag: str | None) -> Iterator[tuple[str | None, type[BaseModel]]]:
+    match get_origin(annotation):
+        case origin if origin is Annotated:
+            inner, *metadata = get_args(annotation)
+            yield from _members(inner, next((item.tag for item in metadata if isinstance(item, Tag)), tag))
+        case origin if origin is UnionType or origin is Union:
+            for choice in get_args(annotation):
+                yield from _members(choice, tag)
+        case _:
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield tag, annotation
 
 
 # ---- commented YAML -------------------------------------------------------------------------------------------------

@@ -96,6 +96,25 @@ def table_text(table: Table) -> str:
     return text.getvalue().rstrip()
 
 
+def markdown(table: Table) -> str:
+    """The table as Markdown, under a heading."""
+
+    def cells(values: Iterator[str]) -> str:
+        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+
+    alignments = ["---:"] * len(table.columns)
+    if table.left:
+        alignments[-1] = ":---"
+    lines = [cells(iter(("", *table.columns))), cells(iter((":---", *alignments)))]
+    for row in table.rows:
+        if row.cells:
+            lines.append(cells(iter((row.label, *(" ".join(filter(None, cell)) for cell in row.cells)))))
+        else:
+            lines.append(cells(iter((f"**{row.label}**", *[""] * len(table.columns)))))
+    note = f"\n\n{table.note}" if table.note else ""
+    return f"### {table.title}\n\n" + "\n".join(lines) + note
+
+
 def closing_line(metrics: Metrics) -> str:
     """What was made, and where it is."""
     run = metrics["run"]
@@ -262,7 +281,13 @@ def _drift(drift: Drift, title: str) -> Table:
 
 
 def _trainings(this: RoundMetrics, title: str) -> Table:
-    names = [(column, this[key]) for column, key in (("data generator", "generator"), ("policy", "policy")) if key in this]
+    dual = "bad_generator" in this
+    trainings = (
+        ("generator of chosen" if dual else "data generator", "generator"),
+        ("generator of rejected", "bad_generator"),
+        ("policy", "policy"),
+    )
+    names = [(column, this[key]) for column, key in trainings if key in this]
     sides = [cast(Json, plain(summary)) for _, summary in names]
 
     def line(label: str, path: str, form: Form = "number") -> Row:

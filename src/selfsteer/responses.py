@@ -4,17 +4,23 @@ Both samplings of the method (by the policy, by the data generator) and the gene
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
+from typing import Any, cast
 
 from selfsteer.durable import digest
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
+from selfsteer.engines.openai import OpenAIEngine, Server
+from selfsteer.engines.serving import Serve, ServedEngine
 from selfsteer.engines.transformers import TransformersEngine
+from selfsteer.engines.vllm import VllmEngine, VllmSettings
 from selfsteer.interrupt import raise_if_stopped
 from selfsteer.journal import Journal
-from selfsteer.models import compute_dtype, pick_device
+from selfsteer.models import compute_dtype, end_ids, pick_device
 from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import Recipe
+from selfsteer.recipe_engines import EngineSection, OpenAISection, VllmSection, sampling_identity
 from selfsteer.records import Checkpoint, Message, Response
 
 SCHEMA = 1
@@ -24,16 +30,74 @@ _DURABLE_EVERY = 16
 """Completions appended to the journal at once: one fdatasync for so many."""
 
 
-def open_engine(recipe: Recipe, model: Checkpoint) -> Engine:
-    """The engine that the recipe names, holding this model; enter it to load."""
+def open_engine(section: EngineSection, model: Checkpoint, prompts: Prompts, *, trust_remote_code: bool) -> Engine:
+    """The engine that the section names, holding this model; enter it to load or start it.
+
+    A server that runs already holds the model that it holds. Raises ValueError, before anything is started, for what the
+    engine lacks: an interpreter, GPUs, a program, an API key.
+    """
+    if section.kind == "openai":
+        return _openai_engine(section, model, prompts)
     device = pick_device()
-    return TransformersEngine(
-        model.path,
-        batch_size=recipe.engine.batch_size,
-        dtype=compute_dtype(recipe.engine.dtype, device),
-        device=device,
-        trust_remote_code=recipe.policy.trust_remote_code,
-    )
+    dtype = compute_dtype(section.dtype, device)
+    if section.kind == "transformers":
+        return TransformersEngine(
+            model.path, batch_size=section.batch_size, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+    arguments = _vllm_arguments(section) | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "trust_remote_code": trust_remote_code,
+    }
+    fields = section.model_dump(include={"replicas", "max_num_seqs", "tensor_parallel_size", "logps"})
+    if section.python is not None:
+        fields["python"] = section.python
+    settings = VllmSettings(**fields, arguments=arguments)
+    return VllmEngine(model.path, settings, decode=partial(_decode, prompts), end_ids=end_ids(model.path, prompts.tokenizer))
+
+
+def check_engines(recipe: Recipe, policy: Checkpoint, prompts: Prompts) -> None:
+    """Raise ValueError when an engine of the recipe lacks something that can be seen before it is started."""
+    principles = recipe.principles.engine
+    for section in (recipe.engine,) if principles is None else (recipe.engine, principles):
+        open_engine(section, policy, prompts, trust_remote_code=recipe.policy.trust_remote_code)  # and never entered
+
+
+def _vllm_arguments(section: VllmSection) -> dict[str, Any]:
+    names = {"max_model_len", "gpu_memory_utilization", "enable_prefix_caching", "enforce_eager"}
+    return section.model_dump(include=names, exclude_none=True) | section.extra
+
+
+def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts) -> Engine:
+    same = set(section.__class__.model_fields) - {"kind", "base_url", "model", "serve", "start_seconds"}
+
+    def connect(base_url: str, name: str) -> OpenAIEngine:
+        server = Server(base_url=base_url, model=section.model or name, **section.model_dump(include=same))
+        ends = end_ids(model.path, prompts.tokenizer)
+        return OpenAIEngine(server, tokenize=lambda text: prompts.completion_ids(text, "length"), end_ids=ends)
+
+    if section.serve is None:
+        assert section.base_url is not None
+        assert section.model is not None
+        return connect(section.base_url, section.model)
+    serve = Serve(command=section.serve, model_path=model.path, start_seconds=section.start_seconds)
+    return ServedEngine(serve, connect)
+
+
+def _decode(prompts: Prompts, token_ids: Iterable[int]) -> str:
+    text = prompts.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return cast(str, text)
+
+
+def sampler_digest(section: EngineSection, model: Checkpoint) -> str:
+    """Digest of what samples: the model's, and what of the engine's settings changes what is sampled.
+
+    Of a server that runs already only the name of its model is known.
+    """
+    identity = sampling_identity(section)
+    if not identity:
+        return model.digest
+    held = section.kind == "openai" and section.serve is None
+    return digest(identity if held else {"model": model.digest, **identity})
 
 
 def seed_for(*parts: str | int) -> int:
@@ -73,14 +137,16 @@ def sample(
     new = 0
     batch: list[Completion | Failed] = []
     with progress(description, max(0, total - len(journal)), unit="responses") as advance, open_engine() as engine:
-        for answer in engine.generate(chain([first], lacking)):
-            batch.append(answer)
-            if len(batch) >= _DURABLE_EVERY:
-                _append(journal, batch)
-                new += len(batch)
-                advance(len(batch))
-                batch = []
-        _append(journal, batch)
+        try:
+            for answer in engine.generate(chain([first], lacking)):
+                batch.append(answer)
+                if len(batch) >= _DURABLE_EVERY:
+                    _append(journal, batch)
+                    new += len(batch)
+                    advance(len(batch))
+                    batch = []
+        finally:  # also when the engine breaks off: what it had finished is kept
+            _append(journal, batch)
         new += len(batch)
         advance(len(batch))
     raise_if_stopped()
@@ -114,4 +180,5 @@ def _append(journal: Journal, batch: list[Completion | Failed]) -> None:
 def _data(item: Completion | Failed) -> dict[str, object]:
     if isinstance(item, Failed):
         return {"failed": item.reason, "detail": item.detail}
-    return {"text": item.text, "token_ids": list(item.token_ids), "finish_reason": item.finish_reason}
+    data: dict[str, object] = {"text": item.text, "token_ids": list(item.token_ids), "finish_reason": item.finish_reason}
+    return data if item.logps is None else data | {"logps": list(item.logps)}

@@ -1,9 +1,13 @@
 """The columns of the sealed Parquet files, and records back from their rows."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from selfsteer import pairs
 from selfsteer.quality import ScoredPair
@@ -115,3 +119,24 @@ def scored_row(pair: PreferencePair, scored: ScoredPair, principles: Principles 
         "rejected_seed": seeds.rejected,
     }
     return cast(PairRow, {**pairs.pair_row(pair), **columns})
+
+
+_ROWS = 1024
+"""Rows of a side file in memory at a time."""
+
+
+def write_rows(path: Path, rows: Iterator[Mapping[str, Any]], schema: Any) -> int:
+    """Write a Parquet file that a stage seals beside its data.parquet; returns the number of rows."""
+    count = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        while some := [dict(row) for row in islice(rows, _ROWS)]:
+            writer.write_table(pa.Table.from_pylist(some, schema=schema))
+            count += len(some)
+    return count
+
+
+def file_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of such a file, in order."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS):
+            yield from batch.to_pylist()

@@ -6,7 +6,7 @@ themselves (`data_stages.py`, `training_stages.py`) and their order (`pipeline.p
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from selfsteer.recipe import Recipe, Training
 from selfsteer.records import Checkpoint
 from selfsteer.reference import Judge
 from selfsteer.responses import seed_for
+from selfsteer.sharing import adopt, borrow
 from selfsteer.store import Contents, Manifest, Origin, RunFolder, Stage
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Round:
     policy: Checkpoint
     """The policy at the round's start: what samples, and the reference model of both trainings."""
     prompts: Prompts
+    lenders: tuple[RunFolder, ...] = ()
+    """Finished runs whose stages and samples this one may take over, where they are the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,11 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
         )
         log.info("%s: made again, because of %s; samples that are still wanted are reused", name, ", ".join(changed))
         stage.reopen()
+    lenders = [lender.stage(round.number, name) for lender in round.lenders]
+    if adopt(stage, lenders, origin.fingerprint):
+        log.info("%s: the same as in an earlier run, taken over", name)
+        return _not_empty(stage, sealed(stage))
+    borrow(stage, lenders)
     with elapsed(stage.path) as seconds, stage.journal() as journal:
         contents = make(Work(stage=stage, journal=journal, origin=origin))
         manifest = stage.seal(origin, contents, seconds=seconds())
@@ -123,9 +131,26 @@ def policy_as_judge(round: Round) -> Judge:
     return Judge(round.policy, round.recipe.policy, round.prompts, round.recipe.training)
 
 
-def draw_queries(round: Round, stage: Stage, count: int | None) -> set[str] | None:
-    """The ids of `count` queries drawn with the seed; None for all of them."""
-    if count is None or count >= kept(stage):
+def draw_queries(round: Round, stage: Stage, count: int | None, *, without: Collection[str] = ()) -> set[str] | None:
+    """The ids of `count` of a stage's queries other than those of `without`, drawn with the seed; None for all of them."""
+    if not without and (count is None or count >= kept(stage)):
         return None
-    ids = {row["query_id"] for row in stage.rows()}
+    return draw(round, {row["query_id"] for row in stage.rows()}.difference(without), count)
+
+
+def draw(round: Round, ids: Iterable[str], count: int | None) -> set[str]:
+    """At most `count` of these queries, drawn with the seed; all of them for None."""
     return set(sorted(ids, key=lambda query_id: seed_for(round.recipe.seed, "drawn", query_id))[:count])
+
+
+def held_out(round: Round) -> frozenset[str]:
+    """The queries that neither training sees: the same ones whatever the seed, so that runs compare on them."""
+    count = round.recipe.queries.holdout
+    if count == 0:
+        return frozenset()
+    first = round.folder.path / f"round-{round.number}" / "1-principles"
+    source = round.folder.stage(round.number, "1-principles" if first.is_dir() else "5-preferences")
+    ids = {row["query_id"] for row in source.rows()}
+    if count >= len(ids):
+        raise ValueError(f"queries.holdout: {count} of {len(ids)} queries; leave some to train on.")
+    return frozenset(sorted(ids, key=lambda query_id: seed_for("held out", query_id))[:count])

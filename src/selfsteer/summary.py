@@ -4,30 +4,41 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-import pyarrow.parquet as pq
-
+from selfsteer import schemas
 from selfsteer.cards import Method
 from selfsteer.data_stages import POLICY_PAIRS
-from selfsteer.metrics import Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
+from selfsteer.drift import drift
+from selfsteer.gates import evaluate, parse
+from selfsteer.metrics import Measures, Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
 from selfsteer.models import hardware
 from selfsteer.quality import compare, measure
+from selfsteer.quality_stage import QUALITY, measured, read_contamination, read_reports
 from selfsteer.recipe import Recipe, load
 from selfsteer.records import PairRow
 from selfsteer.stages import sealed
 from selfsteer.store import RunFolder, Stage
-from selfsteer.training_stages import HISTORY, MEASURES, MODEL
+from selfsteer.training_stages import BAD_GENERATOR, GOOD_GENERATOR, HISTORY, MEASURES, MODEL
 
 STAGES: dict[Method, tuple[str, ...]] = {
     "sso": ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy"),
+    "dual": (
+        "1-principles",
+        "2-responses",
+        "3-steering",
+        GOOD_GENERATOR,
+        BAD_GENERATOR,
+        "5-preferences",
+        "6-policy",
+    ),
     "pbaa": ("1-principles", "2-responses", "5-preferences", "6-policy"),
     "given": ("5-preferences", "6-policy"),
 }
-"""What a run consists of, by where its pairs come from."""
+"""What a run consists of, by where its pairs come from; `stage_names` adds the judgement of the pairs."""
 
 _LIBRARIES = ("selfsteer", "torch", "transformers", "peft", "accelerate", "datasets", "pyarrow")
 
@@ -48,27 +59,62 @@ def _commit() -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
+def method_of(recipe: Recipe) -> Method:
+    """Where the pairs of a run of this recipe come from."""
+    methods: dict[str, Method] = {"none": "pbaa", "single": "sso", "dual": "dual"}
+    return methods[recipe.generator.kind]
+
+
+def stage_names(recipe: Recipe, method: Method) -> tuple[str, ...]:
+    """The stages of a round, in order."""
+    names = STAGES[method]
+    return (*names[:-1], QUALITY, names[-1]) if measured(recipe, principles=method != "given") else names
+
+
 def metrics(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
     """The measures of every round, and what identifies the run."""
-    rounds = [_round(folder, number, method) for number in range(1, recipe.rounds + 1)]
-    seconds = sum(stage["seconds"] for each in rounds for stage in each.get("stages", {}).values())
-    last = folder.stage(recipe.rounds, "6-policy").path / MODEL
-    facts = RunFacts(
+    rounds = round_metrics(folder, recipe, method)
+    facts = _facts(folder, recipe, rounds)
+    facts["policy_folder"] = str(folder.stage(recipe.rounds, "6-policy").path / MODEL)
+    return Metrics(run=facts, rounds=rounds)
+
+
+def unaligned(folder: RunFolder, recipe: Recipe, method: Method, number: int) -> Metrics:
+    """The same of a run whose round `number` has its data, but has not aligned the policy on it."""
+    rounds = round_metrics(folder, recipe, method, unaligned=number)
+    return Metrics(run=_facts(folder, recipe, rounds), rounds=rounds)
+
+
+def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) -> RunFacts:
+    return RunFacts(
         name=folder.path.name,
         folder=str(folder.path),
         model=recipe.policy.model,
         seed=recipe.seed,
-        seconds=seconds,
-        policy_folder=str(last),
-        pairs=str(folder.stage(recipe.rounds, "5-preferences").path / "data.parquet"),
+        seconds=sum(stage["seconds"] for each in rounds for stage in each.get("stages", {}).values()),
+        pairs=str(folder.stage(len(rounds), "5-preferences").path / "data.parquet"),
         versions=_versions(),
         hardware=", ".join(f"{value} {name}" if name != "device" else str(value) for name, value in hardware().items()),
     )
-    return Metrics(run=facts, rounds=rounds)
 
 
-def _round(folder: RunFolder, number: int, method: Method) -> RoundMetrics:
-    stages = {name: folder.stage(number, name) for name in STAGES[method]}
+def round_metrics(folder: RunFolder, recipe: Recipe, method: Method, *, unaligned: int | None = None) -> list[RoundMetrics]:
+    """The measures of all rounds, drift and gates among them; or up to round `unaligned`, which ends with its data."""
+    gates = parse(recipe.quality.gates)
+    rounds: list[RoundMetrics] = []
+    for number in range(1, (unaligned or recipe.rounds) + 1):
+        found = _round(folder, number, recipe, method, aligned=number != unaligned)
+        if rounds:
+            found["drift"] = drift(rounds[-1], found)
+        if gates:
+            found["gates"] = evaluate(gates, found, number=number)
+        rounds.append(found)
+    return rounds
+
+
+def _round(folder: RunFolder, number: int, recipe: Recipe, method: Method, *, aligned: bool) -> RoundMetrics:
+    names = [name for name in stage_names(recipe, method) if aligned or name != "6-policy"]
+    stages = {name: folder.stage(number, name) for name in names}
     manifests = {name: sealed(stage) for name, stage in stages.items()}
     found = RoundMetrics(
         stages={
@@ -77,14 +123,34 @@ def _round(folder: RunFolder, number: int, method: Method) -> RoundMetrics:
         }
     )
     found["alignment" if method != "pbaa" else "pbaa"] = measure(cast("Iterator[PairRow]", stages["5-preferences"].rows()))
-    if method == "sso":
+    if "3-steering" in stages:
         own = stages["3-steering"].path / POLICY_PAIRS
         found["steering"] = measure(cast("Iterator[PairRow]", stages["3-steering"].rows()))
         found["pbaa"] = measure(_rows(own))
         found["comparison"] = compare(cast("Iterator[PairRow]", stages["5-preferences"].rows()), _rows(own))
-        found["generator"] = _training(stages["4-generator"])
-    found["policy"] = _training(stages["6-policy"])
+    if QUALITY in stages:
+        _add_quality(found, stages[QUALITY])
+    for key, name in _TRAININGS:
+        if name in stages:
+            found[key] = _training(stages[name])
     return found
+
+
+_TRAININGS = (
+    ("generator", "4-generator"),
+    ("generator", GOOD_GENERATOR),
+    ("bad_generator", BAD_GENERATOR),
+    ("policy", "6-policy"),
+)
+
+
+def _add_quality(found: RoundMetrics, stage: Stage) -> None:
+    for name, reports in read_reports(stage).items():
+        for by, report in reports.items():
+            found.setdefault(name, Measures())[by] = report
+    overlap = read_contamination(stage)
+    if overlap is not None:
+        found["contamination"] = overlap
 
 
 def _training(stage: Stage) -> TrainingSummary:
@@ -101,8 +167,7 @@ def _training(stage: Stage) -> TrainingSummary:
 
 
 def _rows(path: Path) -> Iterator[PairRow]:
-    for batch in pq.ParquetFile(path).iter_batches(256):
-        yield from cast("list[PairRow]", batch.to_pylist())
+    return cast("Iterator[PairRow]", schemas.file_rows(path))
 
 
 # --- status ----------------------------------------------------------------------------------------------------------------
@@ -133,7 +198,7 @@ def status(path: Path) -> Status:
     """How far the run at `path` is; needs no lock. Raises ValueError where there is no run."""
     folder = RunFolder.view(path)
     recipe = load(folder.path / "recipe.yaml")
-    names = STAGES[_method(folder, recipe)]
+    names = stage_names(recipe, _method(folder, recipe))
     stages = [_stage_status(folder.stage(number, name), number) for number in range(1, recipe.rounds + 1) for name in names]
     following = next((each for each in stages if each["state"] != "sealed"), None)
     if following is None:
@@ -146,7 +211,7 @@ def _method(folder: RunFolder, recipe: Recipe) -> Method:
     """Where the pairs of this run come from; those of `selfsteer train` were made elsewhere."""
     if not folder.stage(1, "1-principles").path.is_dir() and folder.stage(1, "5-preferences").path.is_dir():
         return "given"
-    return "pbaa" if recipe.generator.kind == "none" else "sso"
+    return method_of(recipe)
 
 
 def _stage_status(stage: Stage, number: int) -> StageStatus:

@@ -41,11 +41,16 @@ class TokenGroups(Dataset[Group]):
     """
 
     def __init__(self, file: Path) -> None:
+        self.epoch = 0
         self._source = pa.memory_map(str(file))
         self._reader = pa.ipc.open_file(self._source)
 
     def __len__(self) -> int:
         return self._reader.num_record_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate calls this before every epoch. (It would not reach `Order` where several processes go on mid-epoch.)"""
+        self.epoch = epoch
 
     def __getitem__(self, index: int) -> Group:
         counts = index < len(self)
@@ -65,23 +70,19 @@ class Order(Sampler[int]):
     up with queries of the epoch's beginning, which would then count twice.)
     """
 
-    def __init__(self, queries: int, *, multiple: int, seed: int) -> None:
-        self._queries = queries
-        self._filled = -(-queries // multiple) * multiple
+    def __init__(self, data: TokenGroups, *, multiple: int, seed: int) -> None:
+        self._data = data
+        self._filled = -(-len(data) // multiple) * multiple
         self._seed = seed
-        self._epoch = 0
 
     def __len__(self) -> int:
         return self._filled
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        yield from torch.randperm(self._queries, generator=generator).tolist()
-        yield from [self._queries] * (self._filled - self._queries)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Accelerate calls this before every epoch."""
-        self._epoch = epoch
+        queries = len(self._data)
+        generator = torch.Generator().manual_seed(self._seed + self._data.epoch)
+        yield from torch.randperm(queries, generator=generator).tolist()
+        yield from [queries] * (self._filled - queries)
 
 
 def token_groups(path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool) -> TokenGroups:

@@ -102,7 +102,7 @@ class PreferenceTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         """Every query once an epoch, whatever the number of processes."""
         at_once = self.args.world_size * self.args.per_device_train_batch_size if self.args.world_size > 1 else 1
-        return Order(len(cast(TokenGroups, self.train_dataset)), multiple=at_once, seed=cast(int, self.args.data_seed))
+        return Order(cast(TokenGroups, self.train_dataset), multiple=at_once, seed=cast(int, self.args.data_seed))
 
     def _get_num_items_in_batch(self, batch_samples: list[TrainBatch], device: torch.device) -> Tensor:
         """The queries of an optimizer step, over all its micro-batches and processes."""

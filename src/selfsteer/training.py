@@ -78,9 +78,8 @@ class TrainingJob:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """The job that `as_json` gave."""
-        fields = dict(values)
-        fields["policy"] = Policy.model_validate(values["policy"])
-        fields["training"] = Training.model_validate(values["training"])
+        policy, training = Policy.model_validate(values["policy"]), Training.model_validate(values["training"])
+        fields: dict[str, Any] = {**values, "policy": policy, "training": training}
         return cls(**fields)
 
     def digest(self) -> str:

@@ -1,15 +1,18 @@
 """The two stages that train: the data generator on the steering pairs, the policy on the preference data.
 
+A dual generator is two trainings, each on one half of L_SSO; their adapters are folded into a folder each. Sampling both
+from one base model by switching adapters would save a folder and a load, and is not done yet.
+
 Left out on purpose: the trainer (`training.py`); files are the contract: sealed pairs in, a Hugging Face folder out.
 """
 
 import shutil
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from selfsteer import schemas
-from selfsteer.durable import canonical_json, replacing
+from selfsteer.durable import canonical_json, make_folder, replacing
 from selfsteer.launch import launch
 from selfsteer.metrics import ImplicitReward
 from selfsteer.models import checkpoint
@@ -18,17 +21,36 @@ from selfsteer.recipe import Alignment, Generator
 from selfsteer.records import PairRow
 from selfsteer.reference import Group, Judge, score_missing, scores
 from selfsteer.report import plain
-from selfsteer.stages import Round, Work, draw_queries, inputs_of, kept, make_stage
+from selfsteer.stages import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.training import TrainingJob
 
 MODEL, HISTORY, MEASURES = "model", "history.jsonl", "measures.json"
 """What a training stage seals: the Hugging Face folder, a line an optimizer step, and what training did to its pairs."""
 
+GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
+"""Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
 
-def generator_stage(round: Round, steering: Stage) -> Stage:
-    """Step 3: a copy of the policy trained with L_SSO."""
-    return _training_stage(round, "4-generator", steering, round.recipe.generator)
+_HALVES = {GOOD_GENERATOR: "l_plus", BAD_GENERATOR: "l_minus"}
+
+
+class Generators(NamedTuple):
+    """The stages of the models that answer x+ and x-: one and the same, unless the generator is dual."""
+
+    good: Stage
+    bad: Stage
+
+
+def generator_stage(round: Round, steering: Stage) -> Generators:
+    """Step 3: a copy of the policy trained with L_SSO, or two, each with one half of it."""
+    section = round.recipe.generator
+    if section.kind == "dual":
+        return Generators(
+            good=_training_stage(round, GOOD_GENERATOR, steering, section),
+            bad=_training_stage(round, BAD_GENERATOR, steering, section),
+        )
+    single = _training_stage(round, "4-generator", steering, section)
+    return Generators(good=single, bad=single)
 
 
 def policy_stage(round: Round, preferences: Stage) -> Stage:
@@ -37,14 +59,25 @@ def policy_stage(round: Round, preferences: Stage) -> Stage:
 
 
 def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | Alignment) -> Stage:
-    settings = {
+    settings: dict[str, Any] = {
         "objective": section.model_dump(exclude={"kind", "objective", "queries"}),
         "training": round.recipe.training.model_dump(exclude={"save_steps", "report_to", "gradient_checkpointing"}),
         "measured": round.recipe.quality.sample,
         "seed": round.recipe.seed,
     }
+    if name == "6-policy" and round.recipe.queries.holdout:
+        settings["holdout"] = round.recipe.queries.holdout
+    if name in _HALVES:
+        settings["half"] = _HALVES[name]
     origin = Origin(settings=settings, inputs=inputs_of(round, pairs=pairs))
     return make_stage(round, name, origin, lambda work: _train(round, work, pairs, section))
+
+
+def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
+    """The rows that this stage trains on: all of them, or a generator's half, and none that is held out."""
+    half = _HALVES.get(work.stage.path.name)
+    spared = held_out(round) if half is None and work.stage.path.name == "6-policy" else frozenset[str]()
+    return (row for row in pairs.rows() if (half is None or row["kind"] == half) and row["query_id"] not in spared)
 
 
 def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignment) -> Contents:
@@ -52,9 +85,16 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     for stale in work.stage.path.glob("training-*"):
         if stale != unfinished:
             shutil.rmtree(stale)
+    data, queries = pairs.path / "data.parquet", kept(pairs)
+    if {"half", "holdout"} & work.origin.settings.keys():
+        make_folder(unfinished)
+        data = unfinished / "pairs.parquet"
+        queries = schemas.write_rows(data, _lessons(round, work, pairs), schemas.PAIRS)
+        if queries == 0:
+            raise ValueError(f"{work.stage.path}: every pair is held out; lower queries.holdout.")
     job = TrainingJob(
         policy=round.recipe.policy.model_copy(update={"model": round.policy.path}),
-        pairs=str(pairs.path / "data.parquet"),
+        pairs=str(data),
         output=str(unfinished),
         loss=section.loss,
         beta=section.beta,
@@ -75,7 +115,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     with replacing(work.stage.path / MEASURES) as file:
         file.write(canonical_json(plain(measures)))
     shutil.rmtree(unfinished)
-    return Contents(wanted=kept(pairs), files=(MODEL, HISTORY, MEASURES))
+    return Contents(wanted=queries, files=(MODEL, HISTORY, MEASURES))
 
 
 def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> ImplicitReward:
@@ -84,7 +124,7 @@ def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> I
     judge = Judge(checkpoint(work.stage.path / MODEL), round.recipe.policy, round.prompts, round.recipe.training)
 
     def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
-        for query_id, rows in groupby(pairs.rows(), key=lambda row: row["query_id"]):
+        for query_id, rows in groupby(_lessons(round, work, pairs), key=lambda row: row["query_id"]):
             if drawn is None or query_id in drawn:
                 of_query = list(rows)
                 yield of_query, judge.group([schemas.pair(row) for row in of_query])

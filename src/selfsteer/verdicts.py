@@ -117,7 +117,7 @@ def judge_report(verdicts: Iterable[Verdict]) -> JudgeReport:
     firsts = [order for both in orders for order in (both.chosen_first, 1 - both.chosen_second)]
     probabilities = [verdict.probability for verdict in judged if verdict.probability is not None]
     found = {
-        "accuracy": mean_estimate([_points(verdict) for verdict in judged]),
+        "accuracy": mean_estimate([points(verdict) for verdict in judged]),
         "ties": share_estimate(sum(verdict.preferred == "tie" for verdict in judged), len(judged)),
         "flips": share_estimate(sum(_flips(both) for both in orders), len(orders)),
         "prefers_first": mean_estimate([_above_half(value) for value in firsts]),
@@ -134,7 +134,8 @@ def judge_report(verdicts: Iterable[Verdict]) -> JudgeReport:
     return report
 
 
-def _points(verdict: Verdict) -> float:
+def points(verdict: Verdict) -> float:
+    """1 for chosen, one half for a tie, 0 for rejected; the pair must have a verdict."""
     return {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}[str(verdict.preferred)]
 
 

@@ -72,7 +72,7 @@ def child(recipe: str, log: Path, moment: str) -> None:
         if what == "kill" and left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    engine: Any = lambda *_: ScriptedEngine(log, taken_on)  # noqa: E731
+    engine: Any = lambda *_, **__: ScriptedEngine(log, taken_on)  # noqa: E731
     data_stages.open_engine = engine
     if what == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (left, left))

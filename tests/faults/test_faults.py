@@ -55,7 +55,7 @@ def small(recipe_of: RecipeOf, folder: Path) -> dict[str, Any]:
 def undisturbed(recipe_of: RecipeOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_stages, "open_engine", lambda *_: ScriptedEngine(folder / "log"))
+        patch.setattr(data_stages, "open_engine", lambda *_, **__: ScriptedEngine(folder / "log"))
         selfsteer.run(Recipe.model_validate(small(recipe_of, folder)))
     assert len(calls(folder / "log")) == WANTED
     return folder / "run"
@@ -66,7 +66,7 @@ def run(undisturbed: Path, tmp_path: Path, recipe: dict[str, Any], monkeypatch: 
     """`run(changes)` runs on a finished copy and returns the keys that were asked for."""
     shutil.copytree(undisturbed, tmp_path / "run")
     log = tmp_path / "log"
-    monkeypatch.setattr(data_stages, "open_engine", lambda *_: ScriptedEngine(log))
+    monkeypatch.setattr(data_stages, "open_engine", lambda *_, **__: ScriptedEngine(log))
 
     def again(**changes: Any) -> list[str]:
         log.unlink(missing_ok=True)
@@ -233,7 +233,7 @@ def test_a_clock_set_back_changes_nothing(
     days = iter(range(10**6))
     monkeypatch.setattr("time.time", lambda: 1.8e9 - 86400 * next(days))
     monkeypatch.setattr(store, "_now", lambda: f"2026-01-01T00:00:{59 - next(days) % 60:02}+00:00")
-    monkeypatch.setattr(data_stages, "open_engine", lambda *_: ScriptedEngine(tmp_path / "log"))
+    monkeypatch.setattr(data_stages, "open_engine", lambda *_, **__: ScriptedEngine(tmp_path / "log"))
     original = Keeper.on_save
 
     def on_save(self: Keeper, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -42,6 +42,9 @@ class Completion:
     token_ids: tuple[int, ...]
     """Without the end token."""
     finish_reason: FinishReason
+    logps: tuple[float, ...] | None = None
+    """Log-probability of each sampled token before temperature and top-p, the end token's last; from engines that are
+    asked for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, P
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.decoding import ATTENTION_NAME, Segment, SlotCache, UnsupportedAttentionError, choose, plan_step
 from selfsteer.interrupt import stop_requested
-from selfsteer.models import load_model
+from selfsteer.models import end_ids, load_model
 from selfsteer.records import FinishReason
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class TransformersEngine:
         tokenizer = AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=trust)
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         self._tokenizer = tokenizer
-        self._ends = _end_ids(self._model, tokenizer)
+        self._ends = end_ids(self.model_path, tokenizer)
         # A request says all about its sampling: a model's own top_k or repetition penalty would change the distribution.
         self._model.generation_config = GenerationConfig()
         return self
@@ -314,15 +314,6 @@ def why_not_slots(model: PreTrainedModel, prompt_ids: tuple[int, ...]) -> str | 
 
 def _probe(prompt_ids: tuple[int, ...]) -> Request:
     return Request(key="probe", messages=(), prompt_ids=prompt_ids, sampling=Sampling(), seed=0)
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a completion: those of the model's generation configuration and the tokenizer's."""
-    ends: int | list[int] | None = model.generation_config.to_dict().get("eos_token_id")
-    several = ends if isinstance(ends, list) else [ends]
-    own = tokenizer.eos_token_id
-    assert own is None or isinstance(own, int)
-    return frozenset(end for end in (*several, own) if end is not None)
 
 
 def _max_positions(model: PreTrainedModel) -> int | None:

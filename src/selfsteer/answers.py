@@ -1,0 +1,98 @@
+"""Does the aligned policy answer better than the first one? Both answer the held-out queries, and a judge decides.
+
+    7-answers/data.parquet    the aligned policy's answer as chosen, the first policy's as rejected
+    7-answers/verdicts.parquet
+
+Left out on purpose: benchmarks; and several answers a query.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+from selfsteer import schemas
+from selfsteer.engines.base import Failed, Request, Sampling
+from selfsteer.models import checkpoint
+from selfsteer.pairs import alignment_pair, pair_row
+from selfsteer.quality_stage import VERDICT_SCHEMA, VERDICTS, read_verdicts, verdict_row
+from selfsteer.recipe_judge import RecipeJudge, ask, find_judge
+from selfsteer.records import Dropped, PairRow, PreferencePair, Query
+from selfsteer.responses import open_engine, request, response, sample, seed_for
+from selfsteer.stages import Round, Work, held_out, inputs_of, make_stage
+from selfsteer.store import Contents, Origin, Stage
+from selfsteer.training_stages import MODEL
+from selfsteer.verdicts import Verdict
+
+ANSWERS = "7-answers"
+
+
+def answers_stage(round: Round, principles: Stage, policy: Stage) -> Stage | None:
+    """The held-out queries answered by the aligned and by the first policy, judged; None without a judge."""
+    judge = find_judge(round.recipe.judge, round.recipe.policy)
+    if judge is None:
+        return None
+    settings = {
+        "responses": round.recipe.responses.model_dump(),
+        "judge": judge.settings(),
+        "holdout": round.recipe.queries.holdout,
+        "seed": round.recipe.seed,
+    }
+    inputs = inputs_of(round, principles=principles, aligned=policy) | {"judge": judge.model.digest}
+    origin = Origin(settings=settings, inputs=inputs)
+    return make_stage(round, ANSWERS, origin, lambda work: _answers(round, work, _Asked(round, principles, policy), judge))
+
+
+class _Asked:
+    """The questions to both policies."""
+
+    def __init__(self, round: Round, principles: Stage, policy: Stage) -> None:
+        wanted = held_out(round)
+        self.round = round
+        self.queries = [schemas.query(row) for row in principles.rows() if row["query_id"] in wanted]
+        self.models = (checkpoint(policy.path / MODEL), round.policy)
+        """The aligned policy, the first one."""
+
+    def request(self, query: Query, number: int) -> Request:
+        """The bare query, with the same seed for both."""
+        recipe = self.round.recipe
+        return request(
+            self.round.prompts,
+            query.messages,
+            model_digest=self.models[number].digest,
+            sampling=Sampling(**recipe.responses.model_dump()),
+            seed=seed_for(recipe.seed, "answer", query.id),
+        )
+
+
+def _answers(round: Round, work: Work, asked: _Asked, judge: RecipeJudge) -> Contents:
+    recipe = round.recipe
+    for number, model in enumerate(asked.models):
+        wanted = (asked.request(query, number) for query in asked.queries)
+        sample(
+            partial(open_engine, recipe.engine, model, round.prompts, trust_remote_code=recipe.policy.trust_remote_code),
+            wanted,
+            work.journal,
+            description="answers of the aligned policy" if number == 0 else "answers of the first policy",
+            total=len(work.journal) + len(asked.queries),
+        )
+    dropped: list[Dropped] = []
+    pairs: list[PreferencePair] = []
+    for query in asked.queries:
+        after, before = (response(work.journal, asked.request(query, number)) for number in range(2))
+        if isinstance(after, Failed) or isinstance(before, Failed):
+            dropped.append(Dropped(id=query.id, reason="no answer"))
+        else:
+            pairs.append(alignment_pair(query, after, before))
+
+    verdicts = ask(judge, round.recipe.policy, lambda: pairs, work.journal, total=len(pairs))
+    found = (verdict_row("alignment", "judge", verdict) for verdict in verdicts)
+    schemas.write_rows(work.stage.path / VERDICTS, found, VERDICT_SCHEMA)
+
+    def rows() -> Iterator[PairRow]:
+        return map(pair_row, pairs)
+
+    return Contents(wanted=len(asked.queries), rows=rows(), dropped=dropped, schema=schemas.PAIRS, files=(VERDICTS,))
+
+
+def win_verdicts(stage: Stage) -> list[Verdict]:
+    """The sealed verdicts: "chosen" is the aligned policy."""
+    return read_verdicts(stage)["alignment"]["judge"]

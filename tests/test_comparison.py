@@ -1,0 +1,127 @@
+"""Arms side by side: what they share is made once, what they measure is of the held-out queries, by hand."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUERIES
+
+from selfsteer import pipeline
+from selfsteer.comparison import ARMS, ArmRun, check_arms, query_values, summarize
+from selfsteer.metrics import RoundMetrics
+from selfsteer.recipe import Recipe
+from selfsteer.records import PairRow
+from selfsteer.verdicts import Verdict
+
+RecipeOf = Callable[..., dict[str, Any]]
+
+
+def pair(query: str, chosen: float, rejected: float) -> PairRow:
+    """A pair of two-token responses with these summed log-probabilities."""
+    return PairRow(
+        prompt=[],
+        chosen=[],
+        rejected=[],
+        query_id=query,
+        kind="alignment",
+        chosen_finish="stop",
+        rejected_finish="stop",
+        ref_chosen_logps=chosen,
+        ref_rejected_logps=rejected,
+        chosen_tokens=2,
+        rejected_tokens=2,
+    )
+
+
+def test_values_by_hand():
+    """exp(-2 / 2) = 0.368 and exp(-4 / 2) = 0.135; margin per token -1 - -2 = 1; a tie is half a win."""
+    verdicts = {
+        "judge": [
+            Verdict(query_id="a", preferred="tie", longer=None),
+            Verdict(query_id="b", preferred="chosen", longer=None),
+        ]
+    }
+    values = query_values(iter([pair("a", -2, -4), pair("b", -9, -9)]), verdicts, frozenset("a"))
+    assert values["on_policy_chosen"] == {"a": pytest.approx(math.exp(-1))}
+    assert values["on_policy_all"] == {"a": pytest.approx((math.exp(-1) + math.exp(-2)) / 2)}
+    assert values["margin_per_token"] == {"a": pytest.approx(1.0)}
+    assert values["accuracy"] == {"a": 0.5}
+
+
+def test_seeds_are_averaged_within_a_query_before_arms_are_compared(recipe_of: RecipeOf, tmp_path: Path):
+    """Query a: 0.4 and 0.6 under two seeds, so 0.5; the baseline has 0.2 of a and 0.9 of b: 0.3 apart."""
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "all", {"queries.holdout": 2}))
+
+    def runs(*seeds: dict[str, float]) -> list[ArmRun]:
+        return [ArmRun({"on_policy_all": values}, RoundMetrics(), []) for values in seeds]
+
+    both = {"sso": runs({"a": 0.4}, {"a": 0.6}), "pbaa": runs({"a": 0.2, "b": 0.9}, {"a": 0.2, "b": 0.9})}
+    found = summarize(recipe, both, [0, 1])["arms"]
+    assert found["sso"]["measures"]["on_policy_all"].mean == pytest.approx(0.5)
+    assert found["sso"]["measures"]["on_policy_all"].n == 1, "two seeds of one query are one query"
+    assert found["sso"]["difference"]["on_policy_all"].mean == pytest.approx(0.3)
+    assert "difference" not in found["pbaa"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "changes", "message"),
+    [
+        (["pbba"], {}, "there is no arm pbba; arms: base, pbaa"),
+        (["pbaa"], {"queries.holdout": 0}, "set queries.holdout"),
+        (["pbaa", "dual"], {}, "needs training.lora"),
+        (["given"], {}, "needs compare.given"),
+        (["sso", "sso"], {}, "named twice"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    recipe_of: RecipeOf, tmp_path: Path, arms: list[str], changes: dict[str, Any], message: str
+):
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "all", {"queries.holdout": 2, **changes}))
+    with pytest.raises(ValueError, match=message):
+        check_arms(recipe, arms, [0])
+
+
+def test_every_arm_changes_settings_that_exist(recipe_of: RecipeOf, tmp_path: Path):
+    changes = {"queries.holdout": 2, "training.lora": {}, "compare.given": "pairs.jsonl"}
+    check_arms(Recipe.model_validate(recipe_of(tmp_path / "all", changes)), list(ARMS), [0])
+
+
+def keys(folder: Path, arm: str, stage: str) -> list[str]:
+    """The samples that an arm made itself."""
+    parts = (folder / f"{arm}-seed0/round-1/{stage}/parts").glob("main-*.jsonl")
+    return [json.loads(line)["key"] for part in parts for line in part.read_text().splitlines()]
+
+
+def test_arms_share_what_they_have_in_common(recipe_of: RecipeOf, tmp_path: Path, tiny_folder: str):
+    folder = tmp_path / "all"
+    changes = {
+        "queries.holdout": 2,
+        "training.lora": {"rank": 2},
+        "generator.max_steps": 1,
+        "alignment.max_steps": 1,
+        "compare.align": True,
+        "judge": {"kind": "llm", "model": tiny_folder},
+    }
+    recipe = Recipe.model_validate(recipe_of(folder, changes))
+    result = pipeline.compare(recipe, ["base", "pbaa", "sso", "dual"], [0])
+    trained = len(QUERIES) - 2
+    assert len(keys(folder, "pbaa", "2-responses")) == 2 * len(QUERIES)
+    assert len(keys(folder, "sso", "2-responses")) == trained, "y_o alone: y+ and y- are pbaa's"
+    assert keys(folder, "dual", "2-responses") == keys(folder, "dual", "3-steering") == []
+    manifests = [folder / f"{arm}-seed0/round-1/3-steering/MANIFEST.json" for arm in ("sso", "dual")]
+    assert manifests[0].read_bytes() == manifests[1].read_bytes(), "the sealed stage was taken over"
+    assert len(keys(folder, "dual", "7-answers")) < len(keys(folder, "pbaa", "7-answers")), "the first policy answers once"
+    for arm in ("pbaa", "sso", "dual"):
+        found = result["arms"][arm]
+        assert found["queries"] <= 2
+        assert {"on_policy_all", "accuracy", "principle_consistency"} <= found["measures"].keys()
+        assert found["wins"]["pairs"] == 2
+    assert result["arms"]["sso"]["difference"]["on_policy_all"].n <= 2
+    assert json.loads((folder / "comparison.json").read_text())["arms"].keys() == result["arms"].keys()
+    assert "| dual |" in (folder / "comparison.md").read_text()
+    before = sorted((file, file.stat().st_mtime_ns) for file in folder.glob("*/round-1/*/MANIFEST.json"))
+    pipeline.compare(recipe, ["pbaa", "sso", "dual"], [0])
+    assert before == sorted((file, file.stat().st_mtime_ns) for file in folder.glob("*/round-1/*/MANIFEST.json"))

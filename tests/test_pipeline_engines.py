@@ -1,0 +1,127 @@
+"""The whole pipeline through the other engines: a scripted vLLM worker and a scripted server in place of the real ones."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import selfsteer
+from selfsteer.engines import vllm
+from selfsteer.engines.vllm import WorkerError
+from selfsteer.recipe import Recipe
+
+RecipeOf = Callable[..., dict[str, Any]]
+
+WORKER = """
+import json, os, pathlib, sys
+start = json.loads(sys.stdin.readline())
+log = pathlib.Path(LOG)
+with log.open("a") as file:
+    print("start", start["engine"]["model"], file=file)
+print(json.dumps({"ready": {"version": "0", "seeded": True}}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    with log.open("a") as file:
+        print(request["id"], file=file)
+    if log.read_text().count("\\n") == DIES_AFTER:
+        os.kill(os.getpid(), 9)
+    ids = [10 + (request["seed"] >> shift) % 300 for shift in range(0, 24, 3)]
+    print(json.dumps({"id": request["id"], "token_ids": [*ids, 2], "finish_reason": "stop", "logps": None}), flush=True)
+"""
+
+SERVER = """
+import json, pathlib, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+log, model, port = sys.argv[1:]
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, body):
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def do_GET(self):
+        self.answer({"data": [{"id": model}]})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with open(log, "a") as file:
+            print(asked["model"], file=file)
+        words = ["fox", "dog", "bottle", "water", "story", "letter", "capital", "drops"]
+        text = " ".join(words[(asked["seed"] >> shift) % 8] for shift in range(0, 24, 3))
+        self.answer({"choices": [{"finish_reason": "stop", "message": {"content": text}}]})
+    def log_message(self, *_):
+        pass
+ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(recipe: dict[str, Any]) -> Any:
+    return selfsteer.run(Recipe.model_validate(recipe))
+
+
+def put_worker(folder: Path, monkeypatch: pytest.MonkeyPatch, *, dies_after: int = -1) -> Path:
+    log, script = folder / "worker.log", folder / "worker.py"
+    script.write_text(WORKER.replace("LOG", repr(str(log))).replace("DIES_AFTER", str(dies_after)), encoding="utf-8")
+    monkeypatch.setattr(vllm, "WORKER", script)
+    return log
+
+
+def test_a_run_on_vllm_whose_worker_is_killed_continues(
+    recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The stage ends with an error; the same command asks for no sample that is durable."""
+    output = tmp_path / "run"
+    recipe = recipe_of(output, {"engine.kind": "vllm", "engine.max_num_seqs": 2})
+    log = put_worker(tmp_path, monkeypatch, dies_after=9)
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        run(recipe)
+    parts = (output / "round-1/2-responses/parts").glob("*.jsonl")
+    durable = {json.loads(line)["key"] for part in parts for line in part.read_text().splitlines()}
+    assert durable, "what was finished when the worker died is kept"
+    log.unlink()
+    put_worker(tmp_path, monkeypatch)
+    run(recipe)
+    lines = log.read_text().splitlines()
+    assert durable.isdisjoint(lines)
+    models = [line.removeprefix("start ") for line in lines if line.startswith("start ")]
+    assert models == [recipe["policy"]["model"], str(output / "round-1/4-generator/model")]
+    asked = [line for line in lines if not line.startswith("start ")]
+    assert len(set(asked)) == len(asked)
+    rows = pq.read_table(output / "round-1/5-preferences/data.parquet").to_pylist()
+    assert rows
+
+
+def test_a_run_on_servers_that_the_stages_start(recipe_of: RecipeOf, tmp_path: Path):
+    output, log, script = tmp_path / "run", tmp_path / "server.log", tmp_path / "server.py"
+    script.write_text(SERVER, encoding="utf-8")
+    command = shlex.join([sys.executable, str(script), str(log)]) + " {model} {port}"
+    recipe = recipe_of(output) | {"engine": {"kind": "openai", "serve": command}}
+    run(recipe)
+    held = list(dict.fromkeys(log.read_text().splitlines()))
+    assert held == [recipe["policy"]["model"], str(output / "round-1/4-generator/model")], "each stage serves its model"
+
+
+def test_what_an_engine_lacks_is_said_before_anything_is_written(recipe_of: RecipeOf, tmp_path: Path):
+    output = tmp_path / "run"
+    for engine, lacks in (
+        ({"kind": "vllm", "python": "/no/python"}, "no Python interpreter"),
+        ({"kind": "openai", "serve": "/no/vllm serve {model} --port {port}"}, "no program '/no/vllm'"),
+    ):
+        with pytest.raises(ValueError, match=lacks):
+            run(recipe_of(output) | {"engine": engine})
+    server = {"kind": "openai", "base_url": "http://h/v1", "model": "m", "api_key_env": "NOT_THERE_X"}
+    with pytest.raises(ValueError, match="NOT_THERE_X"):
+        run(recipe_of(output, {"principles.source": "generate", "principles.engine": server}))
+    assert not output.exists()

@@ -1,0 +1,125 @@
+"""A server that lives as long as the engine: started with the stage's model, ended with it, and gone when we are killed."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from selfsteer.engines.base import Completion, Request, Sampling
+from selfsteer.engines.openai import OpenAIEngine, Server, ServerError
+from selfsteer.engines.serving import KEEPER, Serve, ServedEngine
+
+SERVER = """
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+model, port = sys.argv[1:]
+print("serving", model, flush=True)
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, body):
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def do_GET(self):
+        self.answer({"data": [{"id": "served " + os.path.basename(model)}]})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = f"{asked['model']}, {os.getpid()}"
+        self.answer({"choices": [{"finish_reason": "stop", "message": {"content": text}}]})
+    def log_message(self, *_):
+        pass
+ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Callable[..., ServedEngine]:
+    script = tmp_path / "server.py"
+    script.write_text(SERVER, encoding="utf-8")
+
+    def build(command: str | None = None, *, start_seconds: float = 60) -> ServedEngine:
+        command = command or f"{shlex.quote(sys.executable)} {shlex.quote(str(script))} {{model}} {{port}}"
+        serve = Serve(command=command, model_path="/models/the generator", start_seconds=start_seconds)
+        return ServedEngine(
+            serve, lambda url, name: OpenAIEngine(Server(base_url=url, model=name), tokenize=lambda text: [len(text)])
+        )
+
+    return build
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+def test_the_stage_is_answered_by_a_server_of_its_model_which_ends_with_it(served: Callable[..., ServedEngine]):
+    request = Request(key="k", messages=({"role": "user", "content": "?"},), prompt_ids=(1,), sampling=Sampling(), seed=0)
+    with served() as engine:
+        (answer,) = engine.generate([request])
+        assert isinstance(answer, Completion)
+        name, _, pid = answer.text.partition(", ")
+        assert name == "served the generator", "the folder's name has a space: no shell has split it"
+        assert alive(int(pid))
+    assert not alive(int(pid))
+    with pytest.raises(ValueError, match="closed"):
+        engine.generate([request])
+
+
+def test_a_server_that_ends_says_why(served: Callable[..., ServedEngine]):
+    command = f"{sys.executable} -c \"import sys; sys.exit('no memory for {{model}} at {{port}}')\""
+    with pytest.raises(ServerError, match=r"ended with status 1 .*\n.*no memory for /models/the generator"), served(command):
+        pass
+
+
+def test_a_server_that_does_not_get_ready(served: Callable[..., ServedEngine]):
+    command = f'{sys.executable} -c "import time; time.sleep(600)" {{model}} {{port}}'
+    with pytest.raises(ServerError, match=r"not ready in 0\.5 s"), served(command, start_seconds=0.5):
+        pass
+
+
+def test_no_such_program(served: Callable[..., ServedEngine]):
+    with pytest.raises(ValueError, match=r"engine\.serve: there is no program 'vlm'"):
+        served("vlm serve {model} --port {port}")
+
+
+def test_the_keeper_ends_the_command_when_its_owner_is_killed(tmp_path: Path):
+    """An owner that starts the keeper and is killed; the command and its child are gone."""
+    pids = tmp_path / "pids"
+    command = f"sleep 600 & echo $! $$ > {shlex.quote(str(pids))}; wait"
+    owner = (
+        "import subprocess, sys, time;"
+        f"subprocess.Popen([sys.executable, {str(KEEPER)!r}, 'sh', '-c', {command!r}], stdin=subprocess.PIPE);"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", owner]) as process:
+        deadline = time.monotonic() + 60
+        while not (pids.exists() and pids.read_text().strip()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    for pid in pids.read_text().split():
+        wait_for_end(int(pid))
