@@ -89,12 +89,11 @@ def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
     for item in reading.read_queries(section.model_copy(update={"limit": None})):
         if isinstance(item, Query):
             item = replace(item, messages=round.prompts.fold(item.messages))
-            reason = round.prompts.quarantine_reason(item.messages)
-            length = len(round.prompts.prompt_ids(item.messages)) if reason is None else 0
-            if reason is not None:
-                item = Dropped(id=item.id, reason=reason)
-            elif length > section.max_prompt_tokens:
-                detail = f"{length} tokens, limit {section.max_prompt_tokens}"
+            found = round.prompts.checked_ids(item.messages)
+            if isinstance(found, str):
+                item = Dropped(id=item.id, reason=found)
+            elif len(found) > section.max_prompt_tokens:
+                detail = f"{len(found)} tokens, limit {section.max_prompt_tokens}"
                 item = Dropped(id=item.id, reason="prompt too long", detail=detail)
             else:
                 kept += 1

@@ -29,8 +29,11 @@ def script_mismatch(query: str, response: str) -> bool | None:
 
 def _scripts(text: str) -> Counter[str]:
     """Letters of the text by script."""
-    # Full-width and mathematical letters count as what they look like.
-    found = Counter(_script(character) for character in unicodedata.normalize("NFKC", text) if character.isalpha())
+    found: Counter[str] = Counter()
+    # Full-width and mathematical letters count as what they look like. Each character is looked up once: texts are long.
+    for character, count in Counter(unicodedata.normalize("NFKC", text)).items():
+        if character.isalpha():
+            found[_script(character)] += count
     if "KANA" in found:  # Japanese is written in both; without kana the characters are Chinese
         found["KANA"] += found.pop("CJK", 0)
     return found

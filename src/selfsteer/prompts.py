@@ -65,8 +65,8 @@ class Prompts:
         """A completion as token ids, with the end token when the model had finished it."""
         return (*self._ids(text), self._end_id) if finish == "stop" else self._ids(text)
 
-    def quarantine_reason(self, messages: tuple[Message, ...]) -> str | None:
-        """Why this conversation must not be rendered (its text contains special tokens), or None."""
+    def checked_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...] | str:
+        """`prompt_ids`, or why this conversation must not be rendered (its text contains special tokens)."""
         roles = tuple(message["role"] for message in messages)
         try:
             rendered = self.prompt_ids(messages)
@@ -75,7 +75,12 @@ class Prompts:
         if roles not in self._expected_specials:
             harmless = tuple(Message(role=role, content=_HARMLESS) for role in roles)
             self._expected_specials[roles] = self._specials(self.prompt_ids(harmless))
-        return None if self._specials(rendered) == self._expected_specials[roles] else "special tokens in the text"
+        return rendered if self._specials(rendered) == self._expected_specials[roles] else "special tokens in the text"
+
+    def quarantine_reason(self, messages: tuple[Message, ...]) -> str | None:
+        """Why this conversation must not be rendered, or None."""
+        found = self.checked_ids(messages)
+        return found if isinstance(found, str) else None
 
     def contains_special(self, text: str) -> bool:
         """Whether a completion's text would be read as containing special tokens."""
