@@ -220,7 +220,8 @@ def run_selfsteer(folder: Path, dtype: str, lora: bool) -> dict[str, float]:
     import pyarrow.parquet as pq
 
     from selfsteer.pairs import pair_row
-    from selfsteer.recipe import Lora, Policy, Training
+    from selfsteer.recipe import Policy, Training
+    from selfsteer.recipe_training import Lora
     from selfsteer.records import PreferencePair
     from selfsteer.scoring import open_scorer, score
     from selfsteer.trainer import read_history

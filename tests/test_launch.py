@@ -23,7 +23,8 @@ from tiny import tiny_model_dir
 from selfsteer import checkpoints, interrupt
 from selfsteer import launch as launching
 from selfsteer.launch import _is_free, launch
-from selfsteer.recipe import Launcher, Lora, Policy
+from selfsteer.recipe import Launcher, Policy
+from selfsteer.recipe_training import Lora
 from selfsteer.trainer import TrainingDiverged, read_history
 from selfsteer.training import TrainingJob, train
 
@@ -215,3 +216,15 @@ def test_what_is_not_finite_in_one_process_stops_both(base: TrainingJob, tmp_pat
 def test_a_refusal_comes_back_in_words(base: TrainingJob, tmp_path: Path):
     with pytest.raises(ValueError, match="batch_size 3 can't be shared by 2 processes"):
         launch(replace(base, batch_size=3, output=str(tmp_path / "run")), TWO)
+
+
+def test_weights_are_the_same_in_two_processes(base: TrainingJob):
+    """WPO: each process weighs its own pairs; the step is that of one process with all of them."""
+    one, two = (replace(base, weighting="wpo", epochs=1, output=f"{base.output}-wpo-{name}") for name in ("one", "two"))
+    train(one)
+    launch(two, TWO)
+    steps = [read_history(Path(job.output) / "history.jsonl") for job in (one, two)]
+    for alone, together in zip(*steps, strict=True):
+        for key in ("loss", "grad_norm", "weight"):
+            assert together[key] == pytest.approx(alone[key], rel=1e-4)
+        assert 0 < alone["weight"] < 1  # pyright: ignore[reportTypedDictNotRequiredAccess]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, tensor
 
 from selfsteer.objective import LOSSES, PairLogps, dpo, objective, sft
-from selfsteer.recipe import LossName
+from selfsteer.recipe_training import LossName
 
 
 def pair_logps(

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfsteer import recipe_text
-from selfsteer.recipe import Lora, Recipe, RecipeError, describe, dump, load
+from selfsteer.recipe import Recipe, RecipeError, describe, dump, load
+from selfsteer.recipe_training import Lora
 from selfsteer.recipe_engines import sampling_identity
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))

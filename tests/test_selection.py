@@ -1,6 +1,4 @@
 import pytest
-import torch
-from torch import tensor
 
 from selfsteer.pairs import pair_row
 from selfsteer.records import Dropped, Message, PairRow, PreferencePair
@@ -16,7 +14,6 @@ from selfsteer.selection import (
     turned,
 )
 from selfsteer.verdicts import Orders, by_orders, failure
-from selfsteer.weighting import expected_logps, pair_weights, response_weights
 
 
 def pair(query_id: str = "q", chosen: str = "a longer answer", rejected: str = "short") -> PreferencePair:
@@ -121,47 +118,3 @@ def test_the_shortest_of_the_near_best_is_chosen_and_none_of_them_rejected():
     assert best_and_near_worst(samples[:2], within=0.1) is None
     assert best_and_near_worst([Sample(1.0, 5), Sample(1.0, 6)]) is None
     assert best_and_near_worst([]) is None
-
-
-# --- weights ---------------------------------------------------------------------------------------------------------------
-
-PROBABILITIES = tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]])
-
-
-def test_expected_logps_by_hand():
-    """Largest 0.5 and 0.8; squares 0.25 + 0.0625 + 0.0625 = 0.375 and 0.64 + 0.01 + 0.01 = 0.66. Logits may be shifted."""
-    logits = PROBABILITIES.log() + tensor([[3.0], [-7.0]])
-    assert expected_logps(logits, "none").tolist() == [0.0, 0.0]
-    assert expected_logps(logits, "greedy").exp().tolist() == pytest.approx([0.5, 0.8])
-    assert expected_logps(logits, "sampled").exp().tolist() == pytest.approx([0.375, 0.66])
-
-
-def test_response_weights_by_hand():
-    """Tokens of probability 0.25 and 0.8, and one of 0.1: plain sqrt(0.25 * 0.8) = 0.447214 and 0.1.
-
-    Greedy: sqrt(0.25 / 0.5 * 0.8 / 0.8) = 0.707107, 0.1 / 0.8 = 0.125. Sampled: sqrt(0.25 / 0.375 * 0.8 / 0.66) = 0.898933,
-    0.1 / 0.66 = 0.151515.
-    """
-    logps = tensor([0.25, 0.8, 0.1]).log()
-    logits = PROBABILITIES[[0, 1, 1]].log()
-    expected = {"none": [0.447214, 0.1], "greedy": [0.707107, 0.125], "sampled": [0.898933, 0.151515]}
-    for alignment, weights in expected.items():
-        found = response_weights(logps, expected_logps(logits, alignment), [2, 1])  # type: ignore[arg-type]
-        assert found.tolist() == pytest.approx(weights, abs=1e-5)
-
-
-def test_sampled_alignment_weighs_one_on_average_where_the_policy_is_uniform():
-    """Over equally probable tokens every sample has exactly the expected probability."""
-    logits = torch.zeros(4, 8)
-    logps = logits.log_softmax(-1)[:, 0]
-    assert response_weights(logps, expected_logps(logits, "sampled"), [4]).tolist() == pytest.approx([1.0])
-
-
-def test_pair_weights_are_products_of_at_most_one_without_gradient():
-    logits = PROBABILITIES.log().requires_grad_()
-    logps = logits.log_softmax(-1)[:, 0]
-    weights = response_weights(logps, expected_logps(logits, "sampled"), [1, 1])
-    assert not weights.requires_grad
-    assert weights.tolist() == pytest.approx([0.5 / 0.375, 0.8 / 0.66])
-    assert pair_weights(weights[:1], weights[1:]).tolist() == [1.0]
-    assert pair_weights(tensor([0.5]), tensor([0.25])).tolist() == [0.125]

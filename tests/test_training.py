@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer import checkpoints, interrupt
 from selfsteer.pairs import pair_row
-from selfsteer.recipe import Lora, Policy, Training
+from selfsteer.recipe import Policy, Training
+from selfsteer.recipe_training import Lora
 from selfsteer.records import Message, PreferencePair
 from selfsteer.scoring import open_scorer, score, tokenize
 from selfsteer.trainer import PreferenceTrainer, Step, TrainingDiverged, read_history

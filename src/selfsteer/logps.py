@@ -9,13 +9,15 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfsteer.packing import ATTENTION, Batch, Layout, Row, pack, packed_mask, pad
+from selfsteer.recipe_training import Weighting
+from selfsteer.weighting import expected_logps, response_weights
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +31,20 @@ TOLERANCE = 1e-5
 """Largest difference of a summed log-probability between packed and plain, in float32, relative to it (at least 1 nat)."""
 
 
-def teach(model: PreTrainedModel, dtype: torch.dtype) -> None:
+class TokenScores(NamedTuple):
+    """Of every completion token of a batch, shape (N,) each, float32."""
+
+    logps: Tensor
+    expected: Tensor
+    """See `weighting.expected_logps`; no gradient."""
+
+
+def teach(model: PreTrainedModel, dtype: torch.dtype, weighting: Weighting = "none") -> None:
     """Let `model(**batch)` return the summed log-probabilities of a `Batch`, shape (completions,), float32.
 
-    Matrix products run in `dtype` (autocast) whatever the weights are kept in. Other calls are answered as before. Call it
-    before wrapping the model (PEFT, DDP, ...).
+    With a weighting, shape (2, completions): below them the weights of the completions, which have no gradient. Matrix
+    products run in `dtype` (autocast) whatever the weights are kept in. Other calls are answered as before. Call it before
+    wrapping the model (PEFT, DDP, ...).
     """
     plain = model.forward
 
@@ -44,8 +55,11 @@ def teach(model: PreTrainedModel, dtype: torch.dtype) -> None:
         batch = cast(Batch, {name: kwargs[name] for name in Batch.__annotations__ if name != "layout"} | {"layout": layout})
         device = batch["input_ids"].device.type
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-            tokens = _plain_logps(plain, batch) if layout.spans is None else _shared_logps(self, batch)
-        return _sums(tokens, layout)
+            scores = (
+                _plain_scores(plain, batch, weighting) if layout.spans is None else _shared_scores(self, batch, weighting)
+            )
+        sums = _sums(scores.logps, layout)
+        return sums if weighting == "none" else torch.stack([sums, response_weights(*scores, layout.tokens)])
 
     model.forward = MethodType(forward, model)
 
@@ -82,9 +96,9 @@ def _sharing_error(model: PreTrainedModel, rows: Sequence[Row]) -> float:
             alone = [
                 to_device(pad([Row(prompt, (one,))]), model.device) for prompt, completions in rows for one in completions
             ]
-            plain = torch.stack([_plain_logps(model.forward, batch).sum() for batch in alone])
+            plain = torch.stack([_plain_scores(model.forward, batch, "none").logps.sum() for batch in alone])
             together = to_device(pack(rows), model.device)
-            shared = _sums(_shared_logps(model, together), together["layout"])
+            shared = _sums(_shared_scores(model, together, "none").logps, together["layout"])
     except (NotImplementedError, TypeError) as reason:  # a model's own code that takes no layout, or attention we don't redo
         log.info("prefix sharing: %s", reason)
         return float("inf")
@@ -103,16 +117,25 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return cast(Batch, {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
 
 
-def _plain_logps(forward: Callable[..., Any], batch: Batch) -> Tensor:
-    """(N,) from the model's own logits."""
+def _plain_scores(forward: Callable[..., Any], batch: Batch, weighting: Weighting) -> TokenScores:
+    """From the model's own logits."""
     logits: Tensor = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     chosen = logits.flatten(0, 1)[batch["sources"]].float()
     # Not log_softmax: over large vocabularies its float32 sum is off by some 1e-6 a token, always to one side.
-    return chosen.gather(1, batch["targets"][:, None])[:, 0] - chosen.logsumexp(-1)
+    logps = chosen.gather(1, batch["targets"][:, None])[:, 0] - chosen.logsumexp(-1)
+    return TokenScores(logps, _plain_expected(chosen.detach(), weighting))
 
 
-def _shared_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(N,) from the backbone's hidden states, only where a completion's token is predicted."""
+def _plain_expected(logits: Tensor, weighting: Weighting) -> Tensor:
+    if weighting == "none":
+        return logits.new_zeros(len(logits))
+    parts = [logits[part] for part in _chunks(*logits.shape)]
+    exponentials = ((part - part.amax(-1, keepdim=True)).exp_() for part in parts)
+    return torch.cat([expected_logps(part, part.sum(-1), weighting) for part in exponentials])
+
+
+def _shared_scores(model: PreTrainedModel, batch: Batch, weighting: Weighting) -> TokenScores:
+    """From the backbone's hidden states, only where a completion's token is predicted."""
     hidden: Tensor = model.base_model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
@@ -121,18 +144,21 @@ def _shared_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
         use_cache=False,
     ).last_hidden_state
     head = cast(torch.nn.Linear, model.get_output_embeddings())
-    return cast(Tensor, TokenLogps.apply(hidden[0][batch["sources"]], head.weight, head.bias, batch["targets"]))
+    states = hidden[0][batch["sources"]]
+    return TokenScores(*cast(Any, TokenLogps.apply(states, head.weight, head.bias, batch["targets"], weighting)))
 
 
 class TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[target] for each token, in chunks; float32 whatever the matrix products are in.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,); returns (N,). The logits of a chunk are recomputed in the
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,); returns the fields of `TokenScores`. The logits of a chunk are recomputed in the
     backward pass; where the head is frozen (LoRA) the gradient's direction in `hidden` is taken in the forward pass instead.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weighting: Weighting
+    ) -> tuple[Tensor, Tensor]:
         """See the class."""
         dtype = (
             torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
@@ -140,6 +166,7 @@ class TokenLogps(torch.autograd.Function):
         hidden_only = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normalisers = torch.empty_like(logps)
+        expected = torch.zeros_like(logps)
         direction = torch.empty_like(hidden) if hidden_only else None
         head = weight.to(dtype)
         for part in _chunks(len(targets), len(weight)):
@@ -150,6 +177,8 @@ class TokenLogps(torch.autograd.Function):
             sums = logits.sub_(largest[:, None]).exp_().sum(-1)
             normalisers[part] = largest + sums.log()
             logps[part] = predicted - normalisers[part]
+            if weighting != "none":
+                expected[part] = expected_logps(logits, sums, weighting)
             if direction is not None:
                 direction[part] = _logits_gradient(logits.div_(sums[:, None]), targets[part], 1.0).to(dtype) @ head
         ctx.dtype = dtype
@@ -158,7 +187,8 @@ class TokenLogps(torch.autograd.Function):
             ctx.save_for_backward(direction)
         else:
             ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        return logps
+        ctx.mark_non_differentiable(expected)
+        return logps, expected
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -166,7 +196,7 @@ class TokenLogps(torch.autograd.Function):
         scale = grads[0][:, None]
         if ctx.hidden_only:
             (direction,) = ctx.saved_tensors
-            return scale.to(direction.dtype) * direction, None, None, None
+            return scale.to(direction.dtype) * direction, None, None, None, None
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         head = weight.to(ctx.dtype)
         hidden_grad = torch.empty_like(hidden)
@@ -186,7 +216,7 @@ class TokenLogps(torch.autograd.Function):
                 weight_grad.addmm_(gradient.T, hidden[part].to(ctx.dtype))
             else:
                 weight_grad += gradient.T @ hidden[part].to(ctx.dtype)
-        return hidden_grad, weight_grad, bias_grad, None
+        return hidden_grad, weight_grad, bias_grad, None, None
 
 
 Head = tuple[Tensor, Tensor, Tensor | None]

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfsteer.recipe import LossName
+from selfsteer.recipe_training import LossName
 
 SIMPO_MARGIN_RATIO = 0.5
 """SimPO's target margin gamma as a share of its beta (arXiv 2405.14734: beta 2.0, gamma 1.0 for Llama-3-Base)."""
@@ -39,6 +39,8 @@ class PairLogps:
     """|y_w|, the end token included."""
     rejected_tokens: Tensor
     """|y_l|, the end token included."""
+    weights: Tensor | None = None
+    """What L_base of each pair counts; no gradient (`weighting.pair_weights`). None: each counts alike."""
 
     @property
     def chosen_ratio(self) -> Tensor:
@@ -156,14 +158,15 @@ def sft(pairs: PairLogps) -> Tensor:
 
 
 def objective(loss: LossName, *, beta: float, sft_weight: float) -> Callable[[PairLogps], Tensor]:
-    """L_base + gamma * L_sft of each pair (arXiv 2410.17131, equations 1 and 2).
+    """L_base + gamma * L_sft of each pair (arXiv 2410.17131, equations 1 and 2); w * L_base where pairs are weighted.
 
     L_SSO (equation 4) of a query is the sum over its two steering pairs; that of a batch, the mean over its queries.
     """
     base = LOSSES[loss]
 
     def pair_losses(pairs: PairLogps) -> Tensor:
-        return base(pairs, beta=beta) + sft_weight * sft(pairs)
+        losses = base(pairs, beta=beta)
+        return (losses if pairs.weights is None else pairs.weights * losses) + sft_weight * sft(pairs)
 
     return pair_losses
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 
 from selfsteer.prompts import Prompts
-from selfsteer.recipe import Filters, ObjectiveName
+from selfsteer.recipe import Filters
+from selfsteer.recipe_training import ObjectiveName
 from selfsteer.records import Message, PairKind, PairRow, PreferencePair, Principles, Query, Response, Responses
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from peft import PeftModel
@@ -22,6 +22,7 @@ from selfsteer.logps import Packing
 from selfsteer.objective import PairLogps, sft
 from selfsteer.packing import Batch, share_prompts
 from selfsteer.tokens import Group, Order, TokenGroups
+from selfsteer.weighting import pair_weights
 
 
 class Step(TypedDict):
@@ -39,6 +40,8 @@ class Step(TypedDict):
     chosen_logps: float
     rejected_logps: float
     sft: float
+    weight: NotRequired[float]
+    """What L_base of a pair counts, where pairs are weighted."""
     tokens: int
     """Completion tokens that were trained on."""
     seconds: float
@@ -86,6 +89,10 @@ class Collator:
         )
 
 
+_MEANS = ("margin", "accuracy", "chosen_logps", "rejected_logps", "sft", "weight")
+"""Of a `Step`, the means over its pairs."""
+
+
 class PreferenceTrainer(Trainer):
     """transformers' Trainer with the loss of preference pairs, exact under gradient accumulation and over processes."""
 
@@ -96,7 +103,7 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         super().__init__(model=cast(Any, model), args=args, data_collator=cast(Any, job.collator), train_dataset=data)
         self._job = job
-        self._sums = torch.zeros(7, dtype=torch.float64)
+        self._sums = torch.zeros(len(_MEANS) + 2, dtype=torch.float64)
         self._since = time.perf_counter()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
@@ -120,7 +127,8 @@ class PreferenceTrainer(Trainer):
         batch = cast(TrainBatch, inputs)
         assert num_items_in_batch is not None
         assert not return_outputs
-        logps: Tensor = model(**{name: batch[name] for name in Batch.__annotations__})
+        found: Tensor = model(**{name: batch[name] for name in Batch.__annotations__})
+        logps, weights = (found[0], found[1].detach()) if self._job.weighted else (found, None)
         tokens = torch.tensor(batch["layout"].tokens, device=logps.device)
         pairs = PairLogps(
             chosen=logps[batch["chosen"]],
@@ -129,6 +137,7 @@ class PreferenceTrainer(Trainer):
             ref_rejected=batch["ref_rejected"],
             chosen_tokens=tokens[batch["chosen"]],
             rejected_tokens=tokens[batch["rejected"]],
+            weights=None if weights is None else pair_weights(weights[batch["chosen"]], weights[batch["rejected"]]),
         )
         # Processes average their gradients; the loss is a sum over all of them.
         loss = self._job.loss(pairs).sum() * (self.args.world_size / num_items_in_batch)
@@ -140,7 +149,8 @@ class PreferenceTrainer(Trainer):
     def _measure(self, pairs: PairLogps) -> None:
         margin = self._job.beta * pairs.ratio_gap.detach()
         tokens = (pairs.chosen_tokens + pairs.rejected_tokens).sum()
-        means = (margin, margin > 0, pairs.chosen, pairs.rejected, sft(pairs))
+        weights = torch.ones_like(margin) if pairs.weights is None else pairs.weights
+        means = (margin, margin > 0, pairs.chosen, pairs.rejected, sft(pairs), weights)
         sums = [torch.tensor(float(len(margin))), *(values.detach().double().sum().cpu() for values in means), tokens.cpu()]
         self._sums += torch.stack([value.double() for value in sums])
 
@@ -168,8 +178,9 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs:
             sums = self._sums.to(self.args.device) if self.args.world_size > 1 else self._sums
             count, *means, tokens = cast(Tensor, self.accelerator.reduce(sums, "sum")).tolist()
-            names = ("margin", "accuracy", "chosen_logps", "rejected_logps", "sft")
-            logs |= {name: value / count for name, value in zip(names, means, strict=True)}
+            logs |= {name: value / count for name, value in zip(_MEANS, means, strict=True)}
+            if not self._job.weighted:
+                del logs["weight"]
             now = time.perf_counter()
             logs |= {"tokens": int(tokens), "seconds": round(now - self._since, 3)}
             self._sums.zero_()
@@ -184,6 +195,8 @@ class JobParts:
     collator: Collator
     loss: Callable[[PairLogps], Tensor]
     beta: float
+    weighted: bool = False
+    """The model gives the weights of completions beside their log-probabilities (`logps.teach`)."""
     advance: Callable[[int], None] = field(default=lambda _: None)
     """Told how many queries were finished."""
 

@@ -40,7 +40,8 @@ from selfsteer.objective import REFERENCE_FREE, objective
 from selfsteer.packing import pack, share_prompts
 from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
-from selfsteer.recipe import Lora, LossName, Policy, Training
+from selfsteer.recipe import Policy, Training
+from selfsteer.recipe_training import Lora, LossName, Weighting
 from selfsteer.tokens import TokenGroups, token_groups
 from selfsteer.trainer import Collator, JobParts, Keeper, PreferenceTrainer, Step, read_history, truncate_history
 
@@ -69,6 +70,7 @@ class TrainingJob:
     max_steps: int | None
     training: Training
     seed: int
+    weighting: Weighting = "none"
 
     def as_json(self) -> dict[str, Any]:
         """The job as JSON values."""
@@ -133,6 +135,7 @@ def train(job: TrainingJob) -> TrainingResult:
             collator=Collator(packing),
             loss=objective(job.loss, beta=job.beta, sft_weight=job.sft_weight),
             beta=job.beta,
+            weighted=job.weighting != "none",
             advance=advance,
         )
         trainer = PreferenceTrainer(model, args, data, parts)
@@ -175,7 +178,7 @@ def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel
     training = job.training
     device = pick_device()
     model = load_model(job.policy.model, dtype=torch.float32, device=device, trust_remote_code=job.policy.trust_remote_code)
-    teach(model, compute_dtype(training.dtype, device))
+    teach(model, compute_dtype(training.dtype, device), job.weighting)
     rows = share_prompts(data[0].pairs).rows
     packing = choose_packing(model, rows, sharing=training.prefix_sharing)
     if training.lora is None:

@@ -105,6 +105,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         max_steps=section.max_steps,
         training=round.recipe.training,
         seed=round.recipe.seed,
+        weighting=section.weighting if isinstance(section, Alignment) else "none",
     )
     result = launch(job, round.recipe.launcher)
     shutil.rmtree(work.stage.path / MODEL, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Weights of preference pairs by their probability under the current policy (WPO, arXiv 2406.11827).
+"""Weights of preference pairs by their probability under the policy in training (WPO, arXiv 2406.11827).
 
 w(x, y_w) * w(x, y_l) scales the loss of a pair, so that off-policy pairs count less. The plain weight of a response is its
 on-policy probability, which also falls where the policy is merely unsure; alignment divides that out, so that what the
@@ -6,27 +6,29 @@ policy itself would say weighs the same everywhere. Left out on purpose: losses 
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-WeightAlignment = Literal["none", "greedy", "sampled"]
+from selfsteer.recipe_training import Weighting
 
 
-def expected_logps(logits: Tensor, alignment: WeightAlignment) -> Tensor:
-    """What the weight of a token is measured against; its logits, shape (tokens, vocabulary); returns (tokens,).
+def expected_logps(exponentials: Tensor, sums: Tensor, weighting: Weighting) -> Tensor:
+    """What the weight of each token is measured against, shape (tokens,).
 
-    none:     0
-    greedy:   max_v log pi(v), the token that greedy decoding takes
-    sampled:  log sum_v pi(v)^2, the expected probability of a sampled token; the paper's choice (its equation 2)
+    exponentials: exp(logits - their largest), shape (tokens, vocabulary); sums: over the vocabulary, shape (tokens,).
 
-    Call it on chunks of tokens: it holds a second tensor of the size of the logits.
+    wpo            log sum_v pi(v)^2, the expected probability of a sampled token; the paper's choice (its equation 2)
+    wpo_greedy     max_v log pi(v), the token that greedy decoding takes
+    wpo_unaligned  0
+
+    Makes nothing of the size of the vocabulary.
     """
-    if alignment == "none":
-        return logits.new_zeros(len(logits), dtype=torch.float32)
-    logps = logits.detach().float().log_softmax(-1)
-    return logps.amax(-1) if alignment == "greedy" else (2 * logps).logsumexp(-1)
+    if weighting == "wpo":
+        return 2 * (torch.linalg.vector_norm(exponentials, dim=-1) / sums).log()
+    if weighting == "wpo_greedy":
+        return -sums.log()
+    return torch.zeros_like(sums)
 
 
 def response_weights(logps: Tensor, expected: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -41,6 +43,6 @@ def response_weights(logps: Tensor, expected: Tensor, lengths: Sequence[int]) ->
 def pair_weights(chosen: Tensor, rejected: Tensor) -> Tensor:
     """w(x, y_w) * w(x, y_l), at most 1, shape (pairs,); to be multiplied with the losses of the pairs.
 
-    Sampled alignment can exceed 1, for a response of tokens more probable than expected; the authors' code cuts there.
+    Aligned weights can exceed 1, for a response of tokens more probable than expected; the authors' code cuts there.
     """
     return (chosen * rejected).clamp(max=1)
