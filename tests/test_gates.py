@@ -3,11 +3,12 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
+from selfsteer.cells import find
 from selfsteer.drift import difference, drift
 from selfsteer.estimates import Estimate
 from selfsteer.gates import MEASURES, GateFailed, complaint, evaluate, parse, require
 from selfsteer.metrics import GateResult, RoundMetrics
-from selfsteer.report import find, tables, write_metrics
+from selfsteer.report import tables, write_metrics
 
 
 def share(mean: float, width: float = 0.05, n: int = 100) -> Estimate:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from selfsteer import recipe_text
 from selfsteer.recipe import Recipe, RecipeError, describe, dump, load
-from selfsteer.recipe_training import Lora
 from selfsteer.recipe_engines import sampling_identity
+from selfsteer.recipe_training import Lora
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMALLEST = {"policy": {"model": "some/model"}, "queries": {"path": "queries.jsonl"}}

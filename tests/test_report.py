@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from selfsteer.cells import duration
 from selfsteer.estimates import Estimate
 from selfsteer.metrics import Metrics
 from selfsteer.page import pick_examples, write_page
 from selfsteer.quality import ScoredPair, compare, implicit_reward, measure
 from selfsteer.records import Message, PairRow, Scored
-from selfsteer.report import closing_line, duration, print_measures, print_summary, write_metrics
+from selfsteer.report import closing_line, print_measures, print_summary, write_metrics
 
 HOSTILE = '</div><script>alert("x")</script> $name ${facts} & [bold]'
 

@@ -79,6 +79,8 @@ class CardFacts(TypedDict):
     """The resolved recipe, YAML."""
     rounds: list[RoundMetrics]
     """As in metrics.json; what is missing is left out of the card."""
+    result: NotRequired[str]
+    """Which of several rounds this policy comes from, and why."""
     license: NotRequired[str]
     """Of the base model, as the hub abbreviates it ("apache-2.0"); it binds the result too."""
 
@@ -91,7 +93,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         name=facts["name"],
         base_model=_base_model(facts["base_model"]),
         version=version("selfsteer"),
-        how=_HOW[facts["method"]],
+        how=_HOW[facts["method"]] + (f"\n\n{facts['result']}" if "result" in facts else ""),
         limits=_LIMITS[facts["method"]],
         tables="\n\n".join(map(report.markdown, report.tables(facts["rounds"]))),
         fence=_fence(facts["recipe"]),

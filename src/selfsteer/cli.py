@@ -124,7 +124,18 @@ def compare(
         result = pipeline.compare(resolved, [name.strip() for name in arms.split(",")], numbers)
         for table in comparison.comparison_tables(result):
             typer.echo(report.table_text(table) + "\n")
-        typer.echo(f"comparison  {Path(resolved.output) / 'comparison.json'}, comparison.md")
+        typer.echo(f"comparison  {Path(resolved.output) / 'comparison.html'}, comparison.md, comparison.json")
+
+
+@app.command("report")
+def comparison_report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a comparison.", show_default=False)],
+) -> None:
+    """Make the page and the tables of a comparison again, from its comparison.json alone."""
+    from selfsteer.comparison_page import write_comparison_page
+
+    write_comparison_page(folder)
+    typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
 
 
 def _seed(text: str) -> int:
@@ -154,7 +165,7 @@ def _print_status(found: "Status") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from selfsteer.report import duration
+    from selfsteer.cells import duration
 
     colours = {"sealed": "green", "partial": "yellow", "waiting": "dim"}
     table = Table(title=Text(found["run"]), title_justify="left")

@@ -3,7 +3,8 @@
 Every arm is the recipe with a few settings changed. All answer the same queries with the same seeds; the measures are taken
 on the held-out queries alone, which no generator and no policy was trained on, under the policy to be aligned. Differences
 are against PBAA, query by query; several seeds are averaged within a query first, so the intervals say how much the result
-depends on the queries, not on the training seed. Left out on purpose: running the arms (`pipeline.compare`).
+depends on the queries, not on the training seed; for that there are the estimates of each seed. Left out on purpose: running
+the arms (`pipeline.compare`), and the page (`comparison_page.py`).
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
+from selfsteer.cells import Cell, Row, Table, cell, duration, plain
 from selfsteer.durable import replacing
 from selfsteer.estimates import METHOD, Estimate, mean_estimate, paired_difference
 from selfsteer.metrics import RoundMetrics, TrainingSummary
@@ -21,7 +23,7 @@ from selfsteer.quality_stage import JudgeName
 from selfsteer.recipe import Recipe
 from selfsteer.recipe_text import Override, apply_override
 from selfsteer.records import PairRow
-from selfsteer.report import Cell, Row, Table, cell, duration, markdown, plain
+from selfsteer.report import markdown
 from selfsteer.verdicts import JudgeReport, Verdict, judge_report, points
 
 BASELINE = "pbaa"
@@ -106,7 +108,9 @@ _ORDER = {
     "length chosen": "length_chosen",
     "length rejected": "length_rejected",
 }
-_SHARES = {"accuracy", "principle_consistency"}
+_JUDGED = {"accuracy": "accuracy", "principle consistency": "principle_consistency"}
+SHARES = frozenset(_JUDGED.values())
+"""Measures that are shares."""
 
 
 class ArmRun(NamedTuple):
@@ -118,6 +122,14 @@ class ArmRun(NamedTuple):
     """Of the aligned policy over the first one, on the held-out queries."""
 
 
+class SeedResult(TypedDict, total=False):
+    """One arm under one seed."""
+
+    measures: dict[str, Estimate]
+    difference: dict[str, Estimate]
+    """Arm - PBAA of the same seed."""
+
+
 class ArmResult(TypedDict, total=False):
     """One arm over all seeds. Keys that were not measured are absent."""
 
@@ -127,6 +139,8 @@ class ArmResult(TypedDict, total=False):
     measures: dict[str, Estimate]
     difference: dict[str, Estimate]
     """Arm - PBAA, on the queries that both have."""
+    by_seed: dict[str, SeedResult]
+    """Of several seeds, each by itself."""
     seconds: float
     """Making and judging the data, and aligning, all seeds together; a stage that arms share counts for each."""
     generator: dict[str, float]
@@ -178,6 +192,13 @@ def summarize(recipe: Recipe, runs: Mapping[str, Sequence[ArmRun]], seeds: Seque
     """The estimates of all arms, and their differences from PBAA where it is among them."""
     pooled = {name: _pooled([run.values for run in each]) for name, each in runs.items()}
     arms = {name: _arm(name, each, pooled) for name, each in runs.items()}
+    if len(seeds) > 1:
+        for name, each in runs.items():
+            baselines: Sequence[ArmRun | None] = runs.get(BASELINE) or [None] * len(each)
+            found = zip(seeds, each, baselines, strict=True) if each else ()
+            arms[name]["by_seed"] = {
+                str(seed): _seed_result(run, None if name == BASELINE else baseline) for seed, run, baseline in found
+            }
     return ComparisonResult(
         baseline=BASELINE, model=recipe.policy.model, seeds=list(seeds), holdout=recipe.queries.holdout, arms=arms
     )
@@ -188,13 +209,11 @@ def _arm(name: str, runs: Sequence[ArmRun], pooled: Mapping[str, Values]) -> Arm
     result = ArmResult(description=ARMS[name].description)
     if not runs:
         return result
-    estimates = {measure: mean_estimate(list(each.values())) for measure, each in values.items()}
     result["queries"] = len(values.get("on_policy_all", {}))
-    result["measures"] = {measure: found for measure, found in estimates.items() if found is not None}
+    result["measures"] = _means(values)
     result["seconds"] = sum(stage["seconds"] for run in runs for stage in run.metrics.get("stages", {}).values())
     if name != BASELINE and BASELINE in pooled:
-        paired = {measure: paired_difference(each, pooled[BASELINE].get(measure, {})) for measure, each in values.items()}
-        result["difference"] = {measure: found for measure, found in paired.items() if found is not None}
+        result["difference"] = _differences(values, pooled[BASELINE])
     for key in ("generator", "bad_generator", "policy"):
         trainings = [found for run in runs if (found := run.metrics.get(key)) is not None]
         if trainings:
@@ -203,6 +222,23 @@ def _arm(name: str, runs: Sequence[ArmRun], pooled: Mapping[str, Values]) -> Arm
     if wins:
         result["wins"] = judge_report(wins)
     return result
+
+
+def _seed_result(run: ArmRun, baseline: ArmRun | None) -> SeedResult:
+    result = SeedResult(measures=_means(run.values))
+    if baseline is not None:
+        result["difference"] = _differences(run.values, baseline.values)
+    return result
+
+
+def _means(values: Values) -> dict[str, Estimate]:
+    found = {measure: mean_estimate(list(each.values())) for measure, each in values.items()}
+    return {measure: estimate for measure, estimate in found.items() if estimate is not None}
+
+
+def _differences(values: Values, baseline: Values) -> dict[str, Estimate]:
+    found = {measure: paired_difference(each, baseline.get(measure, {})) for measure, each in values.items()}
+    return {measure: estimate for measure, estimate in found.items() if estimate is not None}
 
 
 def _pooled(seeds: Sequence[Values]) -> Values:
@@ -243,6 +279,7 @@ def comparison_tables(result: ComparisonResult) -> Iterator[Table]:
         about = "Per query, over the held-out queries that both arms have; several seeds are averaged within a query."
         for title, columns in (("On-policy probability", _ON_POLICY), ("Order and length in tokens", _ORDER)):
             yield _measures(f"{title}: difference from {BASELINE}", compared, columns, "difference", about)
+        yield from _seed_tables(compared, result["seeds"])
     yield _trainings(arms)
 
 
@@ -256,7 +293,7 @@ def _measures(title: str, arms: Mapping[str, ArmResult], columns: Mapping[str, s
                 *(
                     cell(
                         plain(cast(Any, arm)[key].get(measure)),
-                        "share" if measure in _SHARES else "number",
+                        "share" if measure in SHARES else "number",
                         signed=key == "difference",
                     )
                     for measure in shown.values()
@@ -266,6 +303,24 @@ def _measures(title: str, arms: Mapping[str, ArmResult], columns: Mapping[str, s
         for name, arm in arms.items()
     ]
     return Table(title, ("queries", *shown), tuple(rows), note)
+
+
+def _seed_tables(arms: Mapping[str, ArmResult], seeds: Sequence[int]) -> Iterator[Table]:
+    """Each seed by itself: how much of a difference is the training seed's."""
+    note = f"Arm - {BASELINE}, per query; what differs between the columns of a row is the seed's doing."
+    for heading, measure in (("on-policy probability, all", "on_policy_all"), *_JUDGED.items()):
+        found = {
+            name: [cast(Any, arm["by_seed"][str(seed)]).get("difference", {}).get(measure) for seed in seeds]
+            for name, arm in arms.items()
+            if "by_seed" in arm
+        }
+        if any(each is not None for of_arm in found.values() for each in of_arm):
+            form = "share" if measure in SHARES else "number"
+            rows = [
+                Row(name, tuple(cell(plain(each), form, signed=True) for each in of_arm)) for name, of_arm in found.items()
+            ]
+            columns = tuple(f"seed {seed}" for seed in seeds)
+            yield Table(f"Seed by seed: {heading}, difference from {BASELINE}", columns, tuple(rows), note)
 
 
 def _trainings(arms: Mapping[str, ArmResult]) -> Table:
@@ -295,9 +350,21 @@ def _trainings(arms: Mapping[str, ArmResult]) -> Table:
 
 
 def write_comparison(folder: Path, result: ComparisonResult) -> None:
-    """Write comparison.json and comparison.md."""
+    """Write comparison.json."""
     with replacing(folder / "comparison.json") as file:
         file.write(json.dumps(plain(result), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_comparison(folder: Path) -> ComparisonResult:
+    """What `write_comparison` wrote, an `Estimate` being {"mean", "low", "high", "n"}. ValueError where there is none."""
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no comparison here (no comparison.json). Name the folder that `compare` was given.")
+    return cast(ComparisonResult, json.loads(path.read_bytes()))
+
+
+def write_tables(folder: Path, result: ComparisonResult) -> None:
+    """Write comparison.md."""
     arms = "\n".join(f"- **{name}**: {arm.get('description', '')}" for name, arm in result["arms"].items())
     tables = "\n\n".join(map(markdown, comparison_tables(result)))
     with replacing(folder / "comparison.md") as file:

@@ -1,7 +1,7 @@
-"""The four stages that make data: principles, responses, steering pairs, preference data, in the order of the run folder.
+"""The stages that make data: principles, responses, preference data, in the order of the run folder.
 
 Left out on purpose: how queries are read, prompts rendered, responses sampled, pairs built and scored: the modules of that
-name; and the trainings (`training_stages.py`).
+name; steering pairs (`steering_stage.py`) and trainings (`training_stages.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +20,6 @@ from selfsteer.pairs import (
     alignment_pair,
     reject_reason,
     special_token_reason,
-    steering_pairs,
-    steering_reject_reason,
 )
 from selfsteer.principles import Attempt, Pool, choose_principles, generate_principles, load_pool, principle_messages
 from selfsteer.prompts import Prompts
@@ -30,8 +28,19 @@ from selfsteer.recipe_engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped, PairRow, Principles, Query, Response, Responses
 from selfsteer.reference import Group, score_missing, scores
 from selfsteer.responses import open_engine, request, response, sample, sampler_digest, seed_for
-from selfsteer.schemas import NO_SEEDS, Seeds
-from selfsteer.stages import Round, Work, arithmetic, draw_queries, held_out, inputs_of, kept, make_stage, policy_as_judge
+from selfsteer.schemas import Seeds
+from selfsteer.stages import (
+    Round,
+    Work,
+    arithmetic,
+    draw_queries,
+    held_out,
+    inputs_of,
+    kept,
+    make_stage,
+    policy_as_judge,
+    share_of_round,
+)
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.training_stages import MODEL, Generators
 
@@ -45,7 +54,7 @@ def principles_stage(round: Round) -> Stage:
     if section.path is not None:
         inputs["principles"] = file_digest(Path(section.path))
     settings = {
-        "queries": round.recipe.queries.model_dump(exclude={"path", "holdout"}),
+        "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds"}),
         "principles": section.model_dump(exclude={"path", "engine"}),
         **(sampling_identity(section.engine or round.recipe.engine) if section.source == "generate" else {}),
         "system_role": round.prompts.system_role,
@@ -53,20 +62,23 @@ def principles_stage(round: Round) -> Stage:
         "seed": round.recipe.seed,
         "round": round.number,
     }
+    if _splits(round.recipe):
+        settings["split"] = {"rounds": round.recipe.rounds, "holdout": round.recipe.queries.holdout}
     return make_stage(round, "1-principles", Origin(settings=settings, inputs=inputs), lambda work: _principles(round, work))
 
 
 def _principles(round: Round, work: Work) -> Contents:
     section = round.recipe.principles
     pool = load_pool(section)
-    wanted = sum(1 for _ in _checked_queries(round))
+    queries = _queries_of(round)
+    wanted = sum(1 for _ in queries())
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
     if section.source == "generate":
         assign = _generated_principles(round, work, pool)
     dropped: list[Dropped] = []
 
     def rows() -> Iterator[dict[str, Any]]:
-        for item in _checked_queries(round):
+        for item in queries():
             if isinstance(item, Dropped):
                 dropped.append(item)
                 continue
@@ -80,6 +92,24 @@ def _principles(round: Round, work: Work) -> Contents:
             yield {"query_id": item.id, "messages": list(item.messages), "principles": asdict(principles)}
 
     return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PRINCIPLES)
+
+
+def _splits(recipe: Recipe) -> bool:
+    return recipe.queries.split_rounds and recipe.rounds > 1
+
+
+def _queries_of(round: Round) -> Callable[[], Iterator[Query | Dropped]]:
+    """What iterates over the round's checked queries; where rounds split them, the first one names the unusable ones."""
+    if not _splits(round.recipe):
+        return lambda: _checked_queries(round)
+    share = share_of_round(round, {item.id for item in _checked_queries(round) if isinstance(item, Query)})
+
+    def own() -> Iterator[Query | Dropped]:
+        for item in _checked_queries(round):
+            if item.id in share if isinstance(item, Query) else round.number == 1:
+                yield item
+
+    return own
 
 
 def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
@@ -130,7 +160,7 @@ def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Que
     def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
         return ((attempt, answer_to(ask(attempt))) for attempt in attempts)
 
-    usable = (item for item in _checked_queries(round) if isinstance(item, Query))
+    usable = (item for item in _queries_of(round)() if isinstance(item, Query))
     for _ in generate_principles(usable, answer, section, pool, recipe.seed):
         pass
     return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
@@ -241,58 +271,6 @@ def _steered_prompts(prompts: Prompts, query: Query, principles: Principles) -> 
     return tuple(prompts.prompt_ids(prompts.steer(query.messages, text)) for text in (principles.good, principles.bad))
 
 
-# --- 3: steering pairs -----------------------------------------------------------------------------------------------------
-
-POLICY_PAIRS = "policy-pairs.parquet"
-"""The policy's own responses as alignment pairs (PBAA), scored: what the generator's pairs are compared with."""
-
-
-def steering_stage(round: Round, responses: Stage) -> Stage:
-    """Step 3, first half: the pairs of L_SSO with reference log-probabilities, and the PBAA pairs of the same queries."""
-    settings = {
-        "filters": round.recipe.filters.model_dump(),
-        "objective": round.recipe.generator.objective,
-        **arithmetic(round.recipe.training),
-    }
-    origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
-    return make_stage(round, "3-steering", origin, lambda work: _steering(round, work, responses))
-
-
-def _steering(round: Round, work: Work, responses: Stage) -> Contents:
-    objective, judge = round.recipe.generator.objective, policy_as_judge(round)
-    dropped: list[Dropped] = []
-
-    def judged() -> Iterator[tuple[Responses, str | None]]:
-        for row in responses.rows():
-            item = schemas.responses(row)
-            yield item, steering_reject_reason(item, round.recipe.filters, round.prompts)
-
-    def groups(item: Responses) -> tuple[Group, Group]:
-        own = alignment_pair(item.query, item.good, item.bad)
-        return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((own,))
-
-    wanted = kept(responses)
-    every_group = (group for item, reason in judged() if reason is None for group in groups(item))
-    score_missing(judge, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
-    own = (
-        row
-        for item, reason in judged()
-        if reason is None
-        for row in _scored_rows(work.journal, groups(item)[1], item.principles, _seeds(item))
-    )
-    schemas.write_rows(work.stage.path / POLICY_PAIRS, own, schemas.PAIRS)
-
-    def rows() -> Iterator[PairRow]:
-        for item, reason in judged():
-            if reason is None:
-                yield from _scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
-            else:
-                dropped.append(Dropped(id=item.query.id, reason=reason))
-
-    each = 2 if objective in ("sso", "equation_3") else 1
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PAIRS, rows_each=each, files=(POLICY_PAIRS,))
-
-
 # --- 5: preference data ----------------------------------------------------------------------------------------------------
 
 
@@ -382,7 +360,7 @@ def _preference_pairs(
             if isinstance(item, Dropped):
                 dropped.append(item)
             else:
-                yield from _scored_rows(work.journal, group(item), item.principles, _seeds(item))
+                yield from scored_rows(work.journal, group(item), item.principles, seeds_of(item))
 
     return Contents(wanted=total, rows=rows(), dropped=dropped, schema=schemas.PAIRS)
 
@@ -390,10 +368,12 @@ def _preference_pairs(
 # --- shared ----------------------------------------------------------------------------------------------------------------
 
 
-def _seeds(item: Responses) -> Seeds:
+def seeds_of(item: Responses) -> Seeds:
+    """Of the good and of the bad response."""
     return Seeds(chosen=item.good.seed, rejected=item.bad.seed)
 
 
-def _scored_rows(journal: Journal, group: Group, principles: Principles, seeds: Seeds) -> Iterator[PairRow]:
+def scored_rows(journal: Journal, group: Group, principles: Principles, seeds: Seeds) -> Iterator[PairRow]:
+    """The rows of a group's pairs, with the scores that the journal has of them."""
     for pair, scored in zip(group.pairs, scores(journal, group), strict=True):
         yield schemas.scored_row(pair, scored, principles, seeds)

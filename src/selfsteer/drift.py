@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import cast
 
+from selfsteer.cells import find
 from selfsteer.estimates import Estimate
 from selfsteer.metrics import Drift, Measures, RoundMetrics
-from selfsteer.report import find
 
 _PATHS: Mapping[str, str] = {
     "margin": "margin.per_token",

@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+from selfsteer.cells import cell, find, plain
 from selfsteer.drift import aligned_pairs
 from selfsteer.estimates import Estimate, share_estimate
 from selfsteer.metrics import GateResult, RoundMetrics
-from selfsteer.report import find, gates_table, table_text
+from selfsteer.report import gates_table, table_text
 
 _CONDITION = re.compile(r"(>=|>|<=|<)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(\s+at\s+95\s*%)?")
 _SYNTAX = 'expected an operator and a number, such as ">= 0.6", ">= 0.6 at 95%" (its whole interval) or ">= 0.8, <= 1.25"'
@@ -175,6 +176,19 @@ def require(results: Sequence[GateResult]) -> None:
     text = complaint(results)
     if text is not None:
         raise GateFailed(text)
+
+
+def why_not_aligned(metrics: RoundMetrics, *, number: int) -> str | None:
+    """Which failed gates, or which reasons to stop, keep the policy from being aligned in round `number`; None for none."""
+    failed = [f"{gate.name} {_shown(gate)}{gate.reason}" for gate in metrics.get("gates", []) if not gate.passed]
+    holding = [f"{each.name} {_shown(each)}is {each.bound}" for each in metrics.get("stop_when", []) if each.passed]
+    found = "; ".join(failed or holding)
+    return f"round {number} did not align the policy: {found}" if found else None
+
+
+def _shown(result: GateResult) -> str:
+    shown = cell(plain(result.value), "number")
+    return " ".join((*filter(None, shown), "")) if shown.value else ""
 
 
 def _source(name: str) -> str:

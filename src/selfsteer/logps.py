@@ -151,8 +151,9 @@ def _shared_scores(model: PreTrainedModel, batch: Batch, weighting: Weighting) -
 class TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[target] for each token, in chunks; float32 whatever the matrix products are in.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,); returns the fields of `TokenScores`. The logits of a chunk are recomputed in the
-    backward pass; where the head is frozen (LoRA) the gradient's direction in `hidden` is taken in the forward pass instead.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,); returns the fields of `TokenScores`. The logits of a chunk
+    are recomputed in the backward pass; where the head is frozen (LoRA) the gradient's direction in `hidden` is taken in the
+    forward pass instead.
     """
 
     @staticmethod

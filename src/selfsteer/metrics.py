@@ -230,6 +230,8 @@ class RoundMetrics(TypedDict, total=False):
     drift: Drift
     """From the second round on."""
     gates: list[GateResult]
+    stop_when: list[GateResult]
+    """From the second round on, what would end the rounds; `passed` where it does."""
     generator: TrainingSummary
     """Of a dual generator, the one of the chosen responses."""
     bad_generator: TrainingSummary
@@ -249,6 +251,10 @@ class RunFacts(TypedDict):
     """Wall-clock time, resumed parts added up."""
     policy_folder: NotRequired[str]
     """Where the aligned model is."""
+    policy_round: NotRequired[int]
+    """The round that it comes from."""
+    ended: NotRequired[str]
+    """Why the last of `rounds` did not align the policy; absent where it did."""
     pairs: NotRequired[str]
     """Where the preference data is."""
     versions: NotRequired[dict[str, str]]

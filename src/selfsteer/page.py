@@ -13,6 +13,7 @@ from string import Template
 from typing import Any, cast
 
 from selfsteer import report
+from selfsteer.cells import Form, Table, cell, duration, find, plain
 from selfsteer.durable import replacing
 from selfsteer.metrics import Metrics, RoundMetrics
 from selfsteer.quality import reference_scores
@@ -36,7 +37,7 @@ def pick_examples(rows: Iterable[PairRow], *, n: int = EXAMPLES, seed: int = 0) 
 def write_page(path: Path, metrics: Metrics, examples: Sequence[PairRow] = ()) -> None:
     """Write report.html, whole or not at all; without matplotlib, without plots."""
     run = metrics["run"]
-    facts = [f"from {run['model']}", f"seed {run['seed']}", report.duration(run["seconds"]), run.get("hardware", "")]
+    facts = [f"from {run['model']}", f"seed {run['seed']}", duration(run["seconds"]), run.get("hardware", "")]
     facts += [f"{name} {number}" for name, number in run.get("versions", {}).items()]
     plots = "\n".join(_plots(metrics))
     template = Template(files("selfsteer").joinpath("templates/report.html").read_text(encoding="utf-8"))
@@ -44,7 +45,7 @@ def write_page(path: Path, metrics: Metrics, examples: Sequence[PairRow] = ()) -
         name=escape(run["name"]),
         facts=" · ".join(escape(fact) for fact in facts if fact),
         figures=_figures(metrics["rounds"][-1]) if metrics["rounds"] else "",
-        tables="\n".join(map(_table, report.tables(metrics["rounds"]))),
+        tables="\n".join(map(table_html, report.tables(metrics["rounds"]))),
         plots=f"<section><h2>Distributions</h2>{plots}</section>" if plots else "",
         examples=_examples(examples),
         closing=escape(report.closing_line(metrics)),
@@ -55,14 +56,14 @@ def write_page(path: Path, metrics: Metrics, examples: Sequence[PairRow] = ()) -
 
 def _figures(this: RoundMetrics) -> str:
     """The few numbers to see first."""
-    data = cast("Mapping[str, Any]", report.plain(this))
-    shown: tuple[tuple[str, str, report.Form, bool], ...] = (
+    data = cast("Mapping[str, Any]", plain(this))
+    shown: tuple[tuple[str, str, Form, bool], ...] = (
         ("preference pairs", "alignment.pairs", "number", False),
         ("on-policy probability", "alignment.on_policy.all", "number", False),
         ("more on-policy than PBAA", "comparison.all", "number", True),
         ("reward accuracy after alignment", "policy.reward.reward.accuracy", "share", False),
     )
-    cells = ((label, report.cell(report.find(data, path), form, signed=signed)) for label, path, form, signed in shown)
+    cells = ((label, cell(find(data, path), form, signed=signed)) for label, path, form, signed in shown)
     return "\n".join(
         f'<div class="figure"><b>{escape(cell.value)}</b><i>{escape(cell.interval)}</i><span>{escape(label)}</span></div>'
         for label, cell in cells
@@ -70,7 +71,8 @@ def _figures(this: RoundMetrics) -> str:
     )
 
 
-def _table(table: report.Table) -> str:
+def table_html(table: Table) -> str:
+    """The table as a section of a page."""
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     body: list[str] = []
     for row in table.rows:

@@ -16,7 +16,8 @@ from selfsteer import summary
 from selfsteer.answers import answers_stage, win_verdicts
 from selfsteer.cards import CardFacts, Method, write_model_card
 from selfsteer.comparison import ArmRun, ComparisonResult, arm_recipe, check_arms, query_values, summarize, write_comparison
-from selfsteer.data_stages import preferences_stage, principles_stage, responses_stage, steering_stage
+from selfsteer.comparison_page import write_comparison_page
+from selfsteer.data_stages import preferences_stage, principles_stage, responses_stage
 from selfsteer.gates import complaint, require
 from selfsteer.given import given_stage, judge_given, measure_given
 from selfsteer.metrics import Measures, Metrics
@@ -32,6 +33,7 @@ from selfsteer.records import Checkpoint, PairRow, Query
 from selfsteer.report import write_metrics
 from selfsteer.responses import check_engines
 from selfsteer.stages import Round, held_out
+from selfsteer.steering_stage import steering_stage
 from selfsteer.store import RunFolder, Stage
 from selfsteer.training_stages import MODEL, generator_stage, policy_stage
 from selfsteer.verdicts import Verdict
@@ -49,15 +51,22 @@ def run(recipe: Recipe) -> Metrics:
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        for number in range(1, recipe.rounds + 1):
-            policy = run_round(_round(number, folder, recipe, policy))
-        return _finish(folder, recipe, summary.method_of(recipe))
+        round = _round(1, folder, recipe, policy)
+        while (aligned := run_round(round)) is not None:
+            if round.number == recipe.rounds:
+                return _finish(folder, recipe, summary.method_of(recipe))
+            round = replace(round, number=round.number + 1, policy=aligned, prompts=_prompts(recipe, aligned))
+        return _finish(folder, recipe, summary.method_of(recipe), ended=round.number)
 
 
-def run_round(round: Round) -> Checkpoint:
-    """One round of Self-Steering Optimization (arXiv 2410.17131); returns the aligned policy."""
+def run_round(round: Round) -> Checkpoint | None:
+    """One round of Self-Steering Optimization (arXiv 2410.17131); returns the aligned policy.
+
+    None where what became of the data since the round before ends the rounds (quality.stop_when).
+    """
     preferences = make_data(round)
-    _hold_gates(round, summary.method_of(round.recipe))
+    if not _may_align(round, summary.method_of(round.recipe)):
+        return None
     return checkpoint(policy_stage(round, preferences).path / MODEL)
 
 
@@ -87,7 +96,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
         round = _round(1, folder, recipe, policy)
         preferences = given_stage(round, pairs)
         quality_stage(round, preferences, principles=False)
-        _hold_gates(round, "given")
+        _may_align(round, "given")
         policy_stage(round, preferences)
         return _finish(folder, recipe, "given")
 
@@ -110,6 +119,7 @@ def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Compar
                     finished.append(RunFolder(arm.output))
         result = summarize(recipe, runs, seeds)
         write_comparison(owned.path, result)
+        write_comparison_page(owned.path)
     return result
 
 
@@ -153,7 +163,7 @@ def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measure
 
 
 def _round(number: int, folder: RunFolder, recipe: Recipe, policy: Checkpoint) -> Round:
-    return Round(number=number, folder=folder, recipe=recipe, policy=policy, prompts=_prompts(recipe, policy))
+    return Round(number=number, folder=folder, recipe=recipe, policy=policy, first=policy, prompts=_prompts(recipe, policy))
 
 
 def _prompts(recipe: Recipe, policy: Checkpoint) -> Prompts:
@@ -164,21 +174,27 @@ def _prompts(recipe: Recipe, policy: Checkpoint) -> Prompts:
     return Prompts(tokenizer, system_role=recipe.policy.system_role)
 
 
-def _hold_gates(round: Round, method: Method) -> None:
-    """Compare the data of a round with the recipe's gates. Raises `GateFailed` where the recipe stops on failure."""
+def _may_align(round: Round, method: Method) -> bool:
+    """Whether the recipe lets this round's data align the policy; False where it ends the rounds.
+
+    Raises `GateFailed` for data that fails a gate, where the recipe stops on failure; the policy of the round before is then
+    the result.
+    """
     section = round.recipe.quality
-    if not section.gates:
-        return
+    if not section.gates and not (section.stop_when and round.number > 1):
+        return True
     metrics = summary.unaligned(round.folder, round.recipe, method, round.number)
     results = metrics["rounds"][-1].get("gates", [])
     text = complaint(results)
-    if text is None:
-        return
-    if section.on_failure == "warn":
+    if text is not None and section.on_failure == "warn":
         log.warning("%s\nquality.on_failure is warn: the policy is aligned on these pairs all the same.", text)
-        return
-    _write_report(round.folder, metrics, round.recipe.seed)
-    require(results)
+    elif text is not None:
+        _finish(round.folder, round.recipe, method, ended=round.number)
+        require(results)
+    holding = [each.name for each in metrics["rounds"][-1].get("stop_when", []) if each.passed]
+    if holding:
+        log.warning("the rounds end: %s", ", ".join(holding))
+    return not holding
 
 
 def _write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
@@ -188,10 +204,16 @@ def _write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
     write_page(folder.path / "report.html", metrics, pick_examples(pairs, seed=seed))
 
 
-def _finish(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
-    """Write metrics.json, report.html and the model card from the sealed stages."""
-    metrics = summary.metrics(folder, recipe, method)
+def _finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:
+    """Write metrics.json, report.html and the model card from the sealed stages.
+
+    ended: the round that made its data and did not align the policy on it.
+    """
+    metrics = summary.metrics(folder, recipe, method, ended=ended)
     _write_report(folder, metrics, recipe.seed)
+    run = metrics["run"]
+    if "policy_round" not in run:
+        return metrics
     facts = CardFacts(
         name=folder.path.name,
         base_model=recipe.policy.model,
@@ -199,5 +221,9 @@ def _finish(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
         recipe=dump(recipe),
         rounds=metrics["rounds"],
     )
-    write_model_card(folder.stage(recipe.rounds, "6-policy").path / MODEL, facts)
+    if recipe.rounds > 1:
+        facts["result"] = f"This is the policy of round {run['policy_round']} of {recipe.rounds}."
+        if "ended" in run:
+            facts["result"] += f" The rounds ended there, because {run['ended']}."
+    write_model_card(folder.stage(run["policy_round"], "6-policy").path / MODEL, facts)
     return metrics

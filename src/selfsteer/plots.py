@@ -16,21 +16,21 @@ from selfsteer.metrics import Distribution, Measures, RoundMetrics
 
 # Stand-ins that matplotlib accepts as colours, replaced in the SVG by what the page defines.
 _COLOURS = {"#010203": "var(--ink)", "#010204": "var(--chosen)", "#010205": "var(--rejected)", "#010206": "var(--line)"}
-_INK, _CHOSEN, _REJECTED, _LINE = _COLOURS
-_STYLE: dict[Any, Any] = {
+INK, CHOSEN, REJECTED, LINE = _COLOURS
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "selfsteer",
     "font.family": "sans-serif",
     "font.size": 9.0,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _LINE,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": LINE,
     "axes.titlelocation": "left",
     "axes.titlesize": 10.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.frameon": False,
 }
 
@@ -67,25 +67,25 @@ def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
 
 
 def _losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, panels = _figure(len(curves))
         for axes, (name, curve) in zip(panels, curves.items(), strict=True):
-            axes.plot([step for step, _ in curve], [loss for _, loss in curve], color=_CHOSEN, linewidth=1.5)
+            axes.plot([step for step, _ in curve], [loss for _, loss in curve], color=CHOSEN, linewidth=1.5)
             axes.set_title(name)
             axes.set_xlabel("optimizer step")
             axes.set_ylabel("loss")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) -> str:
     """One panel a set of pairs, on the same horizontal scale."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, places = _figure(len(panels))
         low = min(distribution["edges"][0] for distribution in panels.values())
         high = max(distribution["edges"][-1] for distribution in panels.values())
         for axes, (name, distribution) in zip(places, panels.items(), strict=True):
             for index, (side, counts) in enumerate(distribution["counts"].items()):
-                colour = (_CHOSEN, _REJECTED)[index]
+                colour = (CHOSEN, REJECTED)[index]
                 axes.stairs(counts, distribution["edges"], fill=True, color=colour, alpha=0.35)
                 axes.stairs(counts, distribution["edges"], color=colour, linewidth=1.2, label=side)
             if len(distribution["counts"]) > 1:
@@ -94,7 +94,7 @@ def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) ->
             axes.set_title(name)
             axes.set_xlabel(units[name])
             axes.set_ylabel("responses" if len(distribution["counts"]) > 1 else "pairs")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
@@ -102,7 +102,8 @@ def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, list(figure.subplots(1, 2, squeeze=False)[0]) if panels > 1 else [figure.subplots()]
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """The figure as an <svg> element whose colours are those of the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

@@ -15,17 +15,17 @@ from typing import Any, Literal, NamedTuple, cast
 import pyarrow as pa
 
 from selfsteer import schemas
+from selfsteer.cells import plain
 from selfsteer.contamination import check_files, contamination, overlaps, read_evaluation
-from selfsteer.data_stages import POLICY_PAIRS
 from selfsteer.durable import canonical_json, file_digest, replacing
 from selfsteer.estimates import Estimate
 from selfsteer.metrics import Contamination
 from selfsteer.recipe import Recipe
 from selfsteer.recipe_judge import RecipeJudge, ask, find_judge
 from selfsteer.records import Message, PreferencePair, Query
-from selfsteer.report import plain
 from selfsteer.self_judges import Steered, consistency_verdicts
 from selfsteer.stages import Round, Work, arithmetic, draw, held_out, inputs_of, kept, make_stage, policy_as_judge
+from selfsteer.steering_stage import POLICY_PAIRS
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.verdicts import JudgeReport, Orders, Verdict, judge_report
 

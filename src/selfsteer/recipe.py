@@ -51,6 +51,8 @@ class Queries(Section):
     """Longer rendered prompts (query and principle) are dropped before sampling; nothing is ever cut."""
     holdout: int = Field(default=0, ge=0)
     """Keep this many queries, the same whatever the seed, out of both trainings; pairs are made and judged on them."""
+    split_rounds: bool = False
+    """With several rounds, give each an equal share of the queries instead of all; held-out ones belong to every round."""
 
 
 class PrincipleSource(Section):
@@ -181,8 +183,11 @@ class Quality(Section):
     """Bounds on the measures of a round's pairs, such as accuracy: ">= 0.6"; `docs/quality.md` lists them."""
     on_failure: Literal["stop", "warn"] = "stop"
     """After a failed gate: stop before the policy is aligned (the data stays), or warn and go on."""
+    stop_when: dict[str, str] = Field(default_factory=dict[str, str])
+    """From the second round on, what ends the rounds with the policy of the round before, such as drift_on_policy: "< 0 at
+    95%" (its whole interval); any one that holds does. Names and bounds are those of gates."""
 
-    @field_validator("gates")
+    @field_validator("gates", "stop_when")
     @classmethod
     def _readable_gates(cls, gates: dict[str, str]) -> dict[str, str]:
         if gates:
@@ -231,10 +236,10 @@ class Recipe(Section):
             raise ValueError(
                 "generator.kind: dual trains two adapters on one model and needs training.lora; set training.lora.rank=16"
             )
-        if self.quality.gates:
+        if bounds := {**self.quality.stop_when, **self.quality.gates}:
             from selfsteer.gates import unmeasured  # brings numpy
 
-            if mistakes := unmeasured(self.quality.gates, self._not_measured()):
+            if mistakes := unmeasured(bounds, self._not_measured()):
                 raise ValueError("; ".join(mistakes))
         return self
 

@@ -66,7 +66,7 @@ class Alignment(Section):
     """Stop after this many optimizer steps."""
     weighting: Weighting = "none"
     """wpo: L_base of a pair counts by how probable its responses are under the policy in training, against the expected
-    probability of a sampled token (arXiv 2406.11827); wpo_greedy: against the most probable token; wpo_unaligned: as it is."""
+    probability of a sampled token (arXiv 2406.11827); wpo_greedy: against the most probable one; wpo_unaligned: as it is."""
     reference: Literal["round", "first"] = "round"
     """Of later rounds: the reference is the policy at the round's start, or the one that the run began with. (That of the
     generator is always the round's start, which its pairs have to stay close to.)"""

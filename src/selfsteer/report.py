@@ -8,19 +8,17 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from selfsteer.cells import Cell, Form, Json, Row, Table, cell, duration, find, plain
 from selfsteer.durable import replacing
-from selfsteer.estimates import METHOD, Estimate
-from selfsteer.metrics import Comparison, Contamination, Drift, GateResult, Measures, Metrics, RoundMetrics
-
-Json = Mapping[str, Any]
-Form = Literal["number", "share"]
+from selfsteer.estimates import METHOD
+from selfsteer.metrics import Comparison, Contamination, Drift, GateResult, Measures, Metrics, RoundMetrics, RunFacts
 
 DIRT = (
     ("cut off", "truncated"),
@@ -31,42 +29,6 @@ DIRT = (
 )
 """Labels and keys of the measures of dirt that both sides have."""
 PBAA, GENERATOR, ALIGNMENT = "PBAA pairs", "generator pairs", "alignment pairs"
-
-
-class Cell(NamedTuple):
-    """One number of a table with its interval, both as text; "" where it was not measured."""
-
-    value: str
-    interval: str = ""
-
-
-class Row(NamedTuple):
-    """A line of a table; without cells, a heading of the lines below."""
-
-    label: str
-    cells: tuple[Cell, ...] = ()
-
-
-class Table(NamedTuple):
-    """A table, ready to be drawn."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    note: str = ""
-    left: bool = False
-    """The last column is text."""
-
-
-def plain(value: object) -> Any:
-    """The same as JSON values: an `Estimate` becomes {"mean", "low", "high", "n"}, a `GateResult` likewise."""
-    if isinstance(value, Estimate | GateResult):
-        return {key: plain(item) for key, item in value._asdict().items()}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in cast("Mapping[object, object]", value).items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in cast("list[object]", value)]
-    return value
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:
@@ -121,6 +83,9 @@ def closing_line(metrics: Metrics) -> str:
     lines: list[str] = []
     if "policy_folder" in run:
         lines.append(f"aligned policy   {run['policy_folder']}")
+    if "ended" in run:
+        lines.append(f"ended early      {run['ended']}")
+        lines.append(f"                 {_result(run)}")
     if "pairs" in run:
         counts = [
             measures["pairs"]
@@ -131,6 +96,13 @@ def closing_line(metrics: Metrics) -> str:
         lines.append(f"preference data  {run['pairs']}" + (f"  ({counts[-1]:,} pairs)" if counts else ""))
     lines.append(f"run folder       {run['folder']}  (seed {run['seed']}, {duration(run['seconds'])})")
     return "\n".join(lines)
+
+
+def _result(run: RunFacts) -> str:
+    """Whose policy the result of a run is that ended early."""
+    return (
+        f"the result is the policy of round {run['policy_round']}" if "policy_round" in run else "there is no aligned policy"
+    )
 
 
 def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
@@ -148,6 +120,8 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
             yield _drift(this["drift"], f"Drift since round {number - 1}")
         if "gates" in this:
             yield gates_table(this["gates"], title=f"Gates{suffix}")
+        if "stop_when" in this:
+            yield _stops_table(this["stop_when"], f"What would end the rounds{suffix}")
         if "generator" in this or "policy" in this:
             yield _trainings(this, f"Training{suffix}")
 
@@ -176,6 +150,17 @@ def gates_table(results: Sequence[GateResult], *, title: str = "Gates") -> Table
         for result in results
     ]
     return Table(title, ("measured", "bound", ""), tuple(rows), METHOD, left=True)
+
+
+def _stops_table(results: Sequence[GateResult], title: str) -> Table:
+    rows = [
+        Row(
+            each.name,
+            (cell(plain(each.value), "number"), Cell(each.bound), Cell("HOLDS" if each.passed else "does not hold")),
+        )
+        for each in results
+    ]
+    return Table(title, ("measured", "condition", ""), tuple(rows), METHOD, left=True)
 
 
 def measures_table(columns: Mapping[str, Measures], comparison: Comparison | None = None, *, title: str = "Pairs") -> Table:
@@ -322,55 +307,6 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         "Accuracy before and after: share of pairs whose chosen response is the more probable one."
     )
     return Table(title, tuple(name for name, _ in names), tuple(kept), note)
-
-
-def find(node: Json, path: str) -> Any:
-    """The value at a dotted path, or None where it was not measured."""
-    found: Any = node
-    for key in path.split("."):
-        if not isinstance(found, Mapping) or key not in found:
-            return None
-        found = cast(Json, found)[key]
-    return found
-
-
-def cell(value: Any, form: Form, *, signed: bool = False) -> Cell:
-    """An estimate, a number or None as text. The interval has as many decimals as the mean."""
-    if value is None:
-        return Cell("")
-    if isinstance(value, int):
-        return Cell(f"{value:,}")
-    if isinstance(value, float):
-        return Cell(_number(value, form, signed=signed))
-    mean, low, high = value["mean"], value["low"], value["high"]
-    text = _number(mean, form, signed=signed)
-    if low is None or high is None:
-        return Cell(text)
-    decimals = _decimals(mean, form)
-    scale, sign = (100 if form == "share" else 1), ("+" if signed else "")
-    return Cell(text, f"[{low * scale:{sign}.{decimals}f}, {high * scale:{sign}.{decimals}f}]")
-
-
-def _number(value: float, form: Form, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    decimals = _decimals(value, form)
-    return f"{100 * value:{sign}.{decimals}f}%" if form == "share" else f"{value:{sign},.{decimals}f}"
-
-
-def _decimals(value: float, form: Form) -> int:
-    if form == "share" or abs(value) >= 100:
-        return 1
-    return 2 if abs(value) >= 10 else 3
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 8.4 s, 3 min 20 s, 2 h 05 min."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _console() -> Console:

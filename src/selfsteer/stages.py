@@ -32,6 +32,8 @@ class Round:
     recipe: Recipe
     policy: Checkpoint
     """The policy at the round's start: what samples, and the reference model of both trainings."""
+    first: Checkpoint
+    """The policy that the run began with."""
     prompts: Prompts
     lenders: tuple[RunFolder, ...] = ()
     """Finished runs whose stages and samples this one may take over, where they are the same."""
@@ -150,7 +152,24 @@ def held_out(round: Round) -> frozenset[str]:
         return frozenset()
     first = round.folder.path / f"round-{round.number}" / "1-principles"
     source = round.folder.stage(round.number, "1-principles" if first.is_dir() else "5-preferences")
-    ids = {row["query_id"] for row in source.rows()}
+    return hold_out({row["query_id"] for row in source.rows()}, count)
+
+
+def hold_out(ids: Collection[str], count: int) -> frozenset[str]:
+    """`count` of these queries; ValueError where none is left."""
     if count >= len(ids):
         raise ValueError(f"queries.holdout: {count} of {len(ids)} queries; leave some to train on.")
     return frozenset(sorted(ids, key=lambda query_id: seed_for("held out", query_id))[:count])
+
+
+def share_of_round(round: Round, ids: Collection[str]) -> frozenset[str]:
+    """Of all queries, this round's where rounds split them: an equal share, drawn with the seed, and the held-out ones.
+
+    Raises ValueError where there are fewer queries than rounds.
+    """
+    count, rounds = round.recipe.queries.holdout, round.recipe.rounds
+    spared = hold_out(ids, count) if count else frozenset[str]()
+    others = sorted(set(ids) - spared, key=lambda query_id: seed_for(round.recipe.seed, "round", query_id))
+    if len(others) < rounds:
+        raise ValueError(f"queries.split_rounds: {len(others)} queries to train on are too few for {rounds} rounds.")
+    return spared | set(others[round.number - 1 :: rounds])

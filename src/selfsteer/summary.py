@@ -7,13 +7,12 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 from selfsteer import schemas
 from selfsteer.cards import Method
-from selfsteer.data_stages import POLICY_PAIRS
 from selfsteer.drift import drift
-from selfsteer.gates import evaluate, parse
+from selfsteer.gates import evaluate, parse, why_not_aligned
 from selfsteer.metrics import Measures, Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
 from selfsteer.models import hardware
 from selfsteer.quality import compare, measure
@@ -21,6 +20,7 @@ from selfsteer.quality_stage import QUALITY, measured, read_contamination, read_
 from selfsteer.recipe import Recipe, load
 from selfsteer.records import PairRow
 from selfsteer.stages import sealed
+from selfsteer.steering_stage import POLICY_PAIRS
 from selfsteer.store import RunFolder, Stage
 from selfsteer.training_stages import BAD_GENERATOR, GOOD_GENERATOR, HISTORY, MEASURES, MODEL
 
@@ -71,11 +71,19 @@ def stage_names(recipe: Recipe, method: Method) -> tuple[str, ...]:
     return (*names[:-1], QUALITY, names[-1]) if measured(recipe, principles=method != "given") else names
 
 
-def metrics(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
-    """The measures of every round, and what identifies the run."""
-    rounds = round_metrics(folder, recipe, method)
+def metrics(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:
+    """The measures of every round, and what identifies the run.
+
+    ended: the round that made its data and then did not align the policy on it; the result is then that of the one before.
+    """
+    rounds = round_metrics(folder, recipe, method, unaligned=ended)
     facts = _facts(folder, recipe, rounds)
-    facts["policy_folder"] = str(folder.stage(recipe.rounds, "6-policy").path / MODEL)
+    last = recipe.rounds if ended is None else ended - 1
+    if last > 0:
+        facts["policy_folder"] = str(folder.stage(last, "6-policy").path / MODEL)
+        facts["policy_round"] = last
+    if ended is not None and (reason := why_not_aligned(rounds[-1], number=ended)) is not None:
+        facts["ended"] = reason
     return Metrics(run=facts, rounds=rounds)
 
 
@@ -100,7 +108,7 @@ def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) ->
 
 def round_metrics(folder: RunFolder, recipe: Recipe, method: Method, *, unaligned: int | None = None) -> list[RoundMetrics]:
     """The measures of all rounds, drift and gates among them; or up to round `unaligned`, which ends with its data."""
-    gates = parse(recipe.quality.gates)
+    gates, stops = parse(recipe.quality.gates), parse(recipe.quality.stop_when)
     rounds: list[RoundMetrics] = []
     for number in range(1, (unaligned or recipe.rounds) + 1):
         found = _round(folder, number, recipe, method, aligned=number != unaligned)
@@ -108,6 +116,8 @@ def round_metrics(folder: RunFolder, recipe: Recipe, method: Method, *, unaligne
             found["drift"] = drift(rounds[-1], found)
         if gates:
             found["gates"] = evaluate(gates, found, number=number)
+        if stops and rounds:
+            found["stop_when"] = evaluate(stops, found, number=number)
         rounds.append(found)
     return rounds
 
@@ -199,12 +209,31 @@ def status(path: Path) -> Status:
     folder = RunFolder.view(path)
     recipe = load(folder.path / "recipe.yaml")
     names = stage_names(recipe, _method(folder, recipe))
-    stages = [_stage_status(folder.stage(number, name), number) for number in range(1, recipe.rounds + 1) for name in names]
+    ended = _ended(folder)
+    last = recipe.rounds if ended is None else ended.round
+    stages = [_stage_status(folder.stage(number, name), number) for number in range(1, last + 1) for name in names]
+    if ended is not None:
+        return Status(run=str(path), stages=stages[:-1], next=f"nothing: {ended.reason}")
     following = next((each for each in stages if each["state"] != "sealed"), None)
     if following is None:
         return Status(run=str(path), stages=stages, next="nothing: the run is complete")
     verb = "continue" if following["state"] == "partial" else "begin"
     return Status(run=str(path), stages=stages, next=f"{verb} round {following['round']}, {following['name']}")
+
+
+class _Ended(NamedTuple):
+    round: int
+    reason: str
+
+
+def _ended(folder: RunFolder) -> _Ended | None:
+    """The round that ended the run before its time; None where none did, or a later session has begun."""
+    found = folder.path / "metrics.json"
+    if not found.exists() or found.stat().st_mtime_ns < (folder.path / "recipe.yaml").stat().st_mtime_ns:
+        return None
+    metrics = json.loads(found.read_bytes())
+    reason = metrics["run"].get("ended")
+    return None if reason is None else _Ended(len(metrics["rounds"]), reason)
 
 
 def _method(folder: RunFolder, recipe: Recipe) -> Method:

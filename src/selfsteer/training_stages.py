@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 from selfsteer import schemas
+from selfsteer.cells import plain
 from selfsteer.durable import canonical_json, make_folder, replacing
 from selfsteer.launch import launch
 from selfsteer.metrics import ImplicitReward
@@ -20,7 +21,6 @@ from selfsteer.quality import implicit_reward
 from selfsteer.recipe import Alignment, Generator
 from selfsteer.records import PairRow
 from selfsteer.reference import Group, Judge, score_missing, scores
-from selfsteer.report import plain
 from selfsteer.stages import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.training import TrainingJob
@@ -60,7 +60,7 @@ def policy_stage(round: Round, preferences: Stage) -> Stage:
 
 def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | Alignment) -> Stage:
     settings: dict[str, Any] = {
-        "objective": section.model_dump(exclude={"kind", "objective", "queries"}),
+        "objective": section.model_dump(exclude={"kind", "objective", "queries", "reference", "weighting"}),
         "training": round.recipe.training.model_dump(exclude={"save_steps", "report_to", "gradient_checkpointing"}),
         "measured": round.recipe.quality.sample,
         "seed": round.recipe.seed,
@@ -69,7 +69,13 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
         settings["holdout"] = round.recipe.queries.holdout
     if name in _HALVES:
         settings["half"] = _HALVES[name]
-    origin = Origin(settings=settings, inputs=inputs_of(round, pairs=pairs))
+    inputs = inputs_of(round, pairs=pairs)
+    if isinstance(section, Alignment):
+        if section.weighting != "none":
+            settings["weighting"] = section.weighting
+        if section.reference == "first" and round.first.digest != round.policy.digest:
+            inputs["reference"] = round.first.digest
+    origin = Origin(settings=settings, inputs=inputs)
     return make_stage(round, name, origin, lambda work: _train(round, work, pairs, section))
 
 
@@ -80,16 +86,39 @@ def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]
     return (row for row in pairs.rows() if (half is None or row["kind"] == half) and row["query_id"] not in spared)
 
 
+def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
+    """The same with the reference log-probabilities of the policy that the run began with."""
+    judge = Judge(round.first, round.recipe.policy, round.prompts, round.recipe.training)
+
+    def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
+        return _groups(judge, _lessons(round, work, pairs))
+
+    every_group = (group for _, group in groups())
+    score_missing(judge, every_group, work.journal, description="log-probabilities of the first policy", total=kept(pairs))
+    for rows, group in groups():
+        for row, scored in zip(rows, scores(work.journal, group), strict=True):
+            yield {**row, "ref_chosen_logps": scored.chosen.logps, "ref_rejected_logps": scored.rejected.logps}
+
+
+def _groups(judge: Judge, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], Group]]:
+    """The rows of each query, and their pairs to be scored together."""
+    for _, each in groupby(rows, key=lambda row: row["query_id"]):
+        of_query = list(each)
+        yield of_query, judge.group([schemas.pair(row) for row in of_query])
+
+
 def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignment) -> Contents:
     unfinished = work.stage.path / f"training-{work.origin.fingerprint[:12]}"
     for stale in work.stage.path.glob("training-*"):
         if stale != unfinished:
             shutil.rmtree(stale)
     data, queries = pairs.path / "data.parquet", kept(pairs)
-    if {"half", "holdout"} & work.origin.settings.keys():
+    anchored = "reference" in work.origin.inputs
+    if anchored or {"half", "holdout"} & work.origin.settings.keys():
         make_folder(unfinished)
         data = unfinished / "pairs.parquet"
-        queries = schemas.write_rows(data, _lessons(round, work, pairs), schemas.PAIRS)
+        lessons = _anchored(round, work, pairs) if anchored else _lessons(round, work, pairs)
+        queries = schemas.write_rows(data, lessons, schemas.PAIRS)
         if queries == 0:
             raise ValueError(f"{work.stage.path}: every pair is held out; lower queries.holdout.")
     job = TrainingJob(
@@ -120,15 +149,16 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
 
 
 def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> ImplicitReward:
-    """Margins and accuracy of the training pairs before and after, on at most quality.sample queries."""
+    """Margins and accuracy of the training pairs before and after, on at most quality.sample queries.
+
+    Rewards are against the policy at the round's start, whatever reference the loss had.
+    """
     drawn = draw_queries(round, pairs, round.recipe.quality.sample)
     judge = Judge(checkpoint(work.stage.path / MODEL), round.recipe.policy, round.prompts, round.recipe.training)
 
     def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
-        for query_id, rows in groupby(_lessons(round, work, pairs), key=lambda row: row["query_id"]):
-            if drawn is None or query_id in drawn:
-                of_query = list(rows)
-                yield of_query, judge.group([schemas.pair(row) for row in of_query])
+        rows = (row for row in _lessons(round, work, pairs) if drawn is None or row["query_id"] in drawn)
+        return _groups(judge, rows)
 
     total = kept(pairs) if drawn is None else len(drawn)
     every_group = (group for _, group in groups())

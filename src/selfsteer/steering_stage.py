@@ -1,0 +1,64 @@
+"""Stage 3: the pairs that train the data generator, and those that it is compared with.
+
+Left out on purpose: how pairs are built (`pairs.py`) and scored (`reference.py`).
+"""
+
+from collections.abc import Iterator
+
+from selfsteer import schemas
+from selfsteer.data_stages import scored_rows, seeds_of
+from selfsteer.pairs import alignment_pair, steering_pairs, steering_reject_reason
+from selfsteer.records import Dropped, PairRow, Responses
+from selfsteer.reference import Group, score_missing
+from selfsteer.schemas import NO_SEEDS
+from selfsteer.stages import Round, Work, arithmetic, inputs_of, kept, make_stage, policy_as_judge
+from selfsteer.store import Contents, Origin, Stage
+
+POLICY_PAIRS = "policy-pairs.parquet"
+"""The policy's own responses as alignment pairs (PBAA), scored: what the generator's pairs are compared with."""
+
+
+def steering_stage(round: Round, responses: Stage) -> Stage:
+    """Step 3, first half: the pairs of L_SSO with reference log-probabilities, and the PBAA pairs of the same queries."""
+    settings = {
+        "filters": round.recipe.filters.model_dump(),
+        "objective": round.recipe.generator.objective,
+        **arithmetic(round.recipe.training),
+    }
+    origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
+    return make_stage(round, "3-steering", origin, lambda work: _steering(round, work, responses))
+
+
+def _steering(round: Round, work: Work, responses: Stage) -> Contents:
+    objective, judge = round.recipe.generator.objective, policy_as_judge(round)
+    dropped: list[Dropped] = []
+
+    def judged() -> Iterator[tuple[Responses, str | None]]:
+        for row in responses.rows():
+            item = schemas.responses(row)
+            yield item, steering_reject_reason(item, round.recipe.filters, round.prompts)
+
+    def groups(item: Responses) -> tuple[Group, Group]:
+        own = alignment_pair(item.query, item.good, item.bad)
+        return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((own,))
+
+    wanted = kept(responses)
+    every_group = (group for item, reason in judged() if reason is None for group in groups(item))
+    score_missing(judge, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
+    own = (
+        row
+        for item, reason in judged()
+        if reason is None
+        for row in scored_rows(work.journal, groups(item)[1], item.principles, seeds_of(item))
+    )
+    schemas.write_rows(work.stage.path / POLICY_PAIRS, own, schemas.PAIRS)
+
+    def rows() -> Iterator[PairRow]:
+        for item, reason in judged():
+            if reason is None:
+                yield from scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
+            else:
+                dropped.append(Dropped(id=item.query.id, reason=reason))
+
+    each = 2 if objective in ("sso", "equation_3") else 1
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PAIRS, rows_each=each, files=(POLICY_PAIRS,))
