@@ -6,21 +6,19 @@ measuring; a number that is not in the metrics is not in the report.
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from selfsteer.cells import Cell, Form, Json, Row, Table, cell, duration, find, plain
 from selfsteer.durable import replacing
-from selfsteer.estimates import METHOD, Estimate
+from selfsteer.estimates import METHOD
 from selfsteer.metrics import Comparison, Contamination, Drift, GateResult, Measures, Metrics, RoundMetrics
-
-Json = Mapping[str, Any]
-Form = Literal["number", "share"]
 
 DIRT = (
     ("cut off", "truncated"),
@@ -30,43 +28,25 @@ DIRT = (
     ("nearly said before,", "near_repeated"),
 )
 """Labels and keys of the measures of dirt that both sides have."""
+JUDGES = (
+    ("judge", "the judge"),
+    ("implicit_reward", "implicit reward"),
+    ("likelihood", "mean log-probability"),
+    ("principle_consistency", "principle consistency"),
+)
+"""Keys of the judges' reports in `Measures`, and their names."""
+VERDICTS = (
+    ("accuracy", "accuracy"),
+    ("of averaged orders", "averaged_accuracy"),
+    ("ties", "ties"),
+    ("orders disagree", "flips"),
+    ("first shown preferred", "prefers_first"),
+    ("the longer one wins", "longer_wins"),
+    ("... of a perfect judge", "chosen_longer"),
+    ("answers A or B", "mass"),
+)
+"""Labels and keys of what a judge's report tells."""
 PBAA, GENERATOR, ALIGNMENT = "PBAA pairs", "generator pairs", "alignment pairs"
-
-
-class Cell(NamedTuple):
-    """One number of a table with its interval, both as text; "" where it was not measured."""
-
-    value: str
-    interval: str = ""
-
-
-class Row(NamedTuple):
-    """A line of a table; without cells, a heading of the lines below."""
-
-    label: str
-    cells: tuple[Cell, ...] = ()
-
-
-class Table(NamedTuple):
-    """A table, ready to be drawn."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    note: str = ""
-    left: bool = False
-    """The last column is text."""
-
-
-def plain(value: object) -> Any:
-    """The same as JSON values: an `Estimate` becomes {"mean", "low", "high", "n"}, a `GateResult` likewise."""
-    if isinstance(value, Estimate | GateResult):
-        return {key: plain(item) for key, item in value._asdict().items()}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in cast("Mapping[object, object]", value).items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in cast("list[object]", value)]
-    return value
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:
@@ -215,16 +195,7 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
                 line("chosen longer", "length.chosen_longer", "share"),
             ],
         ),
-        (
-            "judged",
-            [
-                line("accuracy", "judge.accuracy", "share"),
-                line("ties", "judge.ties", "share"),
-                line("orders disagree", "judge.flips", "share"),
-                line("the longer one wins", "judge.longer_wins", "share"),
-                line("principle consistency", "principle_consistency.accuracy", "share"),
-            ],
-        ),
+        *((f"judged by {name}", [*_judged(line, key), *_unjudged(sets, key, blank=compared)]) for key, name in JUDGES),
         (
             "variety",
             [
@@ -253,6 +224,20 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
     if compared and differences is not None:
         note += f" Difference: per query, over the {differences['queries']:,} queries that both have."
     return Table(title, (*columns, "difference") if compared else tuple(columns), tuple(rows), note)
+
+
+def _judged(line: Callable[[str, str, Form], Row], judge: str) -> list[Row]:
+    return [line(label, f"{judge}.{key}", "share") for label, key in VERDICTS]
+
+
+def _unjudged(sets: Sequence[Json], judge: str, *, blank: bool) -> list[Row]:
+    """Pairs without a verdict, by reason."""
+    found = [cast("Mapping[str, int]", find(measures, f"{judge}.errors") or {}) for measures in sets]
+    reasons = dict.fromkeys(reason for errors in found for reason in errors)
+    return [
+        Row(f"no verdict: {reason}", (*(cell(errors.get(reason), "number") for errors in found), *[Cell("")] * blank))
+        for reason in reasons
+    ]
 
 
 def _stages(this: RoundMetrics, title: str) -> Table:
@@ -322,55 +307,6 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         "Accuracy before and after: share of pairs whose chosen response is the more probable one."
     )
     return Table(title, tuple(name for name, _ in names), tuple(kept), note)
-
-
-def find(node: Json, path: str) -> Any:
-    """The value at a dotted path, or None where it was not measured."""
-    found: Any = node
-    for key in path.split("."):
-        if not isinstance(found, Mapping) or key not in found:
-            return None
-        found = cast(Json, found)[key]
-    return found
-
-
-def cell(value: Any, form: Form, *, signed: bool = False) -> Cell:
-    """An estimate, a number or None as text. The interval has as many decimals as the mean."""
-    if value is None:
-        return Cell("")
-    if isinstance(value, int):
-        return Cell(f"{value:,}")
-    if isinstance(value, float):
-        return Cell(_number(value, form, signed=signed))
-    mean, low, high = value["mean"], value["low"], value["high"]
-    text = _number(mean, form, signed=signed)
-    if low is None or high is None:
-        return Cell(text)
-    decimals = _decimals(mean, form)
-    scale, sign = (100 if form == "share" else 1), ("+" if signed else "")
-    return Cell(text, f"[{low * scale:{sign}.{decimals}f}, {high * scale:{sign}.{decimals}f}]")
-
-
-def _number(value: float, form: Form, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    decimals = _decimals(value, form)
-    return f"{100 * value:{sign}.{decimals}f}%" if form == "share" else f"{value:{sign},.{decimals}f}"
-
-
-def _decimals(value: float, form: Form) -> int:
-    if form == "share" or abs(value) >= 100:
-        return 1
-    return 2 if abs(value) >= 10 else 3
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 8.4 s, 3 min 20 s, 2 h 05 min."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _console() -> Console:
