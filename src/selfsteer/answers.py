@@ -13,7 +13,7 @@ from selfsteer import schemas
 from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.models import checkpoint
 from selfsteer.pairs import alignment_pair, pair_row
-from selfsteer.quality_stage import VERDICT_SCHEMA, VERDICTS, read_verdicts, verdict_row
+from selfsteer.quality_stage import VERDICT_SCHEMA, VERDICTS, read_verdicts, reopen_unanswered, verdict_row
 from selfsteer.recipe_judge import RecipeJudge, ask, find_judge
 from selfsteer.records import Dropped, PairRow, PreferencePair, Query
 from selfsteer.responses import open_engine, request, response, sample, seed_for
@@ -36,8 +36,9 @@ def answers_stage(round: Round, principles: Stage, policy: Stage) -> Stage | Non
         "holdout": round.recipe.queries.holdout,
         "seed": round.recipe.seed,
     }
-    inputs = inputs_of(round, principles=principles, aligned=policy) | {"judge": judge.model.digest}
+    inputs = inputs_of(round, principles=principles, aligned=policy) | judge.inputs()
     origin = Origin(settings=settings, inputs=inputs)
+    reopen_unanswered(round.folder.stage(round.number, ANSWERS), origin)
     return make_stage(round, ANSWERS, origin, lambda work: _answers(round, work, _Asked(round, principles, policy), judge))
 
 
@@ -83,7 +84,7 @@ def _answers(round: Round, work: Work, asked: _Asked, judge: RecipeJudge) -> Con
         else:
             pairs.append(alignment_pair(query, after, before))
 
-    verdicts = ask(judge, round.recipe.policy, lambda: pairs, work.journal, total=len(pairs))
+    verdicts = ask(judge, lambda: pairs, work.journal, total=len(pairs))
     found = (verdict_row("alignment", "judge", verdict) for verdict in verdicts)
     schemas.write_rows(work.stage.path / VERDICTS, found, VERDICT_SCHEMA)
 

@@ -1,7 +1,4 @@
-"""Tables as text, before they are drawn: cells, rows, and numbers as people read them.
-
-Left out on purpose: drawing (`report.py`, `page.py`).
-"""
+"""Cells, rows and tables, and how numbers and their intervals read. What stands in them is in `report.py`."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast

@@ -98,7 +98,13 @@ def measure(
     pairs: PairsFile,
     policy: Annotated[str, typer.Option(metavar="MODEL", help="The model to measure under, as policy.model in a recipe.")],
     judge: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="An LLM or a reward model that judges the pairs.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="Who judges the pairs: an LLM, a reward model, implicit:MODEL (a model trained from the policy), or a .yaml"
+            " file with a judge section.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Measure a preference dataset: on-policy probability, margins, lengths, overlap, and a judge's accuracy."""

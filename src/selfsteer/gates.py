@@ -59,6 +59,7 @@ MEASURES: Mapping[str, Gateable] = {
     "on_policy_all": Gateable("pairs.on_policy.all", _SHARE, "on-policy probability of chosen and rejected alike"),
     "on_policy_gain": Gateable("comparison.all", _DIFFERENCE, "on-policy probability above that of PBAA, query by query"),
     "accuracy": Gateable("pairs.judge.accuracy", _SHARE, "share of pairs whose order the judge confirms"),
+    "judged": Gateable("pairs.judge.judged", _SHARE, "share of pairs on which the judge gave a verdict"),
     "ties": Gateable("pairs.judge.ties", _SHARE, "share of pairs that the judge calls a tie"),
     "flips": Gateable("pairs.judge.flips", _SHARE, "share of pairs on which the judge's two orders disagree"),
     "longer_wins": Gateable("pairs.judge.longer_wins", _SHARE, "share of decided pairs in which the longer response wins"),
@@ -235,8 +236,16 @@ def _mistake(name: str, bound: str, conditions: Sequence[Condition]) -> str | No
 
 def _result(gate: Gate, metrics: RoundMetrics) -> GateResult:
     value = _value(MEASURES[gate.name].path, metrics)
-    reason = f"not measured ({MEASURES[gate.name].description})" if value is None else _reason(gate, value)
+    reason = _absent(gate, metrics) if value is None else _reason(gate, value)
     return GateResult(gate.name, gate.bound, value, passed=not reason, reason=reason)
+
+
+def _absent(gate: Gate, metrics: RoundMetrics) -> str:
+    """Why there is no value: of a judge, what became of its verdicts."""
+    measure = MEASURES[gate.name]
+    errors: Mapping[str, int] = find(_node(metrics), f"{measure.path.rpartition('.')[0]}.errors") or {}
+    listed = ", ".join(f"{count:,} {error}" for error, count in errors.items())
+    return f"not measured ({measure.description})" + (f"; no verdict: {listed}" if listed else "")
 
 
 def _reason(gate: Gate, value: Estimate) -> str:
@@ -254,8 +263,12 @@ def _reason(gate: Gate, value: Estimate) -> str:
     return ""
 
 
+def _node(metrics: RoundMetrics) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", {**metrics, "pairs": aligned_pairs(metrics)})
+
+
 def _value(path: str, metrics: RoundMetrics) -> Estimate | None:
-    node = cast("Mapping[str, Any]", {**metrics, "pairs": aligned_pairs(metrics)})
+    node = _node(metrics)
     count, slash, total = path.partition(" / ")
     found, of = find(node, count), find(node, total)
     if slash:

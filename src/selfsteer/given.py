@@ -1,27 +1,25 @@
 """Preference data made elsewhere: to train on, and to measure."""
 
 from collections.abc import Iterator
-from itertools import tee
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from selfsteer import interrupt, schemas
+from selfsteer import schemas
 from selfsteer.durable import file_digest
 from selfsteer.journal import Journal
 from selfsteer.metrics import Measures
 from selfsteer.models import load_tokenizer, resolve
 from selfsteer.pairs import special_token_reason
 from selfsteer.preferences import read_pairs
-from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
-from selfsteer.quality import measure
+from selfsteer.quality import measure, reference_scores
 from selfsteer.recipe import Policy, Training
 from selfsteer.recipe_judge import RecipeJudge, ask
 from selfsteer.records import Dropped, PairRow, PreferencePair
-from selfsteer.reference import Group, score_missing, scores
+from selfsteer.reference import Group, Judge, score_missing, scores
 from selfsteer.schemas import NO_SEEDS
-from selfsteer.scoring import open_scorer, score
+from selfsteer.self_judges import implicit_verdicts, likelihood_verdicts
 from selfsteer.stages import Round, Work, arithmetic, inputs_of, make_stage, policy_as_judge
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.verdicts import JudgeReport, judge_report
@@ -77,25 +75,48 @@ def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) ->
         raise ValueError(f"{path}: no rows")
 
 
-def measure_given(path: Path, policy: str) -> Measures:
-    """Every measure of a preference dataset, with log-probabilities under `policy` (a model reference as in a recipe)."""
-    section = Policy(model=resolve(Policy(model=policy)).path)
-    prompts = Prompts(load_tokenizer(section.model))
-    total = sum(isinstance(item, PreferencePair) for item in usable_pairs(path, prompts, None))
-    with (
-        progress("log-probabilities of the pairs", total, unit="pairs") as advance,
-        open_scorer(section, Training()) as scorer,
-    ):
-        kept = (item for item in usable_pairs(path, prompts, None) if isinstance(item, PreferencePair))
-        scored, named = tee(kept)
+def measure_given(path: Path, policy: str, trained: str | None = None) -> Measures:
+    """Every measure of a preference dataset, with log-probabilities under `policy` (a model reference as in a recipe).
 
-        def rows() -> Iterator[PairRow]:
-            for pair, numbers in zip(named, score(scorer, ([pair] for pair in scored)), strict=True):
-                interrupt.raise_if_stopped()
-                advance(1)
-                yield schemas.scored_row(pair, numbers[0], None, NO_SEEDS)
+    trained: a model trained from the policy, whose implicit reward judges the pairs. Both then compute in float32, as small
+    differences decide. Nothing is kept.
+    """
+    training = Training() if trained is None else Training(dtype="float32")
+    with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
+        before = _Scored(path, _scorer(policy, training), journal)
+        measures = measure(row for _, row in before.rows())
+        likely = ((pair, scored) for pair, row in before.rows() if (scored := reference_scores(row)) is not None)
+        measures["likelihood"] = judge_report(likelihood_verdicts(likely))
+        if trained is not None:
+            after = _Scored(path, _scorer(trained, training), journal)
+            scored = (found for _, row in after.rows() if (found := reference_scores(row)) is not None)
+            measures["implicit_reward"] = judge_report(implicit_verdicts(before.rows(), scored, beta=1.0))
+        return measures
 
-        return measure(rows())
+
+def _scorer(model: str, training: Training) -> Judge:
+    found = resolve(Policy(model=model))
+    return Judge(found, Policy(model=found.path), Prompts(load_tokenizer(found.path)), training)
+
+
+class _Scored:
+    """The usable pairs of a file under one model, scored once."""
+
+    def __init__(self, path: Path, judge: Judge, journal: Journal) -> None:
+        self._path, self._judge, self._journal = path, judge, journal
+        total = sum(1 for _ in self._groups())
+        score_missing(judge, self._groups(), journal, description="log-probabilities of the pairs", total=total)
+
+    def _groups(self) -> Iterator[Group]:
+        for item in usable_pairs(self._path, self._judge.prompts, None):
+            if isinstance(item, PreferencePair):
+                yield self._judge.group((item,))
+
+    def rows(self) -> Iterator[tuple[PreferencePair, PairRow]]:
+        """Each pair with the columns of its log-probabilities."""
+        for group in self._groups():
+            [scored] = scores(self._journal, group)
+            yield group.pairs[0], schemas.scored_row(group.pairs[0], scored, None, NO_SEEDS)
 
 
 def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
@@ -106,4 +127,4 @@ def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
         return (item for item in usable_pairs(path, prompts, None) if isinstance(item, PreferencePair))
 
     with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
-        return judge_report(ask(judge, policy, pairs, journal, total=sum(1 for _ in pairs())))
+        return judge_report(ask(judge, pairs, journal, total=sum(1 for _ in pairs())))

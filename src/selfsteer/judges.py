@@ -1,7 +1,8 @@
 """Judges of preference pairs: which of two responses is better, and does that agree with chosen above rejected?
 
 judge                   who says which response is better                         costs a pair
-sampled_verdicts        an LLM behind any engine, by one letter, in both orders   two short answers
+sampled_verdicts        an LLM behind any engine, by P(A) and P(B) where the      two short answers
+                        engine tells them, else by one letter, in both orders
 embedded_verdicts       an LLM in this process, by P(A) and P(B), in both orders  two prompts, nothing is sampled
 reward_verdicts         a sequence-classification reward model                    two sequences
 (self_judges.py)        the trained or the steered policy itself                  at most one forward pass
@@ -15,7 +16,8 @@ Left out on purpose: which judge a recipe names, gates on its report, grades of 
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -29,7 +31,7 @@ from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
 from selfsteer.quality import ScoredPair
 from selfsteer.records import Message, PreferencePair
-from selfsteer.verdicts import Orders, Verdict, by_margin, by_orders, failure
+from selfsteer.verdicts import Orders, Verdict, by_margin, by_orders, failure, no_answer
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ SCHEMA = 1
 
 Pairs = Callable[[], Iterable[PreferencePair]]
 """The pairs to be judged, each time from the beginning: once to ask, once to read the verdicts."""
+
+_SPACES = " \t\r\n\u2581\u0120\u010a"
+"""White space around a letter in the text of a token; the last three are SentencePiece's and byte-level BPE's."""
 
 _DURABLE_EVERY = 16
 _RETRY_TEMPERATURE = 0.7
@@ -62,6 +67,8 @@ class LLMJudge:
     template: str
     """See `judge_prompts.judge_template`."""
     sampling: Sampling = GREEDY
+    top_logps: int = 20
+    """Judge by the probabilities of so many likely first tokens, where the engine tells them; 0: by the letter alone."""
     retries: int = 2
     """Further tries of an answer that can't be read."""
     max_prompt_tokens: int = 8192
@@ -80,15 +87,32 @@ class LLMJudge:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_new_tokens": sampling.max_new_tokens,
+            "top_logps": self.top_logps,
             "attempt": attempt,
         }
         key = digest(content)
         prompt_ids = () if self.prompts is None else self.prompts.prompt_ids(messages)
-        return Request(key=key, messages=messages, prompt_ids=prompt_ids, sampling=sampling, seed=int(key[:8], 16))
+        return Request(
+            key=key,
+            messages=messages,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            seed=int(key[:8], 16),
+            top_logps=self.top_logps,
+        )
 
     def refusal(self, both: BothOrders) -> str | None:
         """Why it must not be asked, or None."""
         return None if self.prompts is None else refusal(both, self.prompts, self.max_prompt_tokens)
+
+
+class Answer(NamedTuple):
+    """What one answer says."""
+
+    first: float
+    """Probability of `FIRST`, renormalised over the closed set; 1 or 0 of a letter that was only written."""
+    mass: float | None = None
+    """Probability of the closed set; None of a letter that was only written."""
 
 
 def parse_answer(text: str) -> str | None:
@@ -97,27 +121,50 @@ def parse_answer(text: str) -> str | None:
     return answer if answer in (FIRST, SECOND) else None
 
 
+def letter_logps(tokens: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Log-probability of each letter: tokens that say it, such as "A" and " A", are summed. -inf where none says it."""
+    mass = dict.fromkeys((FIRST, SECOND), 0.0)
+    for text, logp in tokens:
+        letter = text.strip(_SPACES)
+        if letter in mass:
+            mass[letter] += math.exp(logp)
+    return {letter: math.log(value) if value else -math.inf for letter, value in mass.items()}
+
+
+def letter_probability(logps: Mapping[str, float]) -> Answer | None:
+    """From log-probabilities by letter, as the embedded model or an engine gives them; None where neither is possible."""
+    first, second = logps[FIRST], logps[SECOND]
+    if first == second == -math.inf:
+        return None
+    # Stable for letters that are both improbable, unlike a quotient of probabilities.
+    return Answer(1 / (1 + math.exp(min(second - first, 700.0))), math.exp(first) + math.exp(second))
+
+
 def sampled_verdicts(
     judge: LLMJudge, pairs: Pairs, open_engine: Callable[[], Engine], journal: Journal, *, total: int
 ) -> Iterator[Verdict]:
-    """The verdicts of an LLM that answers with a letter. total, the number of pairs, is for the progress bar.
+    """The verdicts of an LLM that answers with a letter: by the letter's probability where the engine tells it, else by
+    the letter. total, the number of pairs, is for the progress bar.
 
-    An answer that can't be read is asked for again, a request that fails costs its pair, and a server that has gone costs
-    the pairs that it has not answered. Raises Interrupted, with all answers durable, when a signal asked to stop.
+    An answer that can't be read is asked for again, a request that fails costs its pair, and an engine that does not start
+    or breaks off costs the pairs that it has not answered. Raises Interrupted, with all answers durable, when a signal
+    asked to stop.
     """
-    failed: dict[str, str] = {}
+    failures = _Failures()
     for attempt in range(1 + judge.retries):
         wanted = _unread(judge, pairs(), attempt, journal)
         first = next(wanted, None)
         if first is None:
             break
-        with progress("verdicts", 2 * total, unit="answers") as advance, open_engine() as engine:
-            for batch in _answers(engine, chain([first], wanted), failed):
-                journal.append([(each.key, {"text": each.text, "finish_reason": each.finish_reason}) for each in batch])
+        with progress("verdicts", 2 * total, unit="answers") as advance:
+            for batch in _answers(open_engine, chain([first], wanted), failures):
+                journal.append([(each.key, _data(each)) for each in batch])
                 advance(len(batch))
         raise_if_stopped()
+        if failures.gone:
+            break
     for pair in pairs():
-        yield _verdict(judge, pair, journal, failed)
+        yield _verdict(judge, pair, journal, failures.reasons)
 
 
 def _unread(judge: LLMJudge, pairs: Iterable[PreferencePair], attempt: int, journal: Journal) -> Iterator[Request]:
@@ -137,30 +184,62 @@ def _unread(judge: LLMJudge, pairs: Iterable[PreferencePair], attempt: int, jour
                 yield request
 
 
-def _answers(engine: Engine, requests: Iterable[Request], failed: dict[str, str]) -> Iterator[list[Completion]]:
-    """Batches of answers to make durable; notes why requests failed. A server that has gone ends them."""
-    batch: list[Completion] = []
-    answers = engine.generate(requests)
-    while True:
+@dataclass(slots=True)
+class _Failures:
+    """What one run did not get answered."""
+
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
+    """Of requests that failed one by one, by their keys."""
+    gone: bool = False
+    """The engine broke off, or did not start."""
+
+    def give_up(self, error: OSError) -> None:
+        self.gone = True
+        log.warning("the judge has gone; pairs that it has not answered get no verdict until the next run: %s", error)
+
+
+def _answers(
+    open_engine: Callable[[], Engine], requests: Iterable[Request], failures: _Failures
+) -> Iterator[list[Completion]]:
+    """Batches of answers to make durable; notes why requests failed. An engine that breaks off ends them."""
+    with ExitStack() as stack:
         try:
-            answer = next(answers, None)
+            answers = stack.enter_context(open_engine()).generate(requests)
         except OSError as error:
-            log.warning("the judge has gone; pairs that it has not answered get no verdict: %s", error)
-            answer = None
-        if isinstance(answer, Failed):
-            failed[answer.key] = answer.reason
-        elif answer is not None:
-            batch.append(answer)
-        if batch and (answer is None or len(batch) == _DURABLE_EVERY):
-            yield batch
-            batch = []
-        if answer is None:
+            failures.give_up(error)
             return
+        batch: list[Completion] = []
+        while True:
+            try:
+                answer = next(answers, None)
+            except OSError as error:
+                failures.give_up(error)
+                answer = None
+            if isinstance(answer, Failed):
+                failures.reasons[answer.key] = answer.reason
+            elif answer is not None:
+                batch.append(answer)
+            if batch and (answer is None or len(batch) == _DURABLE_EVERY):
+                yield batch
+                batch = []
+            if answer is None:
+                return
 
 
-def _read(journal: Journal, key: str) -> str | None:
+def _data(answer: Completion) -> dict[str, object]:
+    tokens = None if answer.first_logps is None else [list(token) for token in answer.first_logps]
+    return {"text": answer.text, "finish_reason": answer.finish_reason, "first_logps": tokens}
+
+
+def _read(journal: Journal, key: str) -> Answer | None:
+    """What an answer says; None where it can't be read."""
     answer = journal.get(key)
-    return parse_answer(answer["text"]) if answer["finish_reason"] == "stop" else None
+    likely = None if answer["first_logps"] is None else letter_probability(letter_logps(answer["first_logps"]))
+    if likely is not None:
+        return likely
+    # Also of a model that has thought first: none of its likely first tokens is a letter, yet its answer may be one.
+    letter = parse_answer(answer["text"]) if answer["finish_reason"] == "stop" else None
+    return None if letter is None else Answer(float(letter == FIRST))
 
 
 def _verdict(judge: LLMJudge, pair: PreferencePair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
@@ -168,16 +247,25 @@ def _verdict(judge: LLMJudge, pair: PreferencePair, journal: Journal, failed: Ma
     reason = judge.refusal(both)
     if reason is not None:
         return failure(pair, reason)
-    letters: list[str] = []
+    said: list[Answer] = []
     for messages in both:
         tries = [judge.request(messages, attempt).key for attempt in range(1 + judge.retries)]
         answered = [key for key in tries if key in journal]
-        letter = next((letter for key in answered if (letter := _read(journal, key)) is not None), None)
-        if letter is None:
-            reason = next((failed[key] for key in tries if key in failed), None)
-            return failure(pair, reason or ("unreadable answer" if answered else "the judge did not answer"))
-        letters.append(letter)
-    return by_orders(pair, Orders(float(letters[0] == FIRST), float(letters[1] == SECOND)))
+        answer = next((answer for key in answered if (answer := _read(journal, key)) is not None), None)
+        if answer is None and len(answered) == len(tries):
+            return failure(pair, "unreadable answer")
+        if answer is None:
+            return failure(pair, no_answer(next((failed[key] for key in tries if key in failed), None)))
+        said.append(answer)
+    return _by_answers(pair, said)
+
+
+def _by_answers(pair: PreferencePair, said: Sequence[Answer]) -> Verdict:
+    """Of the answers with the chosen response first, and with it second."""
+    chosen_first, chosen_second = said
+    masses = [answer.mass for answer in said if answer.mass is not None]
+    mass = sum(masses) / len(masses) if masses else None
+    return by_orders(pair, Orders(chosen_first.first, 1 - chosen_second.first), mass=mass)
 
 
 # --- an LLM in this process: probabilities instead of samples --------------------------------------------------------------
@@ -218,11 +306,10 @@ def embedded_verdicts(judge: EmbeddedJudge, pairs: Pairs, journal: Journal, *, t
 
 
 def _embedded_verdict(pair: PreferencePair, scores: Sequence[ScoredPair]) -> Verdict:
-    chosen_first, chosen_second = (
-        letter_probability({FIRST: scored.chosen.logps, SECOND: scored.rejected.logps}) for scored in scores
-    )
-    orders = Orders(chosen_first.first, 1 - chosen_second.first)
-    return by_orders(pair, orders, mass=(chosen_first.mass + chosen_second.mass) / 2)
+    said = [letter_probability({FIRST: scored.chosen.logps, SECOND: scored.rejected.logps}) for scored in scores]
+    if None in said:
+        return failure(pair, "unreadable answer")
+    return _by_answers(pair, [answer for answer in said if answer is not None])
 
 
 def _letters(pair: PreferencePair, question: tuple[Message, ...]) -> PreferencePair:
@@ -236,22 +323,6 @@ def _letters(pair: PreferencePair, question: tuple[Message, ...]) -> PreferenceP
         chosen_finish="length",
         rejected_finish="length",
     )
-
-
-class LetterProbability(NamedTuple):
-    """What the log-probabilities of the letters say."""
-
-    first: float
-    """Probability of `FIRST`, renormalised over the closed set."""
-    mass: float
-    """Probability of the closed set."""
-
-
-def letter_probability(logps: Mapping[str, float]) -> LetterProbability:
-    """From log-probabilities by letter, as the embedded model or a server gives them."""
-    first, second = logps[FIRST], logps[SECOND]
-    # Stable for letters that are both improbable, unlike a quotient of probabilities.
-    return LetterProbability(1 / (1 + math.exp(min(second - first, 700.0))), math.exp(first) + math.exp(second))
 
 
 # --- a reward model --------------------------------------------------------------------------------------------------------

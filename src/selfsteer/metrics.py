@@ -103,6 +103,10 @@ class Measures(TypedDict, total=False):
     """Of the judge that the recipe names."""
     principle_consistency: JudgeReport
     """Of the self-judge by log pi(y | x+) - log pi(y | x-), summed over the tokens."""
+    implicit_reward: JudgeReport
+    """Of the self-judge by log pi(y) - log pi_ref(y), pi a model trained from pi_ref (`selfsteer measure`)."""
+    likelihood: JudgeReport
+    """Of the policy's mean log-probability a token: what a judge has to be better than (`selfsteer measure`)."""
     distributions: dict[str, Distribution]
     """"on_policy" and "length" (chosen, rejected), "margin" (per token)."""
 

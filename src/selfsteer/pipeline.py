@@ -28,7 +28,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.quality_stage import QUALITY, check_judging, quality_stage, read_verdicts
 from selfsteer.queries import read_queries
 from selfsteer.recipe import Policy, Recipe, dump
-from selfsteer.recipe_judge import find_judge, guess_judge
+from selfsteer.recipe_judge import check_judge, find_judge, read_judge
 from selfsteer.records import Checkpoint, PairRow, Query
 from selfsteer.report import write_metrics
 from selfsteer.responses import check_engines
@@ -39,6 +39,9 @@ from selfsteer.training_stages import MODEL, generator_stage, policy_stage
 from selfsteer.verdicts import Verdict
 
 log = logging.getLogger(__name__)
+
+IMPLICIT = "implicit:"
+"""Before the name of a trained model that judges by its implicit reward."""
 
 
 def run(recipe: Recipe) -> Metrics:
@@ -153,10 +156,14 @@ def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFo
 def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measures:
     """On-policy probability, margins, lengths and overlap of any preference dataset, under the model that policy names.
 
-    judge: a model that judges the pairs, too: an LLM, or a reward model by its configuration.
+    judge: who judges the pairs, too. An LLM or a reward model, which of the two its configuration says; a YAML file with a
+    judge's section, as in a recipe; or "implicit:MODEL", a model trained from the policy, by its implicit reward.
     """
-    found = None if judge is None else find_judge(guess_judge(judge), Policy(model=policy))
-    measures = measure_given(pairs, policy)
+    trained = judge.removeprefix(IMPLICIT) if judge is not None and judge.startswith(IMPLICIT) else None
+    found = None if judge is None or trained is not None else find_judge(read_judge(judge), Policy(model=policy))
+    if found is not None:
+        check_judge(found)
+    measures = measure_given(pairs, policy, trained)
     if found is not None:
         measures["judge"] = judge_given(pairs, found, Policy(model=policy))
     return measures

@@ -7,6 +7,7 @@ each. Left out on purpose: how judges judge (`judges.py`, `self_judges.py`), and
 """
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,13 +22,15 @@ from selfsteer.durable import canonical_json, file_digest, replacing
 from selfsteer.estimates import Estimate
 from selfsteer.metrics import Contamination
 from selfsteer.recipe import Recipe
-from selfsteer.recipe_judge import RecipeJudge, ask, find_judge
+from selfsteer.recipe_judge import RecipeJudge, ask, check_judge, find_judge
 from selfsteer.records import Message, PreferencePair, Query
 from selfsteer.self_judges import Steered, consistency_verdicts
 from selfsteer.stages import Round, Work, arithmetic, draw, held_out, inputs_of, kept, make_stage, policy_as_judge
 from selfsteer.steering_stage import POLICY_PAIRS
 from selfsteer.store import Contents, Origin, Stage
-from selfsteer.verdicts import JudgeReport, Orders, Verdict, judge_report
+from selfsteer.verdicts import JudgeReport, Orders, Verdict, judge_report, unanswered
+
+log = logging.getLogger(__name__)
 
 QUALITY = "5-quality"
 VERDICTS, _CONTAMINATION = "verdicts.parquet", "contamination.json"
@@ -61,7 +64,9 @@ def measured(recipe: Recipe, *, principles: bool) -> bool:
 
 def check_judging(recipe: Recipe) -> None:
     """Raises ValueError for a judge or an evaluation file that is not there, before anything is sampled."""
-    find_judge(recipe.judge, recipe.policy)
+    judge = find_judge(recipe.judge, recipe.policy)
+    if judge is not None:
+        check_judge(judge)
     check_files([Path(file) for file in recipe.quality.evaluation_files])
 
 
@@ -78,9 +83,7 @@ def quality_stage(
     if steering is not None:
         inputs |= inputs_of(round, steering=steering)
     if judge is not None:
-        inputs["judge"] = judge.model.digest
-        if recipe.judge.chat_template is not None:
-            inputs["judge's chat template"] = file_digest(Path(recipe.judge.chat_template))
+        inputs |= judge.inputs()
     settings = {
         "principle_consistency": recipe.quality.principle_consistency and principles,
         "judge": None if judge is None else judge.settings(),
@@ -96,7 +99,18 @@ def quality_stage(
     sets["pbaa" if recipe.generator.kind == "none" and principles else "alignment"] = preferences.rows
     task = _Task(judge, bool(settings["principle_consistency"]), sets)
     origin = Origin(settings=settings, inputs=inputs)
+    reopen_unanswered(round.folder.stage(round.number, QUALITY), origin)
     return make_stage(round, QUALITY, origin, lambda work: _quality(round, work, preferences, task))
+
+
+def reopen_unanswered(stage: Stage, origin: Origin) -> None:
+    """Unseal judged pairs of which the judge has not answered some: it is asked again for those, and for no others."""
+    if not stage.is_current(origin.fingerprint):
+        return
+    stage.verify()
+    if any(unanswered(verdicts) for judges in read_verdicts(stage).values() for verdicts in judges.values()):
+        log.info("%s: the judge left pairs unanswered; it is asked again for those", stage.path.name)
+        stage.reopen()
 
 
 class _Task(NamedTuple):
@@ -143,7 +157,7 @@ def _judged(
         both = consistency_verdicts(policy_as_judge(round), steered, work.journal, total=total)
         yield "principle_consistency", (each.summed for each in both)
     if task.judge is not None:
-        yield "judge", ask(task.judge, round.recipe.policy, pairs, work.journal, total=total)
+        yield "judge", ask(task.judge, pairs, work.journal, total=total)
 
 
 def verdict_row(name: DataSet, by: JudgeName, verdict: Verdict) -> dict[str, Any]:

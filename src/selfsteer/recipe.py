@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 
 from selfsteer import recipe_text
 from selfsteer.recipe_engines import DTypeName, EngineSection, TransformersSection
+from selfsteer.recipe_judging import JudgeSection
 from selfsteer.recipe_text import RecipeError, Section
 from selfsteer.recipe_training import Alignment, Generator, Training
 
@@ -142,34 +143,6 @@ class Launcher(Section):
         return self
 
 
-class JudgeSection(Section):
-    """What judges the pairs, in both orders; `docs/quality.md` says what its numbers are worth."""
-
-    kind: Literal["none", "llm", "reward_model"] = "none"
-    """llm: a chat model asked which response is better, by the probability of its answer; reward_model: a
-    sequence-classification model with one label."""
-    model: str | None = None
-    """The judge, named as policy.model is."""
-    dtype: DTypeName = "float32"
-    """Arithmetic; a small judge's probabilities lie so close to one half that rounding turns some of its verdicts."""
-    template: str | None = None
-    """With kind: llm, a file with the question, in place of the built-in one."""
-    chat_template: str | None = None
-    """Path of a Jinja chat template, for tokenizers without one."""
-    max_prompt_tokens: int = Field(default=8192, ge=1)
-    """Pairs whose question (or conversation) is longer get no verdict; nothing is ever cut."""
-
-    @model_validator(mode="after")
-    def _used_settings(self) -> Self:
-        if self.kind != "none" and not self.model:
-            raise ValueError(f"kind: {self.kind} needs judge.model")
-        if self.kind == "none" and self.model:
-            raise ValueError(f"model {self.model!r} judges only with kind: llm or reward_model; set judge.kind")
-        if self.kind != "llm" and self.template:
-            raise ValueError(f"template {self.template!r} is read only with kind: llm; set judge.kind=llm or template=null")
-        return self
-
-
 class Quality(Section):
     """The measures of the data, and what becomes of a round whose data fails them."""
 
@@ -246,7 +219,7 @@ class Recipe(Section):
     def _not_measured(self) -> dict[str, str]:
         """Measures that this recipe does not take, by the beginning of their path, with the way to have them."""
         missing = {
-            "pairs.judge": "" if self.judge.kind != "none" else "a judge; set judge.kind and judge.model",
+            "pairs.judge": "" if self.judge.kind != "none" else "a judge; set judge.kind and judge.model (or judge.engine)",
             "pairs.principle_consistency": ""
             if self.quality.principle_consistency
             else "quality.principle_consistency; set it to true",

@@ -6,7 +6,7 @@ measuring; a number that is not in the metrics is not in the report.
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +28,24 @@ DIRT = (
     ("nearly said before,", "near_repeated"),
 )
 """Labels and keys of the measures of dirt that both sides have."""
+JUDGES = (
+    ("judge", "the judge"),
+    ("implicit_reward", "implicit reward"),
+    ("likelihood", "mean log-probability"),
+    ("principle_consistency", "principle consistency"),
+)
+"""Keys of the judges' reports in `Measures`, and their names."""
+VERDICTS = (
+    ("accuracy", "accuracy"),
+    ("of averaged orders", "averaged_accuracy"),
+    ("ties", "ties"),
+    ("orders disagree", "flips"),
+    ("first shown preferred", "prefers_first"),
+    ("the longer one wins", "longer_wins"),
+    ("... of a perfect judge", "chosen_longer"),
+    ("answers A or B", "mass"),
+)
+"""Labels and keys of what a judge's report tells."""
 PBAA, GENERATOR, ALIGNMENT = "PBAA pairs", "generator pairs", "alignment pairs"
 
 
@@ -200,16 +218,7 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
                 line("chosen longer", "length.chosen_longer", "share"),
             ],
         ),
-        (
-            "judged",
-            [
-                line("accuracy", "judge.accuracy", "share"),
-                line("ties", "judge.ties", "share"),
-                line("orders disagree", "judge.flips", "share"),
-                line("the longer one wins", "judge.longer_wins", "share"),
-                line("principle consistency", "principle_consistency.accuracy", "share"),
-            ],
-        ),
+        *((f"judged by {name}", [*_judged(line, key), *_unjudged(sets, key, blank=compared)]) for key, name in JUDGES),
         (
             "variety",
             [
@@ -238,6 +247,20 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
     if compared and differences is not None:
         note += f" Difference: per query, over the {differences['queries']:,} queries that both have."
     return Table(title, (*columns, "difference") if compared else tuple(columns), tuple(rows), note)
+
+
+def _judged(line: Callable[[str, str, Form], Row], judge: str) -> list[Row]:
+    return [line(label, f"{judge}.{key}", "share") for label, key in VERDICTS]
+
+
+def _unjudged(sets: Sequence[Json], judge: str, *, blank: bool) -> list[Row]:
+    """Pairs without a verdict, by reason."""
+    found = [cast("Mapping[str, int]", find(measures, f"{judge}.errors") or {}) for measures in sets]
+    reasons = dict.fromkeys(reason for errors in found for reason in errors)
+    return [
+        Row(f"no verdict: {reason}", (*(cell(errors.get(reason), "number") for errors in found), *[Cell("")] * blank))
+        for reason in reasons
+    ]
 
 
 def _stages(this: RoundMetrics, title: str) -> Table:

@@ -67,13 +67,16 @@ def _vllm_arguments(section: VllmSection) -> dict[str, Any]:
     return section.model_dump(include=names, exclude_none=True) | section.extra
 
 
-def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts) -> Engine:
-    same = set(section.__class__.model_fields) - {"kind", "base_url", "model", "serve", "start_seconds"}
+def server(section: OpenAISection, base_url: str, model: str) -> Server:
+    """Where the section's requests go. model: its name on the server, where the section names none."""
+    same = set(type(section).model_fields) - {"kind", "base_url", "model", "serve", "start_seconds"}
+    return Server(base_url=base_url, model=section.model or model, **section.model_dump(include=same))
 
+
+def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts) -> Engine:
     def connect(base_url: str, name: str) -> OpenAIEngine:
-        server = Server(base_url=base_url, model=section.model or name, **section.model_dump(include=same))
-        ends = end_ids(model.path, prompts.tokenizer)
-        return OpenAIEngine(server, tokenize=lambda text: prompts.completion_ids(text, "length"), end_ids=ends)
+        ends, where = end_ids(model.path, prompts.tokenizer), server(section, base_url, name)
+        return OpenAIEngine(where, tokenize=lambda text: prompts.completion_ids(text, "length"), end_ids=ends)
 
     if section.serve is None:
         assert section.base_url is not None

@@ -1,5 +1,6 @@
-"""Judges that need no other model: the implicit reward of a trained policy, and the policy's own view of the principles.
+"""Judges that need no other model: the implicit reward of a trained policy, its likelihood, its view of the principles.
 
+    likelihood               log pi(y|x) / |y|                                              the baseline of all others
     implicit reward          beta * [log pi(y|x) - log pi_ref(y|x)]                        (arXiv 2305.18290)
     principle consistency    log pi(y|x+) - log pi(y|x-): log-odds of y written under p+   (arXiv 2402.11907)
 
@@ -38,6 +39,12 @@ def implicit_verdicts(
             continue
         rewards = [beta * (now.logps - then.logps) for now, then in zip(trained, before, strict=True)]
         yield by_margin(pair, rewards[0] - rewards[1])
+
+
+def likelihood_verdicts(pairs: Iterable[tuple[PreferencePair, ScoredPair]]) -> Iterator[Verdict]:
+    """The response of which the policy is surer, token by token: what probability alone knows, without any training."""
+    for pair, scored in pairs:
+        yield by_margin(pair, scored.chosen.mean_logps - scored.rejected.mean_logps)
 
 
 class Steered(NamedTuple):

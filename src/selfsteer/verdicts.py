@@ -72,6 +72,19 @@ def failure(pair: PreferencePair, reason: str) -> Verdict:
     return Verdict(query_id=pair.query_id, preferred=None, longer=_longer(pair), error=reason)
 
 
+_NO_ANSWER = "no answer"
+
+
+def no_answer(reason: str | None = None) -> str:
+    """The error of a pair that the judge did not answer; unlike others, the next run asks again."""
+    return f"{_NO_ANSWER} ({reason})" if reason else _NO_ANSWER
+
+
+def unanswered(verdicts: Iterable[Verdict]) -> bool:
+    """Whether there is anything that the next run should ask again."""
+    return any(verdict.error is not None and verdict.error.startswith(_NO_ANSWER) for verdict in verdicts)
+
+
 def _longer(pair: PreferencePair) -> Side | None:
     chosen, rejected = len(pair.chosen), len(pair.rejected)
     return "chosen" if chosen > rejected else "rejected" if rejected > chosen else None
@@ -83,6 +96,8 @@ class JudgeReport(TypedDict, total=False):
     pairs: int
     errors: dict[str, int]
     """Pairs without a verdict, by reason."""
+    judged: Estimate
+    """Share of pairs with a verdict."""
     accuracy: Estimate
     """Share of pairs whose chosen response is preferred, a tie counting one half."""
     ties: Estimate
@@ -117,6 +132,7 @@ def judge_report(verdicts: Iterable[Verdict]) -> JudgeReport:
     firsts = [order for both in orders for order in (both.chosen_first, 1 - both.chosen_second)]
     probabilities = [verdict.probability for verdict in judged if verdict.probability is not None]
     found = {
+        "judged": share_estimate(len(judged), len(every)),
         "accuracy": mean_estimate([points(verdict) for verdict in judged]),
         "ties": share_estimate(sum(verdict.preferred == "tie" for verdict in judged), len(judged)),
         "flips": share_estimate(sum(_flips(both) for both in orders), len(orders)),

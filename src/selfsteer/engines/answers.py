@@ -1,17 +1,18 @@
 """Strict reading of what an OpenAI-compatible server sends back; nothing here does any input or output.
 
 What is not exactly one finished choice with a text is an error, never an empty success. Left out on purpose: streamed
-answers, tool calls, log-probabilities.
+answers, tool calls, log-probabilities beyond the first token.
 """
 
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from selfsteer.engines.base import TokenLogp
 from selfsteer.records import FinishReason
 
 EXCERPT = 300
@@ -34,6 +35,8 @@ class Answer(NamedTuple):
     token_ids: tuple[int, ...] | None
     """The server's own, the end token perhaps included (vLLM does); None when it returned none."""
     finish_reason: FinishReason
+    first_logps: tuple[TokenLogp, ...] | None = None
+    """The most probable first tokens; None when the server returned none."""
 
 
 class RefusedError(Exception):
@@ -59,12 +62,31 @@ class TryError(Exception):
         self.retry_after = retry_after
 
 
+_Logp = Annotated[float, Field(le=0, allow_inf_nan=False)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
 class _Message(_Part):
     content: str | None = None
+
+
+class _Token(_Part):
+    token: str
+    logprob: _Logp
+
+
+class _Position(_Part):
+    top_logprobs: list[_Token] | None = None
+
+
+class _Logprobs(_Part):
+    content: list[_Position] | None = None
+    """Of chat completions."""
+    top_logprobs: list[dict[str, _Logp] | None] | None = None
+    """Of completions."""
 
 
 class _Choice(_Part):
@@ -75,6 +97,7 @@ class _Choice(_Part):
     """Of completions."""
     token_ids: list[int] | None = None
     """Of vLLM, when asked with return_token_ids."""
+    logprobs: object = None
 
 
 class _Body(_Part):
@@ -106,7 +129,20 @@ def read_answer(body: bytes, *, secret: str | None = None) -> Answer:
     token_ids = None if choice.token_ids is None else tuple(choice.token_ids)
     if text and token_ids == ():
         raise TryError("unusable answer: a text of no tokens", costly=True)
-    return Answer(text, token_ids, reason)
+    return Answer(text, token_ids, reason, _first_logps(choice.logprobs))
+
+
+def _first_logps(said: object) -> tuple[TokenLogp, ...] | None:
+    """The likely first tokens; None where a server gives none, or something else: the text is an answer all the same."""
+    try:
+        found = _Logprobs.model_validate(said)
+    except ValidationError:
+        return None
+    chat = found.content[0].top_logprobs if found.content else None
+    plain = found.top_logprobs[0] if found.top_logprobs else None
+    if chat:
+        return tuple(TokenLogp(each.token, each.logprob) for each in chat)
+    return tuple(TokenLogp(*each) for each in plain.items()) if plain else None
 
 
 def read_error(status: int, headers: Mapping[str, str], said: str) -> RefusedError | TryError | None:

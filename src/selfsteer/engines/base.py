@@ -5,7 +5,7 @@ Left out on purpose: anything about principles, pairs or files. An engine is ope
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from selfsteer.records import FinishReason, Message
 
@@ -31,6 +31,16 @@ class Request:
     """The rendered prompt as token ids, for engines that hold the tokenizer's model."""
     sampling: Sampling
     seed: int
+    top_logps: int = 0
+    """Report so many of the most probable first tokens (`Completion.first_logps`), where the engine can."""
+
+
+class TokenLogp(NamedTuple):
+    """A token that might have come next."""
+
+    text: str
+    """Several tokens may have the same text."""
+    logp: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +55,9 @@ class Completion:
     logps: tuple[float, ...] | None = None
     """Log-probability of each sampled token before temperature and top-p, the end token's last; from engines that are
     asked for it."""
+    first_logps: tuple[TokenLogp, ...] | None = None
+    """The most probable first tokens, before temperature and top-p, where `Request.top_logps` asked for them; None of an
+    engine that does not tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

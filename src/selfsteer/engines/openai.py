@@ -59,7 +59,19 @@ _STOP_POLL = 0.2
 _ERROR_BYTES = 4096
 """What is read of the body of an error."""
 
-_OURS = frozenset({"model", "messages", "prompt", "n", "stream", "temperature", "top_p", "max_tokens", "seed"})
+_OURS = {
+    "model",
+    "messages",
+    "prompt",
+    "n",
+    "stream",
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+}
 
 
 class ServerError(OSError):
@@ -213,7 +225,9 @@ class OpenAIEngine:
         ids = tuple(self._tokenize(outcome.text)) if outcome.token_ids is None else outcome.token_ids
         if outcome.finish_reason == "stop" and ids and ids[-1] in self._end_ids:
             ids = ids[:-1]
-        yield Completion(key=key, text=outcome.text, token_ids=ids, finish_reason=outcome.finish_reason)
+        yield Completion(
+            key=key, text=outcome.text, token_ids=ids, finish_reason=outcome.finish_reason, first_logps=outcome.first_logps
+        )
 
     async def _outcome(self, request: Request) -> Answer | Failed | None:
         """The answer to one request, why there is none, or None when the end came first."""
@@ -309,7 +323,7 @@ class OpenAIEngine:
         return read_answer(content, secret=self._key)
 
     def _body(self, request: Request) -> bytes:
-        sampling = request.sampling
+        sampling, top = request.sampling, request.top_logps or None
         body: dict[str, object] = {
             "model": self.server.model,
             "temperature": sampling.temperature,
@@ -320,9 +334,9 @@ class OpenAIEngine:
             "stream": False,
         }
         if self.server.send == "messages":
-            body["messages"] = request.messages
+            body |= {"messages": request.messages, "logprobs": top and True, "top_logprobs": top}
         else:
-            body |= {"prompt": request.prompt_ids, "return_token_ids": True}
+            body |= {"prompt": request.prompt_ids, "return_token_ids": True, "logprobs": top}
         body |= self.server.extra
         return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, NamedTuple, Self
 
-from selfsteer.engines.base import Completion, Failed, Request
+from selfsteer.engines.base import Completion, Failed, Request, TokenLogp
 from selfsteer.interrupt import raise_if_stopped, stop_requested
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,11 @@ class VllmEngine:
             token_ids=tuple(ids),
             finish_reason=reason,
             logps=None if logps is None else tuple(logps),
+            first_logps=self._first(message.get("first_logps")),  # only there where it was asked for
         )
+
+    def _first(self, said: list[tuple[int, float]] | None) -> tuple[TokenLogp, ...] | None:
+        return None if said is None else tuple(TokenLogp(self._decode([token]), logp) for token, logp in said)
 
     def _heard(self) -> _Said:
         """The next thing that a worker says. Raises `WorkerError` for one that has ended, Interrupted while starting."""
@@ -249,6 +253,7 @@ def _asked(request: Request) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_new_tokens,
         "seed": request.seed,
+        "top_logps": request.top_logps,
     }
 
 

@@ -3,9 +3,11 @@
 Imports the standard library and vLLM only, never selfsteer, and runs on any Python that vLLM runs on. Speaks JSON lines:
 
     stdin   {"engine": {vLLM's engine arguments}, "adapter": path or null, "end_ids": [...], "logps": false}
-            {"id": ..., "prompt_ids": [...], "temperature": ..., "top_p": ..., "max_tokens": ..., "seed": ...}   and so on
+            {"id": ..., "prompt_ids": [...], "temperature": ..., "top_p": ..., "max_tokens": ..., "seed": ...,
+             "top_logps": 0}   and so on
     stdout  {"ready": {"version": ..., "seeded": true}}
-            {"id": ..., "token_ids": [...], "finish_reason": "stop", "logps": [...] or null}    as each is finished
+            {"id": ..., "token_ids": [...], "finish_reason": "stop", "logps": [...] or null}    as each is finished; with
+             "first_logps": [[token id, log-probability], ...]    where top_logps asked for so many likely first tokens
             {"id": ..., "refused": why}       a request that vLLM does not take
             {"fatal": why}                    before the process ends with status 1
 
@@ -66,6 +68,7 @@ def main() -> int:
     version = vllm.__version__  # pyright: ignore[reportAttributeAccessIssue]
     say({"ready": {"version": version, "seeded": seeded}})
 
+    wanted = {}  # how many first tokens each request under way asks for
     inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(inbox,), daemon=True).start()
     while True:
@@ -78,10 +81,11 @@ def main() -> int:
                 say({"id": request["id"], "refused": why})
                 continue
             prompt = {"prompt_token_ids": request["prompt_ids"]}
+            wanted[request["id"]] = request["top_logps"]
             engine.add_request(request["id"], prompt, _sampling(vllm, request, start, seeded), lora_request=adapter)
         for output in engine.step():
             if output.finished:
-                say(_answer(output))
+                say(_answer(output, start["logps"], wanted.pop(output.request_id)))
 
 
 def _read(inbox):
@@ -99,19 +103,23 @@ def _sampling(vllm, request, start, seeded):
         max_tokens=request["max_tokens"],
         seed=request["seed"] if seeded else None,
         stop_token_ids=start["end_ids"],
-        logprobs=0 if start["logps"] else None,  # 0: of the sampled token alone
+        # 0: of the sampled token alone
+        logprobs=request["top_logps"] if request["top_logps"] else 0 if start["logps"] else None,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _answer(output):
+def _answer(output, wants_logps, top_logps):
     (completion,) = output.outputs
     ids = list(completion.token_ids)
     logps = None
-    if completion.logprobs is not None:
+    if wants_logps and completion.logprobs is not None:
         logps = [of_position[token].logprob for of_position, token in zip(completion.logprobs, ids, strict=True)]
-    return {"id": output.request_id, "token_ids": ids, "finish_reason": completion.finish_reason, "logps": logps}
+    said = {"id": output.request_id, "token_ids": ids, "finish_reason": completion.finish_reason, "logps": logps}
+    if top_logps and completion.logprobs:
+        said["first_logps"] = [[token, found.logprob] for token, found in completion.logprobs[0].items()]
+    return said
 
 
 if __name__ == "__main__":
