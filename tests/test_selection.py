@@ -1,15 +1,18 @@
 import pytest
 
 from selfsteer.pairs import pair_row
-from selfsteer.records import Dropped, Message, PairRow, PreferencePair
+from selfsteer.recipe_selection import Selection
+from selfsteer.records import Message, PairRow, PreferencePair
 from selfsteer.selection import (
     Picked,
+    Ranked,
     Sample,
     best_and_near_worst,
+    is_near,
     margin_reason,
     prefer_shorter,
+    reject_reason,
     reversed_reason,
-    select,
     top_share,
     turned,
 )
@@ -35,21 +38,29 @@ def row(query_id: str = "q", **columns: object) -> PairRow:
 
 def test_pairs_that_the_judge_reverses_are_dropped_with_the_reason():
     """Both orders for rejected: reversed. Orders that disagree are a tie, and an error is no verdict: both are kept."""
-    pairs = [pair(name) for name in "abcd"]
     verdicts = [
-        by_orders(pairs[0], Orders(0.9, 0.8)),
-        by_orders(pairs[1], Orders(0.2, 0.1)),
-        by_orders(pairs[2], Orders(0.9, 0.1)),
-        failure(pairs[3], "unreadable"),
+        by_orders(pair(), Orders(0.9, 0.8)),
+        by_orders(pair(), Orders(0.2, 0.1)),
+        by_orders(pair(), Orders(0.9, 0.1)),
+        failure(pair(), "unreadable"),
     ]
-    kept = list(select(map(pair_row, pairs), map(reversed_reason, verdicts)))
-    assert [isinstance(item, Dropped) for item in kept] == [False, True, False, False]
-    assert kept[1] == Dropped(id="b", reason="order reversed by the judge")
+    assert [reversed_reason(verdict) for verdict in verdicts] == [None, "order reversed", None, None]
 
 
-def test_no_row_goes_without_an_answer():
-    with pytest.raises(ValueError, match="argument"):
-        list(select([row()], []))
+def test_why_a_pair_is_not_selected():
+    """An LLM's probabilities 0.2 and 0.1 make a margin of 2 * 0.15 - 1 = -0.7; within 0.7, the lengths decide instead."""
+    ranked = Ranked(row(), by_orders(pair(), Orders(0.2, 0.1)))
+    assert ranked.margin == pytest.approx(-0.7)
+    assert reject_reason(ranked, Selection(drop_reversed=True), None) == "order reversed"
+    assert reject_reason(ranked, Selection(), None) is None
+    assert reject_reason(ranked, Selection(drop_reversed=True, shorter_within=0.71), None) is None
+    assert is_near(ranked, Selection(shorter_within=0.71))
+    assert not is_near(ranked, Selection(shorter_within=0.69))
+    assert reject_reason(ranked, Selection(min_margin=-0.8), -0.8) is None
+    assert reject_reason(ranked, Selection(min_margin=0.0), 0.0) == "small margin"
+    unjudged = Ranked(row(), failure(pair(), "unreadable"))
+    assert reject_reason(unjudged, Selection(drop_reversed=True), None) is None
+    assert reject_reason(unjudged, Selection(min_margin=0.0), 0.0) == "no verdict"
 
 
 def test_pairs_are_kept_by_margin():
@@ -89,32 +100,33 @@ def test_turning_exchanges_every_column_of_the_responses():
 
 def test_the_shorter_of_near_equal_responses_is_chosen():
     made = row()
-    assert prefer_shorter(made, 0.1, within=0.1)["chosen"][0]["content"] == "short"
-    assert prefer_shorter(made, -0.1, within=0.1)["chosen"][0]["content"] == "short"
-    assert prefer_shorter(made, 0.2, within=0.1) == made
+    assert prefer_shorter(made)["chosen"][0]["content"] == "short"
     in_tokens = row(chosen_tokens=2, rejected_tokens=5)
-    assert prefer_shorter(in_tokens, 0.0, within=0.1) == in_tokens
+    assert prefer_shorter(in_tokens) == in_tokens
 
 
-def test_of_few_samples_the_worst_is_rejected():
-    """Scores 1 to 5: mean 3, deviation 1.414, so 3 - 2 * 1.414 = 0.17 lies below all."""
-    samples = [Sample(score, 10) for score in (3.0, 5.0, 1.0, 4.0, 2.0)]
-    assert best_and_near_worst(samples) == Picked(chosen=1, rejected=2)
+def samples(*scores: float) -> list[Sample]:
+    return [Sample(score, 10) for score in scores]
 
 
-def test_of_many_samples_the_near_worst_is_rejected():
-    """One wreck of -10, 48 between 0 and 1, one 2: mean 0.32, deviation 1.55, target -2.78; nearer to 0 than to -10."""
-    scores = [-10.0, *(number % 2 for number in range(48)), 2.0]
-    picked = best_and_near_worst([Sample(score, 10) for score in scores])
+def test_of_few_bad_samples_the_worst_is_rejected():
+    """Bad scores 1, 4, 2: mean 2.33, deviation 1.25, so 2.33 - 2 * 1.25 = -0.16 lies below all."""
+    assert best_and_near_worst(samples(3.0, 5.0), samples(4.0, 1.0, 2.0)) == Picked(chosen=1, rejected=1)
+
+
+def test_of_many_bad_samples_the_near_worst_is_rejected():
+    """A wreck of -10 and 49 of 0 or 1: mean 0.28, deviation 1.55, target -2.81; nearer to 0 than to -10."""
+    scores = [-10.0, *(number % 2 for number in range(49))]
+    picked = best_and_near_worst(samples(2.0), samples(*scores))
     assert picked is not None
-    assert picked.chosen == 49
+    assert picked.chosen == 0
     assert scores[picked.rejected] == 0.0
-    assert best_and_near_worst([Sample(score, 10) for score in scores], deviations=5.0) == Picked(49, 0)
+    assert best_and_near_worst(samples(2.0), samples(*scores), deviations=5.0) == Picked(0, 0)
 
 
-def test_the_shortest_of_the_near_best_is_chosen_and_none_of_them_rejected():
-    samples = [Sample(1.0, 50), Sample(0.95, 20), Sample(0.5, 5)]
-    assert best_and_near_worst(samples, within=0.1) == Picked(chosen=1, rejected=2)
-    assert best_and_near_worst(samples[:2], within=0.1) is None
-    assert best_and_near_worst([Sample(1.0, 5), Sample(1.0, 6)]) is None
-    assert best_and_near_worst([]) is None
+def test_the_shortest_of_the_near_best_is_chosen_and_nothing_near_it_rejected():
+    good = [Sample(1.0, 50), Sample(0.95, 20), Sample(0.5, 5)]
+    assert best_and_near_worst(good, samples(0.95, 0.5), within=0.1) == Picked(chosen=1, rejected=1)
+    assert best_and_near_worst(good, samples(0.95), within=0.1) is None
+    assert best_and_near_worst(good, samples(1.0, 1.5)) is None
+    assert best_and_near_worst([], []) is None

@@ -45,7 +45,13 @@ ARMS: Mapping[str, Arm] = {
     "pbaa": Arm("the policy's own responses, no generator", {"generator.kind": "none"}),
     "rlcd": Arm(
         "one fixed pair of principles, no generator (arXiv 2307.12950)",
-        {**_LIBRARY, "generator.kind": "none", "principles.qualities": ["helpfulness"], "principles.concision": 0.0},
+        {
+            **_LIBRARY,
+            "generator.kind": "none",
+            "principles.qualities": ["helpfulness"],
+            "principles.limit": 1,
+            "principles.concision": 0.0,
+        },
     ),
     "sso": Arm("a generator trained with L_SSO", _SSO),
     "l_plus": Arm("a generator trained with L+ alone", {**_SSO, "generator.objective": "l_plus"}),
@@ -62,10 +68,13 @@ ARMS: Mapping[str, Arm] = {
 
 
 def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
-    """The recipe of one arm: one round, without gates. Raises `RecipeError` where an arm needs what the recipe lacks."""
+    """The recipe of one arm: one round, without gates or selection.
+
+    Raises `RecipeError` where an arm needs what the recipe lacks.
+    """
     data = recipe.model_dump(mode="json")
     output = str(Path(recipe.output) / arm_folder(name, seed))
-    common = {"output": output, "seed": seed, "rounds": 1, "quality.gates": {}}
+    common = {"output": output, "seed": seed, "rounds": 1, "quality.gates": {}, "selection": {}}
     for key, value in {**common, **ARMS[name].changes}.items():
         data = apply_override(data, Override(key, value))
     return Recipe.model_validate(data)

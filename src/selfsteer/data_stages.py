@@ -55,7 +55,7 @@ def principles_stage(round: Round) -> Stage:
         inputs["principles"] = file_digest(Path(section.path))
     settings = {
         "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds"}),
-        "principles": section.model_dump(exclude={"path", "engine"}),
+        "principles": section.model_dump(exclude={"path", "engine", "limit"}),
         **(sampling_identity(section.engine or round.recipe.engine) if section.source == "generate" else {}),
         "system_role": round.prompts.system_role,
         "library": digest([list(pair) for pair in load_pool(section).pairs]),
@@ -249,8 +249,11 @@ def _engine(round: Round, model: Checkpoint) -> Callable[[], Engine]:
     return partial(open_engine, recipe.engine, model, round.prompts, trust_remote_code=recipe.policy.trust_remote_code)
 
 
-def _requests(round: Round, model: Checkpoint, row: dict[str, Any], roles: Iterable[str]) -> dict[str, Request]:
-    """The prompts x+ (good), x- (bad) and x (original) of a query, to be answered by `model`."""
+def _requests(
+    round: Round, model: Checkpoint, row: dict[str, Any], roles: Iterable[str], *, number: int = 0
+) -> dict[str, Request]:
+    """The prompts x+ (good), x- (bad) and x (original) of a query, to be answered by `model` for the `number`-th time."""
+    nth = (number,) if number else ()
     query, principles = schemas.query(row), schemas.principles(row)
     messages = {
         "good": round.prompts.steer(query.messages, principles.good),
@@ -265,7 +268,7 @@ def _requests(round: Round, model: Checkpoint, row: dict[str, Any], roles: Itera
             messages[role],
             model_digest=model_digest,
             sampling=sampling,
-            seed=seed_for(round.recipe.seed, round.number, query.id, role),
+            seed=seed_for(round.recipe.seed, round.number, query.id, role, *nth),
         )
         for role in roles
     }
@@ -291,6 +294,8 @@ def preferences_stage(round: Round, principles: Stage, responses: Stage, generat
     }
     if round.held_out_only:
         settings["only"] = recipe.queries.holdout
+    if recipe.selection.samples > 1:
+        settings["samples"] = [recipe.selection.samples, recipe.queries.holdout]
     if generators is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
         return make_stage(round, "5-preferences", origin, lambda work: _own_preferences(round, work, responses))
@@ -307,26 +312,28 @@ def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
 
 def _preferences(round: Round, work: Work, principles: Stage, generators: Generators) -> Contents:
     wanted_ids = held_out(round) if round.held_out_only else None
-    total = kept(principles) if wanted_ids is None else len(wanted_ids)
+    spared, samples = held_out(round), round.recipe.selection.samples
+    total = kept(principles) + (samples - 1) * (kept(principles) - len(spared)) if wanted_ids is None else len(wanted_ids)
     # The models that sample, one after the other, each with its roles.
     samplers = [(checkpoint(generators.good.path / MODEL), ("good", "bad"))]
     if generators.bad != generators.good:
         samplers = [(checkpoint(stage.path / MODEL), (role,)) for role, stage in generators._asdict().items()]
 
-    def wanted() -> Iterator[dict[str, Any]]:
-        return (row for row in principles.rows() if wanted_ids is None or row["query_id"] in wanted_ids)
+    def wanted() -> Iterator[tuple[dict[str, Any], int]]:
+        """A query and the number of the sample; held-out ones are answered once."""
+        for row in principles.rows():
+            if wanted_ids is None or row["query_id"] in wanted_ids:
+                yield from ((row, number) for number in range(1 if row["query_id"] in spared else samples))
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
-        for row in wanted():
-            yield (
-                row,
-                {role: item for model, roles in samplers for role, item in _requests(round, model, row, roles).items()},
-            )
+        for row, number in wanted():
+            asked_for = (_requests(round, model, row, roles, number=number) for model, roles in samplers)
+            yield row, {role: item for requests in asked_for for role, item in requests.items()}
 
     for model, roles in samplers:
         sample(
             _engine(round, model),
-            (item for row in wanted() for item in _requests(round, model, row, roles).values()),
+            (item for row, number in wanted() for item in _requests(round, model, row, roles, number=number).values()),
             work.journal,
             description="responses of the generator",
             total=len(work.journal) + len(roles) * total,

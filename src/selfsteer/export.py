@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from selfsteer.durable import make_folder, replacing
 from selfsteer.preferences import read_pairs
+from selfsteer.recipe import load
 from selfsteer.records import Dropped, Message, PairRow
 from selfsteer.store import Stage
 
@@ -58,7 +59,7 @@ class _Source(NamedTuple):
 
 
 def export(source: Path, to: Path, format: ExportFormat) -> int:
-    """Write the alignment pairs of a run's last round, or the pairs of a file, into the folder `to`; returns how many.
+    """Write the pairs that align the policy in a run's last round, or those of a file, into `to`; returns how many.
 
     Raises ValueError where the run has no finished preference data, FileExistsError where a file would be replaced.
     """
@@ -95,12 +96,16 @@ def write_pairs(rows: Iterable[PairRow], to: Path, format: ExportFormat, *, sche
 
 
 def _from_run(run: Path) -> _Source:
+    recipe = run / "recipe.yaml"
+    selected = recipe.is_file() and load(recipe).selection.active
+    names = ("5-selection", "5-preferences") if selected else ("5-preferences",)
     rounds = sorted(run.glob("round-*"), key=lambda folder: int(folder.name.removeprefix("round-")), reverse=True)
     for folder in rounds:
-        stage = Stage(folder / "5-preferences")
-        if stage.manifest() is not None:
-            rows = cast("Iterator[PairRow]", stage.rows())
-            return _Source(rows, pq.read_schema(stage.path / "data.parquet"))
+        for name in names:
+            stage = Stage(folder / name)
+            if stage.manifest() is not None:
+                rows = cast("Iterator[PairRow]", stage.rows())
+                return _Source(rows, pq.read_schema(stage.path / "data.parquet"))
     raise ValueError(
         f"{run} has no finished preference data (no sealed round-*/5-preferences). Let `selfsteer run` get there."
     )

@@ -228,6 +228,8 @@ class RoundMetrics(TypedDict, total=False):
     """
     alignment: Measures
     """The data generator's pairs, or pairs made elsewhere: what the policy is aligned on."""
+    selected: Measures
+    """Of `alignment` (or `pbaa`), what the recipe's selection aligned the policy on; not judged again."""
     comparison: Comparison
     """alignment - pbaa."""
     contamination: Contamination

@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfsteer.durable import digest, file_digest
-from selfsteer.recipe import DTypeName, Policy
+from selfsteer.recipe import Policy
+from selfsteer.recipe_engines import DTypeName
 from selfsteer.records import Checkpoint
 
 log = logging.getLogger(__name__)

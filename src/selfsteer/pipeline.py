@@ -25,16 +25,17 @@ from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.page import pick_examples, write_page
 from selfsteer.preferences import read_pairs
 from selfsteer.prompts import Prompts
-from selfsteer.quality_stage import QUALITY, check_judging, quality_stage, read_verdicts
+from selfsteer.quality_stage import check_judging, quality_stage, read_verdicts
 from selfsteer.queries import read_queries
 from selfsteer.recipe import Policy, Recipe, dump
 from selfsteer.recipe_judge import check_judge, find_judge, read_judge
 from selfsteer.records import Checkpoint, PairRow, Query
 from selfsteer.report import write_metrics
 from selfsteer.responses import check_engines
+from selfsteer.selection_stage import Candidates, selection_stage
 from selfsteer.stages import Round, held_out
 from selfsteer.steering_stage import steering_stage
-from selfsteer.store import RunFolder, Stage
+from selfsteer.store import RunFolder
 from selfsteer.training_stages import MODEL, generator_stage, policy_stage
 from selfsteer.verdicts import Verdict
 
@@ -67,25 +68,23 @@ def run_round(round: Round) -> Checkpoint | None:
 
     None where what became of the data since the round before ends the rounds (quality.stop_when).
     """
-    preferences = make_data(round)
+    candidates = make_data(round)
     if not _may_align(round, summary.method_of(round.recipe)):
         return None
-    return checkpoint(policy_stage(round, preferences).path / MODEL)
+    return checkpoint(policy_stage(round, selection_stage(round, candidates)).path / MODEL)
 
 
-def make_data(round: Round) -> Stage:
+def make_data(round: Round) -> Candidates:
     """Steps 1 to 4 of a round: the preference pairs, judged."""
     principles = principles_stage(round)
     responses = responses_stage(round, principles)
     if round.recipe.generator.kind == "none":  # PBAA, the paper's baseline: the policy's own responses are the pairs
         preferences = preferences_stage(round, principles, responses, None)
-        quality_stage(round, preferences)
-        return preferences
+        return Candidates(preferences, quality_stage(round, preferences))
     steering = steering_stage(round, responses)
     generators = generator_stage(round, steering)
     preferences = preferences_stage(round, principles, responses, generators)
-    quality_stage(round, preferences, steering)
-    return preferences
+    return Candidates(preferences, quality_stage(round, preferences, steering), generators)
 
 
 def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
@@ -98,9 +97,9 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
         folder.describe(dump(recipe), summary.session())
         round = _round(1, folder, recipe, policy)
         preferences = given_stage(round, pairs)
-        quality_stage(round, preferences, principles=False)
+        candidates = Candidates(preferences, quality_stage(round, preferences, principles=False))
         _may_align(round, "given")
-        policy_stage(round, preferences)
+        policy_stage(round, selection_stage(round, candidates))
         return _finish(folder, recipe, "given")
 
 
@@ -136,8 +135,7 @@ def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFo
             preferences = given_stage(round, Path(cast(str, recipe.compare.given)))
             quality = quality_stage(round, preferences, principles=False)
         else:
-            preferences = make_data(round)
-            quality = folder.stage(1, QUALITY)
+            preferences, quality, _ = make_data(round)
         wins: list[Verdict] = []
         if recipe.compare.align:
             aligned = policy_stage(round, preferences)
@@ -148,7 +146,7 @@ def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFo
             metrics = summary.unaligned(folder, recipe, method, 1)
             _write_report(folder, metrics, recipe.seed)
         rows = cast("Iterator[PairRow]", preferences.rows())
-        verdicts = {} if quality is None or quality.manifest() is None else read_verdicts(quality)
+        verdicts = {} if quality is None else read_verdicts(quality)
         values = query_values(rows, verdicts.get("pbaa" if method == "pbaa" else "alignment", {}), held_out(round))
         return ArmRun(values, metrics["rounds"][0], wins)
 

@@ -66,17 +66,17 @@ class Unparsed(NamedTuple):
 
 
 def load_pool(section: recipe.PrincipleSource) -> Pool:
-    """The library, or the recipe's file, restricted to `section.qualities`.
+    """The library, or the recipe's file, restricted to `section.qualities` and of those to the first `section.limit`.
 
     With source "generate" this is the library, which stands in where the model's answers do not parse. A file's rows with
     a query of their own are not restricted. Raises ValueError for unknown qualities and unreadable files.
     """
     if section.source != "file":
-        pairs = _only(library(), section.qualities)
+        pairs = _only(library(), section.qualities)[: section.limit]
         return Pool(pairs=pairs, own={}, source="library", concision=section.concision)
     assert section.path is not None, "the recipe refuses source: file without a path"
     pairs, own = _read_file(Path(section.path))
-    return Pool(pairs=_only(pairs, section.qualities), own=own, source="file", concision=section.concision)
+    return Pool(pairs=_only(pairs, section.qualities)[: section.limit], own=own, source="file", concision=section.concision)
 
 
 def choose_principles(query: Query, pool: Pool, seed: int) -> Principles:

@@ -14,8 +14,9 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from selfsteer import recipe_text
-from selfsteer.recipe_engines import DTypeName, EngineSection, TransformersSection
+from selfsteer.recipe_engines import EngineSection, TransformersSection
 from selfsteer.recipe_judging import JudgeSection
+from selfsteer.recipe_selection import Selection
 from selfsteer.recipe_text import RecipeError, Section
 from selfsteer.recipe_training import Alignment, Generator, Training
 
@@ -65,6 +66,8 @@ class PrincipleSource(Section):
     """With source: file, a JSONL file of {"good", "bad", "quality"} pairs; a row with "query" serves that query alone."""
     qualities: list[str] | None = None
     """Only these qualities of the library (or file); all of them when empty."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only this many pairs of the library (or file), the first ones; 1 is one fixed pair for all queries."""
     model: str | None = None
     """With source: generate, the principle generator; the policy itself when empty."""
     engine: EngineSection | None = None
@@ -196,6 +199,7 @@ class Recipe(Section):
     """What turns prompts into responses: kind transformers (embedded), vllm or openai, each with fields of its own."""
     filters: Filters = Filters()
     generator: Generator = Generator()
+    selection: Selection = Selection()
     alignment: Alignment = Alignment()
     training: Training = Training()
     launcher: Launcher = Launcher()
@@ -214,6 +218,17 @@ class Recipe(Section):
 
             if mistakes := unmeasured(bounds, self._not_measured()):
                 raise ValueError("; ".join(mistakes))
+        return self
+
+    @model_validator(mode="after")
+    def _selection_has_scores(self) -> Self:
+        section = self.selection
+        if section.active and section.by == "judge" and self.judge.kind == "none":
+            raise ValueError("selection.by: judge needs a judge; set judge.kind and judge.model")
+        if section.active and section.by == "generator" and self.generator.kind == "none":
+            raise ValueError("selection.by: generator needs a generator; set generator.kind, or selection.by=judge")
+        if section.samples > 1 and self.responses.temperature == 0:
+            raise ValueError("selection.samples: at responses.temperature 0 all samples are the same one")
         return self
 
     def _not_measured(self) -> dict[str, str]:

@@ -46,7 +46,7 @@ VERDICTS = (
     ("answers A or B", "mass"),
 )
 """Labels and keys of what a judge's report tells."""
-PBAA, GENERATOR, ALIGNMENT = "PBAA pairs", "generator pairs", "alignment pairs"
+PBAA, GENERATOR, ALIGNMENT, SELECTED = "PBAA pairs", "generator pairs", "alignment pairs", "selected pairs"
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:
@@ -151,6 +151,8 @@ def data_sets(this: RoundMetrics) -> dict[str, Measures]:
         columns[PBAA] = this["pbaa"]
     if "alignment" in this:
         columns[GENERATOR if "generator" in this else ALIGNMENT] = this["alignment"]
+    if "selected" in this:
+        columns[SELECTED] = this["selected"]
     return columns
 
 
@@ -245,7 +247,9 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
     if GENERATOR in columns:
         note = f"PBAA: from the policy, steered by principle only; generator: from the policy trained with L_SSO. {note}"
     if compared and differences is not None:
-        note += f" Difference: per query, over the {differences['queries']:,} queries that both have."
+        note += f" Difference: generator - PBAA, per query, over the {differences['queries']:,} queries that both have."
+    if SELECTED in columns:
+        note += " The policy is aligned on the selected pairs; judges have seen those before the selection."
     return Table(title, (*columns, "difference") if compared else tuple(columns), tuple(rows), note)
 
 

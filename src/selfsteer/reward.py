@@ -23,7 +23,8 @@ from selfsteer.journal import Journal, Record
 from selfsteer.models import compute_dtype, load_tokenizer, pick_device
 from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
-from selfsteer.recipe import DTypeName, Policy
+from selfsteer.recipe import Policy
+from selfsteer.recipe_engines import DTypeName
 from selfsteer.records import Checkpoint, Message
 
 SCHEMA = 1

@@ -1,23 +1,47 @@
 """Choosing pairs: drop reversed ones, keep clear ones, prefer short ones, pick two of n samples. All off by default.
 
-Each answers for one row why not to keep it, or None to keep it; `select` applies the answers to a stream. The papers do not
-agree on what to keep, so measure (`quality.measure`, a judge) before and after. Left out on purpose: judging and scoring.
+`reject_reason` answers for one pair why not to keep it. The papers do not agree on what to keep, so measure
+(`quality.measure`, a judge) before and after. Left out on purpose: judging and scoring (`selection_stage.py`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
-from selfsteer.records import Dropped, PairRow
+from selfsteer.recipe_selection import Selection
+from selfsteer.records import PairRow
 from selfsteer.shingles import words
 from selfsteer.verdicts import Verdict
 
 
-def select(rows: Iterable[PairRow], reasons: Iterable[str | None]) -> Iterator[PairRow | Dropped]:
-    """Each row, or a `Dropped` where its reason is given, in order. ValueError where there is no reason for each row."""
-    for row, reason in zip(rows, reasons, strict=True):
-        yield row if reason is None else Dropped(id=row["query_id"], reason=reason)
+class Ranked(NamedTuple):
+    """A pair, and how its responses were scored."""
+
+    row: PairRow
+    verdict: Verdict
+
+    @property
+    def margin(self) -> float | None:
+        """The chosen response's score above the rejected one's; None where there is no verdict."""
+        if self.verdict.margin is not None:
+            return self.verdict.margin
+        probability = self.verdict.probability
+        return None if probability is None else 2 * probability - 1
+
+
+def is_near(ranked: Ranked, section: Selection) -> bool:
+    """Whether the two score so alike that their lengths decide."""
+    return section.shorter_within is not None and ranked.margin is not None and abs(ranked.margin) <= section.shorter_within
+
+
+def reject_reason(ranked: Ranked, section: Selection, bound: float | None) -> str | None:
+    """Why this pair must not align the policy, or None to keep it. bound: `min_margin`, or that of `top_share`."""
+    if section.drop_reversed and not is_near(ranked, section) and (reason := reversed_reason(ranked.verdict)) is not None:
+        return reason
+    if bound is None:
+        return None
+    return "no verdict" if ranked.margin is None else margin_reason(ranked.margin, at_least=bound)
 
 
 def reversed_reason(verdict: Verdict) -> str | None:
@@ -26,7 +50,7 @@ def reversed_reason(verdict: Verdict) -> str | None:
     Filtering by a reward model's verdict: arXiv 2404.09824, which finds a tenth more noise in the labels to cost up to
     30 points of win rate. The judge's own errors go with the pairs: see its accuracy on pairs that people have labelled.
     """
-    return "order reversed by the judge" if verdict.preferred == "rejected" else None
+    return "order reversed" if verdict.preferred == "rejected" else None
 
 
 def margin_reason(margin: float, *, at_least: float) -> str | None:
@@ -51,16 +75,14 @@ def top_share(margins: Sequence[float], share: float) -> float:
     return sorted(margins, reverse=True)[kept - 1]
 
 
-def prefer_shorter(row: PairRow, margin: float, *, within: float) -> PairRow:
-    """The row, turned round where its scores differ by at most `within` and the rejected response is the shorter one.
-
-    margin: a judge's score, or the implicit reward, of chosen - that of rejected.
+def prefer_shorter(row: PairRow) -> PairRow:
+    """The row of two responses with close scores, turned round where the rejected one is the shorter one.
 
     The length control of Meta-Rewarding (arXiv 2407.19594): of close responses the shorter one is chosen. Lengths are tokens
     where the row knows them, else words. In a turned row everything about the two responses has changed sides; its
     principles have not: the good one still names the steering of what is now rejected.
     """
-    return turned(row) if abs(margin) <= within and _length(row, "rejected") < _length(row, "chosen") else row
+    return turned(row) if _length(row, "rejected") < _length(row, "chosen") else row
 
 
 def turned(row: PairRow) -> PairRow:
@@ -83,28 +105,31 @@ class Sample(NamedTuple):
 
 
 class Picked(NamedTuple):
-    """Two of the samples, as indices."""
+    """A good and a bad sample, as indices."""
 
     chosen: int
     rejected: int
 
 
-def best_and_near_worst(samples: Sequence[Sample], *, within: float = 0.0, deviations: float = 2.0) -> Picked | None:
-    """The best sample, and as rejected the one whose score is nearest to mean - `deviations` standard deviations.
+def best_and_near_worst(
+    good: Sequence[Sample], bad: Sequence[Sample], *, within: float = 0.0, deviations: float = 2.0
+) -> Picked | None:
+    """The best good sample, and of the bad ones that score lower the nearest to their mean - `deviations` deviations.
 
     arXiv 2502.16825: with many samples the very worst is too easy, and mean - 2 deviations did best; with few, that lies
-    below them all and the worst is taken. Of the samples at most `within` below the best score, the shortest is chosen
-    (arXiv 2407.19594), and none of them is rejected. None where no sample is left to reject.
+    below them all and the worst is taken. (There all samples answer one prompt; here they were asked for in two ways.) Of
+    the good samples at most `within` below the best one, the shortest is chosen (arXiv 2407.19594). None where no bad sample
+    scores lower than the best good one by more than `within`.
     """
-    scores = np.array([sample.score for sample in samples])
-    best = scores.max(initial=-np.inf)
-    lower = [index for index, score in enumerate(scores) if score < best - within]
+    best = max((sample.score for sample in good), default=-np.inf)
+    lower = [index for index, sample in enumerate(bad) if sample.score < best - within]
     if not lower:
         return None
-    near_best = [index for index, score in enumerate(scores) if score >= best - within]
+    near_best = [index for index, sample in enumerate(good) if sample.score >= best - within]
+    scores = np.array([sample.score for sample in bad])
     target = scores.mean() - deviations * scores.std()
     return Picked(
-        chosen=min(near_best, key=lambda index: samples[index].tokens),
+        chosen=min(near_best, key=lambda index: good[index].tokens),
         rejected=min(lower, key=lambda index: abs(scores[index] - target)),
     )
 

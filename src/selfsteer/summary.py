@@ -19,6 +19,7 @@ from selfsteer.quality import compare, measure
 from selfsteer.quality_stage import QUALITY, measured, read_contamination, read_reports
 from selfsteer.recipe import Recipe, load
 from selfsteer.records import PairRow
+from selfsteer.selection_stage import SELECTION
 from selfsteer.stages import sealed
 from selfsteer.steering_stage import POLICY_PAIRS
 from selfsteer.store import RunFolder, Stage
@@ -67,8 +68,10 @@ def method_of(recipe: Recipe) -> Method:
 
 def stage_names(recipe: Recipe, method: Method) -> tuple[str, ...]:
     """The stages of a round, in order."""
-    names = STAGES[method]
-    return (*names[:-1], QUALITY, names[-1]) if measured(recipe, principles=method != "given") else names
+    *made, policy = STAGES[method]
+    judged = [QUALITY] if measured(recipe, principles=method != "given") else []
+    selected = [SELECTION] if recipe.selection.active else []
+    return (*made, *judged, *selected, policy)
 
 
 def metrics(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:
@@ -100,10 +103,14 @@ def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) ->
         model=recipe.policy.model,
         seed=recipe.seed,
         seconds=sum(stage["seconds"] for each in rounds for stage in each.get("stages", {}).values()),
-        pairs=str(folder.stage(len(rounds), "5-preferences").path / "data.parquet"),
+        pairs=str(folder.stage(len(rounds), _pairs_stage(rounds)).path / "data.parquet"),
         versions=_versions(),
         hardware=", ".join(f"{value} {name}" if name != "device" else str(value) for name, value in hardware().items()),
     )
+
+
+def _pairs_stage(rounds: Sequence[RoundMetrics]) -> str:
+    return SELECTION if "selected" in rounds[-1] else "5-preferences"
 
 
 def round_metrics(folder: RunFolder, recipe: Recipe, method: Method, *, unaligned: int | None = None) -> list[RoundMetrics]:
@@ -123,7 +130,7 @@ def round_metrics(folder: RunFolder, recipe: Recipe, method: Method, *, unaligne
 
 
 def _round(folder: RunFolder, number: int, recipe: Recipe, method: Method, *, aligned: bool) -> RoundMetrics:
-    names = [name for name in stage_names(recipe, method) if aligned or name != "6-policy"]
+    names = [name for name in stage_names(recipe, method) if aligned or name not in _ALIGNING]
     stages = {name: folder.stage(number, name) for name in names}
     manifests = {name: sealed(stage) for name, stage in stages.items()}
     found = RoundMetrics(
@@ -138,6 +145,8 @@ def _round(folder: RunFolder, number: int, recipe: Recipe, method: Method, *, al
         found["steering"] = measure(cast("Iterator[PairRow]", stages["3-steering"].rows()))
         found["pbaa"] = measure(_rows(own))
         found["comparison"] = compare(cast("Iterator[PairRow]", stages["5-preferences"].rows()), _rows(own))
+    if SELECTION in stages:
+        found["selected"] = measure(cast("Iterator[PairRow]", stages[SELECTION].rows()))
     if QUALITY in stages:
         _add_quality(found, stages[QUALITY])
     for key, name in _TRAININGS:
@@ -145,6 +154,9 @@ def _round(folder: RunFolder, number: int, recipe: Recipe, method: Method, *, al
             found[key] = _training(stages[name])
     return found
 
+
+_ALIGNING = (SELECTION, "6-policy")
+"""What a round that does not align the policy leaves out."""
 
 _TRAININGS = (
     ("generator", "4-generator"),
@@ -213,7 +225,8 @@ def status(path: Path) -> Status:
     last = recipe.rounds if ended is None else ended.round
     stages = [_stage_status(folder.stage(number, name), number) for number in range(1, last + 1) for name in names]
     if ended is not None:
-        return Status(run=str(path), stages=stages[:-1], next=f"nothing: {ended.reason}")
+        made = [stage for stage in stages if stage["round"] < ended.round or stage["name"] not in _ALIGNING]
+        return Status(run=str(path), stages=made, next=f"nothing: {ended.reason}")
     following = next((each for each in stages if each["state"] != "sealed"), None)
     if following is None:
         return Status(run=str(path), stages=stages, next="nothing: the run is complete")
