@@ -15,7 +15,14 @@ from selfsteer.export import export
 from selfsteer.recipe import Recipe
 
 RecipeOf = Callable[..., dict[str, Any]]
-FAST = {"generator.max_steps": 1, "generator.learning_rate": 1e-2, "alignment.max_steps": 1}
+FAST = {
+    "generator.objective": "l_plus",
+    "generator.max_steps": 3,
+    "generator.learning_rate": 1e-2,
+    "quality.principle_consistency": False,
+    "alignment.max_steps": 1,
+}
+"""L+ alone: a generator whose implicit reward tells good responses from bad ones after three steps."""
 
 
 def reasons(folder: Path) -> dict[str, list[str]]:

@@ -99,7 +99,7 @@ def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) ->
 
 def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(9.6, 2.7), layout="constrained")
-    return figure, list(figure.subplots(1, 2, squeeze=False)[0]) if panels > 1 else [figure.subplots()]
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
 def to_svg(figure: Figure) -> str:
