@@ -61,7 +61,7 @@ class RecipeJudge:
         return {"judge": self.name} | ({} if template is None else {"judge's chat template": file_digest(Path(template))})
 
     def prompts(self) -> Prompts | None:
-        """How its prompts are rendered; None where the tokenizer is not known. Raises ValueError as `load_tokenizer` does."""
+        """How its prompts are rendered; None where its tokenizer is not known. ValueError as of `load_tokenizer`."""
         path = self.section.model if self.model is None else self.model.path
         if path is None:
             return None
