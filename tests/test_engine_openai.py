@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -622,3 +623,35 @@ def test_excerpt_is_one_short_printable_line():
     assert excerpt(b"a\n\t b\x1b[31m\xff") == "a b [31m�"
     assert len(excerpt(b"x" * 10_000)) == 304
     assert excerpt(f"{'x' * 295}{SECRET}".encode(), SECRET) == "x" * 295 + "[key]"
+
+
+def test_first_logps_are_asked_for_and_read():
+    """Chat completions and completions name them differently; None where a server gives none, or nonsense."""
+    top = {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": [{"token": "A", "logprob": -0.1}]}]}
+    request = Request(key="k", messages=({"role": "user", "content": "p"},), prompt_ids=(1,), sampling=SAMPLING, seed=1)
+    with MisbehavingServer(lambda _: chat("A", logprobs=top)) as server, engine_for(server) as engine:
+        (completion,) = engine.generate([replace(request, top_logps=5)])
+        assert isinstance(completion, Completion)
+        assert completion.first_logps == (("A", -0.1),)
+        assert (server.calls[0].body["logprobs"], server.calls[0].body["top_logprobs"]) == (True, 5)
+        list(engine.generate([request]))
+        assert not {"logprobs", "top_logprobs"} & server.calls[1].body.keys()
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "first"),
+    [
+        ({"top_logprobs": [{"A": -0.1, "B": -3}], "tokens": ["A"]}, (("A", -0.1), ("B", -3.0))),
+        (None, None),
+        ({"content": []}, None),
+        ({"content": [{"token": "A", "logprob": -0.1}]}, None),
+        ({"content": [{"top_logprobs": [{"token": "A", "logprob": 0.9}]}]}, None),  # a probability, perhaps
+        ({"top_logprobs": [{"A": "likely"}]}, None),
+        ([-0.1], None),
+    ],
+)
+def test_an_answer_stays_one_whatever_its_logprobs(logprobs: object, first: object):
+    body = {"choices": [{"text": "A", "finish_reason": "stop", "logprobs": logprobs}]}
+    answer = read_answer(json.dumps(body).encode())
+    assert answer.text == "A"
+    assert answer.first_logps == first

@@ -148,7 +148,8 @@ def test_what_judges_say_is_shown_where_they_were_asked():
     print_measures({"pairs": 40, "judge": {"accuracy": share}, "principle_consistency": {"accuracy": share}}, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert re.search(r"judged\s+accuracy\s+62\.5% \[50\.0, 75\.0\]\s+principle consistency\s+62\.5%", text)
+    assert re.search(r"judged by the judge\s+accuracy\s+62\.5% \[50\.0, 75\.0\]", text)
+    assert re.search(r"judged by principle consistency\s+accuracy\s+62\.5% \[50\.0, 75\.0\]", text)
     assert "ties" not in text
 
 

@@ -56,16 +56,19 @@ def conversation(response: str, question: str = "What is the capital of France?"
 RESPONSES = ("Paris.", "The capital of France is Paris. " * 3, "No.", "I would have to think about that for a while.")
 
 
-def own_rewards(model: RewardModel) -> list[float]:
-    """One conversation a forward pass, without padding, straight from the model."""
+def own_reward(model: RewardModel, question: str, response: str) -> float:
+    """One conversation in a forward pass, without padding, straight from the model."""
     tokenizer = AutoTokenizer.from_pretrained(model.model.path)
     network = AutoModelForSequenceClassification.from_pretrained(model.model.path, dtype=torch.float32)
-    rewards: list[float] = []
-    for response in RESPONSES:
-        messages = [dict(message) for message in conversation(response)]
-        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            rewards.append(network(input_ids=torch.tensor([ids])).logits.item())
+    messages = [dict(message) for message in conversation(response, question)]
+    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        return network(input_ids=torch.tensor([ids])).logits.item()
+
+
+def own_rewards(model: RewardModel) -> list[float]:
+    """Of all responses to the same question."""
+    rewards = [own_reward(model, "What is the capital of France?", response) for response in RESPONSES]
     assert len({round(value, 4) for value in rewards}) == len(RESPONSES)
     return rewards
 

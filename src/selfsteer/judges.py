@@ -154,8 +154,8 @@ def sampled_verdicts(
     for attempt in range(1 + judge.retries):
         wanted = _unread(judge, pairs(), attempt, journal)
         first = next(wanted, None)
-        if first is None:
-            break
+        if first is None:  # perhaps a later try was broken off
+            continue
         with progress("verdicts", 2 * total, unit="answers") as advance:
             for batch in _answers(open_engine, chain([first], wanted), failures):
                 journal.append([(each.key, _data(each)) for each in batch])
