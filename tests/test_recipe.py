@@ -158,7 +158,8 @@ def test_an_override_that_is_not_yaml(smallest: Path):
         ("training.lora.rnk=4", "training.lora.rnk: unknown key; did you mean training.lora.rank?"),
         (
             "queries.zzz=1",
-            "queries.zzz: unknown key; the keys of queries are path, column, split, limit, max_prompt_tokens, holdout, split_rounds",
+            "queries.zzz: unknown key; the keys of queries are"
+            " path, column, split, limit, max_prompt_tokens, holdout, split_rounds",
         ),
     ],
 )
