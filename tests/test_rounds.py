@@ -47,7 +47,7 @@ def recipe(recipe_of: RecipeOf, tmp_path_factory: pytest.TempPathFactory) -> Cal
         "rounds": 3,
         "queries": {"path": str(path), "holdout": 2, "split_rounds": True},
         "generator.max_steps": 1,
-        "alignment": {"learning_rate": 1e-2, "batch_size": 8, "max_steps": 2, "reference": "first"},
+        "alignment": {"learning_rate": 1e-2, "batch_size": 8, "max_steps": 2, "reference": "first", "weighting": "wpo"},
         "quality.principle_consistency": False,
     }
     return lambda folder: recipe_of(folder, changes)
@@ -93,6 +93,8 @@ def test_the_reference_is_the_first_policy_in_every_round(three: Path, tiny_fold
         gaps.append(ratios[0] - ratios[1])
     assert history(three, 2)[0]["margin"] == pytest.approx(0.1 * sum(gaps) / len(gaps), rel=1e-3, abs=1e-6)
     assert not math.isclose(history(three, 2)[0]["margin"], 0.0, abs_tol=1e-4)
+    assert all(0 < step["weight"] < 1 for number in ROUNDS for step in history(three, number)), "alignment.weighting is wpo"
+    assert "weight of a pair" in (three / "report.html").read_text()
 
 
 def test_another_reference_changes_later_rounds_alone(three: Path, recipe: Any, tmp_path: Path):

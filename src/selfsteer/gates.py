@@ -179,9 +179,10 @@ def require(results: Sequence[GateResult]) -> None:
         raise GateFailed(text)
 
 
-def why_not_aligned(metrics: RoundMetrics, *, number: int) -> str | None:
-    """Which failed gates, or which reasons to stop, keep the policy from being aligned in round `number`; None for none."""
-    failed = [f"{gate.name} {_shown(gate)}{gate.reason}" for gate in metrics.get("gates", []) if not gate.passed]
+def why_not_aligned(metrics: RoundMetrics, *, number: int, gates_stop: bool) -> str | None:
+    """Which failed gates, or else which reasons to end the rounds, keep round `number` from its alignment; None for none."""
+    gates = metrics.get("gates", []) if gates_stop else []
+    failed = [f"{gate.name} {_shown(gate)}{gate.reason}" for gate in gates if not gate.passed]
     holding = [f"{each.name} {_shown(each)}is {each.bound}" for each in metrics.get("stop_when", []) if each.passed]
     found = "; ".join(failed or holding)
     return f"round {number} did not align the policy: {found}" if found else None

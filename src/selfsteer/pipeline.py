@@ -89,6 +89,8 @@ def make_data(round: Round) -> Candidates:
 
 def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     """Step 5 on its own: align recipe.policy on a preference dataset made elsewhere."""
+    if recipe.selection.active and recipe.selection.by == "generator":
+        raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
     policy = resolve(recipe.policy)
     _prompts(recipe, policy)
     check_judging(recipe)

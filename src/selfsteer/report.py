@@ -309,12 +309,17 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         return Row(label, tuple(map(Cell, values)))
 
     curves = [[entry["loss"] for entry in side.get("curve", []) if "loss" in entry] for side in sides]
+    weights_of = [[entry["weight"] for entry in side.get("curve", []) if "weight" in entry] for side in sides]
     rows = (
         line("optimizer steps", "steps"),
         texts("time", (duration(side["seconds"]) if "seconds" in side else "" for side in sides)),
         line("tokens a second", "tokens_per_second"),
         texts("peak memory", (f"{side['peak_memory'] / 1e9:.1f} GB" if "peak_memory" in side else "" for side in sides)),
         texts("loss, first -> last", (f"{curve[0]:.4f} -> {curve[-1]:.4f}" if curve else "" for curve in curves)),
+        texts(
+            "weight of a pair",
+            (" -> ".join(f"{weights[i]:.3f}" for i in (0, -1)) if weights else "" for weights in weights_of),
+        ),
         Row("on its own pairs"),
         line("pairs measured", "reward.pairs"),
         line("accuracy before", "reward.before.accuracy", "share"),

@@ -37,10 +37,7 @@ class Candidates(NamedTuple):
 
 
 def selection_stage(round: Round, candidates: Candidates) -> Stage:
-    """The pairs that align the policy: those of stage 5 as they are, where the recipe selects none.
-
-    Raises ValueError where pairs without a generator are to be selected by one.
-    """
+    """The pairs that align the policy: those of stage 5 as they are, where the recipe selects none."""
     section = round.recipe.selection
     if not section.active:
         return candidates.preferences
@@ -60,11 +57,10 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
         rank = _by_judge(candidates, judge, held_out(round))
         if candidates.quality is not None:  # what it has said already
             borrow(round.folder.stage(round.number, SELECTION), [candidates.quality])
-    elif candidates.generators is not None:
+    else:
+        assert candidates.generators is not None, "checked at the start"
         inputs |= inputs_of(round, generator=candidates.generators.good)
         settings["beta"] = round.recipe.generator.beta
-    else:
-        raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
     origin = Origin(settings=settings, inputs=inputs)
     return make_stage(round, SELECTION, origin, lambda work: _selected(round, work, candidates, lambda: rank(work)))
 

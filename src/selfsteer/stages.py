@@ -88,6 +88,9 @@ _WAYS_OUT = {
     "length ratio": "raise filters.max_length_ratio",
     "refusal in the chosen response": "set filters.refusals to false",
     "principle leakage": "set filters.leakage to false",
+    "small margin": "lower selection.min_margin",
+    "order reversed": "set selection.drop_reversed to false",
+    "no bad sample scores below the good ones": "train the generator further, or set selection.samples to 1",
 }
 """What to change in the recipe when too many rows are dropped for a reason."""
 

@@ -85,7 +85,9 @@ def metrics(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | N
     if last > 0:
         facts["policy_folder"] = str(folder.stage(last, "6-policy").path / MODEL)
         facts["policy_round"] = last
-    if ended is not None and (reason := why_not_aligned(rounds[-1], number=ended)) is not None:
+    if ended is not None:
+        reason = why_not_aligned(rounds[-1], number=ended, gates_stop=recipe.quality.on_failure == "stop")
+        assert reason is not None, "a round ends without alignment for a reason"
         facts["ended"] = reason
     return Metrics(run=facts, rounds=rounds)
 
