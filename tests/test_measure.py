@@ -148,9 +148,7 @@ def test_a_judge_behind_a_server(given: Path, tiny_folder: str, tmp_path: Path, 
         ("policy: {model: x}", "names no judge"),
     ],
 )
-def test_a_file_without_a_usable_judge_is_refused(
-    given: Path, tiny_folder: str, tmp_path: Path, text: str, message: str
-):
+def test_a_file_without_a_usable_judge_is_refused(given: Path, tiny_folder: str, tmp_path: Path, text: str, message: str):
     file = tmp_path / "judge.yaml"
     file.write_text(text)
     with pytest.raises(RecipeError, match=message):
