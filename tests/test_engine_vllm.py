@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,20 @@ def test_answers_come_back_as_records_without_the_end_token(scripted: Callable[.
     with engine() as opened:
         (answer,) = opened.generate(requests(1))
     assert answer == Completion(key="k0", text="10 100", token_ids=(10, 100), finish_reason="stop", logps=(-0.5, -0.5))
+
+
+def test_likely_first_tokens_are_told_where_they_were_asked_for(scripted: Callable[..., Path]):
+    """As texts, of which several tokens may have the same; what is impossible is left out."""
+    said = "[[7, -0.5], [8, -1.5], [9, -float('inf')]][: request['top_logps']]"
+    scripted(during=f"if request['top_logps']: answer['first_logps'] = {said}")
+    (request,) = requests(1)
+    with engine() as opened:
+        (asked,) = opened.generate([replace(request, top_logps=3)])
+        (unasked,) = opened.generate([request])
+    assert isinstance(asked, Completion)
+    assert isinstance(unasked, Completion)
+    assert asked.first_logps == (("7", -0.5), ("8", -1.5))
+    assert unasked.first_logps is None
 
 
 def test_every_request_is_answered_once_and_pulled_lazily(scripted: Callable[..., Path]):

@@ -151,7 +151,9 @@ def test_a_pair_that_fails_costs_itself_and_is_asked_again(
         assert (tmp_path / "run/round-1/6-policy/MANIFEST.json").read_bytes() == aligned, "no reason to train again"
 
 
-def test_a_judge_that_is_dead_from_the_start(judged_by: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_judge_that_is_dead_from_the_start(
+    judged_by: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     """The data is kept and the gates say why they fail; when it lives, the same command asks, and goes on."""
     with MisbehavingServer(letter) as server:
         url = server.base_url
@@ -266,9 +268,7 @@ def test_a_judge_on_vllm_is_another_model_than_the_policy(
         (judge_at("http://h/v1") | {"top_logps": 21}, "judge.top_logps"),
     ],
 )
-def test_judges_that_cannot_be_meant_are_refused(
-    recipe_of: RecipeOf, tmp_path: Path, judge: dict[str, Any], message: str
-):
+def test_judges_that_cannot_be_meant_are_refused(recipe_of: RecipeOf, tmp_path: Path, judge: dict[str, Any], message: str):
     with pytest.raises(RecipeError, match=message):
         Recipe.model_validate(recipe_of(tmp_path / "run", {"judge": judge}))
 

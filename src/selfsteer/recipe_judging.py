@@ -56,6 +56,8 @@ class JudgeSection(Section):
                 "a judge in this process has no engine, and its arithmetic is judge.dtype; set judge.engine=null, or give"
                 " engine the kind vllm or openai"
             )
+        if self.chat_template and not self.model:
+            raise ValueError("chat_template is of a tokenizer that is not named; set judge.model, or chat_template=null")
         if not self.model and self.engine is not None and self.engine.kind == "openai" and self.engine.send == "token_ids":
             raise ValueError("engine.send: token_ids needs the judge's tokenizer; name it in judge.model")
         return self

@@ -9,6 +9,7 @@ Left out on purpose: everything that vLLM does itself, and texts on the other si
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -187,7 +188,8 @@ class VllmEngine:
         )
 
     def _first(self, said: list[tuple[int, float]] | None) -> tuple[TokenLogp, ...] | None:
-        return None if said is None else tuple(TokenLogp(self._decode([token]), logp) for token, logp in said)
+        # vLLM gives -inf to tokens that can't come, and JSON has no such number.
+        return None if said is None else tuple(TokenLogp(self._decode([x]), logp) for x, logp in said if logp > -math.inf)
 
     def _heard(self) -> _Said:
         """The next thing that a worker says. Raises `WorkerError` for one that has ended, Interrupted while starting."""
