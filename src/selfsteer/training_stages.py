@@ -70,7 +70,10 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
     if name in _HALVES:
         settings["half"] = _HALVES[name]
     origin = Origin(settings=settings, inputs=inputs_of(round, pairs=pairs))
-    return make_stage(round, name, origin, lambda work: _train(round, work, pairs, section))
+    stage = make_stage(round, name, origin, lambda work: _train(round, work, pairs, section))
+    for unfinished in stage.path.glob("training-*"):  # only now: a kill before the seal goes on from its last checkpoint
+        shutil.rmtree(unfinished)
+    return stage
 
 
 def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
@@ -114,7 +117,6 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     measures = {"steps": result.steps, "reward": reward}
     with replacing(work.stage.path / MEASURES) as file:
         file.write(canonical_json(plain(measures)))
-    shutil.rmtree(unfinished)
     return Contents(wanted=queries, files=(MODEL, HISTORY, MEASURES))
 
 
