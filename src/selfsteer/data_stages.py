@@ -190,7 +190,9 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
             if isinstance(answers, Dropped):
                 dropped.append(answers)
             else:
-                yield {**row, "original": None} | {role: asdict(answer) for role, answer in answers.items()}
+                yield {**row, "original": None} | {
+                    role: schemas.response_columns(answer) for role, answer in answers.items()
+                }
 
     return Contents(wanted=total, rows=rows(), dropped=dropped, schema=schemas.RESPONSES)
 
@@ -261,33 +263,33 @@ def steering_stage(round: Round, responses: Stage) -> Stage:
 def _steering(round: Round, work: Work, responses: Stage) -> Contents:
     objective, judge = round.recipe.generator.objective, policy_as_judge(round)
     dropped: list[Dropped] = []
+    reasons: dict[str, str] = {}
 
-    def judged() -> Iterator[tuple[Responses, str | None]]:
-        for row in responses.rows():
-            item = schemas.responses(row)
-            yield item, steering_reject_reason(item, round.recipe.filters, round.prompts)
+    def answered() -> Iterator[Responses]:
+        return map(schemas.responses, responses.rows())
 
     def groups(item: Responses) -> tuple[Group, Group]:
         own = alignment_pair(item.query, item.good, item.bad)
         return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((own,))
 
     wanted = kept(responses)
-    every_group = (group for item, reason in judged() if reason is None for group in groups(item))
+    usable = _usable(answered(), lambda item: steering_reject_reason(item, round.recipe.filters, round.prompts), reasons)
+    every_group = (group for item in usable for group in groups(item))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
     own = (
         row
-        for item, reason in judged()
-        if reason is None
+        for item in answered()
+        if item.query.id not in reasons
         for row in _scored_rows(work.journal, groups(item)[1], item.principles, _seeds(item))
     )
     schemas.write_rows(work.stage.path / POLICY_PAIRS, own, schemas.PAIRS)
 
     def rows() -> Iterator[PairRow]:
-        for item, reason in judged():
-            if reason is None:
-                yield from _scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
+        for item in answered():
+            if item.query.id in reasons:
+                dropped.append(Dropped(id=item.query.id, reason=reasons[item.query.id]))
             else:
-                dropped.append(Dropped(id=item.query.id, reason=reason))
+                yield from _scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
 
     each = 2 if objective in ("sso", "equation_3") else 1
     return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PAIRS, rows_each=each, files=(POLICY_PAIRS,))
@@ -361,26 +363,24 @@ def _preference_pairs(
     """Filtered alignment pairs with their log-probabilities under the policy: reference and on-policy measure in one."""
     judge = policy_as_judge(round)
     dropped: list[Dropped] = []
+    reasons: dict[str, str] = {}
 
-    def judged() -> Iterator[Responses | Dropped]:
-        for item in answered():
-            if isinstance(item, Dropped):
-                yield item
-                continue
-            reason = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
-            reason = reason or special_token_reason((item.good.text, item.bad.text), round.prompts)
-            yield item if reason is None else Dropped(id=item.query.id, reason=reason)
+    def reason(item: Responses) -> str | None:
+        found = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
+        return found or special_token_reason((item.good.text, item.bad.text), round.prompts)
 
     def group(item: Responses) -> Group:
         return judge.group((alignment_pair(item.query, item.good, item.bad),))
 
-    every_group = (group(item) for item in judged() if isinstance(item, Responses))
+    every_group = map(group, _usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
     def rows() -> Iterator[PairRow]:
-        for item in judged():
+        for item in answered():
             if isinstance(item, Dropped):
                 dropped.append(item)
+            elif item.query.id in reasons:
+                dropped.append(Dropped(id=item.query.id, reason=reasons[item.query.id]))
             else:
                 yield from _scored_rows(work.journal, group(item), item.principles, _seeds(item))
 
@@ -388,6 +388,18 @@ def _preference_pairs(
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------------
+
+
+def _usable(
+    items: Iterable[Responses], reason: Callable[[Responses], str | None], reasons: dict[str, str]
+) -> Iterator[Responses]:
+    """Those that are kept; why the others are not is in `reasons` from then on, by query: texts are judged once."""
+    for item in items:
+        found = reason(item)
+        if found is None:
+            yield item
+        else:
+            reasons[item.query.id] = found
 
 
 def _seeds(item: Responses) -> Seeds:

@@ -49,7 +49,13 @@ def test_killed_at_moments_drawn_in_each_stage(recipe: Path):
     command = [sys.executable, "-m", "faults.killed", str(recipe), str(KILLS), *STAGES]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
     ended = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600 + 600 * KILLS, check=False, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600 + 600 * KILLS,
+        check=False,
+        env=environment,
     )
     (recipe.parent / "said").write_text(ended.stdout)
     assert ended.returncode == 0, ended.stdout
