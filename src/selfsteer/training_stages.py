@@ -19,9 +19,9 @@ from selfsteer.models import checkpoint
 from selfsteer.quality import implicit_reward
 from selfsteer.recipe import Alignment, Generator
 from selfsteer.records import PairRow
-from selfsteer.reference import Group, Judge, score_missing, scores
+from selfsteer.reference import Group, score_missing, scores
 from selfsteer.report import plain
-from selfsteer.stages import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage
+from selfsteer.stages import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage, policy_as_judge
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.training import TrainingJob
 
@@ -123,7 +123,8 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
 def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> ImplicitReward:
     """Margins and accuracy of the training pairs before and after, on at most quality.sample queries."""
     drawn = draw_queries(round, pairs, round.recipe.quality.sample)
-    judge = Judge(checkpoint(work.stage.path / MODEL), round.recipe.policy, round.prompts, round.recipe.training)
+    trained = checkpoint(work.stage.path / MODEL)
+    judge = policy_as_judge(round)._replace(model=trained)
 
     def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
         for query_id, rows in groupby(_lessons(round, work, pairs), key=lambda row: row["query_id"]):
