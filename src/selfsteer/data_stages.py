@@ -22,10 +22,11 @@ from selfsteer.pairs import (
     special_token_reason,
     steering_pairs,
     steering_reject_reason,
+    usable,
 )
 from selfsteer.principles import Attempt, Pool, choose_principles, generate_principles, load_pool, principle_messages
 from selfsteer.prompts import Prompts
-from selfsteer.recipe import Generator, Policy, Recipe
+from selfsteer.recipe import Generator, Policy
 from selfsteer.recipe_engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped, PairRow, Principles, Query, Response, Responses
 from selfsteer.reference import Group, score_missing, scores
@@ -41,7 +42,7 @@ from selfsteer.training_stages import MODEL, Generators
 def principles_stage(round: Round) -> Stage:
     """Step 1: every usable query with its pair of opposing principles."""
     section = round.recipe.principles
-    inputs = {"policy": round.policy.digest, "prompts": round.prompts.digest, "queries": _source_digest(round.recipe)}
+    inputs = inputs_of(round) | {"queries": reading.source_digest(round.recipe.queries)}
     if section.path is not None:
         inputs["principles"] = file_digest(Path(section.path))
     settings = {
@@ -62,7 +63,7 @@ def _principles(round: Round, work: Work) -> Contents:
     wanted = sum(1 for _ in _checked_queries(round))
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
     if section.source == "generate":
-        assign = _generated_principles(round, work, pool)
+        assign = _generated_principles(round, work, pool, wanted)
     dropped: list[Dropped] = []
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -102,7 +103,7 @@ def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
             return
 
 
-def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Query], Principles]:
+def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> Callable[[Query], Principles]:
     """Sample what the journal lacks; returns a function that reads a query's principles back from it."""
     section, recipe = round.recipe.principles, round.recipe
     writer, prompts = round.policy, round.prompts
@@ -111,34 +112,35 @@ def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Que
         prompts = Prompts(load_tokenizer(writer.path))
     engine_section = section.engine or recipe.engine
     model_digest = sampler_digest(engine_section, writer)
+    engine = partial(open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
     sampling = Sampling(temperature=section.temperature, top_p=recipe.responses.top_p, max_new_tokens=section.max_new_tokens)
 
     def ask(attempt: Attempt) -> Request:
         messages = principle_messages(attempt.query)
         return request(prompts, messages, model_digest=model_digest, sampling=sampling, seed=attempt.seed)
 
-    def answer_to(asked: Request) -> str:
-        answered = response(work.journal, asked)
-        return "" if isinstance(answered, Failed) else answered.text
+    def answer_to(key: str) -> str:
+        return work.journal.get(key).get("text", "")  # of one that failed there is none
 
     def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        tried = [(attempt, ask(attempt)) for attempt in attempts]
-        engine = partial(open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
-        sample(engine, (item for _, item in tried), work.journal, description="principles", total=len(tried))
-        return ((attempt, answer_to(item)) for attempt, item in tried)
+        tried: list[tuple[Attempt, str]] = []  # keys, not requests: a prompt of a thousand tokens takes 30 KB
+
+        def asked() -> Iterator[Request]:
+            for attempt in attempts:
+                item = ask(attempt)
+                tried.append((attempt, item.key))
+                yield item
+
+        sample(engine, asked(), work.journal, description="principles", total=wanted)
+        return ((attempt, answer_to(key)) for attempt, key in tried)
 
     def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        return ((attempt, answer_to(ask(attempt))) for attempt in attempts)
+        return ((attempt, answer_to(ask(attempt).key)) for attempt in attempts)
 
-    usable = (item for item in _checked_queries(round) if isinstance(item, Query))
-    for _ in generate_principles(usable, answer, section, pool, recipe.seed):
+    queries = (item for item in _checked_queries(round) if isinstance(item, Query))
+    for _ in generate_principles(queries, answer, section, pool, recipe.seed):
         pass
     return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
-
-
-def _source_digest(recipe: Recipe) -> str:
-    path = recipe.queries.path
-    return digest(path) if path.startswith("hub:") else file_digest(Path(path))
 
 
 # --- 2: responses ----------------------------------------------------------------------------------------------------------
@@ -273,8 +275,8 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((own,))
 
     wanted = kept(responses)
-    usable = _usable(answered(), lambda item: steering_reject_reason(item, round.recipe.filters, round.prompts), reasons)
-    every_group = (group for item in usable for group in groups(item))
+    good = usable(answered(), lambda item: steering_reject_reason(item, round.recipe.filters, round.prompts), reasons)
+    every_group = (group for item in good for group in groups(item))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
     own = (
         row
@@ -372,7 +374,7 @@ def _preference_pairs(
     def group(item: Responses) -> Group:
         return judge.group((alignment_pair(item.query, item.good, item.bad),))
 
-    every_group = map(group, _usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
+    every_group = map(group, usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
     def rows() -> Iterator[PairRow]:
@@ -388,18 +390,6 @@ def _preference_pairs(
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------------
-
-
-def _usable(
-    items: Iterable[Responses], reason: Callable[[Responses], str | None], reasons: dict[str, str]
-) -> Iterator[Responses]:
-    """Those that are kept; why the others are not is in `reasons` from then on, by query: texts are judged once."""
-    for item in items:
-        found = reason(item)
-        if found is None:
-            yield item
-        else:
-            reasons[item.query.id] = found
 
 
 def _seeds(item: Responses) -> Seeds:
