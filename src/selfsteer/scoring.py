@@ -99,14 +99,16 @@ def score_into(
     keys: deque[str] = deque()
     batch: list[Record] = []
     with open_scorer(*how) as scorer:
-        for scored in score(scorer, _until_stopped(groups, keys)):
-            batch.append((keys.popleft(), {"scores": [_numbers(pair) for pair in scored]}))
-            if len(batch) == _DURABLE_EVERY:
-                journal.append(batch)
-                advance(len(batch))
-                batch = []
-        journal.append(batch)
-        advance(len(batch))
+        try:
+            for scored in score(scorer, _until_stopped(groups, keys)):
+                batch.append((keys.popleft(), {"scores": [_numbers(pair) for pair in scored]}))
+                if len(batch) == _DURABLE_EVERY:
+                    journal.append(batch)
+                    advance(len(batch))
+                    batch = []
+        finally:  # also when a pair can't be scored: what was finished is kept
+            journal.append(batch)
+            advance(len(batch))
 
 
 def _until_stopped(groups: Iterable[KeyedPairs], keys: deque[str]) -> Iterator[Sequence[PreferencePair]]:
