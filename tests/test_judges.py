@@ -549,7 +549,7 @@ def test_embedded_verdicts_are_read_back_without_the_model(scoring: Judge, tmp_p
     judge = EmbeddedJudge(scoring=scoring, template=judge_template())
     with Journal(tmp_path) as journal:
         before = list(embedded_verdicts(judge, lambda: [pair(1)], journal, total=1))
-    monkeypatch.setattr("selfsteer.reference.open_scorer", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("selfsteer.scoring.open_scorer", lambda *_: pytest.fail("the model was loaded"))
     with Journal(tmp_path) as journal:
         assert list(embedded_verdicts(judge, lambda: [pair(1)], journal, total=1)) == before
 

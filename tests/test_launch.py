@@ -22,7 +22,8 @@ from tiny import tiny_model_dir
 
 from selfsteer import checkpoints, interrupt
 from selfsteer import launch as launching
-from selfsteer.launch import _is_free, launch
+from selfsteer.launch import launch
+from selfsteer.locks import is_free
 from selfsteer.recipe import Launcher, Policy
 from selfsteer.recipe_training import Lora
 from selfsteer.trainer import TrainingDiverged, read_history
@@ -173,7 +174,7 @@ def test_a_signal_to_the_parent_ends_in_a_complete_checkpoint(base: TrainingJob,
         with pytest.raises(interrupt.Interrupted) as stopped:
             launch(long, TWO)
     assert stopped.value.exit_status == 143
-    assert _is_free(Path(long.output) / "GROUP"), "the group has ended before its parent"
+    assert is_free(Path(long.output) / "GROUP"), "the group has ended before its parent"
     last = checkpoints.latest(Path(long.output))
     assert last is not None
     assert checkpoints.step_of(last) == len(curve(long)) < 600
@@ -192,7 +193,7 @@ def test_a_killed_parent_takes_its_group_along(base: TrainingJob, tmp_path: Path
     with subprocess.Popen([sys.executable, "-c", program, str(given)], stderr=subprocess.DEVNULL) as parent:
         until(lambda: read_history(output / "history.jsonl"), "the first step")
         parent.kill()
-    until(lambda: _is_free(output / "GROUP"), "the end of the group")
+    until(lambda: is_free(output / "GROUP"), "the end of the group")
     last = checkpoints.latest(output)
     assert last is not None
     stopped_at = checkpoints.step_of(last)

@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from selfsteer.logps import choose_packing, teach
+from selfsteer.logps import TokenLogps, choose_packing, teach
 from selfsteer.packing import Row, Span, TokenPair, pack, pad, share_prompts
 
 ROWS = [Row((1, 2), ((3, 4, 5), (6, 7))), Row((8,), ((9,),))]
@@ -98,6 +99,33 @@ def test_log_probabilities_in_bfloat16_are_close_and_negative():
         rounded, plain = model(**pack(rows)), exact(**pad(rows))
     assert rounded.dtype == torch.float32
     assert torch.allclose(rounded, plain, rtol=1e-2, atol=0.1)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes while this is on."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_of_tokens_times_vocabulary(frozen: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """600 tokens of 400 would be 240,000 logits; with chunks of 50 tokens nothing exceeds 20,000, forward or backward."""
+    monkeypatch.setattr("selfsteer.logps.CHUNK_ELEMENTS", 400 * 50)
+    hidden = torch.randn(600, 32, requires_grad=True)
+    weight = torch.randn(400, 32, requires_grad=not frozen)
+    targets = torch.arange(600) % 400
+    with Largest() as largest, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        TokenLogps.apply(hidden, weight, None, targets).sum().backward()
+    assert hidden.grad is not None
+    assert 400 * 40 < largest.elements <= 400 * 50
 
 
 def test_a_completion_does_not_see_its_neighbours():

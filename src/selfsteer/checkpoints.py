@@ -6,13 +6,18 @@
 A kill while a checkpoint is written leaves no COMPLETE, and the one before is still there.
 """
 
+import errno
 import json
 import logging
 import re
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
-from selfsteer.durable import canonical_json, file_digest, replacing, sync
+from safetensors import SafetensorError
+
+from selfsteer.durable import canonical_json, file_digest, replacing, sync, write_failed
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +27,17 @@ KEPT = 2
 """Complete checkpoints that stay on disk."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Turns what the model libraries raise where the disk is full into an OSError that names the path and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failed(error, path) from error
+    except (SafetensorError, RuntimeError) as error:  # of safetensors and of torch.save; neither is an OSError
+        raise write_failed(OSError(errno.EIO, str(error)), path) from error
 
 
 def seal(folder: Path, training: str) -> None:

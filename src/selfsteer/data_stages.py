@@ -18,8 +18,10 @@ from selfsteer.journal import Journal
 from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.pairs import (
     alignment_pair,
+    item_key,
     reject_reason,
     special_token_reason,
+    usable,
 )
 from selfsteer.principles import Attempt, Pool, choose_principles, generate_principles, load_pool, principle_messages
 from selfsteer.prompts import Prompts
@@ -50,7 +52,7 @@ from selfsteer.training_stages import MODEL, Generators
 def principles_stage(round: Round) -> Stage:
     """Step 1: every usable query with its pair of opposing principles."""
     section = round.recipe.principles
-    inputs = {"policy": round.policy.digest, "prompts": round.prompts.digest, "queries": _source_digest(round.recipe)}
+    inputs = inputs_of(round) | {"queries": reading.source_digest(round.recipe.queries)}
     if section.path is not None:
         inputs["principles"] = file_digest(Path(section.path))
     settings = {
@@ -74,7 +76,7 @@ def _principles(round: Round, work: Work) -> Contents:
     wanted = sum(1 for _ in queries())
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
     if section.source == "generate":
-        assign = _generated_principles(round, work, pool)
+        assign = _generated_principles(round, work, pool, wanted)
     dropped: list[Dropped] = []
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -132,7 +134,7 @@ def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
             return
 
 
-def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Query], Principles]:
+def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> Callable[[Query], Principles]:
     """Sample what the journal lacks; returns a function that reads a query's principles back from it."""
     section, recipe = round.recipe.principles, round.recipe
     writer, prompts = round.policy, round.prompts
@@ -141,34 +143,35 @@ def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Que
         prompts = Prompts(load_tokenizer(writer.path))
     engine_section = section.engine or recipe.engine
     model_digest = sampler_digest(engine_section, writer)
+    engine = partial(open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
     sampling = Sampling(temperature=section.temperature, top_p=recipe.responses.top_p, max_new_tokens=section.max_new_tokens)
 
     def ask(attempt: Attempt) -> Request:
         messages = principle_messages(attempt.query)
         return request(prompts, messages, model_digest=model_digest, sampling=sampling, seed=attempt.seed)
 
-    def answer_to(asked: Request) -> str:
-        answered = response(work.journal, asked)
-        return "" if isinstance(answered, Failed) else answered.text
+    def answer_to(key: str) -> str:
+        return work.journal.get(key).get("text", "")  # of one that failed there is none
 
     def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        tried = [(attempt, ask(attempt)) for attempt in attempts]
-        engine = partial(open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
-        sample(engine, (item for _, item in tried), work.journal, description="principles", total=len(tried))
-        return ((attempt, answer_to(item)) for attempt, item in tried)
+        tried: list[tuple[Attempt, str]] = []  # keys, not requests: a prompt of a thousand tokens takes 30 KB
+
+        def asked() -> Iterator[Request]:
+            for attempt in attempts:
+                item = ask(attempt)
+                tried.append((attempt, item.key))
+                yield item
+
+        sample(engine, asked(), work.journal, description="principles", total=wanted)
+        return ((attempt, answer_to(key)) for attempt, key in tried)
 
     def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        return ((attempt, answer_to(ask(attempt))) for attempt in attempts)
+        return ((attempt, answer_to(ask(attempt).key)) for attempt in attempts)
 
-    usable = (item for item in _queries_of(round)() if isinstance(item, Query))
-    for _ in generate_principles(usable, answer, section, pool, recipe.seed):
+    queries = (item for item in _queries_of(round)() if isinstance(item, Query))
+    for _ in generate_principles(queries, answer, section, pool, recipe.seed):
         pass
     return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
-
-
-def _source_digest(recipe: Recipe) -> str:
-    path = recipe.queries.path
-    return digest(path) if path.startswith("hub:") else file_digest(Path(path))
 
 
 # --- 2: responses ----------------------------------------------------------------------------------------------------------
@@ -224,7 +227,9 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
             if isinstance(answers, Dropped):
                 dropped.append(answers)
             else:
-                yield {**row, "original": None} | {role: asdict(answer) for role, answer in answers.items()}
+                yield {**row, "original": None} | {
+                    role: schemas.response_columns(answer) for role, answer in answers.items()
+                }
 
     return Contents(wanted=total, rows=rows(), dropped=dropped, schema=schemas.RESPONSES)
 
@@ -356,26 +361,24 @@ def _preference_pairs(
     """Filtered alignment pairs with their log-probabilities under the policy: reference and on-policy measure in one."""
     judge = policy_as_judge(round)
     dropped: list[Dropped] = []
+    reasons: dict[tuple[str, int], str] = {}
 
-    def judged() -> Iterator[Responses | Dropped]:
-        for item in answered():
-            if isinstance(item, Dropped):
-                yield item
-                continue
-            reason = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
-            reason = reason or special_token_reason((item.good.text, item.bad.text), round.prompts)
-            yield item if reason is None else Dropped(id=item.query.id, reason=reason)
+    def reason(item: Responses) -> str | None:
+        found = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
+        return found or special_token_reason((item.good.text, item.bad.text), round.prompts)
 
     def group(item: Responses) -> Group:
         return judge.group((alignment_pair(item.query, item.good, item.bad),))
 
-    every_group = (group(item) for item in judged() if isinstance(item, Responses))
+    every_group = map(group, usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
     def rows() -> Iterator[PairRow]:
-        for item in judged():
+        for item in answered():
             if isinstance(item, Dropped):
                 dropped.append(item)
+            elif item_key(item) in reasons:
+                dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
             else:
                 yield from scored_rows(work.journal, group(item), item.principles, seeds_of(item))
 

@@ -11,7 +11,8 @@ Guarantees
 - The first record of a key wins, in the order of writer and n; appending a key again writes nothing.
 - Memory holds about 200 bytes a record, whatever its size: a hash of the key and where the line begins.
 
-Left out on purpose: seeing what other processes append while this one is open, deleting or compacting records, threads.
+Left out on purpose: seeing what other processes append while this one is open, unless it is told to (`reread`); deleting or
+compacting records; threads.
 """
 
 import fcntl
@@ -84,10 +85,11 @@ def _parts_in(folder: Path) -> list[tuple[str, int, Path]]:
 class Journal:
     """Records by key, append-only, in the JSONL parts of one folder. A context manager: leaving it closes the files."""
 
-    def __init__(self, folder: Path, *, writer: str = "main", repair: bool = True) -> None:
+    def __init__(self, folder: Path, *, writer: str = "main", repair: bool = True, read: bool = True) -> None:
         """Index the parts of `folder`, which need not exist yet.
 
         writer: name of the parts that this process writes. repair: set torn lines aside; False changes nothing on disk.
+        read: False leaves out what is there, for a writer that is given new keys only.
         """
         self.folder = folder
         self.writer = writer
@@ -99,13 +101,23 @@ class Journal:
         self._parts: list[Path] = []
         self._readers: dict[int, BinaryIO] = {}
         self._written: int | None = None
-        for _, _, part in _parts_in(folder):
-            self._read_part(part, repair=repair)
+        if read:
+            self._read_parts(repair=repair)
+
+    def reread(self) -> None:
+        """Index the parts anew, with what other writers have appended meanwhile; the next record begins a new part."""
+        self._close()
+        self._index.clear()
+        self._parts.clear()
+        self._read_parts(repair=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._close_written()
         for reader in self._readers.values():
             reader.close()
@@ -165,6 +177,10 @@ class Journal:
         for key, line in lines.items():
             self._index[_slot(key)] = place
             place += len(line)
+
+    def _read_parts(self, *, repair: bool) -> None:
+        for _, _, part in _parts_in(self.folder):
+            self._read_part(part, repair=repair)
 
     def _read_part(self, part: Path, *, repair: bool) -> None:
         place = len(self._parts) * _PART

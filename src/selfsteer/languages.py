@@ -4,6 +4,7 @@ Only scripts are told apart: French for an English query goes unseen, and a tran
 mismatch. So it compares sets of pairs better than it judges a row. Left out on purpose: language models and word lists.
 """
 
+import string
 import unicodedata
 from collections import Counter
 from functools import lru_cache
@@ -14,6 +15,8 @@ MAIN = 0.8
 """Share of a query's letters that makes a script the query's own; mixed queries are not judged."""
 LOST = 0.2
 """A response whose letters are to a smaller share of the query's script has left it; code and names may take the rest."""
+
+_ASCII_LETTERS = string.ascii_letters.encode()
 
 
 def script_mismatch(query: str, response: str) -> bool | None:
@@ -27,9 +30,13 @@ def script_mismatch(query: str, response: str) -> bool | None:
     return answered[script] < LOST * answered.total()
 
 
+@lru_cache(maxsize=16)  # the query is asked about once for each of its responses
 def _scripts(text: str) -> Counter[str]:
     """Letters of the text by script."""
     found: Counter[str] = Counter()
+    if text.isascii():  # most are, and counting bytes is fast
+        letters = len(text) - len(text.encode().translate(None, _ASCII_LETTERS))
+        return Counter(LATIN=letters) if letters else found
     # Full-width and mathematical letters count as what they look like. Each character is looked up once: texts are long.
     for character, count in Counter(unicodedata.normalize("NFKC", text)).items():
         if character.isalpha():

@@ -16,18 +16,15 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from selfsteer import interrupt, processes
 from selfsteer.durable import make_folder, replacing
+from selfsteer.locks import LOOK_SECONDS, held, stop_when_free, wait_until_free
 from selfsteer.recipe import Launcher
 from selfsteer.trainer import TrainingDiverged
 from selfsteer.training import TrainingJob, TrainingResult, train
@@ -35,7 +32,6 @@ from selfsteer.training import TrainingJob, TrainingResult, train
 log = logging.getLogger(__name__)
 
 _JOB, _OUTCOME, _PARENT, _GROUP = "job.json", "outcome.json", "PARENT", "GROUP"
-_LOOK_SECONDS = 0.2
 
 
 def launch(job: TrainingJob, launcher: Launcher) -> TrainingResult:
@@ -49,21 +45,27 @@ def launch(job: TrainingJob, launcher: Launcher) -> TrainingResult:
     make_folder(output)
     with replacing(output / _JOB) as file:
         file.write(json.dumps(job.as_json()).encode())
-    _wait_for_earlier_group(output)
+    # A parent that was killed leaves a group behind that is still saving.
+    wait_until_free(output / _GROUP, lambda: log.info("%s: an earlier training is still ending; waiting for it", output))
     (output / _OUTCOME).unlink(missing_ok=True)
     # A session of its own: Ctrl-C in a terminal reaches this process, which asks the group to stop.
     with (
-        _lock(output / _PARENT) as let_go,
+        held(output / _PARENT) as let_go,
         subprocess.Popen([*_command(launcher), str(output / _JOB)], start_new_session=True) as group,
     ):
         while group.poll() is None:
             if interrupt.stop_requested():
                 let_go()
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)
     return _read_outcome(output, group.returncode)
 
 
 def _command(launcher: Launcher) -> list[str]:
+    return accelerate_command(launcher, "selfsteer.launch")
+
+
+def accelerate_command(launcher: Launcher, module: str) -> list[str]:
+    """What starts a module in the processes that the recipe asks for; its arguments go behind."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     if launcher.config is not None:
         command += ["--config_file", launcher.config]
@@ -72,7 +74,7 @@ def _command(launcher: Launcher) -> list[str]:
         command += ["--dynamo_backend", "no"]
     if launcher.processes is not None:
         command += ["--num_processes", str(launcher.processes)]
-    return [*command, "--module", "selfsteer.launch"]
+    return [*command, "--module", module]
 
 
 def _read_outcome(output: Path, status: int) -> TrainingResult:
@@ -93,34 +95,6 @@ def _read_outcome(output: Path, status: int) -> TrainingResult:
     )
 
 
-def _wait_for_earlier_group(output: Path) -> None:
-    """A parent that was killed leaves a group behind that is still saving."""
-    said = False
-    while not _is_free(output / _GROUP):
-        interrupt.raise_if_stopped()
-        if not said:
-            log.info("%s: an earlier training is still ending; waiting for it", output)
-            said = True
-        time.sleep(_LOOK_SECONDS)
-
-
-def _is_free(path: Path) -> bool:
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
-@contextmanager
-def _lock(path: Path) -> Generator[Any]:
-    """Holds a lock; yields what lets it go early."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield lambda: fcntl.flock(file, fcntl.LOCK_UN)
-
-
 # --- one process of the group ----------------------------------------------------------------------------------------------
 
 
@@ -134,7 +108,7 @@ def main() -> None:
     with interrupt.graceful_stop(), (output / _GROUP).open("ab") as group:
         if first:
             fcntl.flock(group, fcntl.LOCK_EX)
-            threading.Thread(target=_stop_with_parent, args=(output / _PARENT,), daemon=True).start()
+            stop_when_free(output / _PARENT)
         # Agreed on by all processes, these end without torch's report of a failed process.
         try:
             outcome: dict[str, Any] = {"result": train(job)._asdict()}
@@ -154,13 +128,6 @@ def main() -> None:
 def _say(output: Path, outcome: dict[str, Any]) -> None:
     with replacing(output / _OUTCOME) as file:
         file.write(json.dumps(outcome).encode())
-
-
-def _stop_with_parent(lock: Path) -> None:
-    """Returns only when the parent lets go of its lock, or is gone."""
-    with lock.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import Filters
@@ -151,6 +151,23 @@ def steering_reject_reason(responses: Responses, filters: Filters, prompts: Prom
             return "original identical to the good response"
     sampled = (responses.good, responses.bad, responses.original)
     return special_token_reason((response.text for response in sampled if response is not None), prompts)
+
+
+def usable(
+    items: Iterable[Responses], reason: Callable[[Responses], str | None], reasons: dict[tuple[str, int], str]
+) -> Iterator[Responses]:
+    """Those that are kept; why the others are not is in `reasons` from then on, by `item_key`: texts are judged once."""
+    for item in items:
+        found = reason(item)
+        if found is None:
+            yield item
+        else:
+            reasons[item_key(item)] = found
+
+
+def item_key(item: Responses) -> tuple[str, int]:
+    """The query and, since it may be answered several times, a seed of this time."""
+    return item.query.id, item.good.seed
 
 
 def special_token_reason(texts: Iterable[str], prompts: Prompts) -> str | None:

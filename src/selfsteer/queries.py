@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from selfsteer import recipe
-from selfsteer.durable import digest
+from selfsteer.durable import digest, file_digest
 from selfsteer.records import Dropped, Message, Query
 
 CHARACTERS_PER_TOKEN = 128
@@ -62,6 +62,11 @@ def read_queries(section: recipe.Queries) -> Iterator[Query | Dropped]:
         yield query
         if len(seen) == section.limit:
             return
+
+
+def source_digest(section: recipe.Queries) -> str:
+    """Digest of the file; of a hub data set only the name is known."""
+    return digest(section.path) if section.path.startswith("hub:") else file_digest(Path(section.path))
 
 
 def fold(text: str) -> str:

@@ -3,28 +3,25 @@
 One number serves both purposes: the reference log-probability of the trainings, and the on-policy measure of the data.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 from selfsteer.durable import digest
-from selfsteer.interrupt import raise_if_stopped, stop_requested
+from selfsteer.interrupt import raise_if_stopped
 from selfsteer.journal import Journal
 from selfsteer.models import compute_dtype, pick_device
 from selfsteer.pairs import pair_row
 from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
 from selfsteer.quality import ScoredPair
-from selfsteer.recipe import Policy, Training
+from selfsteer.recipe import Launcher, Policy, Training
 from selfsteer.records import Checkpoint, PreferencePair, Scored
-from selfsteer.scoring import open_scorer, score
+from selfsteer.scoring import score_into
+from selfsteer.shares import Scoring, score_shared, settle
 
 SCHEMA = 1
 """Version of the journalled scores; part of every key."""
-
-_DURABLE_EVERY = 16
-"""Groups appended to the journal at once."""
 
 
 class Group(NamedTuple):
@@ -42,6 +39,8 @@ class Judge(NamedTuple):
     """The recipe's policy section, from which the model is loaded."""
     prompts: Prompts
     training: Training
+    launcher: Launcher = Launcher()
+    """Whose processes score."""
 
     def group(self, pairs: Sequence[PreferencePair]) -> Group:
         """The pairs under a key of what determines their log-probabilities."""
@@ -61,26 +60,27 @@ def score_missing(judge: Judge, groups: Iterable[Group], journal: Journal, *, de
 
     total, the number of groups, is for the progress bar. Raises Interrupted when a signal asked to stop.
     """
+    settle(journal)
     lacking = (group for group in groups if group.key not in journal)
     first = next(lacking, None)
     if first is None:
         return
     policy = judge.policy.model_copy(update={"model": judge.model.path})
-    keys: deque[str] = deque()
-    batch: list[tuple[str, dict[str, object]]] = []
-    with (
-        progress(description, total, unit="queries") as advance,
-        open_scorer(policy, judge.training) as scorer,
-    ):
-        for scored in score(scorer, _pairs(chain([first], lacking), keys)):
-            batch.append((keys.popleft(), {"scores": [_numbers(pair) for pair in scored]}))
-            if len(batch) == _DURABLE_EVERY:
-                journal.append(batch)
-                advance(len(batch))
-                batch = []
-        journal.append(batch)
-        advance(len(batch))
+    missing = chain([first], lacking)
+    if judge.launcher.kind == "accelerate":
+        score_shared(_each_once(missing), journal, Scoring(policy, judge.training, description), judge.launcher)
+    else:
+        with progress(description, total, unit="queries") as advance:
+            score_into(journal, missing, (policy, judge.training), advance)
     raise_if_stopped()
+
+
+def _each_once(groups: Iterable[Group]) -> Iterator[Group]:
+    seen: set[str] = set()
+    for group in groups:
+        if group.key not in seen:
+            seen.add(group.key)
+            yield group
 
 
 def scores(journal: Journal, group: Group) -> list[ScoredPair]:
@@ -89,16 +89,3 @@ def scores(journal: Journal, group: Group) -> list[ScoredPair]:
         ScoredPair(Scored(logps=chosen, tokens=chosen_tokens), Scored(logps=rejected, tokens=rejected_tokens))
         for chosen, chosen_tokens, rejected, rejected_tokens in journal.get(group.key)["scores"]
     ]
-
-
-def _pairs(groups: Iterable[Group], keys: deque[str]) -> Iterator[Sequence[PreferencePair]]:
-    """The pairs of each group; keys notes whose turn it is, because scoring may read ahead."""
-    for group in groups:
-        if stop_requested():
-            return
-        keys.append(group.key)
-        yield group.pairs
-
-
-def _numbers(pair: ScoredPair) -> list[float]:
-    return [pair.chosen.logps, pair.chosen.tokens, pair.rejected.logps, pair.rejected.tokens]

@@ -94,6 +94,11 @@ def _response(fields: dict[str, Any] | None) -> Response | None:
     )
 
 
+def response_columns(item: Response) -> dict[str, Any]:
+    """The response as a column of a stage-2 row. Not asdict: that copies the token ids one by one."""
+    return {name: getattr(item, name) for name in Response.__dataclass_fields__}
+
+
 def pair(row: dict[str, Any]) -> PreferencePair:
     """The pair of a stage-3 or stage-5 row."""
     return PreferencePair(

@@ -5,7 +5,8 @@ as training. The unit is a query's pairs together: packed alike and in the same 
 numbers bit for bit.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from selfsteer.interrupt import stop_requested
+from selfsteer.journal import Journal, Record
 from selfsteer.logps import Packing, choose_packing, teach, to_device
 from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device
 from selfsteer.packing import Rows, TokenPair, share_prompts
@@ -20,6 +23,12 @@ from selfsteer.prompts import Prompts
 from selfsteer.quality import ScoredPair
 from selfsteer.recipe import Policy, Training
 from selfsteer.records import PreferencePair, Scored
+
+KeyedPairs = tuple[str, Sequence[PreferencePair]]
+"""The pairs of a query, under the key of their scores."""
+
+_DURABLE_EVERY = 16
+"""Groups appended to the journal at once."""
 
 
 class Scorer(NamedTuple):
@@ -81,3 +90,35 @@ def _score_batch(model: PreTrainedModel, groups: Sequence[Rows], packing: Packin
         pairs = zip(group.chosen, group.rejected, strict=True)
         yield [ScoredPair(scored[start + chosen], scored[start + rejected]) for chosen, rejected in pairs]
         start += sum(len(row.completions) for row in group.rows)
+
+
+def score_into(
+    journal: Journal, groups: Iterable[KeyedPairs], how: tuple[Policy, Training], advance: Callable[[int], None]
+) -> None:
+    """Score every group and append it to the journal; returns early when a signal asked to stop, with all of it durable."""
+    keys: deque[str] = deque()
+    batch: list[Record] = []
+    with open_scorer(*how) as scorer:
+        try:
+            for scored in score(scorer, _until_stopped(groups, keys)):
+                batch.append((keys.popleft(), {"scores": [_numbers(pair) for pair in scored]}))
+                if len(batch) == _DURABLE_EVERY:
+                    journal.append(batch)
+                    advance(len(batch))
+                    batch = []
+        finally:  # also when a pair can't be scored: what was finished is kept
+            journal.append(batch)
+            advance(len(batch))
+
+
+def _until_stopped(groups: Iterable[KeyedPairs], keys: deque[str]) -> Iterator[Sequence[PreferencePair]]:
+    """The pairs of each group; keys notes whose turn it is, because scoring may read ahead."""
+    for key, pairs in groups:
+        if stop_requested():
+            return
+        keys.append(key)
+        yield pairs
+
+
+def _numbers(pair: ScoredPair) -> list[float]:
+    return [pair.chosen.logps, pair.chosen.tokens, pair.rejected.logps, pair.rejected.tokens]

@@ -15,10 +15,10 @@ from selfsteer.pairs import similarity
 from selfsteer.quality import ScoredPair, reference_scores
 from selfsteer.recipe_judge import RecipeJudge, ask, find_judge
 from selfsteer.records import Dropped, PairRow
-from selfsteer.reference import Group, Judge, score_missing, scores
+from selfsteer.reference import Group, score_missing, scores
 from selfsteer.selection import Ranked, Sample, best_and_near_worst, is_near, prefer_shorter, reject_reason, top_share
 from selfsteer.sharing import borrow
-from selfsteer.stages import Round, Work, arithmetic, held_out, inputs_of, make_stage
+from selfsteer.stages import Round, Work, arithmetic, held_out, inputs_of, make_stage, policy_as_judge
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.training_stages import MODEL, Generators
 from selfsteer.verdicts import by_margin
@@ -116,7 +116,7 @@ def _by_generator(round: Round, candidates: Candidates) -> Rank:
     def rank(work: Work) -> Iterator[Ranked | Dropped]:
         assert candidates.generators is not None
         model = checkpoint(candidates.generators.good.path / MODEL)
-        judge = Judge(model, round.recipe.policy, round.prompts, round.recipe.training)
+        judge = policy_as_judge(round)._replace(model=model)
         spared = held_out(round)
 
         def groups() -> Iterator[tuple[list[PairRow], Group]]:

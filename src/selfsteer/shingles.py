@@ -44,7 +44,7 @@ def ngram_hashes(text_words: list[str], size: int) -> NDArray[np.uint64]:
     if not text_words:
         return np.empty(0, np.uint64)
     size = min(size, len(text_words))
-    hashed = np.fromiter((_word_hash(word) for word in text_words), np.uint64, len(text_words))
+    hashed = np.fromiter(map(_word_hash, text_words), np.uint64, len(text_words))
     # A polynomial in the words' hashes, the length folded in; sums wrap around at 2 ** 64.
     combined = np.full(len(text_words) - size + 1, size, np.uint64)
     for offset in range(size):

@@ -135,7 +135,7 @@ def arithmetic(training: Training) -> dict[str, Any]:
 
 def policy_as_judge(round: Round) -> Judge:
     """What gives the reference log-probabilities: the policy, computing as the trainings will."""
-    return Judge(round.policy, round.recipe.policy, round.prompts, round.recipe.training)
+    return Judge(round.policy, round.recipe.policy, round.prompts, round.recipe.training, round.recipe.launcher)
 
 
 def draw_queries(round: Round, stage: Stage, count: int | None, *, without: Collection[str] = ()) -> set[str] | None:

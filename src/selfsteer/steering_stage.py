@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from selfsteer import schemas
 from selfsteer.data_stages import scored_rows, seeds_of
-from selfsteer.pairs import alignment_pair, steering_pairs, steering_reject_reason
+from selfsteer.pairs import alignment_pair, item_key, steering_pairs, steering_reject_reason, usable
 from selfsteer.records import Dropped, PairRow, Responses
 from selfsteer.reference import Group, score_missing
 from selfsteer.schemas import NO_SEEDS
@@ -33,32 +33,33 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
     objective, judge = round.recipe.generator.objective, policy_as_judge(round)
     dropped: list[Dropped] = []
 
-    def judged() -> Iterator[tuple[Responses, str | None]]:
-        for row in responses.rows():
-            item = schemas.responses(row)
-            yield item, steering_reject_reason(item, round.recipe.filters, round.prompts)
+    reasons: dict[tuple[str, int], str] = {}
+
+    def answered() -> Iterator[Responses]:
+        return map(schemas.responses, responses.rows())
 
     def groups(item: Responses) -> tuple[Group, Group]:
         own = alignment_pair(item.query, item.good, item.bad)
         return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((own,))
 
     wanted = kept(responses)
-    every_group = (group for item, reason in judged() if reason is None for group in groups(item))
+    good = usable(answered(), lambda item: steering_reject_reason(item, round.recipe.filters, round.prompts), reasons)
+    every_group = (group for item in good for group in groups(item))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
     own = (
         row
-        for item, reason in judged()
-        if reason is None
+        for item in answered()
+        if item_key(item) not in reasons
         for row in scored_rows(work.journal, groups(item)[1], item.principles, seeds_of(item))
     )
     schemas.write_rows(work.stage.path / POLICY_PAIRS, own, schemas.PAIRS)
 
     def rows() -> Iterator[PairRow]:
-        for item, reason in judged():
-            if reason is None:
-                yield from scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
+        for item in answered():
+            if item_key(item) in reasons:
+                dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
             else:
-                dropped.append(Dropped(id=item.query.id, reason=reason))
+                yield from scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
 
     each = 2 if objective in ("sso", "equation_3") else 1
     return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PAIRS, rows_each=each, files=(POLICY_PAIRS,))

@@ -13,6 +13,7 @@ from selfsteer import schemas
 from selfsteer.cards import Method
 from selfsteer.drift import drift
 from selfsteer.gates import evaluate, parse, why_not_aligned
+from selfsteer.measured import Measured
 from selfsteer.metrics import Measures, Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
 from selfsteer.models import hardware
 from selfsteer.quality import compare, measure
@@ -141,14 +142,21 @@ def _round(folder: RunFolder, number: int, recipe: Recipe, method: Method, *, al
             for name, each in manifests.items()
         }
     )
-    found["alignment" if method != "pbaa" else "pbaa"] = measure(cast("Iterator[PairRow]", stages["5-preferences"].rows()))
+    known = Measured(folder.path / "measured.json")
+    preferences = manifests["5-preferences"].digest
+    found["alignment" if method != "pbaa" else "pbaa"] = known.get(
+        "preferences", [preferences], lambda: measure(_pairs(stages["5-preferences"]))
+    )
     if "3-steering" in stages:
-        own = stages["3-steering"].path / POLICY_PAIRS
-        found["steering"] = measure(cast("Iterator[PairRow]", stages["3-steering"].rows()))
-        found["pbaa"] = measure(_rows(own))
-        found["comparison"] = compare(cast("Iterator[PairRow]", stages["5-preferences"].rows()), _rows(own))
+        steering, own = manifests["3-steering"].digest, stages["3-steering"].path / POLICY_PAIRS
+        found["steering"] = known.get("steering", [steering], lambda: measure(_pairs(stages["3-steering"])))
+        found["pbaa"] = known.get("policy pairs", [steering], lambda: measure(_rows(own)))
+        found["comparison"] = known.get(
+            "comparison", [preferences, steering], lambda: compare(_pairs(stages["5-preferences"]), _rows(own))
+        )
     if SELECTION in stages:
-        found["selected"] = measure(cast("Iterator[PairRow]", stages[SELECTION].rows()))
+        selected = manifests[SELECTION].digest
+        found["selected"] = known.get("selected", [selected], lambda: measure(_pairs(stages[SELECTION])))
     if QUALITY in stages:
         _add_quality(found, stages[QUALITY])
     for key, name in _TRAININGS:
@@ -188,6 +196,10 @@ def _training(stage: Stage) -> TrainingSummary:
         curve=steps,
         reward=measures["reward"],
     )
+
+
+def _pairs(stage: Stage) -> Iterator[PairRow]:
+    return cast("Iterator[PairRow]", stage.rows())
 
 
 def _rows(path: Path) -> Iterator[PairRow]:

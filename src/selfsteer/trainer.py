@@ -173,6 +173,11 @@ class PreferenceTrainer(Trainer):
             + "Lower the learning rate, or compute in float32 (training.dtype)."
         )
 
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """As transformers does; a full disk is told like everywhere else."""
+        with checkpoints.writing(Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's measures to what transformers logs."""
         if "loss" in logs:
@@ -215,7 +220,8 @@ class Keeper(TrainerCallback):
         logs = kwargs["logs"]
         if state.is_world_process_zero and "loss" in logs:
             line = {"step": state.global_step} | {name: logs[name] for name in Step.__annotations__ if name in logs}
-            with (self._output / "history.jsonl").open("a", encoding="utf-8") as history:
+            path = self._output / "history.jsonl"
+            with checkpoints.writing(path), path.open("a", encoding="utf-8") as history:
                 history.write(json.dumps(line) + "\n")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

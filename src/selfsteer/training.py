@@ -253,8 +253,9 @@ def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job:
     shutil.rmtree(unfinished, ignore_errors=True)
     cast(torch.nn.Module, plain).to(given.dtype or torch.float32)
     plain.config.use_cache = given.use_cache  # switched off for training
-    plain.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    with checkpoints.writing(unfinished):
+        plain.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     for file in unfinished.iterdir():
         sync(file)
     sync(unfinished)

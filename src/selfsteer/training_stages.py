@@ -21,7 +21,7 @@ from selfsteer.quality import implicit_reward
 from selfsteer.recipe import Alignment, Generator
 from selfsteer.records import PairRow
 from selfsteer.reference import Group, Judge, score_missing, scores
-from selfsteer.stages import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage
+from selfsteer.stages import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage, policy_as_judge
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.training import TrainingJob
 
@@ -76,7 +76,10 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
         if section.reference == "first" and round.first.digest != round.policy.digest:
             inputs["reference"] = round.first.digest
     origin = Origin(settings=settings, inputs=inputs)
-    return make_stage(round, name, origin, lambda work: _train(round, work, pairs, section))
+    stage = make_stage(round, name, origin, lambda work: _train(round, work, pairs, section))
+    for unfinished in stage.path.glob("training-*"):  # only now: a kill before the seal goes on from its last checkpoint
+        shutil.rmtree(unfinished)
+    return stage
 
 
 def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
@@ -88,7 +91,7 @@ def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]
 
 def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
     """The same with the reference log-probabilities of the policy that the run began with."""
-    judge = Judge(round.first, round.recipe.policy, round.prompts, round.recipe.training)
+    judge = policy_as_judge(round)._replace(model=round.first)
 
     def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
         return _groups(judge, _lessons(round, work, pairs))
@@ -144,7 +147,6 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     measures = {"steps": result.steps, "reward": reward}
     with replacing(work.stage.path / MEASURES) as file:
         file.write(canonical_json(plain(measures)))
-    shutil.rmtree(unfinished)
     return Contents(wanted=queries, files=(MODEL, HISTORY, MEASURES))
 
 
@@ -154,7 +156,8 @@ def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> I
     Rewards are against the policy at the round's start, whatever reference the loss had.
     """
     drawn = draw_queries(round, pairs, round.recipe.quality.sample)
-    judge = Judge(checkpoint(work.stage.path / MODEL), round.recipe.policy, round.prompts, round.recipe.training)
+    trained = checkpoint(work.stage.path / MODEL)
+    judge = policy_as_judge(round)._replace(model=trained)
 
     def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
         rows = (row for row in _lessons(round, work, pairs) if drawn is None or row["query_id"] in drawn)

@@ -26,9 +26,11 @@ WORDS = ("Paris", "rain", "light", "fox", "letter", "water", "slow", "deep", "br
 
 
 def answer(request: Request) -> Completion:
-    """Words that depend on the request's key only."""
+    """Words that depend on the request's key only; now and then, a pair of principles for who asks for one."""
     numbers = hashlib.sha256(request.key.encode()).digest()
     text = " ".join(WORDS[number % len(WORDS)] for number in numbers[:12])
+    if "You write two system messages" in request.messages[0]["content"] and numbers[0] % 4:
+        text = f"Bad: Say little about {text}.\nGood: Say enough about {text}."
     return Completion(key=request.key, text=text, token_ids=tuple(numbers[:12]), finish_reason="stop")
 
 

@@ -133,6 +133,16 @@ def test_a_full_disk_stops_with_a_name_and_loses_nothing(recipe: dict[str, Any],
     assert digests(tmp_path / "run") == digests(undisturbed)
 
 
+def test_a_disk_that_fills_up_in_training_stops_with_a_name(recipe: dict[str, Any], undisturbed: Path, tmp_path: Path):
+    """The samples and pairs fit into 60,000 bytes a file, the first checkpoint's weights do not."""
+    found, said = scripted(tmp_path, recipe, "full:60000", "through:0")
+    assert found == [2, 0], said
+    assert "6-policy/training-" in said
+    assert "make room or repair the disk" in said
+    assert "Traceback" not in said
+    assert digests(tmp_path / "run") == digests(undisturbed)
+
+
 # --- damage ----------------------------------------------------------------------------------------------------------------
 
 
