@@ -4,7 +4,7 @@ Left out on purpose: how queries are read, prompts rendered, responses sampled, 
 name; and the trainings (`training_stages.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from selfsteer import schemas
 from selfsteer.durable import digest, file_digest
 from selfsteer.engines.base import Engine, Failed, Request, Sampling
 from selfsteer.journal import Journal
-from selfsteer.models import checkpoint, load_tokenizer, resolve
+from selfsteer.models import load_tokenizer, resolve
 from selfsteer.pairs import (
     alignment_pair,
     reject_reason,
@@ -29,11 +29,11 @@ from selfsteer.recipe import Generator, Policy, Recipe
 from selfsteer.recipe_engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped, PairRow, Principles, Query, Response, Responses
 from selfsteer.reference import Group, score_missing, scores
-from selfsteer.responses import open_engine, request, response, sample, sampler_digest, seed_for
+from selfsteer.responses import kept_open, open_engine, request, response, sample, sampler_digest, seed_for
 from selfsteer.schemas import NO_SEEDS, Seeds
 from selfsteer.stages import Round, Work, arithmetic, draw_queries, held_out, inputs_of, kept, make_stage, policy_as_judge
 from selfsteer.store import Contents, Origin, Stage
-from selfsteer.training_stages import MODEL, Generators
+from selfsteer.training_stages import Generators, samplers
 
 # --- 1: principles ---------------------------------------------------------------------------------------------------------
 
@@ -121,18 +121,21 @@ def _generated_principles(round: Round, work: Work, pool: Pool) -> Callable[[Que
         answered = response(work.journal, asked)
         return "" if isinstance(answered, Failed) else answered.text
 
-    def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        tried = [(attempt, ask(attempt)) for attempt in attempts]
-        engine = partial(open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
-        sample(engine, (item for _, item in tried), work.journal, description="principles", total=len(tried))
-        return ((attempt, answer_to(item)) for attempt, item in tried)
+    engine = partial(open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
 
     def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
         return ((attempt, answer_to(ask(attempt))) for attempt in attempts)
 
     usable = (item for item in _checked_queries(round) if isinstance(item, Query))
-    for _ in generate_principles(usable, answer, section, pool, recipe.seed):
-        pass
+    with kept_open(engine) as opened:  # over all tries
+
+        def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
+            tried = [(attempt, ask(attempt)) for attempt in attempts]
+            sample(opened, (item for _, item in tried), work.journal, description="principles", total=len(tried))
+            return ((attempt, answer_to(item)) for attempt, item in tried)
+
+        for _ in generate_principles(usable, answer, section, pool, recipe.seed):
+            pass
     return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
 
 
@@ -171,20 +174,21 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         wanted_ids = draw_queries(round, principles, generator.queries, without=held_out(round))
     elif round.held_out_only:
         wanted_ids = set(held_out(round))
-    roles = ("good", "bad", "original") if _needs_original(generator) else ("good", "bad")
+    roles = ["good", "bad", "original"] if _needs_original(generator) else ["good", "bad"]
+    models = dict.fromkeys(roles, round.policy)
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row in principles.rows():
             if wanted_ids is None or row["query_id"] in wanted_ids:
-                yield row, _requests(round, round.policy, row, roles)
+                yield row, _requests(round, models, row)
 
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
-        _engine(round, round.policy),
+        _engine(round, models),
         (item for _, requests in asked() for item in requests.values()),
         work.journal,
         description="responses of the policy",
-        total=total * len(roles),
+        total=total * len(models),
     )
     dropped: list[Dropped] = []
 
@@ -214,13 +218,16 @@ def _needs_original(generator: Generator) -> bool:
     return generator.kind != "none" and generator.objective in ("sso", "l_minus")
 
 
-def _engine(round: Round, model: Checkpoint) -> Callable[[], Engine]:
-    recipe = round.recipe
-    return partial(open_engine, recipe.engine, model, round.prompts, trust_remote_code=recipe.policy.trust_remote_code)
+def _engine(round: Round, models: Mapping[str, Checkpoint]) -> Callable[[], Engine]:
+    """The engine that holds these: one model, or several adapters of one."""
+    recipe, model = round.recipe, next(iter(models.values()))
+    adapters = [each.adapter for each in models.values() if each.adapter is not None]
+    trust = recipe.policy.trust_remote_code
+    return partial(open_engine, recipe.engine, model, round.prompts, trust_remote_code=trust, adapters=adapters)
 
 
-def _requests(round: Round, model: Checkpoint, row: dict[str, Any], roles: Iterable[str]) -> dict[str, Request]:
-    """The prompts x+ (good), x- (bad) and x (original) of a query, to be answered by `model`."""
+def _requests(round: Round, models: Mapping[str, Checkpoint], row: dict[str, Any]) -> dict[str, Request]:
+    """The prompts x+ (good), x- (bad) and x (original) of a query, each to be answered by its model."""
     query, principles = schemas.query(row), schemas.principles(row)
     messages = {
         "good": round.prompts.steer(query.messages, principles.good),
@@ -228,17 +235,17 @@ def _requests(round: Round, model: Checkpoint, row: dict[str, Any], roles: Itera
         "original": query.messages,
     }
     sampling = Sampling(**round.recipe.responses.model_dump())
-    model_digest = sampler_digest(round.recipe.engine, model)
-    return {
-        role: request(
+    found: dict[str, Request] = {}
+    for role, model in models.items():
+        item = request(
             round.prompts,
             messages[role],
-            model_digest=model_digest,
+            model_digest=sampler_digest(round.recipe.engine, model),
             sampling=sampling,
             seed=seed_for(round.recipe.seed, round.number, query.id, role),
         )
-        for role in roles
-    }
+        found[role] = item if model.adapter is None else replace(item, adapter=model.adapter.name)
+    return found
 
 
 def _steered_prompts(prompts: Prompts, query: Query, principles: Principles) -> tuple[tuple[int, ...], ...]:
@@ -330,28 +337,24 @@ def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
 def _preferences(round: Round, work: Work, principles: Stage, generators: Generators) -> Contents:
     wanted_ids = held_out(round) if round.held_out_only else None
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
-    # The models that sample, one after the other, each with its roles.
-    samplers = [(checkpoint(generators.good.path / MODEL), ("good", "bad"))]
-    if generators.bad != generators.good:
-        samplers = [(checkpoint(stage.path / MODEL), (role,)) for role, stage in generators._asdict().items()]
+    groups = samplers(round, generators)
 
     def wanted() -> Iterator[dict[str, Any]]:
         return (row for row in principles.rows() if wanted_ids is None or row["query_id"] in wanted_ids)
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row in wanted():
-            yield (
-                row,
-                {role: item for model, roles in samplers for role, item in _requests(round, model, row, roles).items()},
-            )
+            yield row, {role: item for models in groups for role, item in _requests(round, models, row).items()}
 
-    for model, roles in samplers:
+    for models in groups:
+        # One role after the other: the embedded engine switches adapters for all that it has under way.
+        roles = ({role: model} for role, model in models.items())
         sample(
-            _engine(round, model),
-            (item for row in wanted() for item in _requests(round, model, row, roles).values()),
+            _engine(round, models),
+            (item for role in roles for row in wanted() for item in _requests(round, role, row).values()),
             work.journal,
             description="responses of the generator",
-            total=len(work.journal) + len(roles) * total,
+            total=len(work.journal) + len(models) * total,
         )
 
     def answered() -> Iterator[Responses | Dropped]:

@@ -31,6 +31,8 @@ class Request:
     """The rendered prompt as token ids, for engines that hold the tokenizer's model."""
     sampling: Sampling
     seed: int
+    adapter: str | None = None
+    """Name of the adapter to apply, of those that the engine was opened with; None for the model as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
