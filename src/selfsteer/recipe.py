@@ -176,7 +176,7 @@ class Alignment(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters (arXiv 2106.09685), folded into the model when training ends."""
+    """Low-rank adapters (arXiv 2106.09685), merged into the model when training ends."""
 
     rank: int = Field(default=16, ge=1)
     """Rank of the update."""
