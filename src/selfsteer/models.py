@@ -27,11 +27,7 @@ _IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 """Files of a model folder that determine what it computes; README and training leftovers do not."""
 
 _CONFIGURATION = {"config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"}
-_INCIDENTAL = {"transformers_version", "_name_or_path", "name_or_path", "local_files_only"} | {
-    "base_model_name_or_path",
-    "peft_version",
-    "target_modules",  # in any order; the names of the weights say the same
-}
+_INCIDENTAL = {"transformers_version", "peft_version", "_name_or_path", "name_or_path", "local_files_only"}
 """Entries of configuration files that say how a folder was written, not what the model computes."""
 
 

@@ -129,7 +129,7 @@ EngineSection = Annotated[
 
 def takes_adapters(engine: EngineSection) -> bool:
     """Whether this engine can apply adapters that are not merged, another one to each request."""
-    return engine.kind != "openai" or engine.serve_adapters is not None
+    return isinstance(engine, TransformersSection | VllmSection) or engine.serve_adapters is not None
 
 
 def sampling_identity(engine: EngineSection) -> dict[str, Any]:

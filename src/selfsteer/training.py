@@ -247,7 +247,7 @@ def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job:
         return
     if isinstance(model, PeftModel):
         with _whole_folder(folder.with_name("adapter")) as unfinished:
-            model.save_pretrained(str(unfinished))
+            _save_adapter(model, unfinished)
     plain = cast(PreTrainedModel, model.merge_and_unload()) if isinstance(model, PeftModel) else model
     given = AutoConfig.from_pretrained(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     cast(torch.nn.Module, plain).to(given.dtype or torch.float32)
@@ -255,6 +255,17 @@ def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job:
     with _whole_folder(folder) as unfinished:
         plain.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    """In peft's format, and the same files wherever it was trained: no path of the base, names in order."""
+    for settings in model.peft_config.values():
+        assert isinstance(settings, LoraConfig)
+        settings.base_model_name_or_path = ""
+        if isinstance(settings.target_modules, set):
+            settings.target_modules = sorted(settings.target_modules)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink()
 
 
 @contextmanager
