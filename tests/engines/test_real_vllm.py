@@ -31,10 +31,11 @@ from selfsteer.recipe_engines import EngineSection, OpenAISection, TransformersS
 from selfsteer.records import Adapter, Checkpoint
 from selfsteer.responses import open_engine
 
-VLLM_PYTHON = os.environ.get("SELFSTEER_VLLM_PYTHON")
-pytestmark = pytest.mark.skipif(
-    VLLM_PYTHON is None, reason="needs a real vLLM in an environment of its own: run make test-engines"
-)
+if "SELFSTEER_VLLM_PYTHON" not in os.environ:
+    pytest.skip(
+        "all tests here need a real vLLM in an environment of its own: run make test-engines", allow_module_level=True
+    )
+VLLM_PYTHON = os.environ["SELFSTEER_VLLM_PYTHON"]
 
 NEW_TOKENS = 24
 LIMIT = 512
@@ -42,7 +43,7 @@ QUERIES = Path(__file__).parents[2] / "recipes/data/quickstart-queries.jsonl"
 START_SECONDS, END_SECONDS = 1200, 120
 """Limits that allow for a busy machine."""
 SERVER = (
-    f"{shlex.quote(str(VLLM_PYTHON))} -m vllm.entrypoints.openai.api_server --model {{model}} --port {{port}}"
+    f"{shlex.quote(VLLM_PYTHON)} -m vllm.entrypoints.openai.api_server --model {{model}} --port {{port}}"
     f" --host 127.0.0.1 --generation-config vllm --dtype float32 --max-model-len {LIMIT} --max-num-seqs 16 --enforce-eager"
     " --gpu-memory-utilization 0.15"
 )
@@ -176,7 +177,6 @@ def merged(
 @pytest.fixture(scope="module")
 def engine(policy: Checkpoint, adapted: dict[str, Adapted], prompts: Prompts) -> Iterator[VllmEngine]:
     """A vLLM that holds the policy and both adapters."""
-    assert VLLM_PYTHON is not None
     section = VllmSection(kind="vllm", python=VLLM_PYTHON, dtype="float32", logps=True, **SMALL)
     adapters = [adapter for adapter, _ in adapted.values()]
     with open_engine(section, policy, prompts, trust_remote_code=False, adapters=adapters) as engine:
@@ -270,7 +270,6 @@ time.sleep(3600)
 @pytest.mark.parametrize("kind", ["vllm while it starts", "vllm", "openai"])
 def test_no_vllm_outlives_an_owner_that_is_killed(kind: str, policy: Checkpoint):
     """kill -9 of the process of the run: its worker, or its server with all its processes, ends by itself."""
-    assert VLLM_PYTHON is not None
     arguments = [kind, VLLM_PYTHON, policy.path, SERVER, str(START_SECONDS), json.dumps(SMALL)]
     with subprocess.Popen([sys.executable, "-c", OWNER, *arguments], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
