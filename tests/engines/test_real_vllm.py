@@ -166,7 +166,7 @@ def merged(
     found: dict[str, Completion] = {}
     for name, (_, model) in adapted.items():
         with opened(TransformersSection(dtype="float32"), model, prompts) as engine:
-            found |= answers(engine, for_adapter(wanted, name))
+            found |= {f"{name} {key}": answer for key, answer in answers(engine, wanted).items()}
     for one, other in (("good ", ""), ("bad ", ""), ("good ", "bad ")):
         everything = embedded | found
         same = sum(everything[one + item.key].token_ids == everything[other + item.key].token_ids for item in wanted)
