@@ -38,7 +38,7 @@ $(VLLM_VENV)/.installed:
 	touch $@
 
 test-engines: $(VENV)/.installed $(VLLM_VENV)/.installed
-	SELFSTEER_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/engines $(ONLY)
+	SELFSTEER_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -rfEsP --durations=0 --durations-min=1 tests/engines $(ONLY)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

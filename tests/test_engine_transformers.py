@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import END_ID, tiny_model_dir
+from tiny import END_ID, tiny_adapter, tiny_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from selfsteer.engines import decoding
 from selfsteer.engines import transformers as engine_module
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.transformers import TransformersEngine, why_not_slots
+from selfsteer.records import Adapter
 
 LENGTHS = (3, 40, 1, 17, 5, 29, 2, 11, 33, 8)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=20)
@@ -47,6 +49,28 @@ def greedy_by_generate(model: PreTrainedModel, request: Request) -> list[int]:
     )
     new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :].tolist()
     return new[: new.index(END_ID)] if END_ID in new else new
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_adapters_of_one_model_answer_as_if_merged(
+    model_dir: str, tmp_path: Path, slots: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Two adapters and the model as it is take turns in one engine; greedily each says what its merged folder says."""
+    if not slots:
+        monkeypatch.setattr(engine_module, "why_not_slots", lambda *_: "as the test says")
+    for seed, name in enumerate(("good", "bad")):
+        tiny_adapter(tmp_path / name, model_dir, seed=seed)
+    merged: dict[str | None, str] = {name: str(tmp_path / name / "model") for name in ("good", "bad")} | {None: model_dir}
+    wanted = ragged_requests(GREEDY)
+    alone = {name: answers(folder, wanted, batch_size=3) for name, folder in merged.items()}
+    mixed = [replace(item, key=f"{name} {item.key}", adapter=name) for item in wanted for name in ("good", None, "bad")]
+    adapters = [Adapter(name=name, path=str(tmp_path / name / "adapter"), rank=4) for name in ("good", "bad")]
+    with TransformersEngine(model_dir, batch_size=3, dtype=torch.float32, adapters=adapters) as engine:
+        found = {completion.key: completion.token_ids for completion in engine.generate(mixed)}
+    assert found == {f"{name} {key}": each.token_ids for name in alone for key, each in alone[name].items()}
+    for one, other in (("good", "bad"), ("good", None), ("bad", None)):
+        same = sum(alone[one][key].token_ids == alone[other][key].token_ids for key in alone[one])
+        assert same < len(wanted) / 2, "the three are told apart"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

@@ -3,6 +3,7 @@
 The real vLLM is in tests/engines/.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from selfsteer.engines import vllm
 from selfsteer.engines.base import Completion, Failed, Request, Sampling
 from selfsteer.engines.vllm import VllmEngine, VllmSettings, WorkerError
+from selfsteer.records import Adapter
 
 END = 2
 
@@ -112,6 +114,21 @@ def test_every_request_is_answered_once_and_pulled_lazily(scripted: Callable[...
         again = [answer.key for answer in opened.generate(requests(3))]
     assert sorted(keys) == sorted(f"k{i}" for i in range(50))
     assert sorted(again) == ["k0", "k1", "k2"]
+
+
+def test_requests_name_their_adapters(scripted: Callable[..., Path]):
+    """Ranks 4 and 24 need room for 32, and the responses of a batch may use both."""
+    started = scripted(during='answer["token_ids"] = [{"good": 1, "bad": 0, None: 5}[request["adapter"]]]')
+    adapters = (Adapter(name="good", path="/a/good", rank=4), Adapter(name="bad", path="/a/bad", rank=24))
+    names = ("good", "bad", None)
+    wanted = [replace(request, adapter=name) for request, name in zip(requests(3), names, strict=True)]
+    with engine(adapters=adapters) as opened:
+        answers = {answer.key: answer for answer in opened.generate(wanted)}
+    assert [answers[f"k{i}"].text for i in range(3)] == ["1", "0", "5"]  # type: ignore[union-attr]
+    (file,) = started.iterdir()
+    (start, _) = json.loads(file.read_text())
+    assert start["adapters"] == {"good": "/a/good", "bad": "/a/bad"}
+    assert start["engine"].items() >= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 32}.items()
 
 
 def test_replicas_have_gpus_of_their_own(scripted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):

@@ -37,7 +37,9 @@ for line in sys.stdin:
 SERVER = """
 import json, pathlib, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-log, model, port = sys.argv[1:]
+log, model, port, *adapters = sys.argv[1:]
+with open(log, "a") as file:
+    print("started with", [pathlib.Path(model).name, *(adapter.partition("=")[0] for adapter in adapters)], file=file)
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def answer(self, body):
@@ -109,8 +111,44 @@ def test_a_run_on_servers_that_the_stages_start(recipe_of: RecipeOf, tmp_path: P
     command = shlex.join([sys.executable, str(script), str(log)]) + " {model} {port}"
     recipe = recipe_of(output) | {"engine": {"kind": "openai", "serve": command}}
     run(recipe)
-    held = list(dict.fromkeys(log.read_text().splitlines()))
+    held = [line for line in dict.fromkeys(log.read_text().splitlines()) if not line.startswith("started")]
     assert held == [recipe["policy"]["model"], str(output / "round-1/4-generator/model")], "each stage serves its model"
+
+
+def test_a_dual_generator_is_served_as_two_adapters_of_one_model(recipe_of: RecipeOf, tmp_path: Path):
+    """One server in stage 5 where it can take adapters, else two, each with a merged one; with the same keys."""
+    script = tmp_path / "server.py"
+    script.write_text(SERVER, encoding="utf-8")
+    changes = {"generator.kind": "dual", "generator.max_steps": 1, "alignment.max_steps": 1, "training.lora": {"rank": 2}}
+    keys: list[set[str]] = []
+    servers: list[list[str]] = []
+    asked: list[set[str]] = []
+    for name, engine in (("adapters", {"serve_adapters": "{adapters}"}), ("merged", {})):
+        log, output = tmp_path / f"{name}.log", tmp_path / name
+        command = shlex.join([sys.executable, str(script), str(log)]) + " {model} {port}"
+        run(recipe_of(output, changes) | {"engine": {"kind": "openai", "serve": command, **engine}})
+        lines = log.read_text().splitlines()
+        servers.append([line.removeprefix("started with ") for line in lines if line.startswith("started")])
+        asked.append({line for line in lines if not line.startswith("started")})
+        parts = (output / "round-1/5-preferences/parts").glob("*.jsonl")
+        keys.append({json.loads(line)["key"] for part in parts for line in part.read_text().splitlines()})
+    assert servers == [["['tiny']", "['tiny', 'good', 'bad']"], ["['tiny']", "['model']", "['model']"]]
+    folders = {str(tmp_path / f"merged/round-1/4-generator-{half}/model") for half in ("good", "bad")}
+    policy = recipe_of(tmp_path)["policy"]["model"]
+    assert asked == [{policy, "good", "bad"}, {policy} | folders]
+    assert keys[0] == keys[1]
+
+
+def test_principles_are_asked_for_again_from_the_same_engine(
+    recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What the worker writes never parses, so each of the six queries is asked three times, by one worker."""
+    log = put_worker(tmp_path, monkeypatch)
+    changes = {"engine.kind": "vllm", "principles.source": "generate", "generator.kind": "none", "alignment.max_steps": 1}
+    run(recipe_of(tmp_path / "run", changes))
+    lines = log.read_text().splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("start")]
+    assert starts == [0, 1 + 3 * 6]
 
 
 def test_what_an_engine_lacks_is_said_before_anything_is_written(recipe_of: RecipeOf, tmp_path: Path):

@@ -179,6 +179,8 @@ def test_each_generator_of_two_is_trained_on_its_half(dual: Path, tiny_folder: s
         measures = json.loads((dual / f"round-1/{stage}/measures.json").read_text())
         assert measures["reward"]["pairs"] == len(trained)
         weights.add((dual / f"round-1/{stage}/model/model.safetensors").read_bytes())
+        settings = (dual / f"round-1/{stage}/adapter/adapter_config.json").read_text()
+        assert tiny_folder not in settings, "the adapter's files say nothing of where it was trained"
     assert len(weights) == 2
     assert (Path(tiny_folder) / "model.safetensors").read_bytes() not in weights
 

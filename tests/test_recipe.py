@@ -261,6 +261,10 @@ def test_an_engine_is_a_section_of_its_kind_and_loads_back(tmp_path: Path, secti
             "{kind: openai, serve: 'x {model} {port}', base_url: 'http://h/v1'}",
             ": serve starts a server of its own; set base_url=null, or serve=null to use the one at base_url",
         ),
+        (
+            "{kind: openai, serve: 'x {model} {port}', serve_adapters: --lora-modules}",
+            ": serve_adapters belongs to serve, and must have the word {adapters}, for NAME=FOLDER of each",
+        ),
         ("{kind: openai, serve: 'x {model} {port}', tries: 0}", ".tries: given 0, expected greater than or equal to 1"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.openai import OpenAIEngine, Server, ServerError
 from selfsteer.engines.serving import KEEPER, Serve, ServedEngine
+from selfsteer.records import Adapter
 
 SERVER = """
 import json, os, sys
@@ -87,6 +88,29 @@ def test_the_stage_is_answered_by_a_server_of_its_model_which_ends_with_it(serve
     assert not alive(int(pid))
     with pytest.raises(ValueError, match="closed"):
         engine.generate([request])
+
+
+def test_adapters_are_words_of_the_command_and_models_of_the_server(tmp_path: Path):
+    script, words = tmp_path / "server.py", tmp_path / "words"
+    said = f"open({str(words)!r}, 'w').write(repr(sys.argv[3:]))\n"
+    script.write_text(SERVER.replace("model, port = sys.argv[1:]", f"model, port = sys.argv[1:3]\n{said}"), encoding="utf-8")
+    adapters = (Adapter(name="good", path="/runs/an adapter", rank=8), Adapter(name="bad", path="/runs/b", rank=8))
+    serve = Serve(
+        command=shlex.join([sys.executable, str(script)]) + " {model} {port} --lora-modules {adapters}",
+        model_path="/models/m",
+        start_seconds=60,
+        adapters=adapters,
+    )
+    request = Request(
+        key="k", messages=({"role": "user", "content": "?"},), prompt_ids=(1,), sampling=Sampling(), seed=0, adapter="bad"
+    )
+    with ServedEngine(
+        serve, lambda url, name: OpenAIEngine(Server(base_url=url, model=name), tokenize=lambda text: [len(text)])
+    ) as engine:
+        (answer,) = engine.generate([request])
+    assert words.read_text() == "['--lora-modules', 'good=/runs/an adapter', 'bad=/runs/b']"
+    assert isinstance(answer, Completion)
+    assert answer.text.startswith("bad, ")
 
 
 def test_a_server_that_ends_says_why(served: Callable[..., ServedEngine]):

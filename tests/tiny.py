@@ -3,8 +3,16 @@
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -59,6 +67,18 @@ def tiny_model(*, seed: int = 0, vocab_size: int = 400, max_positions: int = 512
     model = LlamaForCausalLM(config).eval()
     torch.set_rng_state(random_state)
     return model
+
+
+def tiny_adapter(folder: Path, base: str, *, seed: int) -> None:
+    """A random LoRA adapter on the model folder `base`, in folder/adapter, and the model with it merged in folder/model."""
+    random_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.set_rng_state(random_state)
+    adapted.save_pretrained(str(folder / "adapter"))
+    adapted.merge_and_unload().save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "model")
 
 
 def tiny_model_dir(folder: Path, *, seed: int = 0, max_positions: int = 512) -> str:

@@ -4,7 +4,7 @@ Left out on purpose: how queries are read, prompts rendered, responses sampled, 
 name; steering pairs (`steering_stage.py`) and trainings (`training_stages.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from selfsteer import schemas
 from selfsteer.durable import digest, file_digest
 from selfsteer.engines.base import Engine, Failed, Request, Sampling
 from selfsteer.journal import Journal
-from selfsteer.models import checkpoint, load_tokenizer, resolve
+from selfsteer.models import load_tokenizer, resolve
 from selfsteer.pairs import (
     alignment_pair,
     item_key,
@@ -29,7 +29,7 @@ from selfsteer.recipe import Generator, Policy, Recipe
 from selfsteer.recipe_engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped, PairRow, Principles, Query, Response, Responses
 from selfsteer.reference import Group, score_missing, scores
-from selfsteer.responses import open_engine, request, response, sample, sampler_digest, seed_for
+from selfsteer.responses import kept_open, open_engine, request, response, sample, sampler_digest, seed_for
 from selfsteer.schemas import Seeds
 from selfsteer.stages import (
     Round,
@@ -44,7 +44,7 @@ from selfsteer.stages import (
     share_of_round,
 )
 from selfsteer.store import Contents, Origin, Stage
-from selfsteer.training_stages import MODEL, Generators
+from selfsteer.training_stages import Generators, samplers
 
 # --- 1: principles ---------------------------------------------------------------------------------------------------------
 
@@ -153,24 +153,26 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> 
     def answer_to(key: str) -> str:
         return work.journal.get(key).get("text", "")  # of one that failed there is none
 
-    def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        tried: list[tuple[Attempt, str]] = []  # keys, not requests: a prompt of a thousand tokens takes 30 KB
-
-        def asked() -> Iterator[Request]:
-            for attempt in attempts:
-                item = ask(attempt)
-                tried.append((attempt, item.key))
-                yield item
-
-        sample(engine, asked(), work.journal, description="principles", total=wanted)
-        return ((attempt, answer_to(key)) for attempt, key in tried)
-
     def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
         return ((attempt, answer_to(ask(attempt).key)) for attempt in attempts)
 
     queries = (item for item in _queries_of(round)() if isinstance(item, Query))
-    for _ in generate_principles(queries, answer, section, pool, recipe.seed):
-        pass
+    with kept_open(engine) as opened:  # over all tries
+
+        def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
+            tried: list[tuple[Attempt, str]] = []  # keys, not requests: a prompt of a thousand tokens takes 30 KB
+
+            def asked() -> Iterator[Request]:
+                for attempt in attempts:
+                    item = ask(attempt)
+                    tried.append((attempt, item.key))
+                    yield item
+
+            sample(opened, asked(), work.journal, description="principles", total=wanted)
+            return ((attempt, answer_to(key)) for attempt, key in tried)
+
+        for _ in generate_principles(queries, answer, section, pool, recipe.seed):
+            pass
     return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
 
 
@@ -204,20 +206,21 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         wanted_ids = draw_queries(round, principles, generator.queries, without=held_out(round))
     elif round.held_out_only:
         wanted_ids = set(held_out(round))
-    roles = ("good", "bad", "original") if _needs_original(generator) else ("good", "bad")
+    roles = ["good", "bad", "original"] if _needs_original(generator) else ["good", "bad"]
+    models = dict.fromkeys(roles, round.policy)
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row in principles.rows():
             if wanted_ids is None or row["query_id"] in wanted_ids:
-                yield row, _requests(round, round.policy, row, roles)
+                yield row, _requests(round, models, row)
 
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
-        _engine(round, round.policy),
+        _engine(round, models),
         (item for _, requests in asked() for item in requests.values()),
         work.journal,
         description="responses of the policy",
-        total=total * len(roles),
+        total=total * len(models),
     )
     dropped: list[Dropped] = []
 
@@ -249,15 +252,16 @@ def _needs_original(generator: Generator) -> bool:
     return generator.kind != "none" and generator.objective in ("sso", "l_minus")
 
 
-def _engine(round: Round, model: Checkpoint) -> Callable[[], Engine]:
-    recipe = round.recipe
-    return partial(open_engine, recipe.engine, model, round.prompts, trust_remote_code=recipe.policy.trust_remote_code)
+def _engine(round: Round, models: Mapping[str, Checkpoint]) -> Callable[[], Engine]:
+    """The engine that holds these: one model, or several adapters of one."""
+    recipe, model = round.recipe, next(iter(models.values()))
+    adapters = [each.adapter for each in models.values() if each.adapter is not None]
+    trust = recipe.policy.trust_remote_code
+    return partial(open_engine, recipe.engine, model, round.prompts, trust_remote_code=trust, adapters=adapters)
 
 
-def _requests(
-    round: Round, model: Checkpoint, row: dict[str, Any], roles: Iterable[str], *, number: int = 0
-) -> dict[str, Request]:
-    """The prompts x+ (good), x- (bad) and x (original) of a query, to be answered by `model` for the `number`-th time."""
+def _requests(round: Round, models: Mapping[str, Checkpoint], row: dict[str, Any], *, number: int = 0) -> dict[str, Request]:
+    """The prompts x+ (good), x- (bad) and x (original) of a query, each answered by its model for the `number`-th time."""
     nth = (number,) if number else ()
     query, principles = schemas.query(row), schemas.principles(row)
     messages = {
@@ -266,17 +270,17 @@ def _requests(
         "original": query.messages,
     }
     sampling = Sampling(**round.recipe.responses.model_dump())
-    model_digest = sampler_digest(round.recipe.engine, model)
-    return {
-        role: request(
+    found: dict[str, Request] = {}
+    for role, model in models.items():
+        item = request(
             round.prompts,
             messages[role],
-            model_digest=model_digest,
+            model_digest=sampler_digest(round.recipe.engine, model),
             sampling=sampling,
             seed=seed_for(round.recipe.seed, round.number, query.id, role, *nth),
         )
-        for role in roles
-    }
+        found[role] = item if model.adapter is None else replace(item, adapter=model.adapter.name)
+    return found
 
 
 def _steered_prompts(prompts: Prompts, query: Query, principles: Principles) -> tuple[tuple[int, ...], ...]:
@@ -319,10 +323,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
     wanted_ids = held_out(round) if round.held_out_only else None
     spared, samples = held_out(round), round.recipe.selection.samples
     total = kept(principles) + (samples - 1) * (kept(principles) - len(spared)) if wanted_ids is None else len(wanted_ids)
-    # The models that sample, one after the other, each with its roles.
-    samplers = [(checkpoint(generators.good.path / MODEL), ("good", "bad"))]
-    if generators.bad != generators.good:
-        samplers = [(checkpoint(stage.path / MODEL), (role,)) for role, stage in generators._asdict().items()]
+    groups = samplers(round, generators)
 
     def wanted() -> Iterator[tuple[dict[str, Any], int]]:
         """A query and the number of the sample; held-out ones are answered once."""
@@ -332,16 +333,23 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row, number in wanted():
-            asked_for = (_requests(round, model, row, roles, number=number) for model, roles in samplers)
+            asked_for = (_requests(round, models, row, number=number) for models in groups)
             yield row, {role: item for requests in asked_for for role, item in requests.items()}
 
-    for model, roles in samplers:
+    for models in groups:
+        # One role after the other: the embedded engine switches adapters for all that it has under way.
+        roles = ({role: model} for role, model in models.items())
         sample(
-            _engine(round, model),
-            (item for row, number in wanted() for item in _requests(round, model, row, roles, number=number).values()),
+            _engine(round, models),
+            (
+                item
+                for role in roles
+                for row, number in wanted()
+                for item in _requests(round, role, row, number=number).values()
+            ),
             work.journal,
             description="responses of the generator",
-            total=len(work.journal) + len(roles) * total,
+            total=len(work.journal) + len(models) * total,
         )
 
     def answered() -> Iterator[Responses | Dropped]:

@@ -20,15 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from selfsteer.durable import digest, file_digest
 from selfsteer.recipe import Policy
 from selfsteer.recipe_engines import DTypeName
-from selfsteer.records import Checkpoint
+from selfsteer.records import Adapter, Checkpoint
 
 log = logging.getLogger(__name__)
 
 _IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 """Files of a model folder that determine what it computes; README and training leftovers do not."""
 
-_CONFIGURATION = {"config.json", "generation_config.json", "tokenizer_config.json"}
-_INCIDENTAL = {"transformers_version", "_name_or_path", "name_or_path", "local_files_only"}
+_CONFIGURATION = {"config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"}
+_INCIDENTAL = {"transformers_version", "peft_version", "_name_or_path", "name_or_path", "local_files_only"}
 """Entries of configuration files that say how a folder was written, not what the model computes."""
 
 
@@ -88,6 +88,14 @@ def checkpoint(folder: Path) -> Checkpoint:
         )
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in _IDENTITY_SUFFIXES)
     return Checkpoint(path=str(folder), digest=digest({f.name: _content_digest(f) for f in files}))
+
+
+def adapted(base: Checkpoint, name: str, folder: Path) -> Checkpoint:
+    """The base with the adapter in `folder` upon it, not merged."""
+    settings = folder / "adapter_config.json"
+    files = {"settings": _content_digest(settings), "weights": file_digest(folder / "adapter_model.safetensors")}
+    adapter = Adapter(name=name, path=str(folder), rank=json.loads(settings.read_bytes())["r"])
+    return Checkpoint(path=base.path, digest=digest({"base": base.digest, "adapter": files}), adapter=adapter)
 
 
 def _content_digest(file: Path) -> str:

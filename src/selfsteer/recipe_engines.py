@@ -70,6 +70,9 @@ class OpenAISection(Section):
     """The model's name on that server; with serve, the first that the server lists when empty."""
     serve: str | None = None
     """Command that serves the folder {model} on port {port} of this machine; the stage starts it and ends it."""
+    serve_adapters: str | None = None
+    """With serve, what it takes to serve adapters on one model, such as --enable-lora --lora-modules {adapters}; when empty,
+    each of a dual generator's adapters is served merged, one after the other."""
     start_seconds: float = Field(default=1800, gt=0)
     """With serve, the time until the server must be ready."""
     api_key_env: str | None = None
@@ -93,6 +96,8 @@ class OpenAISection(Section):
 
     @model_validator(mode="after")
     def _one_server(self) -> Self:
+        if self.serve_adapters is not None and (self.serve is None or "{adapters}" not in self.serve_adapters.split()):
+            raise ValueError("serve_adapters belongs to serve, and must have the word {adapters}, for NAME=FOLDER of each")
         if self.serve is None:
             if self.base_url is None or self.model is None:
                 raise ValueError("kind openai needs base_url and model, of a server that runs already, or serve, a command")
@@ -120,6 +125,11 @@ EngineSection = Annotated[
     Discriminator(_kind),
 ]
 """What turns prompts into responses, by its kind."""
+
+
+def takes_adapters(engine: EngineSection) -> bool:
+    """Whether this engine can apply adapters that are not merged, another one to each request."""
+    return isinstance(engine, TransformersSection | VllmSection) or engine.serve_adapters is not None
 
 
 def sampling_identity(engine: EngineSection) -> dict[str, Any]:

@@ -119,12 +119,23 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter on disk, in peft's format."""
+
+    name: str
+    """What engines know it by."""
+    path: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A model on disk, an ordinary Hugging Face folder."""
+    """A model on disk, an ordinary Hugging Face folder; perhaps with an adapter that is not merged into it."""
 
     path: str
     digest: str
-    """sha256 over the names and contents of weights, configuration and tokenizer."""
+    """sha256 over the names and contents of weights, configuration and tokenizer, of the adapter as well."""
+    adapter: Adapter | None = None
 
 
 class PairRow(TypedDict):

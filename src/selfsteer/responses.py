@@ -3,8 +3,9 @@
 Both samplings of the method (by the policy, by the data generator) and the generation of principles are this one loop.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache, partial
 from itertools import chain
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import Recipe
 from selfsteer.recipe_engines import EngineSection, OpenAISection, VllmSection, sampling_identity
-from selfsteer.records import Checkpoint, Message, Response
+from selfsteer.records import Adapter, Checkpoint, Message, Response
 
 SCHEMA = 1
 """Version of the journalled samples; part of every key."""
@@ -30,19 +31,28 @@ _DURABLE_EVERY = 16
 """Completions appended to the journal at once: one fdatasync for so many."""
 
 
-def open_engine(section: EngineSection, model: Checkpoint, prompts: Prompts, *, trust_remote_code: bool) -> Engine:
+def open_engine(
+    section: EngineSection, model: Checkpoint, prompts: Prompts, *, trust_remote_code: bool, adapters: Sequence[Adapter] = ()
+) -> Engine:
     """The engine that the section names, holding this model; enter it to load or start it.
+
+    adapters: what requests may name, where the engine takes any (`recipe_engines.takes_adapters`).
 
     A server that runs already holds the model that it holds. Raises ValueError, before anything is started, for what the
     engine lacks: an interpreter, GPUs, a program, an API key.
     """
     if section.kind == "openai":
-        return _openai_engine(section, model, prompts)
+        return _openai_engine(section, model, prompts, adapters)
     device = pick_device()
     dtype = compute_dtype(section.dtype, device)
     if section.kind == "transformers":
         return TransformersEngine(
-            model.path, batch_size=section.batch_size, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            model.path,
+            batch_size=section.batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            adapters=adapters,
         )
     arguments = _vllm_arguments(section) | {
         "dtype": str(dtype).removeprefix("torch."),
@@ -51,7 +61,7 @@ def open_engine(section: EngineSection, model: Checkpoint, prompts: Prompts, *, 
     fields = section.model_dump(include={"replicas", "max_num_seqs", "tensor_parallel_size", "logps"})
     if section.python is not None:
         fields["python"] = section.python
-    settings = VllmSettings(**fields, arguments=arguments)
+    settings = VllmSettings(**fields, adapters=tuple(adapters), arguments=arguments)
     return VllmEngine(model.path, settings, decode=partial(_decode, prompts), end_ids=end_ids(model.path, prompts.tokenizer))
 
 
@@ -69,11 +79,11 @@ def _vllm_arguments(section: VllmSection) -> dict[str, Any]:
 
 def server(section: OpenAISection, base_url: str, model: str) -> Server:
     """Where the section's requests go. model: its name on the server, where the section names none."""
-    same = set(type(section).model_fields) - {"kind", "base_url", "model", "serve", "start_seconds"}
+    same = set(type(section).model_fields) - {"kind", "base_url", "model", "serve", "serve_adapters", "start_seconds"}
     return Server(base_url=base_url, model=section.model or model, **section.model_dump(include=same))
 
 
-def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts) -> Engine:
+def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, adapters: Sequence[Adapter]) -> Engine:
     def connect(base_url: str, name: str) -> OpenAIEngine:
         ends, where = end_ids(model.path, prompts.tokenizer), server(section, base_url, name)
         return OpenAIEngine(where, tokenize=lambda text: prompts.completion_ids(text, "length"), end_ids=ends)
@@ -82,7 +92,8 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts) 
         assert section.base_url is not None
         assert section.model is not None
         return connect(section.base_url, section.model)
-    serve = Serve(command=section.serve, model_path=model.path, start_seconds=section.start_seconds)
+    command = f"{section.serve} {section.serve_adapters}" if adapters else section.serve
+    serve = Serve(command=command, model_path=model.path, start_seconds=section.start_seconds, adapters=tuple(adapters))
     return ServedEngine(serve, connect)
 
 
@@ -125,8 +136,21 @@ def request(prompts: Prompts, messages: tuple[Message, ...], *, model_digest: st
     return Request(key=key, messages=messages, prompt_ids=prompt_ids, sampling=sampling, seed=seed)
 
 
+@contextmanager
+def kept_open(open_engine: Callable[[], Engine]) -> Generator[Callable[[], AbstractContextManager[Engine]]]:
+    """Gives `sample` an engine that stays open from its first use to the end of the block."""
+    with ExitStack() as stack:
+        opened = cache(lambda: stack.enter_context(open_engine()))
+        yield lambda: nullcontext(opened())
+
+
 def sample(
-    open_engine: Callable[[], Engine], wanted: Iterable[Request], journal: Journal, *, description: str, total: int
+    open_engine: Callable[[], AbstractContextManager[Engine]],
+    wanted: Iterable[Request],
+    journal: Journal,
+    *,
+    description: str,
+    total: int,
 ) -> int:
     """Answer every wanted request that the journal lacks; the engine is opened only when there is one.
 

@@ -7,6 +7,7 @@ log-probabilities come with the pairs; no reference model is loaded.
     output/checkpoint-N/   complete or not there (checkpoints.py); a stopped training continues from the newest
     output/history.jsonl   one line an optimizer step
     output/model/          the result, an ordinary Hugging Face folder (adapter merged)
+    output/adapter/        with training.lora, the adapter itself, in peft's format
 
 Left out on purpose: evaluation during training; the stages measure before and after.
 """
@@ -15,8 +16,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -243,19 +244,40 @@ def _arguments(job: TrainingJob) -> TrainingArguments:
 
 
 def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainingJob, folder: Path) -> None:
-    """An ordinary Hugging Face folder in the dtype of the policy, there as a whole or not at all."""
+    """An ordinary Hugging Face folder in the dtype of the policy, there as a whole or not at all; before it the adapter."""
     model = _whole_model(trainer, job)
     if model is None:
         return
+    if isinstance(model, PeftModel):
+        with _whole_folder(folder.with_name("adapter")) as unfinished:
+            _save_adapter(model, unfinished)
     plain = cast(PreTrainedModel, model.merge_and_unload()) if isinstance(model, PeftModel) else model
     given = AutoConfig.from_pretrained(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
-    unfinished = folder.with_name(".model-unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     cast(torch.nn.Module, plain).to(given.dtype or torch.float32)
     plain.config.use_cache = given.use_cache  # switched off for training
-    with checkpoints.writing(unfinished):
+    with _whole_folder(folder) as unfinished:
         plain.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    """In peft's format, and the same files wherever it was trained: no path of the base, names in order."""
+    for settings in model.peft_config.values():
+        assert isinstance(settings, LoraConfig)
+        settings.base_model_name_or_path = ""
+        if isinstance(settings.target_modules, set):
+            settings.target_modules = sorted(settings.target_modules)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink()
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Generator[Path]:
+    """A folder to fill, which takes the place of `folder` when the block ends."""
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with checkpoints.writing(unfinished):
+        yield unfinished
     for file in unfinished.iterdir():
         sync(file)
     sync(unfinished)

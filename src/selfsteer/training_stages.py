@@ -1,7 +1,7 @@
 """The two stages that train: the data generator on the steering pairs, the policy on the preference data.
 
-A dual generator is two trainings, each on one half of L_SSO; their adapters are folded into a folder each. Sampling both
-from one base model by switching adapters would save a folder and a load, and is not done yet.
+A dual generator is two trainings, each on one half of L_SSO. What they train is sampled as two adapters of one model by
+engines that can do that, merged by others; margins are measured on the merged model.
 
 Left out on purpose: the trainer (`training.py`); files are the contract: sealed pairs in, a Hugging Face folder out.
 """
@@ -16,17 +16,19 @@ from selfsteer.cells import plain
 from selfsteer.durable import canonical_json, make_folder, replacing
 from selfsteer.launch import launch
 from selfsteer.metrics import ImplicitReward
-from selfsteer.models import checkpoint
+from selfsteer.models import adapted, checkpoint
 from selfsteer.quality import implicit_reward
 from selfsteer.recipe import Alignment, Generator
-from selfsteer.records import PairRow
+from selfsteer.recipe_engines import takes_adapters
+from selfsteer.records import Checkpoint, PairRow
 from selfsteer.reference import Group, Judge, score_missing, scores
 from selfsteer.stages import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage, policy_as_judge
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.training import TrainingJob
 
-MODEL, HISTORY, MEASURES = "model", "history.jsonl", "measures.json"
-"""What a training stage seals: the Hugging Face folder, a line an optimizer step, and what training did to its pairs."""
+MODEL, ADAPTER, HISTORY, MEASURES = "model", "adapter", "history.jsonl", "measures.json"
+"""What a training stage seals: the Hugging Face folder, with training.lora the adapter that is merged into it, a line an
+optimizer step, and what training did to its pairs."""
 
 GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
 """Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
@@ -39,6 +41,20 @@ class Generators(NamedTuple):
 
     good: Stage
     bad: Stage
+
+
+def samplers(round: Round, generators: Generators) -> list[dict[str, Checkpoint]]:
+    """What answers x+ ("good") and x- ("bad"); those of a group are one model or adapters of one, and share an engine.
+
+    An adapter's digest is the same when it is merged, because it does not change, beyond rounding, what is sampled.
+    """
+    if generators.good == generators.bad:
+        return [dict.fromkeys(generators._fields, checkpoint(generators.good.path / MODEL))]
+    stages = generators._asdict()
+    both = {role: adapted(round.policy, role, stage.path / ADAPTER) for role, stage in stages.items()}
+    if takes_adapters(round.recipe.engine):
+        return [both]
+    return [{role: Checkpoint(path=str(stage.path / MODEL), digest=both[role].digest)} for role, stage in stages.items()]
 
 
 def generator_stage(round: Round, steering: Stage) -> Generators:
@@ -68,7 +84,7 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
     if name == "6-policy" and round.recipe.queries.holdout:
         settings["holdout"] = round.recipe.queries.holdout
     if name in _HALVES:
-        settings["half"] = _HALVES[name]
+        settings |= {"half": _HALVES[name], "adapter": True}  # adapter: not there in folders of earlier versions
     inputs = inputs_of(round, pairs=pairs)
     if isinstance(section, Alignment):
         if section.weighting != "none":
@@ -140,14 +156,16 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         weighting=section.weighting if isinstance(section, Alignment) else "none",
     )
     result = launch(job, round.recipe.launcher)
-    shutil.rmtree(work.stage.path / MODEL, ignore_errors=True)
-    (unfinished / MODEL).rename(work.stage.path / MODEL)
+    folders = (MODEL,) if round.recipe.training.lora is None else (MODEL, ADAPTER)
+    for name in folders:
+        shutil.rmtree(work.stage.path / name, ignore_errors=True)
+        (unfinished / name).rename(work.stage.path / name)
     shutil.copyfile(unfinished / HISTORY, work.stage.path / HISTORY)
     reward = _what_training_did(round, work, pairs, section.beta)
     measures = {"steps": result.steps, "reward": reward}
     with replacing(work.stage.path / MEASURES) as file:
         file.write(canonical_json(plain(measures)))
-    return Contents(wanted=queries, files=(MODEL, HISTORY, MEASURES))
+    return Contents(wanted=queries, files=(*folders, HISTORY, MEASURES))
 
 
 def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> ImplicitReward:

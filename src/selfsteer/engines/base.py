@@ -31,6 +31,8 @@ class Request:
     """The rendered prompt as token ids, for engines that hold the tokenizer's model."""
     sampling: Sampling
     seed: int
+    adapter: str | None = None
+    """Name of the adapter to apply, of those that the engine was opened with; None for the model as it is."""
     top_logps: int = 0
     """Report so many of the most probable first tokens (`Completion.first_logps`), where the engine can."""
 

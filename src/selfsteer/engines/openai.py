@@ -85,7 +85,7 @@ class Server:
     base_url: str
     """Up to and including the version, such as http://localhost:8000/v1."""
     model: str
-    """The model's name on the server; an adapter's, where the server holds several."""
+    """The model's name on the server; requests that name an adapter go to the model of that name."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the API key; no key is sent when None."""
     send: Literal["messages", "token_ids"] = "messages"
@@ -325,7 +325,7 @@ class OpenAIEngine:
     def _body(self, request: Request) -> bytes:
         sampling, top = request.sampling, request.top_logps or None
         body: dict[str, object] = {
-            "model": self.server.model,
+            "model": request.adapter or self.server.model,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,

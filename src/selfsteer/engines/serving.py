@@ -24,6 +24,7 @@ from urllib.request import ProxyHandler, build_opener
 from selfsteer.engines.base import Completion, Failed, Request
 from selfsteer.engines.openai import OpenAIEngine, ServerError
 from selfsteer.interrupt import raise_if_stopped
+from selfsteer.records import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class Serve:
     model_path: str
     start_seconds: float
     """Limit of starting."""
+    adapters: tuple[Adapter, ...] = ()
+    """Where the command has the word {adapters}, NAME=FOLDER of each is put in its place."""
 
 
 class ServedEngine:
@@ -84,7 +87,7 @@ class ServedEngine:
 def start_server(serve: Serve, stack: ExitStack) -> tuple[str, str]:
     """Start the server, until the stack is closed; returns its base_url and the name under which it knows the model."""
     port = _free_port()
-    filled = [part.replace("{model}", serve.model_path).replace("{port}", str(port)) for part in shlex.split(serve.command)]
+    filled = _filled(serve, port)
     log.info("starting a server: %s", shlex.join(filled))
     words = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace", prefix="selfsteer-serve-"))  # noqa: SIM115
     process = subprocess.Popen(
@@ -105,6 +108,15 @@ def start_server(serve: Serve, stack: ExitStack) -> tuple[str, str]:
             raise ServerError(f"the server was not ready in {serve.start_seconds:g} s (start_seconds). {_log_of(words)}")
         time.sleep(_POLL)
     return base_url, name
+
+
+def _filled(serve: Serve, port: int) -> list[str]:
+    adapters = [f"{adapter.name}={adapter.path}" for adapter in serve.adapters]
+    filled: list[str] = []
+    for word in shlex.split(serve.command):
+        plain = word.replace("{model}", serve.model_path).replace("{port}", str(port))
+        filled += adapters if word == "{adapters}" else [plain]
+    return filled
 
 
 def _first_model(base_url: str) -> str | None:

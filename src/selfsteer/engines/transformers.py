@@ -4,6 +4,8 @@ Requests are pulled a few batches ahead and admitted longest prompt first. Seque
 (`decoding.py`); one that finishes is yielded at once and a waiting prompt takes its slot in the next forward pass. A model
 for which the slots do not hold is sampled by `model.generate` in batches of like length, with one warning.
 
+The sequences under way at a time share one adapter: requests are best sent one adapter after the other.
+
 A completion depends on its request and not on the requests beside it: its random numbers come from its own seed. The
 probabilities they meet are equal only up to the rounding of matrix products of other shapes, so on rare occasions a token at
 the edge of two intervals differs (much more often in bfloat16 than in float32).
@@ -12,11 +14,12 @@ the edge of two intervals differs (much more often in bfloat16 than in float32).
 import gc
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +27,7 @@ from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.decoding import ATTENTION_NAME, Segment, SlotCache, UnsupportedAttentionError, choose, plan_step
 from selfsteer.interrupt import stop_requested
 from selfsteer.models import end_ids, load_model
-from selfsteer.records import FinishReason
+from selfsteer.records import Adapter, FinishReason
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class _Sequence:
 
 
 class TransformersEngine:
-    """Implements `Engine` with a model of this process; loads it on entry and frees it on exit."""
+    """Implements `Engine` with a model of this process, and adapters for it; loads them on entry and frees them on exit."""
 
     def __init__(
         self,
@@ -60,13 +63,16 @@ class TransformersEngine:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         self.model_path = model_path
+        self.adapters = tuple(adapters)
         self.batch_size = batch_size
         self._dtype = dtype
         self._device = device
         self._trust_remote_code = trust_remote_code
         self._model: PreTrainedModel | None = None
+        self._adapted: PeftModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._ends: frozenset[int] = frozenset()
         self._slots_hold: bool | None = None
@@ -74,6 +80,8 @@ class TransformersEngine:
     def __enter__(self) -> Self:
         trust = self._trust_remote_code
         self._model = load_model(self.model_path, dtype=self._dtype, device=self._device, trust_remote_code=trust)
+        self._adapted = self._with_adapters(self._model)
+        self._apply(None)
         tokenizer = AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=trust)
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         self._tokenizer = tokenizer
@@ -83,7 +91,7 @@ class TransformersEngine:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._model = self._tokenizer = self._slots_hold = None
+        self._model = self._adapted = self._tokenizer = self._slots_hold = None
         gc.collect()
         if torch.device(self._device).type == "cuda":
             torch.cuda.empty_cache()
@@ -96,22 +104,41 @@ class TransformersEngine:
         if self._model is None or self._tokenizer is None:
             raise ValueError("the engine is closed; use it in a with statement")
         waiting = _Waiting(requests, size=WINDOW_BATCHES * self.batch_size, max_positions=_max_positions(self._model))
-        first = waiting.peek()
-        if first is None:
-            return
-        if self._slots_hold is None:
-            reason = why_not_slots(self._model, first.prompt_ids)
-            self._slots_hold = reason is None
-            if reason is not None:
-                log.warning("%s: sampling with model.generate, which is slower: %s", self.model_path, reason)
-        sample = _sample_in_slots if self._slots_hold else _sample_in_batches
-        for sequence, reason in sample(self._model, waiting, self.batch_size, self._ends):
-            yield Completion(
-                key=sequence.request.key,
-                text=self._decoded(sequence.tokens),
-                token_ids=tuple(sequence.tokens),
-                finish_reason=reason,
-            )
+        while (first := waiting.turn()) is not None:
+            self._apply(first.adapter)
+            if self._slots_hold is None:
+                reason = why_not_slots(self._model, first.prompt_ids)
+                self._slots_hold = reason is None
+                if reason is not None:
+                    log.warning("%s: sampling with model.generate, which is slower: %s", self.model_path, reason)
+            sample = _sample_in_slots if self._slots_hold else _sample_in_batches
+            for sequence, reason in sample(self._model, waiting, self.batch_size, self._ends):
+                yield Completion(
+                    key=sequence.request.key,
+                    text=self._decoded(sequence.tokens),
+                    token_ids=tuple(sequence.tokens),
+                    finish_reason=reason,
+                )
+
+    def _apply(self, adapter: str | None) -> None:
+        """Switch to this adapter, or to the model as it is."""
+        if self._adapted is None:
+            assert adapter is None, f"the engine was opened without the adapter {adapter!r}"
+        elif adapter is None:
+            self._adapted.base_model.disable_adapter_layers()
+        else:
+            self._adapted.base_model.enable_adapter_layers()
+            self._adapted.set_adapter(adapter)
+
+    def _with_adapters(self, model: PreTrainedModel) -> PeftModel | None:
+        """The model with all adapters upon it, which puts them into its own layers as well."""
+        if not self.adapters:
+            return None
+        first, *others = self.adapters
+        adapted = PeftModel.from_pretrained(model, first.path, adapter_name=first.name)
+        for adapter in others:
+            adapted.load_adapter(adapter.path, adapter_name=adapter.name)
+        return adapted
 
     def _decoded(self, tokens: list[int]) -> str:
         assert self._tokenizer is not None
@@ -121,23 +148,36 @@ class TransformersEngine:
 
 
 class _Waiting:
-    """The requests to come, pulled a window at a time, the longest prompt of the window first."""
+    """The requests to come, pulled a window at a time; one adapter's after another's, the longest prompts first."""
 
     def __init__(self, requests: Iterable[Request], *, size: int, max_positions: int | None) -> None:
         self._source = iter(requests)
         self._size = size
         self._max_positions = max_positions
         self._window: list[Request] = []
+        self._adapter: str | None = None
+
+    def turn(self) -> Request | None:
+        """The next request, whose adapter `peek` keeps to from now on; None as there."""
+        following = self._next()
+        if following is not None:
+            self._adapter = following.adapter
+        return following
 
     def peek(self) -> Request | None:
-        """The next request, or None when there is none or a stop was requested."""
+        """The next request; None when there is none with the adapter whose turn it is, or a stop was requested."""
+        following = self._next()
+        return following if following is not None and following.adapter == self._adapter else None
+
+    def _next(self) -> Request | None:
         if stop_requested():
             return None
         if not self._window:
             self._window = list(itertools.islice(self._source, self._size))
             for request in self._window:
                 self._check(request)
-            self._window.sort(key=lambda request: len(request.prompt_ids))
+            # From the end: what the turn is about goes on, and the others follow.
+            self._window.sort(key=lambda item: (item.adapter == self._adapter, item.adapter or "", len(item.prompt_ids)))
         return self._window[-1] if self._window else None
 
     def take(self) -> _Sequence:

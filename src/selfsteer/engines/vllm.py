@@ -26,6 +26,7 @@ from typing import IO, Any, NamedTuple, Self
 
 from selfsteer.engines.base import Completion, Failed, Request, TokenLogp
 from selfsteer.interrupt import raise_if_stopped, stop_requested
+from selfsteer.records import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 
 LOG_LINES = 20
 """Last lines of a dead worker's log that its error repeats."""
+
+MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as max_lora_rank."""
 
 _POLL = 0.2
 """Seconds after which a wait notices that a stop was requested."""
@@ -58,8 +62,8 @@ class VllmSettings:
     tensor_parallel_size: int = 1
     logps: bool = False
     """Ask for the log-probability of each sampled token."""
-    adapter: str | None = None
-    """Folder of a LoRA adapter (peft's format) to apply, unmerged."""
+    adapters: tuple[Adapter, ...] = ()
+    """What requests may name; the responses of a batch may each use another one."""
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """Further arguments of vLLM's EngineArgs."""
 
@@ -234,10 +238,11 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "max_num_seqs": self.settings.max_num_seqs,
             "tensor_parallel_size": self.settings.tensor_parallel_size,
-            **({"enable_lora": True} if self.settings.adapter else {}),
+            **_lora_arguments(self.settings.adapters),
             **self.settings.arguments,
         }
-        start = {"adapter": self.settings.adapter, "end_ids": sorted(self._end_ids), "logps": self.settings.logps}
+        adapters = {adapter.name: adapter.path for adapter in self.settings.adapters}
+        start = {"adapters": adapters, "end_ids": sorted(self._end_ids), "logps": self.settings.logps}
         worker.send({"engine": arguments, **start})
         return worker
 
@@ -256,7 +261,16 @@ def _asked(request: Request) -> dict[str, Any]:
         "max_tokens": sampling.max_new_tokens,
         "seed": request.seed,
         "top_logps": request.top_logps,
+        "adapter": request.adapter,
     }
+
+
+def _lora_arguments(adapters: Collection[Adapter]) -> dict[str, Any]:
+    if not adapters:
+        return {}
+    rank = max(adapter.rank for adapter in adapters)
+    room = min((size for size in MAX_LORA_RANKS if size >= rank), default=rank)
+    return {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": room}
 
 
 def _listen(worker: _Worker, said: SimpleQueue[_Said]) -> None:

@@ -2,9 +2,9 @@
 
 Imports the standard library and vLLM only, never selfsteer, and runs on any Python that vLLM runs on. Speaks JSON lines:
 
-    stdin   {"engine": {vLLM's engine arguments}, "adapter": path or null, "end_ids": [...], "logps": false}
+    stdin   {"engine": {vLLM's engine arguments}, "adapters": {name: path}, "end_ids": [...], "logps": false}
             {"id": ..., "prompt_ids": [...], "temperature": ..., "top_p": ..., "max_tokens": ..., "seed": ...,
-             "top_logps": 0}   and so on
+             "adapter": name or null, "top_logps": 0}   and so on
     stdout  {"ready": {"version": ..., "seeded": true}}
             {"id": ..., "token_ids": [...], "finish_reason": "stop", "logps": [...] or null}    as each is finished; with
              "first_logps": [[token id, log-probability], ...]    where top_logps asked for so many likely first tokens
@@ -20,14 +20,19 @@ to stderr. Left out on purpose: text. The caller has the tokenizer, so this proc
 import json
 import os
 import queue
+import signal
 import sys
 import threading
+import time
 
 # This folder has modules named like the libraries they are about; as the folder of the script it comes first on the path.
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _HERE]
 
 _END = None
+
+GRACE = 15.0
+"""Seconds to the end after the end of stdin, whatever vLLM is doing."""
 
 
 def main() -> int:
@@ -43,6 +48,8 @@ def main() -> int:
     start = json.loads(sys.stdin.readline() or "null")
     if start is None:
         return 0
+    inbox = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(inbox,), daemon=True).start()  # now: starting may take minutes
     # In this process: an engine core in a further one would outlive it when it is killed.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
@@ -63,25 +70,26 @@ def main() -> int:
         raise
     # vLLM's sampler for CPUs dies on a seed of a request's own ("CPU Generator does not use offset").
     seeded = not current_platform.is_cpu()
-    adapter = LoRARequest("adapter", 1, start["adapter"]) if start["adapter"] else None
+    adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(start["adapters"].items(), start=1)}
     limit = engine.vllm_config.model_config.max_model_len
     version = vllm.__version__  # pyright: ignore[reportAttributeAccessIssue]
     say({"ready": {"version": version, "seeded": seeded}})
 
     wanted = {}  # how many first tokens each request under way asks for
-    inbox = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(inbox,), daemon=True).start()
     while True:
         while not inbox.empty() or not engine.has_unfinished_requests():
             request = inbox.get()
             if request is _END:
-                return 0
+                engine.engine_core.shutdown()
+                # Python's own way out takes apart all that was imported: seconds, in which a GPU is not free.
+                os._exit(0)
             if len(request["prompt_ids"]) >= limit:
                 why = f"a prompt of {len(request['prompt_ids'])} tokens, and no more than {limit} with its response"
                 say({"id": request["id"], "refused": why})
                 continue
             prompt = {"prompt_token_ids": request["prompt_ids"]}
             wanted[request["id"]] = request["top_logps"]
+            adapter = adapters[request["adapter"]] if request["adapter"] else None
             engine.add_request(request["id"], prompt, _sampling(vllm, request, start, seeded), lora_request=adapter)
         for output in engine.step():
             if output.finished:
@@ -92,6 +100,9 @@ def _read(inbox):
     for line in sys.stdin:
         inbox.put(json.loads(line))
     inbox.put(_END)
+    time.sleep(GRACE)
+    if os.getpgrp() == os.getpid():  # as it is started; what it has started goes with it
+        os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _sampling(vllm, request, start, seeded):
