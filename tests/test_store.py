@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfsteer import places
 from selfsteer.durable import make_folder
 from selfsteer.journal import Journal
 from selfsteer.records import Dropped
@@ -278,8 +279,9 @@ def test_append_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sizes == [(tmp_path / "main-0.jsonl").stat().st_size]
 
 
-def test_memory_holds_an_index_only(tmp_path: Path):
-    """20,000 records of 2 KB are 40 MB on disk; the index stays below 250 bytes a record, that is 5 MB."""
+def test_memory_holds_an_index_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """20,000 records of 2 KB are 40 MB on disk; the index stays below 50 bytes a record, that is 1 MB."""
+    monkeypatch.setattr(places, "_RECENT", 500)
     keys = [digest(n) for n in range(20_000)]
     with Journal(tmp_path) as journal:
         for start in range(0, len(keys), 1000):
@@ -291,8 +293,8 @@ def test_memory_holds_an_index_only(tmp_path: Path):
             assert next(journal.missing(keys), None) is None
     finally:
         tracemalloc.stop()
-    assert held / len(keys) < 250
-    assert peak < 2 * len(keys) * 250
+    assert held / len(keys) < 50
+    assert peak < 4 * len(keys) * 50
 
 
 # Stage

@@ -9,7 +9,7 @@ Guarantees
 - A torn last line is cut off and kept in `<part>.torn`, unless its writer is still alive (it holds a lock on its part).
 - Nobody appends to a part that another process began, so a torn line never swallows the next record.
 - The first record of a key wins, in the order of writer and n; appending a key again writes nothing.
-- Memory holds about 200 bytes a record, whatever its size: a hash of the key and where the line begins.
+- Memory holds about 40 bytes a record, whatever its size: a hash of the key and where the line begins (`places.py`).
 
 Left out on purpose: seeing what other processes append while this one is open, unless it is told to (`reread`); deleting or
 compacting records; threads.
@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from selfsteer.durable import canonical_json, make_folder, sync, write_failed
+from selfsteer.places import SLOT, Places
 
 log = logging.getLogger(__name__)
 
 Record = tuple[str, Mapping[str, Any]]
 """Key and data."""
 
-# Place of a line in the index: part number * _PART + offset. One integer takes half the memory of a pair.
+# Place of a line in the index: part number * _PART + offset.
 _PART = 1 << 44
 _PART_NAME = re.compile(r"(.+)-([0-9]+)\.jsonl")
 
@@ -64,7 +65,7 @@ def _key(body: bytes) -> str:
 
 
 def _slot(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(), digest_size=16).digest()
+    return hashlib.blake2b(key.encode(), digest_size=SLOT).digest()
 
 
 def _take(file: BinaryIO) -> bool:
@@ -97,7 +98,7 @@ class Journal:
         """Torn last lines found on opening."""
         self.corrupt = 0
         """Lines with a wrong checksum found on opening."""
-        self._index: dict[bytes, int] = {}
+        self._index = Places()
         self._parts: list[Path] = []
         self._readers: dict[int, BinaryIO] = {}
         self._written: int | None = None
@@ -107,7 +108,7 @@ class Journal:
     def reread(self) -> None:
         """Index the parts anew, with what other writers have appended meanwhile; the next record begins a new part."""
         self._close()
-        self._index.clear()
+        self._index = Places()
         self._parts.clear()
         self._read_parts(repair=True)
 
@@ -175,7 +176,7 @@ class Journal:
             undo.pop_all()
         place = (len(self._parts) - 1) * _PART + start
         for key, line in lines.items():
-            self._index[_slot(key)] = place
+            self._index.add(_slot(key), place)
             place += len(line)
 
     def _read_parts(self, *, repair: bool) -> None:
@@ -199,7 +200,7 @@ class Journal:
                 if body is None:
                     corrupt += 1
                 else:
-                    self._index.setdefault(_slot(_key(body)), place)
+                    self._index.add(_slot(_key(body)), place)
                 place += len(line)
         if corrupt:
             self.corrupt += corrupt
