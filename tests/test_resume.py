@@ -82,7 +82,7 @@ THROUGH = "0:SIGKILL:"
 def children(recipe: Path, *moments: str) -> tuple[list[Child], str]:
     """What became of every child, and what they all said."""
     command = [sys.executable, "-c", CHILDREN, str(recipe), *moments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert ended.returncode == 0, ended.stderr
     lines = [line.removeprefix("child ").split() for line in ended.stdout.splitlines() if line.startswith("child ")]
     return [Child(int(status), int(sealed)) for status, sealed in lines], ended.stderr
