@@ -42,15 +42,17 @@ LIMIT = 512
 QUERIES = Path(__file__).parents[2] / "recipes/data/quickstart-queries.jsonl"
 START_SECONDS, END_SECONDS = 1200, 120
 """Limits that allow for a busy machine."""
+CACHE_BYTES = 2**28
 SERVER = (
     f"{shlex.quote(VLLM_PYTHON)} -m vllm.entrypoints.openai.api_server --model {{model}} --port {{port}}"
     f" --host 127.0.0.1 --generation-config vllm --dtype float32 --max-model-len {LIMIT} --max-num-seqs 16 --enforce-eager"
-    " --gpu-memory-utilization 0.15"
+    f" --gpu-memory-utilization 0.1 --kv-cache-memory-bytes {CACHE_BYTES}"
 )
+CACHE = {"kv_cache_memory_bytes": CACHE_BYTES}
 SMALL = {
     "max_model_len": LIMIT,
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.15,
+    "gpu_memory_utilization": 0.1,
     "enforce_eager": True,
 }
 
@@ -60,11 +62,7 @@ def _small_machine() -> Iterator[None]:
     """vLLM on CPUs: its threads and cache, where the environment does not say otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         cores = sorted(os.sched_getaffinity(0))
-        defaults = {
-            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        defaults = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}", "HF_HUB_OFFLINE": "1"}
         for name, value in defaults.items():
             patch.setenv(name, os.environ.get(name, value))
         for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
@@ -177,7 +175,7 @@ def merged(
 @pytest.fixture(scope="module")
 def engine(policy: Checkpoint, adapted: dict[str, Adapted], prompts: Prompts) -> Iterator[VllmEngine]:
     """A vLLM that holds the policy and both adapters."""
-    section = VllmSection(kind="vllm", python=VLLM_PYTHON, dtype="float32", logps=True, **SMALL)
+    section = VllmSection(kind="vllm", python=VLLM_PYTHON, dtype="float32", logps=True, extra=CACHE, **SMALL)
     adapters = [adapter for adapter, _ in adapted.values()]
     with open_engine(section, policy, prompts, trust_remote_code=False, adapters=adapters) as engine:
         assert isinstance(engine, VllmEngine)
@@ -270,7 +268,7 @@ time.sleep(3600)
 @pytest.mark.parametrize("kind", ["vllm while it starts", "vllm", "openai"])
 def test_no_vllm_outlives_an_owner_that_is_killed(kind: str, policy: Checkpoint):
     """kill -9 of the process of the run: its worker, or its server with all its processes, ends by itself."""
-    arguments = [kind, VLLM_PYTHON, policy.path, SERVER, str(START_SECONDS), json.dumps(SMALL)]
+    arguments = [kind, VLLM_PYTHON, policy.path, SERVER, str(START_SECONDS), json.dumps(SMALL | CACHE)]
     with subprocess.Popen([sys.executable, "-c", OWNER, *arguments], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "open\n"
