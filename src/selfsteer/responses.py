@@ -3,7 +3,9 @@
 Both samplings of the method (by the policy, by the data generator) and the generation of principles are this one loop.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -11,6 +13,7 @@ from typing import Any, cast
 from selfsteer.durable import digest
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.engines.openai import OpenAIEngine, Server
+from selfsteer.engines.ray import RayEngine
 from selfsteer.engines.serving import Serve, ServedEngine
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.engines.vllm import VllmEngine, VllmSettings
@@ -38,6 +41,11 @@ def open_engine(section: EngineSection, model: Checkpoint, prompts: Prompts, *, 
     """
     if section.kind == "openai":
         return _openai_engine(section, model, prompts)
+    if section.kind == "ray":
+        there = replace(model, path=os.path.abspath(model.path))
+        return RayEngine(
+            there.path, section, partial(open_engine, section.replica, there, prompts, trust_remote_code=trust_remote_code)
+        )
     device = pick_device()
     dtype = compute_dtype(section.dtype, device)
     if section.kind == "transformers":
