@@ -160,16 +160,16 @@ def cluster_of(recipe: Recipe) -> Generator[None]:
 def joined(address: str | None) -> Generator[list[Node]]:
     """Yields the nodes of the cluster; one that this process is in already is kept, and not left at the end."""
     ray = load_ray()
-    if ray.is_initialized():
-        yield _nodes(ray)
-        return
-    _join(ray, address)
+    ours = not ray.is_initialized()
+    if ours:
+        _join(ray, address)
     try:
-        if address is not None:
-            _check_door(address if "://" in address else ray.get_runtime_context().gcs_address)
+        client = address is not None and "://" in address
+        _check_door(address if client else ray.get_runtime_context().gcs_address)
         yield _nodes(ray)
     finally:
-        ray.shutdown()
+        if ours:
+            ray.shutdown()
 
 
 def _join(ray: Any, address: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The ray engine and the ray launcher against a real Ray on this machine: `make test-ray` builds its environment and runs this.
+"""The ray engine and the ray launcher against a real Ray: `make test-ray` builds its environment and runs this.
 
 Two replicas or two processes, on a cluster that says it has two CPUs.
 """
@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file
+from test_training import FLOAT32, curve, steering_group, write_pairs
 from tiny import tiny_model_dir
 
 import selfsteer
@@ -46,6 +48,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 RecipeOf = Callable[..., dict[str, Any]]
 TWO = Launcher(kind="ray", processes=2)
+SECONDS = 600
+"""How long anything may take; nearly all of it is importing torch on a machine that does other things."""
+
 EMBEDDED = TransformersSection(dtype="float32", batch_size=4)
 RAY = RaySection(kind="ray", replicas=2, in_flight=6, replica=EMBEDDED)
 
@@ -105,10 +110,10 @@ def answers(section: EngineSection, folder: Path, wanted: list[Request]) -> dict
 def replicas() -> list[psutil.Process]:
     """The processes of the actors, ours only."""
     below = psutil.Process().children(recursive=True)
-    return [process for process in below if process.name().startswith("ray::Replica")]
+    return [process for process in below if "Replica" in process.name()]
 
 
-def until(true: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+def until(true: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
     end = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
@@ -156,13 +161,16 @@ def test_a_replica_that_is_killed_is_replaced(cluster: None, folder: Path, wante
 
 
 def test_replicas_that_die_and_die_stop_the_run(cluster: None, folder: Path, wanted: list[Request]):
-    section = RAY.model_copy(update={"restarts": 0})
-    with pytest.raises(ClusterError, match=r"1 replicas have died, and engine.restarts is 0"), opened(section, folder) as engine:
-        stream = engine.generate(wanted)
-        next(stream)
-        for process in replicas():
-            process.kill()
-        list(stream)
+    def use(section: RaySection) -> None:
+        with opened(section, folder) as engine:
+            stream = engine.generate(wanted)
+            next(stream)
+            for process in replicas():
+                process.kill()
+            list(stream)
+
+    with pytest.raises(ClusterError, match=r"1 replicas have died, and engine.restarts is 0"):
+        use(RAY.model_copy(update={"restarts": 0}))
 
 
 def test_what_concerns_all_requests_is_raised_as_by_the_engine(cluster: None, folder: Path, wanted: list[Request]):
@@ -218,3 +226,196 @@ def _elsewhere(path: str) -> Any:
     from selfsteer.ray_cluster import SharedFolder
 
     return SharedFolder("/not/here", {})
+
+
+# ---- clusters that run already ----------------------------------------------------------------------------------------
+
+JOIN = """
+import json, sys
+from selfsteer.ray_cluster import joined
+try:
+    with joined(sys.argv[1]) as nodes:
+        print(json.dumps({"joined": nodes}))
+except (ValueError, OSError) as error:
+    print(json.dumps({"refused": str(error)}))
+"""
+
+
+@pytest.fixture(params=["token", "disabled"])
+def other_cluster(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """A cluster of another process, with or without token authentication: the mode and its address."""
+    ports = [free_port() for _ in range(3)]
+    options = [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}"]
+    options += ["--min-worker-port=0", "--max-worker-port=0"]
+    small = ["--num-cpus=1", "--include-dashboard=false", "--object-store-memory=90000000", "--disable-usage-stats"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options, *small],
+        env=os.environ | {"RAY_AUTH_MODE": request.param, "RAY_AUTH_TOKEN": TOKEN},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as head:
+        try:
+            until(lambda: head.poll() is not None or listens(ports[0]), "the head node")
+            assert head.poll() is None
+            yield request.param, f"127.0.0.1:{ports[0]}"
+        finally:
+            started = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()
+            _, alive = psutil.wait_procs([*started, psutil.Process(head.pid)], timeout=60)
+            for process in alive:
+                process.kill()
+
+
+TOKEN = "t" * 40
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_cluster_is_joined_only_when_it_asks_for_a_token(other_cluster: tuple[str, str]):
+    mode, address = other_cluster
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN, address],
+        env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    said = json.loads(done.stdout.splitlines()[-1])
+    if mode == "token":
+        assert said == {"joined": [[1.0, 0.0]]}
+    else:
+        assert "lets in whoever comes without a token" in said["refused"]
+
+
+# ---- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_amid_its_responses_goes_on(cluster: None, recipe_of: RecipeOf, tmp_path: Path):
+    """SIGKILL to the run in stage 2, on a Ray of its own, which ends with it; the second run uses this process's."""
+    output = tmp_path / "run"
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text("".join(json.dumps({"query": f"What is {number} and one?"}) + "\n" for number in range(16)))
+    engine = {"kind": "ray", "replicas": 2, "in_flight": 2, "replica": {"dtype": "float32", "batch_size": 1}}
+    recipe = recipe_of(output, {"queries.path": str(queries), "responses.max_new_tokens": 100}) | {"engine": engine}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    parts = output / "round-1/2-responses/parts"
+
+    def durable() -> list[str]:
+        lines = [line for part in parts.glob("*.jsonl") for line in part.read_text().splitlines(keepends=True)]
+        return [json.loads(line)["key"] for line in lines if line.endswith("\n")]
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with subprocess.Popen([sys.executable, "-m", "selfsteer", "run", str(path)], env=environment) as run:
+        until(lambda: run.poll() is not None or durable(), "the first durable responses")
+        assert run.poll() is None
+        started = psutil.Process(run.pid).children(recursive=True)
+        run.kill()
+    before = durable()
+    assert 0 < len(before) < 48, "killed amid the stage"
+    until(lambda: not [process for process in started if process.is_running()], "the end of the killed run's Ray")
+    selfsteer.run(Recipe.model_validate(recipe))
+    after = durable()
+    assert len(set(after)) == len(after) == 48, "no key twice, none lost"
+    assert set(before) <= set(after)
+    assert pq.read_table(output / "round-1/5-preferences/data.parquet").num_rows > 0
+
+
+# ---- the launcher -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
+    """Seven queries in batches of four: the last step of an epoch has three, which two processes can't halve."""
+    folder = tmp_path_factory.mktemp("launch")
+    policy = Policy(model=tiny_model_dir(folder / "tiny"))
+    pairs = write_pairs(folder / "pairs.parquet", policy, FLOAT32, [steering_group(number) for number in range(7)])
+    return TrainingJob(
+        policy=policy,
+        pairs=str(pairs),
+        output=str(folder / "run"),
+        loss="dpo",
+        beta=0.1,
+        sft_weight=0.1,
+        learning_rate=1e-3,
+        batch_size=4,
+        epochs=3,
+        max_steps=None,
+        training=FLOAT32.model_copy(update={"save_steps": 1}),
+        seed=0,
+    )
+
+
+def same_curve(job: TrainingJob, expected: TrainingJob) -> None:
+    assert [step["step"] for step in read_history(Path(job.output) / "history.jsonl")] == list(
+        range(1, len(curve(expected)) + 1)
+    )
+    assert curve(job) == [(pytest.approx(loss, abs=1e-4), pytest.approx(norm, rel=1e-4)) for loss, norm in curve(expected)]
+
+
+def test_two_ray_processes_train_as_one(cluster: None, job: TrainingJob, tmp_path: Path):
+    alone, together = (replace(job, output=str(tmp_path / name)) for name in ("alone", "together"))
+    train(alone)
+    result = launch(together, TWO)
+    same_curve(together, alone)
+    assert result.steps == 6
+    assert not (Path(together.output) / ".ray").exists()
+    weights, expected = (load_file(Path(each.output) / "model" / "model.safetensors") for each in (together, alone))
+    assert all((weights[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+
+
+def test_a_group_that_loses_a_process_goes_on_from_its_last_complete_checkpoint(
+    cluster: None, job: TrainingJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    alone, together = (replace(job, output=str(tmp_path / name), max_steps=12) for name in ("alone", "together"))
+    train(alone)
+    history = Path(together.output) / "history.jsonl"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        until(lambda: len(read_history(history)) >= 3, "three steps")
+        below = psutil.Process().children(recursive=True)
+        worker = next(process for process in below if "TrainWorker" in process.name())
+        killed.append(len(read_history(history)))
+        worker.kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    result = launch(together, TWO)
+    killer.join()
+    assert 3 <= killed[0] < 12
+    assert result.steps == 12
+    same_curve(together, alone)
+
+
+def test_a_signal_ends_in_a_complete_checkpoint(cluster: None, job: TrainingJob, tmp_path: Path):
+    long = replace(job, output=str(tmp_path / "run"), epochs=300, learning_rate=1e-5)
+    history = Path(long.output) / "history.jsonl"
+
+    def stop() -> None:
+        until(lambda: read_history(history), "the first step")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with interrupt.graceful_stop():
+        threading.Thread(target=stop, daemon=True).start()
+        with pytest.raises(interrupt.Interrupted) as stopped:
+            launch(long, TWO)
+    assert stopped.value.exit_status == 143
+    last = checkpoints.latest(Path(long.output))
+    assert last is not None
+    assert checkpoints.step_of(last) == len(curve(long)) < 600
+
+
+def test_a_refusal_comes_back_in_words(cluster: None, job: TrainingJob, tmp_path: Path):
+    with pytest.raises(ValueError, match="batch_size 3 can't be shared by 2 processes"):
+        launch(replace(job, batch_size=3, output=str(tmp_path / "run")), TWO)
