@@ -41,6 +41,7 @@ def run_group(job: TrainingJob, launcher: Launcher, let_go: Callable[[], None]) 
         train: Any = importlib.import_module("ray.train")
         torch: Any = importlib.import_module("ray.train.torch")
         output = Path(job.output).absolute()
+        shutil.rmtree(output / _OWN_FILES, ignore_errors=True)  # of a run that was killed
         policy = job.policy.model_copy(update={"model": str(Path(job.policy.model).absolute())})
         there = replace(job, output=str(output), pairs=str(Path(job.pairs).absolute()), policy=policy)
         trainer = torch.TorchTrainer(
