@@ -125,3 +125,15 @@ def test_arms_share_what_they_have_in_common(recipe_of: RecipeOf, tmp_path: Path
     before = sorted((file, file.stat().st_mtime_ns) for file in folder.glob("*/round-1/*/MANIFEST.json"))
     pipeline.compare(recipe, ["pbaa", "sso", "dual"], [0])
     assert before == sorted((file, file.stat().st_mtime_ns) for file in folder.glob("*/round-1/*/MANIFEST.json"))
+
+
+def test_without_alignment_pairs_are_made_for_the_held_out_queries_alone(recipe_of: RecipeOf, tmp_path: Path):
+    folder = tmp_path / "all"
+    recipe = Recipe.model_validate(recipe_of(folder, {"queries.holdout": 2, "generator.max_steps": 1}))
+    pipeline.compare(recipe, ["pbaa", "sso"], [0])
+    for arm in ("pbaa", "sso"):
+        assert json.loads((folder / f"{arm}-seed0/round-1/5-preferences/MANIFEST.json").read_text())["wanted"] == 2
+    assert len(keys(folder, "pbaa", "2-responses")) == 2 * 2
+    assert len(keys(folder, "sso", "2-responses")) == 3 * (len(QUERIES) - 2)
+    data = json.loads((folder / "sso-seed0/round-1/4-generator/MANIFEST.json").read_text())
+    assert data["wanted"] > 2, "the generator trains on the others"

@@ -158,6 +158,8 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
     }
     if round.recipe.queries.holdout and generator.kind != "none":
         settings["holdout"] = round.recipe.queries.holdout
+    elif round.held_out_only:
+        settings["only"] = round.recipe.queries.holdout
     origin = Origin(settings=settings, inputs=inputs_of(round, principles=principles))
     return make_stage(round, "2-responses", origin, lambda work: _responses(round, work, principles))
 
@@ -167,6 +169,8 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
     wanted_ids = None
     if generator.kind != "none":
         wanted_ids = draw_queries(round, principles, generator.queries, without=held_out(round))
+    elif round.held_out_only:
+        wanted_ids = set(held_out(round))
     roles = ("good", "bad", "original") if _needs_original(generator) else ("good", "bad")
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
@@ -307,6 +311,8 @@ def preferences_stage(round: Round, principles: Stage, responses: Stage, generat
         **sampling_identity(recipe.engine),
         **arithmetic(recipe.training),
     }
+    if round.held_out_only:
+        settings["only"] = recipe.queries.holdout
     if generators is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
         return make_stage(round, "5-preferences", origin, lambda work: _own_preferences(round, work, responses))
@@ -322,14 +328,18 @@ def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
 
 
 def _preferences(round: Round, work: Work, principles: Stage, generators: Generators) -> Contents:
-    total = kept(principles)
+    wanted_ids = held_out(round) if round.held_out_only else None
+    total = kept(principles) if wanted_ids is None else len(wanted_ids)
     # The models that sample, one after the other, each with its roles.
     samplers = [(checkpoint(generators.good.path / MODEL), ("good", "bad"))]
     if generators.bad != generators.good:
         samplers = [(checkpoint(stage.path / MODEL), (role,)) for role, stage in generators._asdict().items()]
 
+    def wanted() -> Iterator[dict[str, Any]]:
+        return (row for row in principles.rows() if wanted_ids is None or row["query_id"] in wanted_ids)
+
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
-        for row in principles.rows():
+        for row in wanted():
             yield (
                 row,
                 {role: item for model, roles in samplers for role, item in _requests(round, model, row, roles).items()},
@@ -338,7 +348,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
     for model, roles in samplers:
         sample(
             _engine(round, model),
-            (item for row in principles.rows() for item in _requests(round, model, row, roles).values()),
+            (item for row in wanted() for item in _requests(round, model, row, roles).values()),
             work.journal,
             description="responses of the generator",
             total=len(work.journal) + len(roles) * total,

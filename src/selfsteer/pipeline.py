@@ -118,7 +118,7 @@ def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFo
     """The data of one arm and, where the recipe says so, a policy aligned on it; its measures on the held-out queries."""
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        round = replace(_round(1, folder, recipe, policy), lenders=lenders)
+        round = replace(_round(1, folder, recipe, policy), lenders=lenders, held_out_only=not recipe.compare.align)
         method = "given" if name == "given" else summary.method_of(recipe)
         if method == "given":
             preferences = given_stage(round, Path(cast(str, recipe.compare.given)))

@@ -35,6 +35,8 @@ class Round:
     prompts: Prompts
     lenders: tuple[RunFolder, ...] = ()
     """Finished runs whose stages and samples this one may take over, where they are the same."""
+    held_out_only: bool = False
+    """Make preference data for the held-out queries alone: they are measured, and no policy is aligned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
