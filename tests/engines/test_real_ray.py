@@ -5,6 +5,7 @@ Two replicas or two processes, on a cluster that says it has two CPUs.
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 RecipeOf = Callable[..., dict[str, Any]]
 TWO = Launcher(kind="ray", processes=2)
+TOKEN = secrets.token_hex(32)
+
 SECONDS = 600
 """How long anything may take; nearly all of it is importing torch on a machine that does other things."""
 
@@ -56,28 +59,83 @@ EMBEDDED = TransformersSection(dtype="float32", batch_size=4)
 RAY = RaySection(kind="ray", replicas=2, in_flight=6, replica=EMBEDDED)
 
 
+@contextmanager
+def head_node(authentication: str, cpus: int) -> Iterator[str]:
+    """A cluster of one node in processes of its own; yields its address.
+
+    With every port given: a node that chooses its own waits 15 s for the processes that choose them, and no longer.
+    """
+    names = ("port", "ray-client-server-port", "metrics-export-port", "runtime-env-agent-port", "object-manager-port")
+    names += ("node-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    options = [*(f"--{name}={port}" for name, port in ports.items()), "--min-worker-port=0", "--max-worker-port=0"]
+    options += [f"--num-cpus={cpus}", "--include-dashboard=false", "--object-store-memory=90000000", "--disable-usage-stats"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options],
+        env=os.environ | {"RAY_AUTH_MODE": authentication},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as head:
+        try:
+            until(lambda: head.poll() is not None or (ours("raylet") and listens(ports["port"])), "the head node")
+            assert head.poll() is None
+            yield f"127.0.0.1:{ports['port']}"
+        finally:
+            head.terminate()
+            _, alive = psutil.wait_procs([*ours(""), psutil.Process(head.pid)], timeout=30)
+            for process in alive:
+                process.kill()
+
+
+def ours(name: str) -> list[psutil.Process]:
+    """The processes of the clusters of these tests with that in their name, apart from this one."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if name in process.name() and process.pid != os.getpid() and process.environ().get("RAY_AUTH_TOKEN") == TOKEN:
+                found.append(process)
+    return found
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def until(true: Callable[[], Any], what: str) -> Any:
+    end = time.monotonic() + SECONDS
+    while not (value := true()):
+        assert time.monotonic() < end, f"{what}: not within {SECONDS} s"
+        time.sleep(0.05)
+    return value
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _own_processes_have_one_thread() -> Iterator[None]:
+def _environment() -> Iterator[None]:
+    """What the processes of the clusters get: one thread each, our sources, the token."""
     with pytest.MonkeyPatch.context() as patch:
         here = str(Path(selfsteer.__file__).parents[1])
         patch.setenv("PYTHONPATH", os.pathsep.join([here, str(Path(__file__).parents[1])]))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         yield
 
 
 @pytest.fixture(scope="module")
-def cluster(_own_processes_have_one_thread: None) -> Iterator[None]:
-    """One for all tests that need no other: starting it takes the longest."""
-    with ExitStack() as stack:
-        for tries_left in reversed(range(5)):
-            try:
-                stack.enter_context(joined(None))
-                break
-            except Exception as error:  # Ray's own class for it; it waits no longer than 30 s, and a busy machine needs more
-                if "timed out during startup" not in str(error) or not tries_left:
-                    raise
-        yield
+def cluster(_environment: None) -> Iterator[str]:
+    """One for all tests that need no other: starting it takes the longest. What names no address uses it, too."""
+    with head_node("token", 2) as address, joined(address):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -116,29 +174,19 @@ def answers(section: EngineSection, folder: Path, wanted: list[Request]) -> dict
 
 
 def replicas() -> list[psutil.Process]:
-    """The processes of the actors, ours only."""
-    below = psutil.Process().children(recursive=True)
-    return [process for process in below if "Replica" in process.name()]
-
-
-def until(true: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
-    end = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.05)
-    return value
+    return ours("Replica")
 
 
 # ---- the engine -------------------------------------------------------------------------------------------------------
 
 
-def test_two_replicas_answer_like_the_embedded_engine(cluster: None, folder: Path, wanted: list[Request]):
+def test_two_replicas_answer_like_the_embedded_engine(cluster: str, folder: Path, wanted: list[Request]):
     ours = answers(RAY, folder, wanted)
     assert ours == answers(EMBEDDED, folder, wanted)
     assert not replicas(), "they end with the engine"
 
 
-def test_requests_are_pulled_as_there_is_room(cluster: None, folder: Path, wanted: list[Request]):
+def test_requests_are_pulled_as_there_is_room(cluster: str, folder: Path, wanted: list[Request]):
     pulled: list[str] = []
 
     def lazily() -> Iterator[Request]:
@@ -155,7 +203,7 @@ def test_requests_are_pulled_as_there_is_room(cluster: None, folder: Path, wante
     assert again == {request.key for request in wanted}, "an abandoned iterator leaves nothing behind"
 
 
-def test_a_replica_that_is_killed_is_replaced(cluster: None, folder: Path, wanted: list[Request], caplog: Any):
+def test_a_replica_that_is_killed_is_replaced(cluster: str, folder: Path, wanted: list[Request], caplog: Any):
     long = [replace(request, sampling=replace(request.sampling, max_new_tokens=100)) for request in wanted]
     caplog.set_level("INFO", "selfsteer")
     found: Counter[str] = Counter()
@@ -168,7 +216,7 @@ def test_a_replica_that_is_killed_is_replaced(cluster: None, folder: Path, wante
     assert "a replica has died" in caplog.text
 
 
-def test_replicas_that_die_and_die_stop_the_run(cluster: None, folder: Path, wanted: list[Request]):
+def test_replicas_that_die_and_die_stop_the_run(cluster: str, folder: Path, wanted: list[Request]):
     def use(section: RaySection) -> None:
         with opened(section, folder) as engine:
             stream = engine.generate(wanted)
@@ -181,13 +229,13 @@ def test_replicas_that_die_and_die_stop_the_run(cluster: None, folder: Path, wan
         use(RAY.model_copy(update={"restarts": 0}))
 
 
-def test_what_concerns_all_requests_is_raised_as_by_the_engine(cluster: None, folder: Path, wanted: list[Request]):
+def test_what_concerns_all_requests_is_raised_as_by_the_engine(cluster: str, folder: Path, wanted: list[Request]):
     too_long = replace(wanted[0], sampling=Sampling(max_new_tokens=10_000))
     with pytest.raises(ValueError, match="exceed the 512 positions"):
         answers(RAY, folder, [too_long])
 
 
-def test_a_stop_drains_what_is_under_way(cluster: None, folder: Path, wanted: list[Request]):
+def test_a_stop_drains_what_is_under_way(cluster: str, folder: Path, wanted: list[Request]):
     many = [
         replace(request, key=f"{request.key}-{copy}", sampling=replace(request.sampling, max_new_tokens=100))
         for copy in range(10)
@@ -215,7 +263,7 @@ def test_a_stop_drains_what_is_under_way(cluster: None, folder: Path, wanted: li
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_made(
-    cluster: None, recipe_of: RecipeOf, tmp_path: Path, changes: dict[str, Any], expected: str
+    cluster: str, recipe_of: RecipeOf, tmp_path: Path, changes: dict[str, Any], expected: str
 ):
     output = tmp_path / "run"
     with pytest.raises(ValueError, match=expected):
@@ -223,7 +271,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_made(
     assert not output.exists()
 
 
-def test_a_node_that_does_not_see_the_weights_is_named(cluster: None, folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_node_that_does_not_see_the_weights_is_named(cluster: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     engine = opened(RAY, folder)
     monkeypatch.setattr("selfsteer.ray_cluster.SharedFolder.of", lambda path: _elsewhere(path))
     with pytest.raises(ValueError, match="does not see the model's folder /not/here"):
@@ -249,57 +297,14 @@ except (ValueError, OSError) as error:
 """
 
 
-@pytest.fixture(params=["token", "disabled"])
-def other_cluster(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """A cluster of another process, with or without token authentication: the mode and its address."""
-    ports = [free_port() for _ in range(3)]
-    options = [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}"]
-    options += ["--min-worker-port=0", "--max-worker-port=0"]
-    small = ["--num-cpus=1", "--include-dashboard=false", "--object-store-memory=90000000", "--disable-usage-stats"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options, *small],
-        env=os.environ | {"RAY_AUTH_MODE": request.param, "RAY_AUTH_TOKEN": TOKEN},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as head:
-        try:
-            until(lambda: head.poll() is not None or listens(ports[0]), "the head node")
-            assert head.poll() is None
-            yield request.param, f"127.0.0.1:{ports[0]}"
-        finally:
-            started = psutil.Process(head.pid).children(recursive=True)
-            head.terminate()
-            _, alive = psutil.wait_procs([*started, psutil.Process(head.pid)], timeout=60)
-            for process in alive:
-                process.kill()
-
-
-TOKEN = "t" * 40
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def test_a_cluster_is_joined_only_when_it_asks_for_a_token(other_cluster: tuple[str, str]):
-    mode, address = other_cluster
-    done = subprocess.run(
-        [sys.executable, "-c", JOIN, address],
-        env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+@pytest.mark.parametrize("authentication", ["token", "disabled"])
+def test_a_cluster_is_joined_only_when_it_asks_for_a_token(authentication: str):
+    with head_node(authentication, 1) as address:
+        done = subprocess.run(
+            [sys.executable, "-c", JOIN, address], capture_output=True, text=True, timeout=SECONDS, check=True
+        )
     said = json.loads(done.stdout.splitlines()[-1])
-    if mode == "token":
+    if authentication == "token":
         assert said == {"joined": [[1.0, 0.0]]}
     else:
         assert "lets in whoever comes without a token" in said["refused"]
@@ -308,13 +313,14 @@ def test_a_cluster_is_joined_only_when_it_asks_for_a_token(other_cluster: tuple[
 # ---- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_killed_amid_its_responses_goes_on(cluster: None, recipe_of: RecipeOf, tmp_path: Path):
-    """SIGKILL to the run in stage 2, on a Ray of its own, which ends with it; the second run uses this process's."""
+def test_a_run_killed_amid_its_responses_goes_on(cluster: str, recipe_of: RecipeOf, tmp_path: Path):
+    """SIGKILL to the run in stage 2; its replicas end with it."""
     output = tmp_path / "run"
     queries = tmp_path / "queries.jsonl"
     queries.write_text("".join(json.dumps({"query": f"What is {number} and one?"}) + "\n" for number in range(16)))
     engine = {"kind": "ray", "replicas": 2, "in_flight": 2, "replica": {"dtype": "float32", "batch_size": 1}}
-    recipe = recipe_of(output, {"queries.path": str(queries), "responses.max_new_tokens": 100}) | {"engine": engine}
+    recipe = recipe_of(output, {"queries.path": str(queries), "responses.max_new_tokens": 100})
+    recipe["engine"] = engine | {"address": cluster}
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     parts = output / "round-1/2-responses/parts"
@@ -323,20 +329,41 @@ def test_a_run_killed_amid_its_responses_goes_on(cluster: None, recipe_of: Recip
         lines = [line for part in parts.glob("*.jsonl") for line in part.read_text().splitlines(keepends=True)]
         return [json.loads(line)["key"] for line in lines if line.endswith("\n")]
 
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    with subprocess.Popen([sys.executable, "-m", "selfsteer", "run", str(path)], env=environment) as run:
+    with subprocess.Popen([sys.executable, "-m", "selfsteer", "run", str(path)]) as run:
         until(lambda: run.poll() is not None or durable(), "the first durable responses")
         assert run.poll() is None
-        started = psutil.Process(run.pid).children(recursive=True)
         run.kill()
     before = durable()
     assert 0 < len(before) < 48, "killed amid the stage"
-    until(lambda: not [process for process in started if process.is_running()], "the end of the killed run's Ray")
+    until(lambda: not replicas(), "the end of its replicas")
     selfsteer.run(Recipe.model_validate(recipe))
     after = durable()
     assert len(set(after)) == len(after) == 48, "no key twice, none lost"
     assert set(before) <= set(after)
     assert pq.read_table(output / "round-1/5-preferences/data.parquet").num_rows > 0
+
+
+HOLD = """
+import time
+from selfsteer.ray_cluster import joined
+with joined(None):
+    print("joined", flush=True)
+    time.sleep(10_000)
+"""
+
+
+def test_a_ray_of_its_own_ends_with_the_run(tmp_path: Path):
+    """Also with SIGKILL; its token is in no file."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    command = [sys.executable, "-c", HOLD]
+    with subprocess.Popen(command, env=environment | {"HOME": str(tmp_path)}, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "joined\n"
+        started = psutil.Process(run.pid).children(recursive=True)
+        assert any("raylet" in process.name() for process in started)
+        run.kill()
+    until(lambda: not [process for process in started if process.is_running()], "the end of its Ray")
+    assert not (tmp_path / ".ray").exists()
 
 
 # ---- the launcher -----------------------------------------------------------------------------------------------------
@@ -371,7 +398,7 @@ def same_curve(job: TrainingJob, expected: TrainingJob) -> None:
     assert curve(job) == [(pytest.approx(loss, abs=1e-4), pytest.approx(norm, rel=1e-4)) for loss, norm in curve(expected)]
 
 
-def test_two_ray_processes_train_as_one(cluster: None, job: TrainingJob, tmp_path: Path):
+def test_two_ray_processes_train_as_one(cluster: str, job: TrainingJob, tmp_path: Path):
     alone, together = (replace(job, output=str(tmp_path / name)) for name in ("alone", "together"))
     train(alone)
     result = launch(together, TWO)
@@ -383,7 +410,7 @@ def test_two_ray_processes_train_as_one(cluster: None, job: TrainingJob, tmp_pat
 
 
 def test_a_group_that_loses_a_process_goes_on_from_its_last_complete_checkpoint(
-    cluster: None, job: TrainingJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: str, job: TrainingJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     alone, together = (replace(job, output=str(tmp_path / name), max_steps=12) for name in ("alone", "together"))
     train(alone)
@@ -392,10 +419,8 @@ def test_a_group_that_loses_a_process_goes_on_from_its_last_complete_checkpoint(
 
     def kill_one() -> None:
         until(lambda: len(read_history(history)) >= 3, "three steps")
-        below = psutil.Process().children(recursive=True)
-        worker = next(process for process in below if "TrainWorker" in process.name())
         killed.append(len(read_history(history)))
-        worker.kill()
+        ours("TrainWorker")[0].kill()
 
     killer = threading.Thread(target=kill_one)
     killer.start()
@@ -406,7 +431,7 @@ def test_a_group_that_loses_a_process_goes_on_from_its_last_complete_checkpoint(
     same_curve(together, alone)
 
 
-def test_a_signal_ends_in_a_complete_checkpoint(cluster: None, job: TrainingJob, tmp_path: Path):
+def test_a_signal_ends_in_a_complete_checkpoint(cluster: str, job: TrainingJob, tmp_path: Path):
     long = replace(job, output=str(tmp_path / "run"), epochs=300, learning_rate=1e-5)
     history = Path(long.output) / "history.jsonl"
 
@@ -424,6 +449,6 @@ def test_a_signal_ends_in_a_complete_checkpoint(cluster: None, job: TrainingJob,
     assert checkpoints.step_of(last) == len(curve(long)) < 600
 
 
-def test_a_refusal_comes_back_in_words(cluster: None, job: TrainingJob, tmp_path: Path):
+def test_a_refusal_comes_back_in_words(cluster: str, job: TrainingJob, tmp_path: Path):
     with pytest.raises(ValueError, match="batch_size 3 can't be shared by 2 processes"):
         launch(replace(job, batch_size=3, output=str(tmp_path / "run")), TWO)
