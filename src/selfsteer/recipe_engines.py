@@ -16,7 +16,7 @@ class TransformersSection(Section):
     """The embedded engine: the model is sampled in this process, on any device, without anything to set up."""
 
     kind: Literal["transformers"] = "transformers"
-    """The embedded engine; the other kinds are vllm and openai, each with fields of its own (docs/engines.md)."""
+    """The embedded engine; the other kinds are vllm, openai and ray, each with fields of its own (docs/engines.md)."""
     batch_size: int = Field(default=64, ge=1)
     """Responses sampled side by side."""
     dtype: DTypeName = "auto"
@@ -115,13 +115,63 @@ def _kind(value: object) -> str | None:
     """The kind of a section, given as a mapping or as itself; None for what is no section."""
     if isinstance(value, dict):
         return str(cast("dict[str, object]", value).get("kind", "transformers"))
-    return value.kind if isinstance(value, TransformersSection | VllmSection | OpenAISection) else None
+    return value.kind if isinstance(value, TransformersSection | VllmSection | OpenAISection | RaySection) else None
+
+
+ReplicaSection = Annotated[
+    Annotated[TransformersSection, Tag("transformers")] | Annotated[VllmSection, Tag("vllm")], Discriminator(_kind)
+]
+
+
+class RaySection(Section):
+    """Replicas of an engine on the nodes of a Ray cluster, which share the requests."""
+
+    kind: Literal["ray"]
+    """A Ray cluster, or this machine as one; every node sees the model's folder and has selfsteer installed."""
+    address: str | None = None
+    """auto: the cluster that this machine is a node of; host:port or ray://host:port: that one; one on this machine, for the
+    run, when empty. A cluster without token authentication is refused."""
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the model, each an actor on one node."""
+    cpus: float = Field(default=1, gt=0)
+    """CPUs that each replica takes."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs that each replica takes."""
+    replica: ReplicaSection = TransformersSection()
+    """The engine that each replica holds: kind transformers or vllm, each with fields of its own."""
+    in_flight: int | None = Field(default=None, ge=1)
+    """Unfinished requests at a replica at most; twice what it samples side by side when empty."""
+    restarts: int = Field(default=3, ge=0)
+    """Replicas that may die in a stage and are replaced; one more stops the run."""
+    start_seconds: float = Field(default=1800, gt=0)
+    """Time until one replica at least must be ready, waiting for room on a busy cluster included."""
+
+    @property
+    def dtype(self) -> DTypeName:
+        """Arithmetic of the replicas."""
+        return self.replica.dtype
+
+    @property
+    def most_in_flight(self) -> int:
+        """`in_flight`, or its default."""
+        if self.in_flight is not None:
+            return self.in_flight
+        return 2 * (self.replica.batch_size if self.replica.kind == "transformers" else self.replica.max_num_seqs)
+
+    @model_validator(mode="after")
+    def _room_for_the_copies(self) -> Self:
+        if self.replica.kind == "vllm":
+            needed = self.replica.replicas * self.replica.tensor_parallel_size
+            if needed > max(1, self.gpus):
+                raise ValueError(f"the vLLM of a replica needs {needed} GPUs, and gpus gives it {self.gpus:g}")
+        return self
 
 
 EngineSection = Annotated[
     Annotated[TransformersSection, Tag("transformers")]
     | Annotated[VllmSection, Tag("vllm")]
-    | Annotated[OpenAISection, Tag("openai")],
+    | Annotated[OpenAISection, Tag("openai")]
+    | Annotated[RaySection, Tag("ray")],
     Discriminator(_kind),
 ]
 """What turns prompts into responses, by its kind."""
@@ -129,7 +179,9 @@ EngineSection = Annotated[
 
 def takes_adapters(engine: EngineSection) -> bool:
     """Whether this engine can apply adapters that are not merged, another one to each request."""
-    return isinstance(engine, TransformersSection | VllmSection) or engine.serve_adapters is not None
+    if engine.kind == "openai":
+        return engine.serve_adapters is not None
+    return True
 
 
 def sampling_identity(engine: EngineSection) -> dict[str, Any]:
@@ -138,6 +190,8 @@ def sampling_identity(engine: EngineSection) -> dict[str, Any]:
     How it is computed (kind, dtype, batches, GPUs) and where (endpoints, paths, commands) is not part of it: a run may
     continue on another engine, and keeps its samples.
     """
+    if engine.kind == "ray":
+        return sampling_identity(engine.replica)
     if engine.kind == "openai":
         # What the server holds is known where the stage has started it, and what it is sent where that is token ids.
         found: dict[str, Any] = {"model": engine.model} if engine.model else {}

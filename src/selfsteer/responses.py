@@ -3,8 +3,10 @@
 Both samplings of the method (by the policy, by the data generator) and the generation of principles are this one loop.
 """
 
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from itertools import chain
 from typing import Any, cast
@@ -12,6 +14,7 @@ from typing import Any, cast
 from selfsteer.durable import digest
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.engines.openai import OpenAIEngine, Server
+from selfsteer.engines.ray import RayEngine
 from selfsteer.engines.serving import Serve, ServedEngine
 from selfsteer.engines.transformers import TransformersEngine
 from selfsteer.engines.vllm import VllmEngine, VllmSettings
@@ -43,6 +46,13 @@ def open_engine(
     """
     if section.kind == "openai":
         return _openai_engine(section, model, prompts, adapters)
+    if section.kind == "ray":
+        there = replace(model, path=os.path.abspath(model.path))
+        found = [replace(adapter, path=os.path.abspath(adapter.path)) for adapter in adapters]
+        open_replica = partial(
+            open_engine, section.replica, there, prompts, trust_remote_code=trust_remote_code, adapters=found
+        )
+        return RayEngine(there.path, section, open_replica)
     device = pick_device()
     dtype = compute_dtype(section.dtype, device)
     if section.kind == "transformers":
