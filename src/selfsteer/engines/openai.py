@@ -59,19 +59,8 @@ _STOP_POLL = 0.2
 _ERROR_BYTES = 4096
 """What is read of the body of an error."""
 
-_OURS = {
-    "model",
-    "messages",
-    "prompt",
-    "n",
-    "stream",
-    "temperature",
-    "top_p",
-    "max_tokens",
-    "seed",
-    "logprobs",
-    "top_logprobs",
-}
+_SAMPLING = {"n", "stream", "temperature", "top_p", "max_tokens", "seed", "logprobs", "top_logprobs"}
+_OURS = {"model", "messages", "prompt"} | _SAMPLING
 
 
 class ServerError(OSError):
