@@ -16,10 +16,10 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -124,10 +124,12 @@ class TransformersEngine:
         """Switch to this adapter, or to the model as it is."""
         if self._adapted is None:
             assert adapter is None, f"the engine was opened without the adapter {adapter!r}"
-        elif adapter is None:
-            self._adapted.base_model.disable_adapter_layers()
+            return
+        layers = cast(LoraModel, self._adapted.base_model)
+        if adapter is None:
+            layers.disable_adapter_layers()
         else:
-            self._adapted.base_model.enable_adapter_layers()
+            layers.enable_adapter_layers()
             self._adapted.set_adapter(adapter)
 
     def _with_adapters(self, model: PreTrainedModel) -> PeftModel | None:
