@@ -11,10 +11,10 @@ from functools import partial
 
 from selfsteer import schemas
 from selfsteer.engines.base import Failed, Request, Sampling
+from selfsteer.judging import RecipeJudge, ask, find_judge
 from selfsteer.models import checkpoint
 from selfsteer.pairs import alignment_pair, pair_row
 from selfsteer.quality_stage import VERDICT_SCHEMA, VERDICTS, read_verdicts, reopen_unanswered, verdict_row
-from selfsteer.recipe_judge import RecipeJudge, ask, find_judge
 from selfsteer.records import Dropped, PairRow, PreferencePair, Query
 from selfsteer.responses import open_engine, request, response, sample, seed_for
 from selfsteer.stages import Round, Work, held_out, inputs_of, make_stage

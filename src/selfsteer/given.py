@@ -8,6 +8,7 @@ from typing import Any, cast
 from selfsteer import schemas
 from selfsteer.durable import file_digest
 from selfsteer.journal import Journal
+from selfsteer.judging import RecipeJudge, ask
 from selfsteer.metrics import Measures
 from selfsteer.models import load_tokenizer, resolve
 from selfsteer.pairs import special_token_reason
@@ -15,7 +16,6 @@ from selfsteer.preferences import read_pairs
 from selfsteer.prompts import Prompts
 from selfsteer.quality import measure, reference_scores
 from selfsteer.recipe import Policy, Training
-from selfsteer.recipe_judge import RecipeJudge, ask
 from selfsteer.records import Dropped, PairRow, PreferencePair
 from selfsteer.reference import Group, Judge, score_missing, scores
 from selfsteer.schemas import NO_SEEDS

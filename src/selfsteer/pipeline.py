@@ -17,19 +17,20 @@ from selfsteer.answers import answers_stage, win_verdicts
 from selfsteer.cards import CardFacts, Method, write_model_card
 from selfsteer.comparison import ArmRun, ComparisonResult, arm_recipe, check_arms, query_values, summarize, write_comparison
 from selfsteer.comparison_page import write_comparison_page
-from selfsteer.data_stages import preferences_stage, principles_stage, responses_stage
+from selfsteer.data_stages import preferences_stage, responses_stage
 from selfsteer.gates import complaint, require
 from selfsteer.given import given_stage, judge_given, measure_given
+from selfsteer.judging import check_judge, find_judge, read_judge
 from selfsteer.metrics import Measures, Metrics
 from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.page import pick_examples, write_page
 from selfsteer.preferences import read_pairs
+from selfsteer.principles_stage import principles_stage
 from selfsteer.prompts import Prompts
 from selfsteer.quality_stage import check_judging, quality_stage, read_verdicts
 from selfsteer.queries import read_queries
 from selfsteer.ray_cluster import cluster_of
 from selfsteer.recipe import Policy, Recipe, dump
-from selfsteer.recipe_judge import check_judge, find_judge, read_judge
 from selfsteer.records import Checkpoint, PairRow, Query
 from selfsteer.report import write_metrics
 from selfsteer.responses import check_engines

@@ -20,9 +20,9 @@ from selfsteer.cells import plain
 from selfsteer.contamination import check_files, contamination, overlaps, read_evaluation
 from selfsteer.durable import canonical_json, file_digest, replacing
 from selfsteer.estimates import Estimate
+from selfsteer.judging import RecipeJudge, ask, check_judge, find_judge
 from selfsteer.metrics import Contamination
 from selfsteer.recipe import Recipe
-from selfsteer.recipe_judge import RecipeJudge, ask, check_judge, find_judge
 from selfsteer.records import Message, PreferencePair, Query
 from selfsteer.self_judges import Steered, consistency_verdicts
 from selfsteer.stages import Round, Work, arithmetic, draw, held_out, inputs_of, kept, make_stage, policy_as_judge

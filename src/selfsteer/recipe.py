@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 
 from selfsteer import recipe_text
 from selfsteer.recipe_engines import EngineSection, TransformersSection
-from selfsteer.recipe_judging import JudgeSection
+from selfsteer.recipe_judge import JudgeSection
 from selfsteer.recipe_launcher import Launcher
 from selfsteer.recipe_selection import Selection
 from selfsteer.recipe_text import RecipeError, Section
@@ -131,7 +131,8 @@ class Quality(Section):
     """The measures of the data, and what becomes of a round whose data fails them."""
 
     sample: int | None = Field(default=512, ge=1)
-    """Judge, and measure margins after training, on at most this many pairs, drawn with the seed; all when empty."""
+    """Judge, and measure margins after training, on at most this many pairs, drawn with the seed; all when empty. Margins of
+    a training that is done are not taken again when this changes."""
     principle_consistency: bool = True
     """Measure whether the policy itself tells the responses apart by their principles: a forward pass a pair."""
     evaluation_files: list[str] = Field(default_factory=list[str])

@@ -1,168 +1,63 @@
-"""The judge that a recipe names: an LLM in this process or behind an engine, or a reward model.
+"""The judge's section of a recipe. How judges judge is in `judges.py`, which of them a recipe names in `judging.py`."""
 
-Left out on purpose: how they judge (`judges.py`), and the judges that need no model of their own (`self_judges.py`).
-"""
+from typing import Literal, Self
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from pydantic import Field, model_validator
 
-from pydantic import ValidationError
-
-from selfsteer import reference
-from selfsteer.durable import digest, file_digest
-from selfsteer.engines.base import Engine, Sampling
-from selfsteer.engines.openai import OpenAIEngine
-from selfsteer.journal import Journal
-from selfsteer.judge_prompts import judge_template
-from selfsteer.judges import EmbeddedJudge, LLMJudge, Pairs, embedded_verdicts, reward_verdicts, sampled_verdicts
-from selfsteer.models import load_tokenizer, resolve
-from selfsteer.prompts import Prompts
-from selfsteer.recipe import Policy, Training
-from selfsteer.recipe_engines import sampling_identity
-from selfsteer.recipe_judging import JudgeSection
-from selfsteer.recipe_text import RecipeError, explain, read_yaml
-from selfsteer.records import Checkpoint
-from selfsteer.responses import open_engine, sampler_digest, server
-from selfsteer.reward import RewardModel
-from selfsteer.verdicts import Verdict
+from selfsteer.recipe_engines import DTypeName, EngineSection
+from selfsteer.recipe_text import Section
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeJudge:
-    """A judge that is there, as far as that can be told before it is asked; `find_judge` makes it."""
+class JudgeSection(Section):
+    """What judges the pairs, in both orders; `docs/quality.md` says what its numbers are worth."""
 
-    section: JudgeSection
-    model: Checkpoint | None
-    """None of a judge that a server holds which runs already."""
-    template: str
-    """The question to an LLM."""
-    trust_remote_code: bool
+    kind: Literal["none", "llm", "reward_model"] = "none"
+    """llm: a chat model asked which response is better, by the probability of its answer; reward_model: a
+    sequence-classification model with one label."""
+    model: str | None = None
+    """The judge, named as policy.model is. Of a server that runs already (engine.base_url), a folder or hub id whose
+    tokenizer is the judge's: with it, pairs whose text holds its special tokens are not put to the server."""
+    engine: EngineSection | None = None
+    """With kind: llm, the engine that holds the judge (vllm or openai, as in `engine`); this process when empty."""
+    dtype: DTypeName = "float32"
+    """Arithmetic in this process; a small judge's probabilities lie so close to one half that rounding turns some of its
+    verdicts."""
+    template: str | None = None
+    """With kind: llm, a file with the question, in place of the built-in one."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template, for tokenizers without one."""
+    max_prompt_tokens: int = Field(default=8192, ge=1)
+    """Pairs whose question (or conversation) is longer get no verdict; nothing is ever cut."""
+    top_logps: int = Field(default=20, ge=0, le=20)
+    """With an engine, judge by the probabilities of so many likely first tokens, where it tells them; 0 asks for none and
+    reads the letter that it writes, for servers that refuse to tell."""
+    max_new_tokens: int = Field(default=16, ge=1)
+    """With an engine, the limit of an answer; a model that thinks before it answers needs more."""
+    retries: int = Field(default=2, ge=0)
+    """With an engine, further tries of an answer that can't be read."""
 
     @property
-    def name(self) -> str:
-        """Digest of what judges: of the weights, or of the model's name on a server that runs already. No addresses."""
-        engine = self.section.engine
-        if self.model is None:
-            assert engine is not None
-            return digest(sampling_identity(engine))
-        return self.model.digest if engine is None else sampler_digest(engine, self.model)
+    def held_elsewhere(self) -> bool:
+        """Whether a server that runs already holds the judge: its name there is all that is known of it."""
+        return self.engine is not None and self.engine.kind == "openai" and self.engine.serve is None
 
-    def settings(self) -> dict[str, str | int]:
-        """What beside that determines its verdicts; no paths."""
-        fields = {"kind", "max_prompt_tokens"}
-        fields |= {"dtype"} if self.section.engine is None else {"top_logps", "max_new_tokens", "retries"}
-        return self.section.model_dump(include=fields) | {"template": digest(self.template)}
-
-    def inputs(self) -> dict[str, str]:
-        """Digests of what its verdicts are made with, for a stage's origin."""
-        template = self.section.chat_template
-        return {"judge": self.name} | ({} if template is None else {"judge's chat template": file_digest(Path(template))})
-
-    def prompts(self) -> Prompts | None:
-        """How its prompts are rendered; None where its tokenizer is not known. ValueError as of `load_tokenizer`."""
-        path = self.section.model if self.model is None else self.model.path
-        if path is None:
-            return None
-        try:
-            tokenizer = load_tokenizer(
-                path, chat_template=self.section.chat_template, trust_remote_code=self.trust_remote_code
+    @model_validator(mode="after")
+    def _used_settings(self) -> Self:
+        if self.kind != "none" and not self.model and not self.held_elsewhere:
+            raise ValueError(f"kind: {self.kind} needs judge.model, or judge.engine with a server that runs already")
+        if self.kind == "none" and (self.model or self.engine):
+            raise ValueError("model and engine judge only with kind: llm or reward_model; set judge.kind")
+        if self.kind != "llm" and self.template:
+            raise ValueError(f"template {self.template!r} is read only with kind: llm; set judge.kind=llm or template=null")
+        if self.kind == "reward_model" and self.engine:
+            raise ValueError("a reward model scores in this process; set judge.engine=null, or judge.kind=llm")
+        if self.engine is not None and self.engine.kind == "transformers":
+            raise ValueError(
+                "a judge in this process has no engine, and its arithmetic is judge.dtype; set judge.engine=null, or give"
+                " engine the kind vllm or openai"
             )
-        except OSError as error:
-            raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
-        return Prompts(tokenizer, system_role="system")  # nothing is steered here
-
-
-def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
-    """The recipe's judge, None where it names none. policy: says whether code that comes with a model may run.
-
-    Raises ValueError for a model that is not there or has no chat template, and for a template without its places.
-    """
-    if section.kind == "none":
-        return None
-    template = judge_template(None if section.template is None else Path(section.template))
-    model = None
-    if not section.held_elsewhere:
-        assert section.model is not None, "checked when the recipe was read"
-        try:
-            model = resolve(Policy(model=section.model, trust_remote_code=policy.trust_remote_code))
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(str(error).replace("policy.model", "judge.model")) from error
-    judge = RecipeJudge(section=section, model=model, template=template, trust_remote_code=policy.trust_remote_code)
-    judge.prompts()
-    return judge
-
-
-def check_judge(judge: RecipeJudge) -> None:
-    """Raise ValueError when the judge's engine lacks something that can be seen before it is started."""
-    if judge.section.engine is not None:
-        _open(judge, judge.prompts())  # and never entered
-
-
-def read_judge(reference: str) -> JudgeSection:
-    """The judge that a command line names: a model with default settings, or the judge's section in a YAML file.
-
-    Raises ValueError for a model that is not there, `RecipeError` for a file without a usable section.
-    """
-    path = Path(reference)
-    if path.suffix not in (".yaml", ".yml"):
-        return _guess(reference)
-    data, lines = read_yaml(path)
-    try:
-        section = JudgeSection.model_validate(data.get("judge", {}))
-    except ValidationError as error:
-        mistakes = explain(error, JudgeSection, lambda key: f"{path}:{lines.get(f'judge.{key}', lines.get('judge', 1))}")
-        raise RecipeError(mistakes) from None
-    if section.kind == "none":
-        raise RecipeError(f"{path}: names no judge; expected a section judge with a kind, and with a model or an engine")
-    return section
-
-
-def _guess(model: str) -> JudgeSection:
-    """Of which kind, the model's configuration says."""
-    try:
-        folder = Path(resolve(Policy(model=model)).path)
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(str(error).replace("policy.model", "--judge")) from error
-    config = json.loads((folder / "config.json").read_bytes())
-    scores = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    return JudgeSection(kind="reward_model" if scores else "llm", model=model)
-
-
-def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
-    """A verdict for every pair, in order; see `judges.py`. total, the number of pairs, is for the progress bar."""
-    section, prompts = judge.section, judge.prompts()
-    if section.engine is not None:
-        asked = LLMJudge(
-            name=judge.name,
-            prompts=prompts,
-            template=judge.template,
-            sampling=Sampling(temperature=0.0, top_p=1.0, max_new_tokens=section.max_new_tokens),
-            top_logps=section.top_logps,
-            retries=section.retries,
-            max_prompt_tokens=section.max_prompt_tokens,
-        )
-        return sampled_verdicts(asked, pairs, lambda: _open(judge, prompts), journal, total=total)
-    assert judge.model is not None
-    assert prompts is not None
-    source = Policy(model=judge.model.path, chat_template=section.chat_template, trust_remote_code=judge.trust_remote_code)
-    if section.kind == "reward_model":
-        reward = RewardModel(model=judge.model, policy=source, dtype=section.dtype, max_tokens=section.max_prompt_tokens)
-        return reward_verdicts(reward, pairs, journal, total=total)
-    scoring = reference.Judge(judge.model, source, prompts, Training(dtype=section.dtype))
-    embedded = EmbeddedJudge(scoring=scoring, template=judge.template, max_prompt_tokens=section.max_prompt_tokens)
-    return embedded_verdicts(embedded, pairs, journal, total=total)
-
-
-def _open(judge: RecipeJudge, prompts: Prompts | None) -> Engine:
-    engine = judge.section.engine
-    assert engine is not None
-    if judge.model is not None:
-        assert prompts is not None
-        return open_engine(engine, judge.model, prompts, trust_remote_code=judge.trust_remote_code)
-    assert engine.kind == "openai"
-    assert engine.base_url is not None
-    assert engine.model is not None
-    # Nobody looks at the token ids of a verdict.
-    return OpenAIEngine(server(engine, engine.base_url, engine.model), tokenize=lambda _text: ())
+        if self.chat_template and not self.model:
+            raise ValueError("chat_template is of a tokenizer that is not named; set judge.model, or chat_template=null")
+        if not self.model and self.engine is not None and self.engine.kind == "openai" and self.engine.send == "token_ids":
+            raise ValueError("engine.send: token_ids needs the judge's tokenizer; name it in judge.model")
+        return self

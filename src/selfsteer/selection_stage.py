@@ -10,10 +10,10 @@ from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 from selfsteer import schemas
+from selfsteer.judging import RecipeJudge, ask, find_judge
 from selfsteer.models import checkpoint
 from selfsteer.pairs import similarity
 from selfsteer.quality import ScoredPair, reference_scores
-from selfsteer.recipe_judge import RecipeJudge, ask, find_judge
 from selfsteer.records import Dropped, PairRow
 from selfsteer.reference import Group, score_missing, scores
 from selfsteer.selection import Ranked, Sample, best_and_near_worst, is_near, prefer_shorter, reject_reason, top_share

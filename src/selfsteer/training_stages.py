@@ -78,7 +78,6 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
     settings: dict[str, Any] = {
         "objective": section.model_dump(exclude={"kind", "objective", "queries", "reference", "weighting"}),
         "training": round.recipe.training.model_dump(exclude={"save_steps", "report_to", "gradient_checkpointing"}),
-        "measured": round.recipe.quality.sample,
         "seed": round.recipe.seed,
     }
     if name == "6-policy" and round.recipe.queries.holdout:

@@ -17,7 +17,7 @@ import yaml
 import selfsteer
 from faults.killed import STAGES
 from faults.scripted import ScriptedEngine
-from selfsteer import data_stages
+from selfsteer import data_stages, principles_stage
 from selfsteer.recipe import Recipe
 
 KILLS = int(os.environ.get("SELFSTEER_KILLS", "1"))
@@ -39,7 +39,8 @@ def recipe(recipe_of: Callable[..., dict[str, Any]], tmp_path_factory: pytest.Te
     values = recipe_of(folder / "run", changes)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_stages, "open_engine", lambda *_, **__: ScriptedEngine(folder / "log"))
+        for module in (principles_stage, data_stages):
+            patch.setattr(module, "open_engine", lambda *_, **__: ScriptedEngine(folder / "log"))
         selfsteer.run(Recipe.model_validate(values))
     (folder / "run").rename(folder / "undisturbed")
     return folder / "recipe.yaml"
