@@ -164,8 +164,8 @@ def joined(address: str | None) -> Generator[list[Node]]:
     if ours:
         _join(ray, address)
     try:
-        outside = address if address is not None and "://" in address else None
-        _check_door(outside or ray.get_runtime_context().gcs_address)
+        head: str = ray.get_runtime_context().gcs_address
+        _check_door(address if address is not None and "://" in address else head)
         yield _nodes(ray)
     finally:
         if ours:
