@@ -119,10 +119,12 @@ num_processes: 2
 def test_sharded_weights_train_as_one(job: TrainingJob, alone: TrainingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """FSDP2 through an accelerate configuration file: torch shards on a CPU, accelerate has to be made to (sharded.py)."""
     (tmp_path / "fsdp.yaml").write_text(SHARDED)
-    command = launching._command(Launcher(kind="accelerate", config=str(tmp_path / "fsdp.yaml")))
+    command = launching.accelerate_command(
+        Launcher(kind="accelerate", config=str(tmp_path / "fsdp.yaml")), "selfsteer.launch"
+    )
     assert command[-2:] == ["--module", "selfsteer.launch"]
     sharding = [*command[:-2], str(Path(__file__).with_name("sharded.py"))]
-    monkeypatch.setattr(launching, "_command", lambda _: sharding)
+    monkeypatch.setattr(launching, "accelerate_command", lambda *_: sharding)
     sharded = replace(job, output=str(tmp_path / "run"))
     result = launch(sharded, TWO)
     assert curve(sharded) == near(alone)

@@ -121,7 +121,8 @@ def load_ray() -> Any:
 def plans(recipe: Recipe) -> list[Plan]:
     """What the recipe's sections of kind ray want; they take turns, so each has the cluster to itself."""
     wanted: list[Plan] = []
-    for name, engine in (("engine", recipe.engine), ("principles.engine", recipe.principles.engine)):
+    engines = {"engine": recipe.engine, "principles.engine": recipe.principles.engine, "judge.engine": recipe.judge.engine}
+    for name, engine in engines.items():
         if engine is not None and engine.kind == "ray":
             wanted.append(Plan(field=f"{name}.replicas", copies=engine.replicas, cpus=engine.cpus, gpus=engine.gpus))
     if recipe.launcher.kind == "ray":
@@ -146,7 +147,7 @@ def cluster_of(recipe: Recipe) -> Generator[None]:
     if not wanted:
         yield
         return
-    sections = (recipe.engine, recipe.principles.engine, recipe.launcher)
+    sections = (recipe.engine, recipe.principles.engine, recipe.judge.engine, recipe.launcher)
     addresses = {section.address for section in sections if section is not None and section.kind == "ray"}
     if len(addresses) > 1:
         raise ValueError(f"a run joins one Ray cluster, and the recipe names {sorted(map(str, addresses))}: set one address")

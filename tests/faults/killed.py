@@ -26,7 +26,16 @@ import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
 from faults.scripted import IN_FLIGHT, ScriptedEngine, calls
-from selfsteer import cli, data_stages, pipeline, principles_stage, quality_stage, report, training_stages
+from selfsteer import (
+    cli,
+    data_stages,
+    pipeline,
+    principles_stage,
+    quality_stage,
+    report,
+    steering_stage,
+    training_stages,
+)
 from selfsteer.responses import _DURABLE_EVERY
 from selfsteer.store import Stage
 
@@ -51,7 +60,7 @@ def until_sealed(recipe: Path, stage: str, begun: int) -> None:
 
         return make
 
-    for module in (principles_stage, data_stages, quality_stage, training_stages):
+    for module in (principles_stage, data_stages, steering_stage, quality_stage, training_stages):
         module.make_stage = stopping(module.make_stage)
     log = recipe.parent / "log"
     engine: Any = lambda *_, **__: ScriptedEngine(log, lambda: time.sleep(REQUEST_SECONDS))  # noqa: E731
