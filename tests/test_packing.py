@@ -123,7 +123,8 @@ def test_no_tensor_of_tokens_times_vocabulary(frozen: bool, dtype: torch.dtype, 
     weight = torch.randn(400, 32, requires_grad=not frozen)
     targets = torch.arange(600) % 400
     with Largest() as largest, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        TokenLogps.apply(hidden, weight, None, targets).sum().backward()
+        logps, _ = TokenLogps.apply(hidden, weight, None, targets, "wpo")
+        logps.sum().backward()
     assert hidden.grad is not None
     assert 400 * 40 < largest.elements <= 400 * 50
 
