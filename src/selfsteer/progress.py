@@ -16,14 +16,17 @@ _LOG_SECONDS = 30.0
 
 @contextmanager
 def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[int], None]]:
-    """Yields `advance(n)`; call it with the number of units finished since the last call."""
+    """Yields `advance(n)`; call it with the number of units finished since the last call.
+
+    total: how many are expected at most; one that turns out too small (samples that other runs lent) is not shown.
+    """
     started = last = time.monotonic()
     done = 0
     if sys.stderr.isatty():
         rate = TextColumn("{task.fields[rate]}")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(description, total=total, rate="")
+            task = bar.add_task(description, total=total or None, rate="")
 
             def advance_bar(count: int) -> None:
                 nonlocal done
@@ -39,7 +42,8 @@ def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[
             now = time.monotonic()
             if now - last >= _LOG_SECONDS:
                 last = now
-                log.info("%s: %d of %d %s, %.1f a second", description, done, total, unit, done / (now - started))
+                of = f" of {total}" if done <= total else ""
+                log.info("%s: %d%s %s, %.1f a second", description, done, of, unit, done / (now - started))
 
         yield advance_log
     if done:
