@@ -90,7 +90,8 @@ def make_data(round: Round) -> Candidates:
 
 
 def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
-    """Step 5 on its own: align recipe.policy on a preference dataset made elsewhere."""
+    """Step 5 on its own: align recipe.policy, once, on a preference dataset made elsewhere."""
+    recipe = recipe.model_copy(update={"rounds": 1})
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
     policy = resolve(recipe.policy)
@@ -111,7 +112,7 @@ def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Compar
     """Every arm under every seed, in run folders below recipe.output that lend each other what they have in common."""
     check_arms(recipe, arms, seeds)
     policy = resolve(recipe.policy)
-    _prompts(recipe, policy)
+    check_engines(recipe, policy, _prompts(recipe, policy))
     check_judging(recipe)
     runs: dict[str, list[ArmRun]] = {name: [] for name in arms}
     finished: list[RunFolder] = []
