@@ -14,7 +14,7 @@ from typing import cast
 
 from selfsteer import summary
 from selfsteer.answers import answers_stage, win_verdicts
-from selfsteer.cards import CardFacts, Method, write_model_card
+from selfsteer.cards import CardFacts, Method, judged, write_model_card
 from selfsteer.comparison import ArmRun, ComparisonResult, arm_recipe, check_arms, query_values, summarize, write_comparison
 from selfsteer.comparison_page import write_comparison_page
 from selfsteer.data_stages import preferences_stage, responses_stage
@@ -229,6 +229,7 @@ def _finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | N
         base_model=recipe.policy.model,
         method=method,
         recipe=dump(recipe),
+        judged=judged(recipe, method),
         rounds=metrics["rounds"],
     )
     if recipe.rounds > 1:
