@@ -74,8 +74,8 @@ def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
     """
     data = recipe.model_dump(mode="json")
     output = str(Path(recipe.output) / arm_folder(name, seed))
-    unused = {"quality.gates": {}, "quality.stop_when": {}, "selection": {}}
-    common = {"output": output, "seed": seed, "rounds": 1, **unused}
+    unused: dict[str, object] = {"quality.gates": {}, "quality.stop_when": {}, "selection": {}}
+    common: dict[str, object] = {"output": output, "seed": seed, "rounds": 1, **unused}
     for key, value in {**common, **ARMS[name].changes}.items():
         data = apply_override(data, Override(key, value))
     return Recipe.model_validate(data)
