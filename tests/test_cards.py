@@ -3,8 +3,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selfsteer.cards import CardFacts, write_model_card
+from selfsteer.cards import CardFacts, Method, judged, write_model_card
 from selfsteer.estimates import Estimate
+from selfsteer.recipe import Recipe
+
+JUDGE = {"kind": "reward_model", "model": "somewhere"}
 
 
 def facts(**changes: object) -> CardFacts:
@@ -13,6 +16,7 @@ def facts(**changes: object) -> CardFacts:
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "method": "sso",
         "recipe": "output: runs/quickstart\n",
+        "judged": "",
         "rounds": [
             {
                 "stages": {"2-responses": {"wanted": 10, "kept": 8, "dropped": {"cut | off": 2}, "seconds": 1.0}},
@@ -71,6 +75,24 @@ def test_the_card_tells_how_the_pairs_were_made(tmp_path: Path):
     given = card(tmp_path, method="given", rounds=[])[1]
     assert "principles" not in given
     assert "made elsewhere" in given
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "expected"),
+    [
+        ("sso", {}, "No human, reward model or other model judged the responses."),
+        ("given", {}, ""),
+        ("sso", {"judge": JUDGE}, "a reward model judged a sample, to measure them"),
+        ("sso", {"judge": JUDGE, "selection": {"by": "judge", "top_share": 0.5}}, "The scores of a reward model decided"),
+        ("sso", {"selection": {"top_share": 0.5}}, "The data generator's own scores decided"),
+    ],
+)
+def test_the_card_tells_who_judged_the_pairs(tmp_path: Path, method: Method, changes: dict[str, object], expected: str):
+    recipe = Recipe.model_validate({"policy": {"model": "m"}, "queries": {"path": "q.jsonl"}, **changes})
+    found = judged(recipe, method)
+    assert expected in found
+    assert found in card(tmp_path, judged=found)[1]
+    assert ("other model judged" in found) is (method == "sso" and "judge" not in changes)
 
 
 def test_a_recipe_cannot_end_its_own_fence(tmp_path: Path):

@@ -10,13 +10,15 @@ import pytest
 from conftest import QUERIES
 
 from selfsteer import pipeline
-from selfsteer.comparison import ARMS, ArmRun, check_arms, query_values, summarize
+from selfsteer.comparison import ARMS, ArmRun, arm_recipe, check_arms, query_values, summarize
 from selfsteer.metrics import RoundMetrics
 from selfsteer.recipe import Recipe
 from selfsteer.records import PairRow
 from selfsteer.verdicts import Verdict
 
 RecipeOf = Callable[..., dict[str, Any]]
+SERVER = {"kind": "openai", "base_url": "http://localhost:1/v1", "model": "large"}
+JUDGE = {"kind": "llm", "model": "somewhere"}
 
 
 def pair(query: str, chosen: float, rejected: float) -> PairRow:
@@ -74,6 +76,11 @@ def test_seeds_are_averaged_within_a_query_before_arms_are_compared(recipe_of: R
         (["pbaa", "dual"], {}, "needs training.lora"),
         (["given"], {}, "needs compare.given"),
         (["sso", "sso"], {}, "named twice"),
+        (
+            ["pbaa"],
+            {"engine": SERVER, "generator.kind": "none", "judge": JUDGE, "compare.align": True},
+            "can't hold the policies",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -87,6 +94,20 @@ def test_what_cannot_be_compared_is_refused(
 def test_every_arm_changes_settings_that_exist(recipe_of: RecipeOf, tmp_path: Path):
     changes = {"queries.holdout": 2, "training.lora": {}, "compare.given": "pairs.jsonl"}
     check_arms(Recipe.model_validate(recipe_of(tmp_path / "all", changes)), list(ARMS), [0])
+
+
+def test_arms_keep_no_rule_that_only_the_whole_recipe_can_follow(recipe_of: RecipeOf, tmp_path: Path):
+    """A principle generator of its own, and what ends rounds: without a generator `on_policy_gain` is not measured."""
+    changes = {
+        "queries.holdout": 2,
+        "rounds": 2,
+        "principles": {"source": "generate", "engine": SERVER},
+        "quality.stop_when": {"on_policy_gain": "< 0"},
+    }
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "all", changes))
+    check_arms(recipe, ["pbaa", "rlcd", "weak_principles"], [0])
+    assert arm_recipe(recipe, "pbaa", 0).principles == recipe.principles
+    assert arm_recipe(recipe, "weak_principles", 0).principles.engine is None, "the policy itself writes"
 
 
 def keys(folder: Path, arm: str, stage: str) -> list[str]:

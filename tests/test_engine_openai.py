@@ -23,12 +23,6 @@ PROBE = "Hello"
 """What a one-token request of the engine asks."""
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def requests(*prompts: str) -> list[Request]:
     return [
         Request(

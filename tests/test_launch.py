@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
-from test_training import FLOAT32, curve, steering_group, write_pairs
-from tiny import tiny_model_dir
+from test_training import curve, seven_queries
 
 from selfsteer import checkpoints, interrupt
 from selfsteer import launch as launching
 from selfsteer.launch import launch
 from selfsteer.locks import is_free
-from selfsteer.recipe import Launcher, Policy
+from selfsteer.recipe import Launcher
 from selfsteer.recipe_training import Lora
 from selfsteer.trainer import TrainingDiverged, read_history
 from selfsteer.training import TrainingJob, train
@@ -36,24 +35,7 @@ SECONDS = 300
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
-    """Seven queries in batches of four, three epochs: the last step of each has three, which two processes can't halve."""
-    folder = tmp_path_factory.mktemp("launch")
-    policy = Policy(model=tiny_model_dir(folder / "tiny"))
-    pairs = write_pairs(folder / "pairs.parquet", policy, FLOAT32, [steering_group(number) for number in range(7)])
-    return TrainingJob(
-        policy=policy,
-        pairs=str(pairs),
-        output=str(folder / "run"),
-        loss="dpo",
-        beta=0.1,
-        sft_weight=0.1,
-        learning_rate=1e-3,
-        batch_size=4,
-        epochs=3,
-        max_steps=None,
-        training=FLOAT32.model_copy(update={"save_steps": 1}),
-        seed=0,
-    )
+    return seven_queries(tmp_path_factory.mktemp("launch"))
 
 
 @pytest.fixture(scope="module", params=[None, Lora(rank=4)], ids=["full", "lora"])

@@ -19,7 +19,7 @@ from tiny import CHAT_TEMPLATE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfsteer
-from selfsteer import cli, pipeline
+from selfsteer import cli, pipeline, summary
 from selfsteer.export import export
 from selfsteer.recipe import Recipe
 from selfsteer.store import RunFolder
@@ -495,6 +495,23 @@ def test_train_pairs(given: Path, recipe_of: RecipeOf, tmp_path: Path):
     before = contents(tmp_path / "run")
     pipeline.train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run")))
     assert contents(tmp_path / "run") == before
+
+
+def test_given_pairs_train_once_whatever_the_rounds(given: Path, recipe_of: RecipeOf, tmp_path: Path):
+    changes = {"rounds": 2, "alignment.max_steps": 1}
+    found = pipeline.train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
+    assert len(found["rounds"]) == 1
+    assert found["run"]["policy_round"] == 1
+    assert summary.status(tmp_path / "run")["next"] == "nothing: the run is complete"
+
+
+def test_margins_are_measured_on_as_many_queries_as_are_asked_for(recipe_of: RecipeOf, tmp_path: Path):
+    """Of six queries three are held out, and three are to be drawn of those that align the policy."""
+    pairs = [{"prompt": query, "chosen": f"Here is {query}", "rejected": "A fox, I think."} for query in QUERIES[:6]]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    changes = {"queries.holdout": 3, "quality.sample": 3, "alignment.max_steps": 1}
+    found = pipeline.train_pairs(tmp_path / "pairs.jsonl", Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
+    assert found["rounds"][0]["policy"]["reward"]["pairs"] == 3
 
 
 def test_scores_follow_the_chat_template_not_its_path(given: Path, recipe_of: RecipeOf, tmp_path: Path):

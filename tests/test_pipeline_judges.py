@@ -26,12 +26,6 @@ RecipeOf = Callable[..., dict[str, Any]]
 Script = Callable[[Call], Reply]
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def run(recipe: dict[str, Any]) -> Any:
     return selfsteer.run(Recipe.model_validate(recipe))
 

@@ -53,6 +53,32 @@ def write_pairs(path: Path, policy: Policy, training: Training, groups: list[lis
     return path
 
 
+def training_job(policy: Policy, pairs: Path, output: Path) -> TrainingJob:
+    """L_SSO with DPO, in batches of four queries, three epochs."""
+    return TrainingJob(
+        policy=policy,
+        pairs=str(pairs),
+        output=str(output),
+        loss="dpo",
+        beta=0.1,
+        sft_weight=0.1,
+        learning_rate=1e-3,
+        batch_size=4,
+        epochs=3,
+        max_steps=None,
+        training=FLOAT32,
+        seed=0,
+    )
+
+
+def seven_queries(folder: Path) -> TrainingJob:
+    """The last step of each epoch has three queries, which two processes can't halve; a checkpoint a step."""
+    policy = Policy(model=tiny_model_dir(folder / "tiny"))
+    pairs = write_pairs(folder / "pairs.parquet", policy, FLOAT32, [steering_group(number) for number in range(7)])
+    training = FLOAT32.model_copy(update={"save_steps": 1})
+    return replace(training_job(policy, pairs, folder / "run"), training=training)
+
+
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     return Policy(model=tiny_model_dir(tmp_path_factory.mktemp("tiny")))
@@ -71,20 +97,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, policy: Policy, groups: list
 @pytest.fixture
 def job(tmp_path: Path, policy: Policy, pairs: Path) -> TrainingJob:
     """Six queries in batches of four: steps of four and two queries, three epochs."""
-    return TrainingJob(
-        policy=policy,
-        pairs=str(pairs),
-        output=str(tmp_path / "run"),
-        loss="dpo",
-        beta=0.1,
-        sft_weight=0.1,
-        learning_rate=1e-3,
-        batch_size=4,
-        epochs=3,
-        max_steps=None,
-        training=FLOAT32,
-        seed=0,
-    )
+    return training_job(policy, pairs, tmp_path / "run")
 
 
 def curve(job: TrainingJob) -> list[tuple[float, float]]:

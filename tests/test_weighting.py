@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import FLOAT32, curve, steering_group, write_pairs
+from test_training import FLOAT32, curve, steering_group, training_job, write_pairs
 from tiny import tiny_model_dir
 from torch import Tensor, tensor
 from torch.nn import functional as F
@@ -91,20 +91,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
     """All six queries at once, one step; dropout-free, so that the oracle sees the same weights."""
     folder = tmp_path_factory.mktemp("weighting")
     policy = Policy(model=tiny_model_dir(folder / "tiny"))
-    return TrainingJob(
-        policy=policy,
-        pairs=str(write_pairs(folder / "pairs.parquet", policy, FLOAT32, GROUPS)),
-        output="",
-        loss="dpo",
-        beta=0.1,
-        sft_weight=0.1,
-        learning_rate=1e-2,
-        batch_size=6,
-        epochs=1,
-        max_steps=None,
-        training=FLOAT32,
-        seed=0,
-        weighting="wpo",
+    pairs = write_pairs(folder / "pairs.parquet", policy, FLOAT32, GROUPS)
+    return replace(
+        training_job(policy, pairs, folder / "unused"), learning_rate=1e-2, batch_size=6, epochs=1, weighting="wpo"
     )
 
 

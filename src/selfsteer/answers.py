@@ -15,8 +15,9 @@ from selfsteer.judging import RecipeJudge, ask, find_judge
 from selfsteer.models import checkpoint
 from selfsteer.pairs import alignment_pair, pair_row
 from selfsteer.quality_stage import VERDICT_SCHEMA, VERDICTS, read_verdicts, reopen_unanswered, verdict_row
+from selfsteer.recipe_engines import sampling_identity
 from selfsteer.records import Dropped, PairRow, PreferencePair, Query
-from selfsteer.responses import open_engine, request, response, sample, seed_for
+from selfsteer.responses import open_engine, request, response, sample, sampler_digest, seed_for
 from selfsteer.stages import Round, Work, held_out, inputs_of, make_stage
 from selfsteer.store import Contents, Origin, Stage
 from selfsteer.training_stages import MODEL
@@ -35,6 +36,7 @@ def answers_stage(round: Round, principles: Stage, policy: Stage) -> Stage | Non
         "judge": judge.settings(),
         "holdout": round.recipe.queries.holdout,
         "seed": round.recipe.seed,
+        **sampling_identity(round.recipe.engine),
     }
     inputs = inputs_of(round, principles=principles, aligned=policy) | judge.inputs()
     origin = Origin(settings=settings, inputs=inputs)
@@ -58,7 +60,7 @@ class _Asked:
         return request(
             self.round.prompts,
             query.messages,
-            model_digest=self.models[number].digest,
+            model_digest=sampler_digest(recipe.engine, self.models[number]),
             sampling=Sampling(**recipe.responses.model_dump()),
             seed=seed_for(recipe.seed, "answer", query.id),
         )

@@ -15,6 +15,7 @@ import yaml
 from selfsteer import report
 from selfsteer.durable import replacing
 from selfsteer.metrics import RoundMetrics
+from selfsteer.recipe import Recipe
 
 Method = Literal["sso", "dual", "pbaa", "given"]
 """Pairs from a data generator, from two (generator.kind dual), from the policy itself (none), or made elsewhere."""
@@ -28,9 +29,7 @@ A chat model aligned without human labels, by Self-Steering Optimization
 2. The model answered each query under either principle.
 3. A copy of the model, the data generator, was trained to keep good and bad responses apart and both close to what the model
    itself would say. It answered the queries under either principle, which made the preference pairs, and was discarded.
-4. The model was trained on the pairs, the bare query above both responses.
-
-No human, reward model or other model judged the responses.""",
+4. The model was trained on the pairs, the bare query above both responses.""",
     "dual": """\
 A chat model aligned without human labels, by Self-Steering Optimization with two data generators
 ([arXiv 2410.17131](https://arxiv.org/abs/2410.17131)):
@@ -40,28 +39,24 @@ A chat model aligned without human labels, by Self-Steering Optimization with tw
 3. Two copies of the model were trained: one to keep good responses above bad ones, one to prefer what the model itself would
    say when told to answer badly. The first answered the queries under the better principle, the second under the worse one,
    which made the preference pairs; both were discarded.
-4. The model was trained on the pairs, the bare query above both responses.
-
-No human, reward model or other model judged the responses.""",
+4. The model was trained on the pairs, the bare query above both responses.""",
     "pbaa": """\
 A chat model aligned without human labels, on responses steered by principles alone (PBAA, the baseline of
 [arXiv 2410.17131](https://arxiv.org/abs/2410.17131)):
 
 1. Each query got two opposing principles, one that leads to a good response and one that leads to a relatively bad one.
 2. The model answered each query under either principle, which made the preference pairs.
-3. The model was trained on the pairs, the bare query above both responses.
-
-No human, reward model or other model judged the responses.""",
+3. The model was trained on the pairs, the bare query above both responses.""",
     "given": "A chat model aligned on preference pairs that were made elsewhere.",
 }
 _SELF_MADE = """\
-- A pair's chosen response was sampled under the better principle; nobody checked that it is the better response.
+- That a response was sampled under the better principle does not make it the better response.
 - What the model does not know, its own pairs cannot teach."""
 _LIMITS: dict[Method, str] = {
     "sso": _SELF_MADE,
     "dual": _SELF_MADE,
     "pbaa": _SELF_MADE,
-    "given": "- The pairs were taken as given; whether their preferences are right was not checked.",
+    "given": "- The pairs were made elsewhere; whether their preferences are right is not known here.",
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -77,12 +72,27 @@ class CardFacts(TypedDict):
     method: Method
     recipe: str
     """The resolved recipe, YAML."""
+    judged: str
+    """Who judged the pairs, and what came of it; see `judged`."""
     rounds: list[RoundMetrics]
     """As in metrics.json; what is missing is left out of the card."""
     result: NotRequired[str]
     """Which of several rounds this policy comes from, and why."""
     license: NotRequired[str]
     """Of the base model, as the hub abbreviates it ("apache-2.0"); it binds the result too."""
+
+
+def judged(recipe: Recipe, method: Method) -> str:
+    """Who judged the pairs that a recipe makes or is given, and which of them align the policy."""
+    judges = {"none": "", "llm": "an LLM", "reward_model": "a reward model"}
+    selects, judge = recipe.selection.active, judges[recipe.judge.kind]
+    if selects and recipe.selection.by == "judge":
+        return f"The scores of {judge} decided which of the pairs the model was trained on."
+    said = "The data generator's own scores decided which of the pairs the model was trained on. " if selects else ""
+    if judge:
+        return f"{said}Of the pairs, {judge} judged a sample, to measure them; none was chosen by its verdict."
+    made = "" if method == "given" else "No human, reward model or other model judged the responses."
+    return f"{said}{made}".rstrip()
 
 
 def write_model_card(folder: Path, facts: CardFacts) -> Path:
@@ -93,7 +103,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         name=facts["name"],
         base_model=_base_model(facts["base_model"]),
         version=version("selfsteer"),
-        how=_HOW[facts["method"]] + (f"\n\n{facts['result']}" if "result" in facts else ""),
+        how="\n\n".join(filter(None, (_HOW[facts["method"]], facts["judged"], facts.get("result")))),
         limits=_LIMITS[facts["method"]],
         tables="\n\n".join(map(report.markdown, report.tables(facts["rounds"]))),
         fence=_fence(facts["recipe"]),

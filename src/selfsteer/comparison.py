@@ -38,7 +38,7 @@ class Arm(NamedTuple):
 
 
 _SSO = {"generator.kind": "single", "generator.objective": "sso"}
-_LIBRARY = {"principles.source": "library", "principles.path": None, "principles.model": None}
+_LIBRARY = {"principles.source": "library", "principles.path": None, "principles.model": None, "principles.engine": None}
 
 ARMS: Mapping[str, Arm] = {
     "base": Arm("the policy as it is: what win rates are against", {}),
@@ -74,7 +74,8 @@ def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
     """
     data = recipe.model_dump(mode="json")
     output = str(Path(recipe.output) / arm_folder(name, seed))
-    common = {"output": output, "seed": seed, "rounds": 1, "quality.gates": {}, "selection": {}}
+    unused: dict[str, object] = {"quality.gates": {}, "quality.stop_when": {}, "selection": {}}
+    common: dict[str, object] = {"output": output, "seed": seed, "rounds": 1, **unused}
     for key, value in {**common, **ARMS[name].changes}.items():
         data = apply_override(data, Override(key, value))
     return Recipe.model_validate(data)
@@ -98,6 +99,12 @@ def check_arms(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Non
         )
     if "given" in arms and recipe.compare.given is None:
         raise ValueError('the arm "given" needs compare.given, a file of preference pairs')
+    held_elsewhere = recipe.engine.kind == "openai" and recipe.engine.serve is None
+    if held_elsewhere and recipe.compare.align and recipe.judge.kind != "none":
+        raise ValueError(
+            "engine: a server that runs already can't hold the policies whose answers are judged. Set engine.serve to the"
+            " command that serves a model's folder, or use kind vllm; or set compare.align=false"
+        )
     if (Path(recipe.output) / "run.json").exists():
         raise ValueError(f"{recipe.output} holds a run; give the comparison a folder of its own with output=DIR")
     for name in arms:

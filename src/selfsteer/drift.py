@@ -26,8 +26,8 @@ _PATHS: Mapping[str, str] = {
 
 
 def drift(previous: RoundMetrics, current: RoundMetrics) -> Drift:
-    """Current - previous for the pairs that aligned the policy; a key that either round lacks is absent."""
-    before, after = aligned_pairs(previous), aligned_pairs(current)
+    """Current - previous for the pairs of stage 5, before any selection; a key that either round lacks is absent."""
+    before, after = made_pairs(previous), made_pairs(current)
     found = Drift()
     same_unit = before.get("length", {}).get("unit") == after.get("length", {}).get("unit")
     for key, path in _PATHS.items():
@@ -38,8 +38,8 @@ def drift(previous: RoundMetrics, current: RoundMetrics) -> Drift:
     return found
 
 
-def aligned_pairs(this: RoundMetrics) -> Measures:
-    """The measures of the pairs that a round aligned the policy on; empty where none were taken."""
+def made_pairs(this: RoundMetrics) -> Measures:
+    """The measures of a round's preference data, before any selection; empty where none were taken."""
     return this.get("alignment") or this.get("pbaa") or Measures()
 
 

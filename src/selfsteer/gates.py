@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from selfsteer.cells import cell, find, plain
-from selfsteer.drift import aligned_pairs
+from selfsteer.drift import made_pairs
 from selfsteer.estimates import Estimate, share_estimate
 from selfsteer.metrics import GateResult, RoundMetrics
 from selfsteer.report import gates_table, table_text
@@ -265,7 +265,7 @@ def _reason(gate: Gate, value: Estimate) -> str:
 
 
 def _node(metrics: RoundMetrics) -> Mapping[str, Any]:
-    return cast("Mapping[str, Any]", {**metrics, "pairs": aligned_pairs(metrics)})
+    return cast("Mapping[str, Any]", {**metrics, "pairs": made_pairs(metrics)})
 
 
 def _value(path: str, metrics: RoundMetrics) -> Estimate | None:

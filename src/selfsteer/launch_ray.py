@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer import group, interrupt, processes
+from selfsteer.locks import LOOK_SECONDS
 from selfsteer.ray_cluster import SharedFolder, check_room, joined, launcher_plan, load_ray
 from selfsteer.recipe_launcher import Launcher
 from selfsteer.training import TrainingJob
 
 log = logging.getLogger(__name__)
-
-_LOOK_SECONDS = 0.2
 
 _OWN_FILES = ".ray"
 """What Ray Train writes about the training, below its output; nothing of it is read."""
@@ -64,7 +63,7 @@ def run_group(job: TrainingJob, launcher: Launcher, let_go: Callable[[], None]) 
             while not fitting.done():
                 if interrupt.stop_requested():
                     let_go()
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(LOOK_SECONDS)
         shutil.rmtree(output / _OWN_FILES, ignore_errors=True)
         error = fitting.exception()
         if error is not None and not isinstance(error, train.TrainingFailedError):

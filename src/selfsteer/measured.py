@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from selfsteer.cells import plain
 from selfsteer.durable import canonical_json, digest, replacing
 from selfsteer.estimates import Estimate
-from selfsteer.report import plain
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _with_estimates(value: Any) -> Any:
-    """The inverse of `report.plain`."""
+    """The inverse of `cells.plain`."""
     if isinstance(value, list):
         return [_with_estimates(item) for item in cast("list[Any]", value)]
     if isinstance(value, dict):

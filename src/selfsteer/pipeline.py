@@ -14,7 +14,7 @@ from typing import cast
 
 from selfsteer import summary
 from selfsteer.answers import answers_stage, win_verdicts
-from selfsteer.cards import CardFacts, Method, write_model_card
+from selfsteer.cards import CardFacts, Method, judged, write_model_card
 from selfsteer.comparison import ArmRun, ComparisonResult, arm_recipe, check_arms, query_values, summarize, write_comparison
 from selfsteer.comparison_page import write_comparison_page
 from selfsteer.data_stages import preferences_stage, responses_stage
@@ -90,7 +90,8 @@ def make_data(round: Round) -> Candidates:
 
 
 def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
-    """Step 5 on its own: align recipe.policy on a preference dataset made elsewhere."""
+    """Step 5 on its own: align recipe.policy, once, on a preference dataset made elsewhere."""
+    recipe = recipe.model_copy(update={"rounds": 1})
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
     policy = resolve(recipe.policy)
@@ -111,7 +112,7 @@ def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Compar
     """Every arm under every seed, in run folders below recipe.output that lend each other what they have in common."""
     check_arms(recipe, arms, seeds)
     policy = resolve(recipe.policy)
-    _prompts(recipe, policy)
+    check_engines(recipe, policy, _prompts(recipe, policy))
     check_judging(recipe)
     runs: dict[str, list[ArmRun]] = {name: [] for name in arms}
     finished: list[RunFolder] = []
@@ -228,6 +229,7 @@ def _finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | N
         base_model=recipe.policy.model,
         method=method,
         recipe=dump(recipe),
+        judged=judged(recipe, method),
         rounds=metrics["rounds"],
     )
     if recipe.rounds > 1:

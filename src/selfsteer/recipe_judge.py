@@ -18,7 +18,7 @@ class JudgeSection(Section):
     """The judge, named as policy.model is. Of a server that runs already (engine.base_url), a folder or hub id whose
     tokenizer is the judge's: with it, pairs whose text holds its special tokens are not put to the server."""
     engine: EngineSection | None = None
-    """With kind: llm, the engine that holds the judge (vllm or openai, as in `engine`); this process when empty."""
+    """With kind: llm, the engine that holds the judge (vllm, openai or ray, as in `engine`); this process when empty."""
     dtype: DTypeName = "float32"
     """Arithmetic in this process; a small judge's probabilities lie so close to one half that rounding turns some of its
     verdicts."""
@@ -54,7 +54,7 @@ class JudgeSection(Section):
         if self.engine is not None and self.engine.kind == "transformers":
             raise ValueError(
                 "a judge in this process has no engine, and its arithmetic is judge.dtype; set judge.engine=null, or give"
-                " engine the kind vllm or openai"
+                " engine the kind vllm, openai or ray"
             )
         if self.chat_template and not self.model:
             raise ValueError("chat_template is of a tokenizer that is not named; set judge.model, or chat_template=null")

@@ -11,7 +11,8 @@ class Launcher(Section):
     """The processes of the trainings; where they run, not what they compute."""
 
     kind: Literal["local", "accelerate", "ray"] = "local"
-    """local: this process. accelerate: several, started by `accelerate launch`. ray: several, on a Ray cluster."""
+    """local: this process. accelerate: several, started by `accelerate launch`, which score the pairs too. ray: several, on
+    a Ray cluster; scoring stays in this process."""
     processes: int | None = Field(default=None, ge=1)
     """The number of processes over all machines; with kind: accelerate, the configuration's when empty."""
     config: str | None = None

@@ -100,8 +100,13 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
 def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
     """The rows that this stage trains on: all of them, or a generator's half, and none that is held out."""
     half = _HALVES.get(work.stage.path.name)
-    spared = held_out(round) if half is None and work.stage.path.name == "6-policy" else frozenset[str]()
+    spared = _spared(round, work)
     return (row for row in pairs.rows() if (half is None or row["kind"] == half) and row["query_id"] not in spared)
+
+
+def _spared(round: Round, work: Work) -> frozenset[str]:
+    """The queries that must not align the policy; the generator's pairs are of none of them."""
+    return held_out(round) if work.stage.path.name == "6-policy" else frozenset()
 
 
 def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
@@ -172,7 +177,7 @@ def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> I
 
     Rewards are against the policy at the round's start, whatever reference the loss had.
     """
-    drawn = draw_queries(round, pairs, round.recipe.quality.sample)
+    drawn = draw_queries(round, pairs, round.recipe.quality.sample, without=_spared(round, work))
     trained = checkpoint(work.stage.path / MODEL)
     judge = policy_as_judge(round)._replace(model=trained)
 

@@ -23,7 +23,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
-from test_training import FLOAT32, curve, steering_group, write_pairs
+from test_training import curve, seven_queries
 from tiny import tiny_model_dir
 
 import selfsteer
@@ -33,7 +33,7 @@ from selfsteer.launch import launch
 from selfsteer.models import checkpoint, load_tokenizer
 from selfsteer.prompts import Prompts
 from selfsteer.ray_cluster import ClusterError, joined
-from selfsteer.recipe import Launcher, Policy, Recipe
+from selfsteer.recipe import Launcher, Recipe
 from selfsteer.recipe_engines import EngineSection, RaySection, TransformersSection
 from selfsteer.responses import open_engine
 from selfsteer.trainer import read_history
@@ -371,24 +371,7 @@ def test_a_ray_of_its_own_ends_with_the_run(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
-    """Seven queries in batches of four: the last step of an epoch has three, which two processes can't halve."""
-    folder = tmp_path_factory.mktemp("launch")
-    policy = Policy(model=tiny_model_dir(folder / "tiny"))
-    pairs = write_pairs(folder / "pairs.parquet", policy, FLOAT32, [steering_group(number) for number in range(7)])
-    return TrainingJob(
-        policy=policy,
-        pairs=str(pairs),
-        output=str(folder / "run"),
-        loss="dpo",
-        beta=0.1,
-        sft_weight=0.1,
-        learning_rate=1e-3,
-        batch_size=4,
-        epochs=3,
-        max_steps=None,
-        training=FLOAT32.model_copy(update={"save_steps": 1}),
-        seed=0,
-    )
+    return seven_queries(tmp_path_factory.mktemp("launch"))
 
 
 def same_curve(job: TrainingJob, expected: TrainingJob) -> None:

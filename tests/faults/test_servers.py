@@ -20,12 +20,6 @@ WANTED = 2 * len(TEXTS)
 CONCURRENCY = 4
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def recipe(recipe_of: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
     path = tmp_path / "queries.jsonl"
