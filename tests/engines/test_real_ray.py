@@ -81,8 +81,10 @@ def head_node(authentication: str, cpus: int) -> Iterator[str]:
             assert head.poll() is None
             yield f"127.0.0.1:{ports['port']}"
         finally:
+            whole = psutil.Process(head.pid)
+            family = [whole, *whole.children(recursive=True)]
             head.terminate()
-            _, alive = psutil.wait_procs([*ours(""), psutil.Process(head.pid)], timeout=30)
+            _, alive = psutil.wait_procs(family, timeout=30)  # not of another cluster of these tests
             for process in alive:
                 process.kill()
 
