@@ -51,7 +51,7 @@ test-ray: $(RAY_VENV)/.installed
 	$(RAY_VENV)/bin/python -m pytest tests/engines/test_real_ray.py -W ignore::ResourceWarning \
 	  -W ignore::pytest.PytestUnraisableExceptionWarning $(ONLY)
 
-test-engines: $(VENV)/.installed $(VLLM_VENV)/.installed test-ray
+test-engines: $(VENV)/.installed $(VLLM_VENV)/.installed $(if $(ONLY),,test-ray)
 	SELFSTEER_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -rfEsP --durations=0 --durations-min=1 tests/engines $(ONLY)
 
 check: $(VENV)/.installed
