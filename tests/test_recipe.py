@@ -37,7 +37,7 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
 
 
 def test_recipes_are_shipped():
-    assert [path.stem for path in RECIPES] == ["llama3-8b", "quickstart", "qwen2-7b", "ultrafeedback-cpu"]
+    assert [path.stem for path in RECIPES] == ["comparison-cpu", "llama3-8b", "quickstart", "qwen2-7b", "ultrafeedback-cpu"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
