@@ -4,15 +4,14 @@ The real vLLM is in tests/engines/.
 """
 
 import json
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from waiting import alive, until
 
 from selfsteer.engines import vllm
 from selfsteer.engines.base import Completion, Failed, Request, Sampling
@@ -66,14 +65,6 @@ def engine(**settings: object) -> VllmEngine:
 def requests(count: int) -> Iterator[Request]:
     for i in range(count):
         yield Request(key=f"k{i}", messages=(), prompt_ids=(10 + i,), sampling=Sampling(), seed=100 + i)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_answers_come_back_as_records_without_the_end_token(scripted: Callable[..., Path]):
@@ -213,7 +204,4 @@ def test_a_worker_ends_with_the_process_that_started_it(scripted: Callable[..., 
         assert owner.stdout.readline() == "open\n"
         owner.kill()
     (worker,) = (int(file.name) for file in started.iterdir())
-    deadline = time.monotonic() + 60
-    while alive(worker):
-        assert time.monotonic() < deadline, "the worker outlives its owner"
-        time.sleep(0.05)
+    until(lambda: not alive(worker), "the end of the worker", seconds=60)

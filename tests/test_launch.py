@@ -1,14 +1,10 @@
 """Trainings in two gloo processes: the same curve as in one, stops, kills and continuations with another number of them."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 from test_training import curve, seven_queries
+from waiting import stop_amid_training, until
 
-from selfsteer import checkpoints, interrupt
+from selfsteer import checkpoints
 from selfsteer import launch as launching
 from selfsteer.launch import launch
 from selfsteer.locks import is_free
@@ -65,13 +62,6 @@ def together(job: TrainingJob) -> TrainingJob:
 
 def near(expected: TrainingJob) -> list[tuple[Any, Any]]:
     return [(pytest.approx(loss, abs=1e-4), pytest.approx(norm, rel=1e-4)) for loss, norm in curve(expected)]
-
-
-def until(true: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end, f"{what}: not within {SECONDS} s"
-        time.sleep(0.02)
 
 
 def test_two_processes_train_as_one(alone: TrainingJob, together: TrainingJob):
@@ -147,21 +137,8 @@ def test_another_number_of_processes_goes_on(begun: int, continued: int, alone: 
 
 def test_a_signal_to_the_parent_ends_in_a_complete_checkpoint(base: TrainingJob, tmp_path: Path):
     long = replace(base, output=str(tmp_path / "run"), epochs=300, learning_rate=1e-5)
-    history = Path(long.output) / "history.jsonl"
-
-    def stop() -> None:
-        until(lambda: read_history(history), "the first step")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with interrupt.graceful_stop():
-        threading.Thread(target=stop, daemon=True).start()
-        with pytest.raises(interrupt.Interrupted) as stopped:
-            launch(long, TWO)
-    assert stopped.value.exit_status == 143
+    stop_amid_training(long, TWO, seconds=SECONDS)
     assert is_free(Path(long.output) / "GROUP"), "the group has ended before its parent"
-    last = checkpoints.latest(Path(long.output))
-    assert last is not None
-    assert checkpoints.step_of(last) == len(curve(long)) < 600
 
 
 def test_a_killed_parent_takes_its_group_along(base: TrainingJob, tmp_path: Path):
@@ -175,9 +152,9 @@ def test_a_killed_parent_takes_its_group_along(base: TrainingJob, tmp_path: Path
     given = tmp_path / "given.json"
     given.write_text(json.dumps(long.as_json()))
     with subprocess.Popen([sys.executable, "-c", program, str(given)], stderr=subprocess.DEVNULL) as parent:
-        until(lambda: read_history(output / "history.jsonl"), "the first step")
+        until(lambda: read_history(output / "history.jsonl"), "the first step", seconds=SECONDS)
         parent.kill()
-    until(lambda: is_free(output / "GROUP"), "the end of the group")
+    until(lambda: is_free(output / "GROUP"), "the end of the group", seconds=SECONDS)
     last = checkpoints.latest(output)
     assert last is not None
     stopped_at = checkpoints.step_of(last)

@@ -1,6 +1,5 @@
 """A server that lives as long as the engine: started with the stage's model, ended with it, and gone when we are killed."""
 
-import os
 import shlex
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import alive, until
 
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.openai import OpenAIEngine, Server, ServerError
@@ -54,21 +54,6 @@ def served(tmp_path: Path) -> Callable[..., ServedEngine]:
         )
 
     return build
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 60
-    while alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there"
-        time.sleep(0.05)
 
 
 def test_the_stage_is_answered_by_a_server_of_its_model_which_ends_with_it(served: Callable[..., ServedEngine]):
@@ -140,4 +125,4 @@ def test_the_keeper_ends_the_command_when_its_owner_is_killed(tmp_path: Path):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     for pid in pids.read_text().split():
-        wait_for_end(int(pid))
+        until(lambda pid=int(pid): not alive(pid), "the end of the process", seconds=60)

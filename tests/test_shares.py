@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from test_training import FLOAT32, steering_group
 from tiny import tiny_model_dir
+from waiting import until
 
 from selfsteer import interrupt
 from selfsteer.journal import Journal
@@ -70,13 +70,6 @@ def both_at_work(folder: Path) -> bool:
     return len(keys(folder)) == 2 and all(keys(folder).values())
 
 
-def until(true: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end, f"{what}: not within {SECONDS} s"
-        time.sleep(0.02)
-
-
 def test_two_processes_score_as_one_and_go_on_as_one(judge: Judge, tmp_path: Path):
     """Bit for bit; each has half of the groups. What is asked for later, in one process or in two, is not scored again."""
     assert score_all(judge, tmp_path / "alone", 21, ALONE) == score_all(judge, tmp_path / "together", 21, TOGETHER)
@@ -115,7 +108,7 @@ def test_a_killed_parent_takes_its_group_along(judge: Judge, tmp_path: Path):
     """kill -9 while both score: they notice and end; a session that begins meanwhile waits, and scores only the rest."""
     command = [sys.executable, "-c", PARENT, str(Path(__file__).parent), str(tmp_path), judge.model.path]
     with (tmp_path / "said").open("w") as said, subprocess.Popen(command, stderr=said) as parent:
-        until(lambda: both_at_work(tmp_path) or parent.poll() is not None, "both at work")
+        until(lambda: both_at_work(tmp_path) or parent.poll() is not None, "both at work", seconds=SECONDS)
         parent.kill()
     assert parent.returncode == -signal.SIGKILL, (tmp_path / "said").read_text()
     with Journal(tmp_path / "parts") as journal:
@@ -127,7 +120,7 @@ def test_a_killed_parent_takes_its_group_along(judge: Judge, tmp_path: Path):
 
 def test_a_signal_stops_the_group_and_keeps_what_is_finished(judge: Judge, tmp_path: Path):
     def stop() -> None:
-        until(lambda: both_at_work(tmp_path), "both at work")
+        until(lambda: both_at_work(tmp_path), "both at work", seconds=SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
     together = judge._replace(launcher=TOGETHER)

@@ -21,6 +21,7 @@ from selfsteer.metrics import RoundMetrics, TrainingSummary
 from selfsteer.quality import reference_scores
 from selfsteer.quality_stage import JudgeName
 from selfsteer.recipe import Recipe
+from selfsteer.recipe_engines import runs_already
 from selfsteer.recipe_text import Override, apply_override
 from selfsteer.records import PairRow
 from selfsteer.report import markdown
@@ -99,8 +100,7 @@ def check_arms(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Non
         )
     if "given" in arms and recipe.compare.given is None:
         raise ValueError('the arm "given" needs compare.given, a file of preference pairs')
-    held_elsewhere = recipe.engine.kind == "openai" and recipe.engine.serve is None
-    if held_elsewhere and recipe.compare.align and recipe.judge.kind != "none":
+    if runs_already(recipe.engine) and recipe.compare.align and recipe.judge.kind != "none":
         raise ValueError(
             "engine: a server that runs already can't hold the policies whose answers are judged. Set engine.serve to the"
             " command that serves a model's folder, or use kind vllm; or set compare.align=false"

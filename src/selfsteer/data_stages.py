@@ -179,8 +179,8 @@ def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
 
 
 def _preferences(round: Round, work: Work, principles: Stage, generators: Generators) -> Contents:
-    wanted_ids = held_out(round) if round.held_out_only else None
     spared, samples = held_out(round), round.recipe.selection.samples
+    wanted_ids = spared if round.held_out_only else None
     total = kept(principles) + (samples - 1) * (kept(principles) - len(spared)) if wanted_ids is None else len(wanted_ids)
     groups = samplers(round, generators)
 

@@ -20,7 +20,7 @@ from selfsteer.judges import EmbeddedJudge, LLMJudge, Pairs, embedded_verdicts, 
 from selfsteer.models import load_tokenizer, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import Policy, Training
-from selfsteer.recipe_engines import sampling_identity
+from selfsteer.recipe_engines import runs_already, sampling_identity
 from selfsteer.recipe_judge import JudgeSection
 from selfsteer.recipe_text import RecipeError, explain, read_yaml
 from selfsteer.records import Checkpoint
@@ -83,7 +83,7 @@ def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
         return None
     template = judge_template(None if section.template is None else Path(section.template))
     model = None
-    if not section.held_elsewhere:
+    if not runs_already(section.engine):
         assert section.model is not None, "checked when the recipe was read"
         try:
             model = resolve(Policy(model=section.model, trust_remote_code=policy.trust_remote_code))

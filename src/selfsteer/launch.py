@@ -12,7 +12,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,19 @@ def launch(job: TrainingJob, launcher: Launcher) -> TrainingResult:
 
 def _run_group(job: TrainingJob, launcher: Launcher, let_go: Callable[[], None]) -> str:
     """Through accelerate; returns how it ended."""
-    command = [*accelerate_command(launcher, "selfsteer.launch"), str(Path(job.output) / JOB)]
+    status = run_processes([*accelerate_command(launcher, "selfsteer.launch"), str(Path(job.output) / JOB)], let_go)
+    return f"status {status}"
+
+
+def run_processes(command: Sequence[str], let_go: Callable[[], None], *, pass_fds: Sequence[int] = ()) -> int:
+    """Run a command to its end, and call let_go when a signal asks this process to stop; returns its exit status."""
     # A session of its own: Ctrl-C in a terminal reaches this process, which asks the group to stop.
-    with subprocess.Popen(command, start_new_session=True) as processes:
+    with subprocess.Popen(command, start_new_session=True, pass_fds=pass_fds) as processes:
         while processes.poll() is None:
             if interrupt.stop_requested():
                 let_go()
             time.sleep(LOOK_SECONDS)
-    return f"status {processes.returncode}"
+    return processes.returncode
 
 
 def accelerate_command(launcher: Launcher, module: str) -> list[str]:

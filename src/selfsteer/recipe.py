@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from selfsteer import recipe_text
-from selfsteer.recipe_engines import EngineSection, TransformersSection
+from selfsteer.recipe_engines import EngineSection, TransformersSection, runs_already
 from selfsteer.recipe_judge import JudgeSection
 from selfsteer.recipe_launcher import Launcher
 from selfsteer.recipe_selection import Selection
@@ -94,7 +94,7 @@ class PrincipleSource(Section):
             )
         if self.source != "generate" and self.engine:
             raise ValueError("engine writes only with source: generate; set principles.source=generate or engine=null")
-        if self.model and self.engine and self.engine.kind == "openai" and self.engine.serve is None:
+        if self.model and runs_already(self.engine):
             raise ValueError(
                 f"model {self.model!r} is not what a server that runs already holds; say it in engine.model alone"
             )
@@ -227,7 +227,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _engine_can_hold_what_is_trained(self) -> Self:
-        if self.engine.kind != "openai" or self.engine.serve is not None:
+        if not runs_already(self.engine):
             return self
         if self.generator.kind != "none" or self.rounds > 1:
             raise ValueError(

@@ -177,6 +177,11 @@ EngineSection = Annotated[
 """What turns prompts into responses, by its kind."""
 
 
+def runs_already(engine: EngineSection | None) -> bool:
+    """Whether this is a server that nobody here starts: it holds what it holds, and its name is all that is known of it."""
+    return engine is not None and engine.kind == "openai" and engine.serve is None
+
+
 def takes_adapters(engine: EngineSection) -> bool:
     """Whether this engine can apply adapters that are not merged, another one to each request."""
     if engine.kind == "openai":

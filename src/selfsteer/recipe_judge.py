@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from selfsteer.recipe_engines import DTypeName, EngineSection
+from selfsteer.recipe_engines import DTypeName, EngineSection, runs_already
 from selfsteer.recipe_text import Section
 
 
@@ -36,14 +36,9 @@ class JudgeSection(Section):
     retries: int = Field(default=2, ge=0)
     """With an engine, further tries of an answer that can't be read."""
 
-    @property
-    def held_elsewhere(self) -> bool:
-        """Whether a server that runs already holds the judge: its name there is all that is known of it."""
-        return self.engine is not None and self.engine.kind == "openai" and self.engine.serve is None
-
     @model_validator(mode="after")
     def _used_settings(self) -> Self:
-        if self.kind != "none" and not self.model and not self.held_elsewhere:
+        if self.kind != "none" and not self.model and not runs_already(self.engine):
             raise ValueError(f"kind: {self.kind} needs judge.model, or judge.engine with a server that runs already")
         if self.kind == "none" and (self.model or self.engine):
             raise ValueError("model and engine judge only with kind: llm or reward_model; set judge.kind")

@@ -24,7 +24,7 @@ from selfsteer.models import compute_dtype, end_ids, pick_device
 from selfsteer.progress import progress
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import Recipe
-from selfsteer.recipe_engines import EngineSection, OpenAISection, VllmSection, sampling_identity
+from selfsteer.recipe_engines import EngineSection, OpenAISection, VllmSection, runs_already, sampling_identity
 from selfsteer.records import Adapter, Checkpoint, Message, Response
 
 SCHEMA = 1
@@ -120,8 +120,7 @@ def sampler_digest(section: EngineSection, model: Checkpoint) -> str:
     identity = sampling_identity(section)
     if not identity:
         return model.digest
-    held = section.kind == "openai" and section.serve is None
-    return digest(identity if held else {"model": model.digest, **identity})
+    return digest(identity if runs_already(section) else {"model": model.digest, **identity})
 
 
 def seed_for(*parts: str | int) -> int:

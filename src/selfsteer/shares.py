@@ -15,9 +15,7 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +23,8 @@ from typing import Any, NamedTuple
 from selfsteer import interrupt, schemas
 from selfsteer.durable import canonical_json, make_folder
 from selfsteer.journal import Journal
-from selfsteer.launch import accelerate_command
-from selfsteer.locks import LOOK_SECONDS, held, stop_when_free, wait_until_free
+from selfsteer.launch import accelerate_command, run_processes
+from selfsteer.locks import held, stop_when_free, wait_until_free
 from selfsteer.pairs import pair_row
 from selfsteer.progress import progress
 from selfsteer.recipe import Launcher, Policy, Training
@@ -77,15 +75,11 @@ def score_shared(groups: Iterable[KeyedPairs], journal: Journal, scoring: Scorin
     with held(folder / _PARENT) as let_go, (folder / _GROUP).open("ab") as group:
         # Handed on to the launcher: processes that have not come to take the lock themselves are waited for, too.
         fcntl.flock(group, fcntl.LOCK_SH)
-        with subprocess.Popen(command, start_new_session=True, pass_fds=[group.fileno()]) as processes:
-            while processes.poll() is None:
-                if interrupt.stop_requested():
-                    let_go()
-                time.sleep(LOOK_SECONDS)
+        status = run_processes(command, let_go, pass_fds=[group.fileno()])
     settle(journal)
-    if processes.returncode and not interrupt.stop_requested():
+    if status and not interrupt.stop_requested():
         raise ChildProcessError(
-            f"{folder.parent}: the processes that score ended early (status {processes.returncode}); what they said is"
+            f"{folder.parent}: the processes that score ended early (status {status}); what they said is"
             " above. The same command scores the rest."
         )
 

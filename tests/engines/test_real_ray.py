@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,9 +24,10 @@ import pytest
 from safetensors.torch import load_file
 from test_training import curve, seven_queries
 from tiny import tiny_model_dir
+from waiting import stop_amid_training, until
 
 import selfsteer
-from selfsteer import checkpoints, interrupt
+from selfsteer import interrupt
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.launch import launch
 from selfsteer.models import checkpoint, load_tokenizer
@@ -77,7 +77,11 @@ def head_node(authentication: str, cpus: int) -> Iterator[str]:
         start_new_session=True,
     ) as head:
         try:
-            until(lambda: head.poll() is not None or (ours("raylet") and listens(ports["port"])), "the head node")
+            until(
+                lambda: head.poll() is not None or (ours("raylet") and listens(ports["port"])),
+                "the head node",
+                seconds=SECONDS,
+            )
             assert head.poll() is None
             yield f"127.0.0.1:{ports['port']}"
         finally:
@@ -110,14 +114,6 @@ def free_ports(count: int) -> list[int]:
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def until(true: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + SECONDS
-    while not (value := true()):
-        assert time.monotonic() < end, f"{what}: not within {SECONDS} s"
-        time.sleep(0.05)
-    return value
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -332,12 +328,12 @@ def test_a_run_killed_amid_its_responses_goes_on(cluster: str, recipe_of: Recipe
         return [json.loads(line)["key"] for line in lines if line.endswith("\n")]
 
     with subprocess.Popen([sys.executable, "-m", "selfsteer", "run", str(path)]) as run:
-        until(lambda: run.poll() is not None or durable(), "the first durable responses")
+        until(lambda: run.poll() is not None or durable(), "the first durable responses", seconds=SECONDS)
         assert run.poll() is None
         run.kill()
     before = durable()
     assert 0 < len(before) < 48, "killed amid the stage"
-    until(lambda: not replicas(), "the end of its replicas")
+    until(lambda: not replicas(), "the end of its replicas", seconds=SECONDS)
     selfsteer.run(Recipe.model_validate(recipe))
     after = durable()
     assert len(set(after)) == len(after) == 48, "no key twice, none lost"
@@ -364,7 +360,7 @@ def test_a_ray_of_its_own_ends_with_the_run(tmp_path: Path):
         started = psutil.Process(run.pid).children(recursive=True)
         assert any("raylet" in process.name() for process in started)
         run.kill()
-    until(lambda: not [process for process in started if process.is_running()], "the end of its Ray")
+    until(lambda: not [process for process in started if process.is_running()], "the end of its Ray", seconds=SECONDS)
     assert not (tmp_path / ".ray").exists()
 
 
@@ -403,7 +399,7 @@ def test_a_group_that_loses_a_process_goes_on_from_its_last_complete_checkpoint(
     killed: list[int] = []
 
     def kill_one() -> None:
-        until(lambda: len(read_history(history)) >= 3, "three steps")
+        until(lambda: len(read_history(history)) >= 3, "three steps", seconds=SECONDS)
         killed.append(len(read_history(history)))
         ours("TrainWorker")[0].kill()
 
@@ -418,20 +414,7 @@ def test_a_group_that_loses_a_process_goes_on_from_its_last_complete_checkpoint(
 
 def test_a_signal_ends_in_a_complete_checkpoint(cluster: str, job: TrainingJob, tmp_path: Path):
     long = replace(job, output=str(tmp_path / "run"), epochs=300, learning_rate=1e-5)
-    history = Path(long.output) / "history.jsonl"
-
-    def stop() -> None:
-        until(lambda: read_history(history), "the first step")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with interrupt.graceful_stop():
-        threading.Thread(target=stop, daemon=True).start()
-        with pytest.raises(interrupt.Interrupted) as stopped:
-            launch(long, TWO)
-    assert stopped.value.exit_status == 143
-    last = checkpoints.latest(Path(long.output))
-    assert last is not None
-    assert checkpoints.step_of(last) == len(curve(long)) < 600
+    stop_amid_training(long, TWO, seconds=SECONDS)
 
 
 def test_a_refusal_comes_back_in_words(cluster: str, job: TrainingJob, tmp_path: Path):
