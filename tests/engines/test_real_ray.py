@@ -90,7 +90,8 @@ def head_node(authentication: str, cpus: int) -> Iterator[str]:
             head.terminate()
             _, alive = psutil.wait_procs(family, timeout=30)  # not of another cluster of these tests
             for process in alive:
-                process.kill()
+                with suppress(psutil.NoSuchProcess):  # gone with one that was killed before it
+                    process.kill()
 
 
 def ours(name: str) -> list[psutil.Process]:
