@@ -1,7 +1,7 @@
 """The length-controlled win rate: by hand, against figures of alpaca_eval 0.6.6, and what is refused.
 
-The figures: alpaca_eval.metrics.glm_winrate on these same verdicts, its download replaced by the same table, scikit-learn 1.9.1,
-with the tolerance of its solver (liblinear) at 1e-10, and as it is (1e-4).
+The figures: alpaca_eval.metrics.glm_winrate on these same verdicts, its download replaced by the same table, scikit-learn
+1.9.1, with the tolerance of its solver (liblinear) at 1e-10, and as it is (1e-4).
 """
 
 import csv
@@ -90,7 +90,7 @@ def test_equal_lengths_change_nothing():
 
 
 def test_a_judge_of_lengths_alone_finds_no_difference():
-    """The model is longer in two thirds of the answers, and the longer answer always wins by the same: at equal lengths, 1/2."""
+    """The model is longer in two thirds of the answers, and the longer answer wins by the same: at equal lengths, 1/2."""
     judged = [Judged(str(i), 100, 200 if i % 3 else 50, 0.8 if i % 3 else 0.2) for i in range(90)]
     found = length_controlled(judged)
     assert found.win_rate.mean == pytest.approx(0.6)

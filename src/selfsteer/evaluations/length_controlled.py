@@ -5,14 +5,15 @@ A logistic regression of the judge's preference q (0: the baseline's answer, 1: 
     q = sigmoid(w_length tanh(d) + w_difficulty difficulty + w_model)        d = (len_baseline - len_model) / std
 
 Lengths are characters. The answer is the mean over all instructions of sigmoid(w_difficulty difficulty + w_model), which is
-the fitted preference with d set to 0. The published version ("length_controlled_v1") has each instruction's difficulty from a
-fit over all models of the leaderboard, and adds the answers of two models that were told to be long or short, at a tenth of
-the weight each and without w_model; both are in a file that AlpacaEval publishes (df_gamed.csv). Without that file the same
-model is fitted without difficulty ("length_controlled_minimal" there). Both as in the package alpaca_eval 0.6.6: an L1
+the fitted preference with d set to 0. The published version ("length_controlled_v1") has each instruction's difficulty from
+a fit over all models of the leaderboard, and adds the answers of two models that were told to be long or short, at a tenth
+of the weight each and without w_model; both are in a file that AlpacaEval publishes (df_gamed.csv). Without that file the
+same model is fitted without difficulty ("length_controlled_minimal" there). Both as in the package alpaca_eval 0.6.6: an L1
 penalty whose strength is chosen by 5-fold cross-validation, no intercept. That package downloads the file at every call,
-wants an API client, and finds an instruction by its place in the list alone, so that a shorter list is silently mistaken for
-the first instructions; it is this module's oracle (tests), not its import. Its solver stops early: on made-up verdicts the two
-differ by up to 0.04 percentage points, and by nothing that five decimals show once that solver's tolerance is 1e-10.
+wants an API client, and finds an instruction by its place in the list alone, so that a shorter list is silently mistaken
+for the first instructions; it is this module's oracle (tests), not its import. Its solver stops early: on made-up verdicts
+the two differ by up to 0.04 percentage points, and by nothing that five decimals show once that solver's tolerance is
+1e-10.
 
 Left out on purpose: the judge, and reading files of answers.
 """
@@ -183,8 +184,8 @@ def _difficulties(given: Sequence[str], order: Sequence[str], gamed: Gamed) -> F
         # Published lists may repeat an instruction; then only the order can tell them apart.
         if list(given) != list(order):
             raise ValueError(
-                f"{len(given)} answers to {len(order)} instructions of which {len(wanted)} differ: an instruction is answered"
-                " twice. Give one answer to each, in the published order."
+                f"{len(given)} answers to {len(order)} instructions of which {len(wanted)} differ: an instruction is"
+                " answered twice. Give one answer to each, in the published order."
             )
         return np.array([gamed.difficulty[place] for place in range(len(order))])
     return np.array([gamed.difficulty[places[instruction]] for instruction in given])
