@@ -9,7 +9,9 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra selfsteer[evaluate]")
 
-from selfsteer.evaluations.harness import Answer, Asked, Choices, Harness, Settings, TaskResult, check_tasks
+from selfsteer.evaluations.asking import Answer, Asked, Choices
+from selfsteer.evaluations.harness import Harness, Settings, check_tasks
+from selfsteer.evaluations.results import TaskResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness and its libraries warn of themselves
 

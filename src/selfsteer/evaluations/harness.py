@@ -14,11 +14,11 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import lm_eval
 from lm_eval.api.instance import Instance
@@ -28,8 +28,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from selfsteer.engines.base import Sampling
-from selfsteer.estimates import Estimate, mean_estimate, share_estimate
+from selfsteer.evaluations.asking import Ask, Asked, Choices, Score
 from selfsteer.evaluations.local_data import Local, local_data
+from selfsteer.evaluations.results import Figure, TaskResult, estimate_of
 from selfsteer.evaluations.sentences import CHECKS, ready_splitter
 from selfsteer.records import Message
 
@@ -55,37 +56,6 @@ _NEEDS_GREEDY = {"exact_match", "acc_mutual_info"}
 """Metrics of multiple choice that need more than the choices' log-probabilities."""
 
 
-class Asked(NamedTuple):
-    """An item to answer."""
-
-    messages: tuple[Message, ...]
-    sampling: Sampling
-    repeat: int
-    """Which of several answers to the same item."""
-
-
-class Answer(NamedTuple):
-    """What came back."""
-
-    text: str
-    cut: bool = False
-    """It reached the limit of new tokens."""
-    error: str | None = None
-    """Why there is none; the text is empty then."""
-
-
-class Choices(NamedTuple):
-    """An item whose answers are given."""
-
-    messages: tuple[Message, ...]
-    continuations: tuple[str, ...]
-
-
-Ask = Callable[[Sequence[Asked]], Sequence[Answer]]
-Score = Callable[[Sequence[Choices]], Sequence[Sequence[float]]]
-"""The log-probability of each continuation, summed over its tokens."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What is asked and how. All of it is printed beside the figures."""
@@ -101,40 +71,6 @@ class Settings:
     """Folder with the tasks' data; the hub's when left out."""
     scratch: Path = Path("evaluations")
     """Where local data is laid out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One metric of one task."""
-
-    task: str
-    metric: str
-    value: float
-    estimate: Estimate | None
-    """With its interval over items; None of a metric that is no mean over them."""
-    by_item: Mapping[str, float] | None
-    """What each item adds, so that their mean is the value; two models' differ item by item."""
-    higher_is_better: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskResult:
-    """One task, answered by one model."""
-
-    task: str
-    figures: Sequence[Figure]
-    items: int
-    of: int
-    """Items that the task has; more than `items` in a limited run."""
-    fewshot: int
-    version: str
-    data: str
-    """Where the items came from."""
-    unanswered: Mapping[str, int]
-    """Items without an answer, by reason; they count as wrong."""
-    cut: int
-    """Answers that reached the limit of new tokens."""
-    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -427,7 +363,7 @@ def _figures(name: str, results: dict[str, Any], samples: Sequence[dict[str, Any
                 task=name,
                 metric=metric if kept == "none" else f"{metric} ({kept})",
                 value=float(value),
-                estimate=_estimate(by_item),
+                estimate=estimate_of(by_item),
                 by_item=by_item,
                 higher_is_better=better is not False,
             )
@@ -450,13 +386,6 @@ def _influences(rows: Mapping[str, Any], value: float) -> dict[str, float] | Non
         return None
     weight = len(parts) / len(flat)
     return {key: mean + (sum(map(float, row)) - mean * len(row)) * weight for key, row in parts.items()}
-
-
-def _estimate(by_item: Mapping[str, float] | None) -> Estimate | None:
-    if by_item is None:
-        return None
-    values = list(by_item.values())
-    return share_estimate(int(sum(values)), len(values)) if set(values) <= {0.0, 1.0} else mean_estimate(values)
 
 
 def _leaves(group: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
@@ -484,7 +413,7 @@ def _group_result(
                 task=group,
                 metric=name,
                 value=float(value),
-                estimate=_estimate(by_item),
+                estimate=estimate_of(by_item),
                 by_item=by_item,
                 higher_is_better=better,
             )
