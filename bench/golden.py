@@ -3,8 +3,8 @@
     python bench/golden.py record FILE      the quickstart recipe on a tiny random model; its numbers and columns, into FILE
     python bench/golden.py compare FILE     the same again; exits with 1 and the list where anything differs
 
-Recorded: every number of metrics.json but times and versions, and a digest of each column of every sealed Parquet file. Figures
-depend on the processor and its threads, so FILE is made before a change and compared after it, on one machine.
+Recorded: every number of metrics.json but times and versions, and a digest of each column of every sealed Parquet
+file. Figures depend on the processor and its threads, so FILE is made before a change and compared after it, on one machine.
 """
 
 import hashlib
@@ -30,7 +30,18 @@ OVERRIDES = (
     "alignment.learning_rate=0.001",
     "filters.max_length_ratio=1000",
 )
-TIMES = ("seconds", "time", "tokens_a_second", "tokens_per_second", "started", "created", "version", "digest", "path", "commit")
+TIMES = (
+    "seconds",
+    "time",
+    "tokens_a_second",
+    "tokens_per_second",
+    "started",
+    "created",
+    "version",
+    "digest",
+    "path",
+    "commit",
+)
 """Parts of the names of entries that differ from run to run."""
 
 

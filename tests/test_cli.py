@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 import selfsteer
-from selfsteer import cli, interrupt
-from selfsteer.recipe import Recipe, load
+from selfsteer import cli, runtime
+from selfsteer.recipe.sections import Recipe, load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICKSTART = str(RECIPES / "quickstart.yaml")
@@ -138,7 +138,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch, pipeline):
 def test_a_stopped_run_says_how_to_continue(monkeypatch, capsys, pipeline, signum: signal.Signals, status: int):
     def run(_recipe: Recipe) -> dict[str, object]:
         os.kill(os.getpid(), signum)
-        interrupt.raise_if_stopped()
+        runtime.raise_if_stopped()
         raise AssertionError("the signal was not seen")
 
     pipeline.run = run
