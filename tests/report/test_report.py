@@ -212,8 +212,8 @@ def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):
 
 def test_page_without_matplotlib_says_how_to_get_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "selfsteer.plots", raising=False)
-    monkeypatch.delattr("selfsteer.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "selfsteer.report.plots", raising=False)
+    monkeypatch.delattr("selfsteer.report.plots", raising=False)
     reader = page(tmp_path / "report.html", metrics(), [])
     assert "svg" not in reader.tags
     assert "selfsteer[report]" in reader.text

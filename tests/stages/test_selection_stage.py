@@ -8,9 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUERIES
-from test_pipeline import manifest, plain_logps, rows, run, samples
+from test_pipeline import given, manifest, plain_logps, rows, run, samples  # noqa: F401 (given is a fixture)
 
 from selfsteer.data.exchange import export
+from selfsteer.given import train_pairs
 from selfsteer.recipe.sections import Recipe
 
 RecipeOf = Callable[..., dict[str, Any]]
@@ -126,12 +127,12 @@ def test_best_and_near_worst_of_three_samples(plain: Path, recipe_of: RecipeOf, 
     assert found["rounds"][0]["policy"]["steps"] == 1
 
 
-def test_a_judge_selects_and_is_not_asked_twice(given: Path, tiny_folder: str, recipe_of: RecipeOf, tmp_path: Path):
+def test_a_judge_selects_and_is_not_asked_twice(given: Path, tiny_folder: str, recipe_of: RecipeOf, tmp_path: Path):  # noqa: F811
     """Pairs made elsewhere have no generator; what the judge said for the measures is taken over."""
     judge = {"kind": "llm", "model": tiny_folder}
     selection = {"by": "judge", "top_share": 0.5}
     changes = {"judge": judge, "selection": selection, "alignment.max_steps": 1}
-    given.train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
+    train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
     assert samples(tmp_path / "run", "5-selection") == samples(tmp_path / "run", "5-quality") != []
     own = list((tmp_path / "run/round-1/5-selection/parts").glob("main-*.jsonl"))
     assert not any(part.read_text() for part in own)
@@ -142,10 +143,10 @@ def test_a_judge_selects_and_is_not_asked_twice(given: Path, tiny_folder: str, r
     ]
 
 
-def test_without_a_generator_its_rewards_select_nothing(given: Path, recipe_of: RecipeOf, tmp_path: Path):
+def test_without_a_generator_its_rewards_select_nothing(given: Path, recipe_of: RecipeOf, tmp_path: Path):  # noqa: F811
     recipe = Recipe.model_validate(recipe_of(tmp_path / "run", {"selection.top_share": 0.5}))
     with pytest.raises(ValueError, match=r"set selection\.by=judge"):
-        given.train_pairs(given, recipe)
+        train_pairs(given, recipe)
 
 
 @pytest.mark.parametrize(
