@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfsteer.durable import digest, file_digest
-from selfsteer.recipe import Policy
-from selfsteer.recipe_engines import DTypeName
+from selfsteer.recipe.engines import DTypeName
+from selfsteer.recipe.sections import Policy
 from selfsteer.records import Adapter, Checkpoint
+from selfsteer.store.durable import digest, file_digest
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ _IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 """Files of a model folder that determine what it computes; README and training leftovers do not."""
 
 _CONFIGURATION = {"config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"}
+
 _INCIDENTAL = {"transformers_version", "peft_version", "_name_or_path", "name_or_path", "local_files_only"}
 """Entries of configuration files that say how a folder was written, not what the model computes."""
 
