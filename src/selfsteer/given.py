@@ -17,6 +17,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe, Training, dump
 from selfsteer.records import PairRow, PreferencePair
 from selfsteer.stages import summary
+from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs
 from selfsteer.stages.quality import check_judging, quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
@@ -95,6 +96,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     policy = resolve(recipe.policy)
     prompts_of(recipe, policy)
     check_judging(recipe)
+    check_evaluation(recipe)
     next(read_pairs(pairs), None)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())

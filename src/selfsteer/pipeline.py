@@ -9,6 +9,7 @@ anything is done.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 from selfsteer.cluster import cluster_of
@@ -24,6 +25,7 @@ from selfsteer.report.page import pick_examples, write_page
 from selfsteer.report.tables import gates_table, table_text, write_metrics
 from selfsteer.stages import summary
 from selfsteer.stages.base import Round
+from selfsteer.stages.evaluation import check_evaluation, evaluate_run
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import principles_stage
 from selfsteer.stages.quality import check_judging, quality_stage
@@ -42,6 +44,7 @@ def run(recipe: Recipe) -> Metrics:
     policy = resolve(recipe.policy)
     check_engines(recipe, policy, prompts_of(recipe, policy))
     check_judging(recipe)
+    check_evaluation(recipe)
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
@@ -128,6 +131,9 @@ def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | No
     ended: the round that made its data and did not align the policy on it.
     """
     metrics = summary.metrics(folder, recipe, method, ended=ended)
+    if recipe.evaluation.tasks and "policy_folder" in metrics["run"]:
+        aligned = checkpoint(Path(metrics["run"]["policy_folder"]))
+        metrics["evaluation"] = evaluate_run(recipe, resolve(recipe.policy), aligned, folder.path / "evaluation")
     write_report(folder, metrics, recipe.seed)
     run = metrics["run"]
     if "policy_round" not in run:
@@ -140,6 +146,8 @@ def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | No
         judged=judged(recipe, method),
         rounds=metrics["rounds"],
     )
+    if "evaluation" in metrics:
+        facts["evaluation"] = metrics["evaluation"]
     if recipe.rounds > 1:
         facts["result"] = f"This is the policy of round {run['policy_round']} of {recipe.rounds}."
         if "ended" in run:

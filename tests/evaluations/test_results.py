@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from selfsteer.evaluations.results import Evaluation, Figure, TaskResult, as_json, estimate_of, side_by_side
+from selfsteer.evaluations.results import Evaluation, Figure, TaskResult, estimate_of, side_by_side, summary
+from selfsteer.measures.metrics import plain
 
 
 def result(hits: list[int], **changes: object) -> TaskResult:
@@ -16,7 +17,6 @@ def result(hits: list[int], **changes: object) -> TaskResult:
         value=sum(hits) / len(hits),
         estimate=estimate_of(by_item),
         by_item=by_item,
-        higher_is_better=True,
     )
     fields = {
         "task": "t",
@@ -77,13 +77,13 @@ def test_different_items_or_judges_are_not_compared():
 
 def test_a_metric_that_is_no_mean_has_no_difference():
     after = result([1, 0])
-    figure = Figure(task="t", metric="f1", value=0.3, estimate=None, by_item=None, higher_is_better=True)
+    figure = Figure(task="t", metric="f1", value=0.3, estimate=None, by_item=None)
     (row,) = side_by_side(*[evaluation(replace(after, figures=[figure]))] * 2)
     assert (row.after.mean, row.after.low, row.difference) == (0.3, None, None)
 
 
 def test_everything_is_json():
-    found = json.loads(json.dumps(as_json(evaluation(result([1, 0])), None, {"limit": None})))
+    found = json.loads(json.dumps(plain(summary(evaluation(result([1, 0])), None, {"limit": None}))))
     assert found["rows"][0]["after"]["mean"] == 0.5
     assert found["models"]["after"]["tasks"][0]["figures"] == {"acc": 0.5}
     assert "before" not in found["models"]

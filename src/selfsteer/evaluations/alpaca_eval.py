@@ -105,8 +105,8 @@ def annotated_win_rate(annotations: Annotations, folder: Path | None) -> WinRate
         missing = sorted(set(order) - {each.instruction for each in annotations.judged})
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(order)} instructions have no judgement, first {missing[0][:60]!r}; AlpacaEval's figures"
-                " are over all of them"
+                f"{len(missing)} of {len(order)} instructions have no judgement, first {missing[0][:60]!r}; AlpacaEval's"
+                " figures are over all of them"
             )
     return length_controlled(annotations.judged, gamed=gamed, order=order)
 

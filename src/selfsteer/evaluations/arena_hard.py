@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from selfsteer.engines.base import Sampling
-from selfsteer.estimates import Estimate, mean_estimate
 from selfsteer.evaluations.asking import Answer, Ask, Asked
+from selfsteer.measures.estimates import Estimate, mean_estimate
 from selfsteer.records import Message
 
 BASELINE = "gpt-4-0314"

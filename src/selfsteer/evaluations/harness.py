@@ -15,7 +15,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -252,6 +252,7 @@ class _Model(LM):
         self.unanswered: dict[str, dict[str, int]] = {}
         """By task and reason."""
         self.cut: dict[str, int] = {}
+        self.first: dict[str, tuple[Message, ...]] = {}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return json.dumps([{"role": each["role"], "content": each["content"]} for each in chat_history])
@@ -274,6 +275,7 @@ class _Model(LM):
                 max_new_tokens=self._max_new_tokens or wanted["max_gen_toks"],
             )
             asked.append(Asked(_messages(prompt), sampling, repeat))
+            self.first.setdefault(str(request.task_name), asked[-1].messages)
             stops.append([stop for stop in wanted["until"] if stop])
         texts: list[str] = []
         for request, answer, until in zip(requests, self._ask(asked), stops, strict=True):
@@ -291,6 +293,7 @@ class _Model(LM):
         for request in requests:
             prompt, continuation = cast(tuple[str, str], request.args)
             messages = _messages(prompt)
+            self.first.setdefault(str(request.task_name), messages)
             if items and items[-1].messages == messages and continuation not in items[-1].continuations:
                 items[-1] = Choices(messages, (*items[-1].continuations, continuation))
             else:
@@ -318,11 +321,19 @@ def _until(text: str, stops: Sequence[str]) -> str:
 def _read(results: dict[str, Any], model: _Model, loaded: _Loaded) -> list[TaskResult]:
     found = [_task_result(name, results, model, loaded) for name in results["samples"]]
     by_name = {each.task: each for each in found}
-    groups = [
-        _group_result(group, _leaves(group, results["group_subtasks"]), by_name, results)
-        for group in results.get("groups", {})
+    for group in results.get("groups", {}):
+        by_name[group] = _group_result(group, _leaves(group, results["group_subtasks"]), by_name, results)
+    # What was named, each with its parts behind it.
+    return [
+        by_name[name] if name == root or root not in by_name else replace(by_name[name], part_of=root)
+        for root in loaded.names
+        for name in _named(root, results["group_subtasks"])
+        if name in by_name
     ]
-    return [*groups, *found]
+
+
+def _named(root: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    return [root, *(name for member in subtasks.get(root) or () for name in _named(member, subtasks))]
 
 
 def _task_result(name: str, results: dict[str, Any], model: _Model, loaded: _Loaded) -> TaskResult:
@@ -346,6 +357,7 @@ def _task_result(name: str, results: dict[str, Any], model: _Model, loaded: _Loa
         unanswered=model.unanswered.get(name, {}),
         cut=model.cut.get(name, 0),
         notes=notes,
+        first=model.first.get(name),
     )
 
 
@@ -357,7 +369,6 @@ def _figures(name: str, results: dict[str, Any], samples: Sequence[dict[str, Any
             continue
         rows = {str(each["doc_id"]): each[metric] for each in samples if each["filter"] == kept and metric in each}
         by_item = _influences(rows, value)
-        better = results["higher_is_better"][name].get(metric)
         figures.append(
             Figure(
                 task=name,
@@ -365,7 +376,7 @@ def _figures(name: str, results: dict[str, Any], samples: Sequence[dict[str, Any
                 value=float(value),
                 estimate=estimate_of(by_item),
                 by_item=by_item,
-                higher_is_better=better is not False,
+                form="share" if 0 <= value <= 1 else "number",
             )
         )
     return figures
@@ -407,7 +418,6 @@ def _group_result(
         own = [figure for member in members for figure in member.figures if figure.metric == name]
         rows = {f"{figure.task}/{item}": part for figure in own for item, part in (figure.by_item or {}).items()}
         by_item = _influences(rows, value)
-        better = all(figure.higher_is_better for figure in own)
         figures.append(
             Figure(
                 task=group,
@@ -415,7 +425,7 @@ def _group_result(
                 value=float(value),
                 estimate=estimate_of(by_item),
                 by_item=by_item,
-                higher_is_better=better,
+                form="share" if 0 <= value <= 1 else "number",
             )
         )
     unanswered: dict[str, int] = {}
@@ -433,4 +443,5 @@ def _group_result(
         unanswered=unanswered,
         cut=sum(member.cut for member in members),
         notes=[f"{len(members)} tasks"],
+        first=members[0].first,
     )

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selfsteer.estimates import Estimate, mean_estimate
+from selfsteer.measures.estimates import Estimate, mean_estimate
 
 Floats = NDArray[np.float64]
 Formula = Literal["length_controlled_v1", "length_controlled_minimal"]

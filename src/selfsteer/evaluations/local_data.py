@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selfsteer.durable import digest, file_digest
+from selfsteer.store.durable import digest, file_digest
 
 Rows = list[dict[str, Any]]
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfsteer.engines.base import Sampling
-from selfsteer.estimates import Estimate, mean_estimate
 from selfsteer.evaluations.asking import Answer, Ask, Asked
+from selfsteer.measures.estimates import Estimate, mean_estimate
 from selfsteer.records import Message
 
 MAX_NEW_TOKENS = 1024

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfsteer.estimates import METHOD, Estimate, mean_estimate, paired_difference, share_estimate
+from selfsteer.measures.estimates import METHOD, Estimate, mean_estimate, paired_difference, share_estimate
+from selfsteer.measures.metrics import Form
+from selfsteer.records import Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +26,8 @@ class Figure:
     """With its interval over items; None of a metric that is no mean over them."""
     by_item: Mapping[str, float] | None
     """What each item adds, so that their mean is the value; two models' differ item by item."""
-    higher_is_better: bool
+    form: Form = "share"
+    """How people write it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,10 @@ class TaskResult:
     judge: str | None = None
     """Who judged; figures of different judges are never compared."""
     notes: Sequence[str] = ()
+    part_of: str | None = None
+    """The task named that this is a part of, such as a subject of MMLU."""
+    first: tuple[Message, ...] | None = None
+    """What was asked first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +67,9 @@ class Evaluation:
     seconds: float
     """Of answering and scoring; what was journalled before took none."""
     first_prompts: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The first item of each kind, as the model read it."""
+    """The first item of each task, as the model read it."""
+    ends: Sequence[str] = ()
+    """The tokens that end an answer: with another end token the same model has other figures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +86,8 @@ class Row:
     of: int
     judge: str | None
     remarks: Sequence[str]
+    form: Form
+    part_of: str | None
 
     @property
     def limited(self) -> bool:
@@ -118,6 +129,8 @@ def _rows(after: TaskResult, before: TaskResult | None) -> list[Row]:
                 of=after.of,
                 judge=after.judge,
                 remarks=_remarks(after, before),
+                form=figure.form,
+                part_of=after.part_of,
             )
         )
     return rows
@@ -147,8 +160,8 @@ def _remarks(after: TaskResult, before: TaskResult | None) -> list[str]:
     return said
 
 
-def as_json(after: Evaluation, before: Evaluation | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, for programs: both evaluations, the rows, how the intervals were made."""
+def summary(after: Evaluation, before: Evaluation | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything, for metrics.json (`metrics.plain` makes JSON of it): both evaluations, the rows, the settings."""
     return {
         "settings": dict(settings),
         "method": METHOD,
@@ -161,19 +174,17 @@ def _row(row: Row) -> dict[str, Any]:
     return {
         "task": row.task,
         "metric": row.metric,
-        "before": _estimate(row.before),
-        "after": _estimate(row.after),
-        "difference": _estimate(row.difference),
+        "before": row.before,
+        "after": row.after,
+        "difference": row.difference,
         "items": row.items,
         "of": row.of,
         "limited": row.limited,
         "judge": row.judge,
         "remarks": list(row.remarks),
+        "form": row.form,
+        "part_of": row.part_of,
     }
-
-
-def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
-    return None if estimate is None else estimate._asdict()
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
@@ -182,6 +193,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "digest": evaluation.digest,
         "seconds": round(evaluation.seconds, 1),
         "first_prompts": dict(evaluation.first_prompts),
+        "ends": list(evaluation.ends),
         "tasks": [
             {
                 "task": task.task,
@@ -194,6 +206,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
                 "unanswered": dict(task.unanswered),
                 "cut": task.cut,
                 "judge": task.judge,
+                "part_of": task.part_of,
                 "notes": list(task.notes),
             }
             for task in evaluation.tasks

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from selfsteer.estimates import Estimate, mean_estimate, share_estimate
+from selfsteer.measures.estimates import Estimate, mean_estimate, share_estimate
 from selfsteer.records import Message
 
 Format = Literal["rewardbench", "rewardbench2", "llmbar", "pairs"]

@@ -19,7 +19,7 @@ from selfsteer.judges.reward import RewardModel, reward_verdicts
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.models import load_tokenizer, resolve
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.engines import runs_already, sampling_identity
+from selfsteer.recipe.engines import TransformersSection, runs_already, sampling_identity
 from selfsteer.recipe.sections import JudgeSection, Policy, Training
 from selfsteer.recipe.text import RecipeError, explain, read_yaml
 from selfsteer.records import Checkpoint
@@ -91,6 +91,18 @@ def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
     judge = RecipeJudge(section=section, model=model, template=template, trust_remote_code=policy.trust_remote_code)
     judge.prompts()
     return judge
+
+
+def open_judge(judge: RecipeJudge) -> Engine:
+    """An LLM judge as an engine, for questions that are answered in words. Raises ValueError for what the engine lacks."""
+    assert judge.section.kind == "llm"
+    if judge.section.engine is not None:
+        return _open(judge, judge.prompts())
+    prompts = judge.prompts()
+    assert judge.model is not None
+    assert prompts is not None
+    section = TransformersSection(dtype=judge.section.dtype)
+    return opening.open_engine(section, judge.model, prompts, trust_remote_code=judge.trust_remote_code)
 
 
 def check_judge(judge: RecipeJudge) -> None:

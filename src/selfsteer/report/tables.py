@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.measures.estimates import METHOD
 from selfsteer.measures.metrics import (
     Cell,
@@ -105,9 +106,34 @@ def write_metrics(path: Path, metrics: Metrics) -> None:
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     """Print what was made of what, what it measures, and where it is. 100 columns where the output is no terminal."""
     console = console or _console()
-    for table in tables(metrics["rounds"]):
+    for table in run_tables(metrics):
         _print(table, console)
     console.print(Text(closing_line(metrics)), soft_wrap=True)
+
+
+def run_tables(metrics: Metrics) -> Iterator[Table]:
+    """All tables of a run."""
+    yield from tables(metrics["rounds"])
+    if "evaluation" in metrics:
+        yield evaluation_table(metrics["evaluation"])
+
+
+def print_evaluation(found: Json, title: str, console: Console | None = None) -> None:
+    """Print what an evaluation found."""
+    _print(evaluation_table(found, title), console or _console())
+
+
+def print_annotated(found: WinRate, who: str, console: Console | None = None) -> None:
+    """Print the win rates of recorded judgements."""
+    controlled = "published" if found.formula == "length_controlled_v1" else "without difficulty, not the leaderboard's"
+    rows = (
+        Row("win rate", (cell(plain(found.win_rate), "share"), Cell(f"{found.win_rate.n:,}"))),
+        Row("length-controlled win rate", (cell(plain(found.length_controlled), "share"), Cell(f"formula: {controlled}"))),
+        Row("... its published standard error", (cell(found.published_error, "share"), Cell(""))),
+        Row("wins, losses, draws", (Cell(f"{found.wins:,}, {found.baseline_wins:,}, {found.draws:,}"), Cell(""))),
+        Row("no verdict", (cell(found.no_verdict, "number"), Cell(""))),
+    )
+    _print(Table(who, ("", "items"), rows, METHOD, left=True), console or _console())
 
 
 def print_measures(measures: Measures, console: Console | None = None) -> None:
@@ -216,6 +242,34 @@ def gates_table(results: Sequence[GateResult], *, title: str = "Gates") -> Table
         for result in results
     ]
     return Table(title, ("measured", "bound", ""), tuple(rows), METHOD, left=True)
+
+
+def evaluation_table(found: Json, title: str = "Evaluation") -> Table:
+    """Benchmarks of one model, or of two side by side; parts of a task (MMLU's subjects) are in the JSON alone."""
+    found = cast(Json, plain(found))
+    both = "before" in found["models"]
+    rows: list[Row] = []
+    for row in found["rows"]:
+        if row["part_of"] is not None:
+            continue
+        form = cast(Form, row["form"])
+        items = f"{row['items']:,}" + (f" of {row['of']:,}" if row["limited"] else "")
+        remarks = [*row["remarks"], *([f"judge: {row['judge']}"] if row["judge"] else [])]
+        figures = (cell(row["before"], form), cell(row["after"], form), cell(row["difference"], form, signed=True))
+        cells = (*(figures if both else figures[1:2]), Cell(items), Cell("; ".join(remarks)))
+        rows.append(Row(f"{row['task']}, {row['metric']}", cells))
+    seconds = ", ".join(f"{when} {duration(model['seconds'])}" for when, model in found["models"].items())
+    notes = dict.fromkeys(
+        note
+        for model in found["models"].values()
+        for task in model["tasks"]
+        if not task["part_of"]
+        for note in task["notes"]
+    )
+    said = f"{'; '.join(notes)}. " if notes else ""
+    note = f"{METHOD} Differences are of the same items. {said}Time: {seconds}."
+    columns = ("before", "after", "after - before") if both else ("",)
+    return Table(title, (*columns, "items", "remarks"), tuple(rows), note, left=True)
 
 
 def _stops_table(results: Sequence[GateResult], title: str) -> Table:
