@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from selfsteer.data.queries import read_queries
 from selfsteer.engines.base import Sampling
@@ -21,7 +21,7 @@ from selfsteer.evaluations.results import Evaluation, TaskResult, summary
 from selfsteer.judges.find import RecipeJudge, check_judge, find_judge, read_judge
 from selfsteer.recipe.engines import EngineSection, TransformersSection, runs_already
 from selfsteer.recipe.sections import EvaluationSection, Policy, Queries, Sampled
-from selfsteer.recipe.text import RecipeError, explain, read_yaml
+from selfsteer.recipe.text import RecipeError, Section, explain, read_yaml
 from selfsteer.records import Query
 from selfsteer.stages.evaluation import evaluate, verdicts_of
 from selfsteer.store.durable import file_digest
@@ -115,6 +115,12 @@ def _judge(reference: str | None) -> RecipeJudge | None:
     return judge
 
 
+class _EngineFile(Section):
+    """A file with an engine's section."""
+
+    engine: EngineSection
+
+
 def read_engine(file: Path | None) -> EngineSection:
     """The engine section of a YAML file (under `engine`, as in a recipe); the embedded engine without one."""
     if file is None:
@@ -123,8 +129,6 @@ def read_engine(file: Path | None) -> EngineSection:
     if "engine" not in data:
         raise RecipeError(f"{file}: no section engine; expected one, as in a recipe")
     try:
-        return TypeAdapter[EngineSection](EngineSection).validate_python(data["engine"])
+        return _EngineFile.model_validate({"engine": data["engine"]}).engine
     except ValidationError as error:
-        raise RecipeError(
-            explain(error, TransformersSection, lambda key: f"{file}:{lines.get(f'engine.{key}', lines.get('engine', 1))}")
-        ) from None
+        raise RecipeError(explain(error, _EngineFile, lambda key: f"{file}:{lines.get(key, lines['engine'])}")) from None

@@ -23,7 +23,7 @@ from typing import Any, cast
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 256
 """Limit of an answer where neither the task nor the caller says one: the harness's own."""
+
+_FEWSHOT_SEED = 1234
+"""The harness's own, for tasks that draw their examples."""
 
 _ALIASES = {"math500": "minerva_math500"}
 _HOMES = {
@@ -97,33 +100,31 @@ class Harness:
         """
         self.settings = settings
         self._loaded = _load(settings)
-        for name, task in self._tasks().items():
+        for name, task in self._load()["tasks"].items():
             _refuse(name, task, scores=scores)
 
-    def _tasks(self) -> dict[str, Any]:
+    def _load(self) -> dict[str, Any]:
         found = cast(dict[str, Any], self._loaded.manager.load(list(self._loaded.names)))
-        if self.settings.fewshot is not None:
-            for task in found["tasks"].values():
-                task.set_config("num_fewshot", self.settings.fewshot)
-        return found["tasks"]
+        for task in found["tasks"].values():
+            if self.settings.fewshot is not None or task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", self.settings.fewshot or 0)
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        return found
 
     def evaluate(self, ask: Ask, score: Score) -> list[TaskResult]:
-        """Every task, in the order named."""
-        loaded, settings = self._loaded, self.settings
-        model = _Model(ask, score, settings.max_new_tokens)
-        results = simple_evaluate(
-            model=model,
-            tasks=cast(Any, list(loaded.names)),
-            num_fewshot=settings.fewshot,
-            limit=settings.limit,
+        """Every task, in the order named, its parts behind it."""
+        model = _Model(ask, score, self.settings.max_new_tokens)
+        results = evaluate(
+            lm=model,
+            task_dict=cast(Any, self._load()),
+            limit=self.settings.limit,
             apply_chat_template=True,
             fewshot_as_multiturn=True,
-            task_manager=loaded.manager,
             bootstrap_iters=0,
             log_samples=True,
         )
         assert results is not None
-        return _read(cast(dict[str, Any], results), model, loaded)
+        return _read(cast(dict[str, Any], results), model, self._loaded)
 
 
 def _known_as(names: Sequence[str]) -> list[str]:

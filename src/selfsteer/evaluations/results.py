@@ -154,9 +154,10 @@ def _remarks(after: TaskResult, before: TaskResult | None) -> list[str]:
     for when, result in (("before", before), ("after", after)):
         if result is None:
             continue
-        said += [f"{when}: {count:,} unanswered ({reason})" for reason, count in result.unanswered.items()]
+        mark = "" if before is None else f"{when}: "
+        said += [f"{mark}{count:,} unanswered ({reason})" for reason, count in result.unanswered.items()]
         if result.cut:
-            said.append(f"{when}: {result.cut:,} cut off")
+            said.append(f"{mark}{result.cut:,} cut off")
     return said
 
 
