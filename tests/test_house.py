@@ -17,7 +17,7 @@ FLOORS = (
     {"stages"},
     {"report"},
     {"pipeline"},
-    {"compare", "given", "evaluate"},
+    {"compare", "given", "evaluate", "rewards"},
     {"cli", "__init__"},
     {"__main__"},
 )

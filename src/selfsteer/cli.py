@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from selfsteer.recipe import sections as recipes
+from selfsteer.recipe.engines import DTypeName
 from selfsteer.runtime import Interrupted, graceful_stop
 
 if TYPE_CHECKING:
@@ -157,6 +158,10 @@ JudgeName = Annotated[
     typer.Option(metavar="JUDGE", help="An LLM, a reward model, or a .yaml file with a judge section.", show_default=False),
 ]
 
+ChatTemplate = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A Jinja chat template, for a model without.", show_default=False)
+]
+
 Output = Annotated[Path, typer.Option(metavar="DIR", help="Keeps what was answered; the same command goes on from there.")]
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, too.")]
@@ -251,6 +256,94 @@ def compare_answers(
             output,
         )
         print_evaluation(found, f"{a} against {b}")
+        _write_json(json, found)
+
+
+@app.command()
+def reward(
+    pairs: Annotated[list[Path], typer.Argument(metavar="PAIRS...", help="Preference datasets.", show_default=False)],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="The chat model to start from, as policy.model in a recipe.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; the same command goes on from there.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,...", help="How often each dataset is taken: 0.5 half of it, 2 twice.")
+    ] = None,
+    holdout: Annotated[float, typer.Option(help="Share of the queries kept for measuring.", min=0, max=0.9)] = 0.1,
+    epochs: Annotated[float, typer.Option(help="Passes over the pairs.")] = 1.0,
+    learning_rate: Annotated[float | None, typer.Option(help="1e-5 when left out; 1e-4 with --lora-rank.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs an optimizer step.", min=1)] = 32,
+    micro_batch_size: Annotated[int, typer.Option(help="Pairs a forward pass: memory, not mathematics.", min=1)] = 4,
+    lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank; all weights otherwise.", min=1)] = None,
+    margin: Annotated[bool, typer.Option("--margin", help="Take each pair's own margin from its row.")] = False,
+    center: Annotated[float | None, typer.Option(help="Pull rewards to a mean of zero, such as 0.01.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longer conversations are dropped.", min=1)] = 2048,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A Jinja chat template, for a model without.")
+    ] = None,
+    dtype: Annotated[DTypeName, typer.Option(help="Arithmetic of the forward pass.")] = "auto",
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Of the head and of the order.", min=0)] = 0,
+) -> None:
+    """Train a reward model on preference pairs, and measure it on held-out ones."""
+    with graceful_stop():
+        from selfsteer import rewards
+        from selfsteer.report.tables import print_judged
+        from selfsteer.training.reward import RewardTraining
+
+        given = [1.0] * len(pairs) if weights is None else [_weight(text) for text in weights.split(",")]
+        if len(given) != len(pairs):
+            raise ValueError(f"--weights: {len(given)} weights for {len(pairs)} datasets")
+        training = RewardTraining(
+            epochs=epochs,
+            learning_rate=learning_rate or (1e-5 if lora_rank is None else 1e-4),
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            lora_rank=lora_rank,
+            margin=margin,
+            center=center,
+            dtype=dtype,
+            seed=seed,
+            save_steps=save_steps,
+        )
+        settings = rewards.RewardSettings(holdout=holdout, max_tokens=max_tokens, chat_template=chat_template, dtype=dtype)
+        sources = [rewards.Source(path=path, weight=weight) for path, weight in zip(pairs, given, strict=True)]
+        found = rewards.train_reward_model(sources, model, output, settings, training)
+        print_judged(found["held_out"], "Held-out pairs")
+        typer.echo(f"reward model  {found['model']}")
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"--weights: {text!r} is no positive number")
+    return weight
+
+
+@app.command("reward-bench")
+def reward_bench(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A reward model: a folder or a hub id.", show_default=False)],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE", help="RewardBench, RewardBench 2, LLMBar, or preference pairs; several times for several."
+        ),
+    ],
+    output: Output = Path("evaluations"),
+    max_tokens: Annotated[int, typer.Option(help="Longer conversations are not scored.", min=1)] = 8192,
+    dtype: Annotated[DTypeName, typer.Option(help="Arithmetic of the forward pass.")] = "auto",
+    json: Json = None,
+) -> None:
+    """Measure a reward model on labelled data: by subset and over all, as each benchmark is published."""
+    with graceful_stop():
+        from selfsteer import rewards
+        from selfsteer.report.tables import print_reward_bench
+
+        settings = rewards.RewardSettings(max_tokens=max_tokens, dtype=dtype)
+        found = rewards.reward_bench(model, data, output, settings)
+        for name, benchmark in found.items():
+            print_reward_bench(benchmark, name)
         _write_json(json, found)
 
 

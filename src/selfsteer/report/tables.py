@@ -136,6 +136,34 @@ def print_annotated(found: WinRate, who: str, console: Console | None = None) ->
     _print(Table(who, ("", "items"), rows, METHOD, left=True), console or _console())
 
 
+def print_judged(reports: Mapping[str, Json], title: str, console: Console | None = None) -> None:
+    """Print what a judge or a reward model says of several sets of pairs."""
+    found = [cast(Json, plain(report)) for report in reports.values()]
+    rows = [Row("pairs", tuple(cell(report.get("pairs"), "number") for report in found))]
+    rows += [Row(label, tuple(cell(report.get(key), "share") for report in found)) for label, key in VERDICTS]
+    kept = tuple(row for row in rows if any(cell.value for cell in row.cells))
+    _print(Table(title, tuple(reports), kept, METHOD), console or _console())
+
+
+def print_reward_bench(found: Json, name: str, console: Console | None = None) -> None:
+    """Print a reward model's numbers on one benchmark."""
+    found = cast(Json, plain(found))
+    if found["format"] == "pairs":
+        print_judged({name: found}, "Labelled pairs", console)
+        return
+    rows = [Row(subset, (cell(value, "share"), cell(value["n"], "number"))) for subset, value in found["subsets"].items()]
+    rows += [Row(section, (cell(value, "share"), Cell(""))) for section, value in found["sections"].items()]
+    if found["score"] is not None:
+        rows.append(Row("score", (cell(found["score"], "share"), Cell(""))))
+    if found["kappa"] is not None:
+        rows.append(Row("Cohen's kappa", (cell(found["kappa"], "number"), Cell(""))))
+    said = [f"{found['items']:,} of {found['of']:,} items scored", f"{found['ties']:,} ties"]
+    said += [f"{count:,} not scored ({reason})" for reason, count in found["refused"].items()]
+    said += [f"no score: {len(found['missing'])} subsets are missing"] if found["missing"] else []
+    title = f"{name} ({found['format']})"
+    _print(Table(title, ("", "items"), tuple(rows), f"{METHOD} {'; '.join(said)}."), console or _console())
+
+
 def print_measures(measures: Measures, console: Console | None = None) -> None:
     """Print the measures of one set of pairs."""
     _print(measures_table({"pairs": measures}), console or _console())

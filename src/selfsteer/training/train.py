@@ -251,13 +251,13 @@ def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job:
     if model is None:
         return
     if isinstance(model, PeftModel):
-        with _whole_folder(folder.with_name("adapter")) as unfinished:
+        with whole_folder(folder.with_name("adapter")) as unfinished:
             _save_adapter(model, unfinished)
     plain = cast(PreTrainedModel, model.merge_and_unload()) if isinstance(model, PeftModel) else model
     given = AutoConfig.from_pretrained(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     cast(torch.nn.Module, plain).to(given.dtype or torch.float32)
     plain.config.use_cache = given.use_cache  # switched off for training
-    with _whole_folder(folder) as unfinished:
+    with whole_folder(folder) as unfinished:
         plain.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
@@ -274,7 +274,7 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 @contextmanager
-def _whole_folder(folder: Path) -> Generator[Path]:
+def whole_folder(folder: Path) -> Generator[Path]:
     """A folder to fill, which takes the place of `folder` when the block ends."""
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
