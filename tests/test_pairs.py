@@ -1,7 +1,9 @@
 """Pairs as literals (DESIGN section 1: the table of L_SSO), and every filter with texts that it must and must not drop."""
 
+from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from tiny import tiny_tokenizer
 
@@ -9,7 +11,7 @@ from selfsteer import pairs
 from selfsteer.measures import text
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Filters
-from selfsteer.records import PreferencePair, Principles, Query, Response, Responses
+from selfsteer.records import Pair, Principles, Query, Response, Responses, side
 from selfsteer.store import columns
 
 QUERY = Query(id="q1", messages=({"role": "user", "content": "What is the capital of France?"},))
@@ -44,16 +46,9 @@ def prompts() -> Prompts:
     return Prompts(tiny_tokenizer())
 
 
-def pair(kind: Any, prompt: Any, chosen: tuple[str, Any], rejected: tuple[str, Any]) -> PreferencePair:
-    return PreferencePair(
-        query_id="q1",
-        kind=kind,
-        prompt=prompt,
-        chosen=chosen[0],
-        rejected=rejected[0],
-        chosen_finish=chosen[1],
-        rejected_finish=rejected[1],
-    )
+def pair(kind: Any, prompt: Any, chosen: tuple[str, Any], rejected: tuple[str, Any]) -> Pair:
+    sides = [replace(side(*each), seed=0) for each in (chosen, rejected)]
+    return Pair(query_id="q1", kind=kind, prompt=prompt, chosen=sides[0], rejected=sides[1], principles=PRINCIPLES)
 
 
 GOOD, BAD, ORIGINAL = ("Paris is the capital.", "stop"), ("Some town, maybe.", "length"), ("It is Paris.", "stop")
@@ -73,7 +68,7 @@ L_MINUS = pair("l_minus", X_MINUS, ORIGINAL, GOOD)
         ("l_minus", (L_MINUS,)),
     ],
 )
-def test_steering_pairs(prompts: Prompts, objective: Any, expected: tuple[PreferencePair, ...]):
+def test_steering_pairs(prompts: Prompts, objective: Any, expected: tuple[Pair, ...]):
     """L+ is (x+, y+, y-); L- is (x-, y_o, y+), in equation 3 (x-, y-, y+)."""
     assert pairs.steering_pairs(answered(response("It is Paris.")), prompts, objective) == expected
 
@@ -85,28 +80,29 @@ def test_sso_is_the_objective_unless_another_is_named(prompts: Prompts):
 @pytest.mark.parametrize("objective", ["equation_3", "l_plus"])
 def test_the_original_response_is_not_needed_where_nothing_trains_on_it(prompts: Prompts, objective: Any):
     made = pairs.steering_pairs(answered(None), prompts, objective)
-    assert {text for each in made for text in (each.chosen, each.rejected)} == {GOOD[0], BAD[0]}
+    assert {each.text for pair in made for each in (pair.chosen, pair.rejected)} == {GOOD[0], BAD[0]}
 
 
 def test_the_alignment_pair_is_on_the_bare_query():
-    made = pairs.alignment_pair(QUERY, response("Paris."), response("Nice?", finish="length"))
-    assert made == pair("alignment", QUERY.messages, ("Paris.", "stop"), ("Nice?", "length"))
+    made = pairs.alignment_pair(answered(None))
+    assert made == pair("alignment", QUERY.messages, GOOD, BAD)
 
 
-def test_a_row_is_conversational():
-    row = columns.pair_row(L_MINUS)
-    assert row == {
-        "prompt": [
+def test_a_row_is_conversational_and_comes_back_as_the_pair():
+    made = replace(L_MINUS, chosen=replace(L_MINUS.chosen, logps=-3.5, tokens=4))
+    row = columns.pair_row(made)
+    assert [list(row[name]) for name in ("prompt", "chosen", "rejected")] == [
+        [
             {"role": "system", "content": PRINCIPLES.bad},
             {"role": "user", "content": "What is the capital of France?"},
         ],
-        "chosen": [{"role": "assistant", "content": "It is Paris."}],
-        "rejected": [{"role": "assistant", "content": "Paris is the capital."}],
-        "query_id": "q1",
-        "kind": "l_minus",
-        "chosen_finish": "stop",
-        "rejected_finish": "stop",
-    }
+        [{"role": "assistant", "content": "It is Paris."}],
+        [{"role": "assistant", "content": "Paris is the capital."}],
+    ]
+    table = pa.Table.from_pylist([row], schema=columns.PAIRS)
+    assert row.keys() == set(table.column_names)
+    [read] = map(columns.pair, table.to_pylist())
+    assert read == made
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Left out on purpose: how responses are sampled, pairs built and scored: the modu
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from selfsteer.data.exchange import read_pairs
 from selfsteer.engines.base import Request
@@ -13,7 +13,7 @@ from selfsteer.engines.sampling import sample
 from selfsteer.pairs import alignment_pair, item_key, reject_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Dropped, PairRow, PreferencePair, Responses
+from selfsteer.records import Dropped, Pair, Responses
 from selfsteer.stages.base import (
     Round,
     Work,
@@ -23,13 +23,10 @@ from selfsteer.stages.base import (
     kept,
     make_stage,
     policy_as_judge,
-    scored_rows,
-    seeds_of,
 )
 from selfsteer.stages.responses import answers_to, engine_of, requests_of
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
-from selfsteer.store.columns import NO_SEEDS
 from selfsteer.store.durable import file_digest
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.training.scoring import Group, score_missing, scores
@@ -123,19 +120,19 @@ def _preference_pairs(
         return found or special_token_reason((item.good.text, item.bad.text), round.prompts)
 
     def group(item: Responses) -> Group:
-        return judge.group((alignment_pair(item.query, item.good, item.bad),))
+        return judge.group((alignment_pair(item),))
 
     every_group = map(group, usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
-    def rows() -> Iterator[PairRow]:
+    def rows() -> Iterator[dict[str, Any]]:
         for item in answered():
             if isinstance(item, Dropped):
                 dropped.append(item)
             elif item_key(item) in reasons:
                 dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
             else:
-                yield from scored_rows(work.journal, group(item), item.principles, seeds_of(item))
+                yield from map(columns.pair_row, scores(work.journal, group(item)))
 
     return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.PAIRS)
 
@@ -160,18 +157,17 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
     to_score = (group for group in groups() if isinstance(group, Group))
     score_missing(judge, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
 
-    def rows() -> Iterator[PairRow]:
+    def rows() -> Iterator[dict[str, Any]]:
         for item in groups():
             if isinstance(item, Dropped):
                 dropped.append(item)
             else:
-                [scored] = scores(work.journal, item)
-                yield columns.scored_row(item.pairs[0], scored, None, NO_SEEDS)
+                yield from map(columns.pair_row, scores(work.journal, item))
 
     return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS)
 
 
-def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[PreferencePair | Dropped]:
+def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[Pair | Dropped]:
     """The pairs of a file that can be tokenised as they are, and the others with the reason why not.
 
     Raises ValueError, naming file and row, for a malformed file.
@@ -181,8 +177,10 @@ def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) ->
         if isinstance(row, Dropped):
             yield row
             continue
-        pair = columns.pair(cast(dict[str, Any], row))
-        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason((pair.chosen, pair.rejected), prompts)
+        pair = columns.pair(row)
+        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason(
+            (pair.chosen.text, pair.rejected.text), prompts
+        )
         if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
             reason = "prompt too long"
         yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
