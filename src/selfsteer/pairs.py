@@ -59,7 +59,7 @@ def _pair(responses: Responses, kind: PairKind, prompt: tuple[Message, ...], ran
 
 
 def _side(response: Response) -> Side:
-    return replace(side(response.text, response.finish_reason), seed=response.seed)
+    return replace(side(response.text, response.finish_reason), token_ids=response.sampled, seed=response.seed)
 
 
 def reject_reason(good: Response, bad: Response, principles: Principles, filters: Filters) -> str | None:
@@ -95,7 +95,7 @@ def steering_reject_reason(responses: Responses, filters: Filters, prompts: Prom
         if responses.original.text.strip() == responses.good.text.strip():
             return "original identical to the good response"
     sampled = (responses.good, responses.bad, responses.original)
-    return special_token_reason((response.text for response in sampled if response is not None), prompts)
+    return sampled_special_reason((response for response in sampled if response is not None), prompts)
 
 
 def usable(
@@ -113,6 +113,16 @@ def usable(
 def item_key(item: Responses) -> tuple[str, int]:
     """The query and, since it may be answered several times, a seed of this time."""
     return item.query.id, item.good.seed
+
+
+def sampled_special_reason(responses: Iterable[Response], prompts: Prompts) -> str | None:
+    """The same of responses, whose text leaves out the special tokens that were sampled in the middle of them."""
+    for response in responses:
+        if not prompts.special_ids.isdisjoint(response.token_ids):
+            return "special tokens in a response"
+        if (reason := special_token_reason((response.text,), prompts)) is not None:
+            return reason
+    return None
 
 
 def special_token_reason(texts: Iterable[str], prompts: Prompts) -> str | None:

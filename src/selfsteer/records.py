@@ -74,6 +74,19 @@ class Response:
     """The sampled tokens, without the end token."""
     finish_reason: FinishReason
     seed: int
+    end_id: int | None = None
+    """The end token that was sampled; None of a response that was cut off, and where the engine did not tell."""
+    reencoded: bool = False
+    """The engine told only the text; `token_ids` is that text encoded again."""
+
+    @property
+    def sampled(self) -> tuple[int, ...] | None:
+        """All that was sampled, with the end token; None where the engine did not tell all of it."""
+        if self.reencoded:
+            return None
+        if self.finish_reason == "length":
+            return self.token_ids
+        return None if self.end_id is None else (*self.token_ids, self.end_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +124,8 @@ class Side:
     """The assistant's turn."""
     finish: FinishReason = "stop"
     """With "length", the response was cut off: it is trained without an end token."""
+    token_ids: tuple[int, ...] | None = None
+    """What was sampled, with the end token: what is scored, trained and measured. None where only the text is known."""
     logps: float | None = None
     """Summed log-probability under the policy to be aligned; None as long as nobody has scored the pair."""
     tokens: int | None = None

@@ -31,6 +31,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.records import Message, Pair, side
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.store.durable import digest
+from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
 
@@ -121,9 +122,6 @@ def refusal(asked: BothOrders, prompts: Prompts, limit: int) -> str | None:
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
-"""Version of the journalled answers; part of every key."""
-
 Pairs = Callable[[], Iterable[Pair]]
 """The pairs to be judged, each time from the beginning: once to ask, once to read the verdicts."""
 
@@ -167,7 +165,7 @@ class LLMJudge:
         if attempt and sampling.temperature == 0:
             sampling = replace(sampling, temperature=_RETRY_TEMPERATURE)
         content = {
-            "schema": SCHEMA,
+            "schema": SCHEMA_VERSION,
             "judge": self.name,
             "messages": list(messages),
             "prompts": None if self.prompts is None else self.prompts.digest,

@@ -26,10 +26,8 @@ from selfsteer.recipe.sections import Policy
 from selfsteer.records import Checkpoint, Message, Pair
 from selfsteer.runtime import progress, raise_if_stopped, stop_requested
 from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal, Record
-
-SCHEMA = 1
-"""Version of the journalled rewards; part of every key."""
 
 _WINDOW = 128
 """Conversations sorted by length among themselves, and made durable at once."""
@@ -57,7 +55,7 @@ class RewardModel:
         """Of what determines the reward."""
         template = self.policy.chat_template
         content = {
-            "schema": SCHEMA,
+            "schema": SCHEMA_VERSION,
             "reward_model": self.model.digest,
             "chat_template": None if template is None else file_digest(Path(template)),
             "dtype": str(compute_dtype(self.dtype, pick_device())),

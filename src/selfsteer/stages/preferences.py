@@ -10,7 +10,7 @@ from typing import Any
 from selfsteer.data.exchange import read_pairs
 from selfsteer.engines.base import Request
 from selfsteer.engines.sampling import sample
-from selfsteer.pairs import alignment_pair, item_key, reject_reason, special_token_reason, usable
+from selfsteer.pairs import alignment_pair, item_key, reject_reason, sampled_special_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, Pair, Responses
@@ -30,6 +30,8 @@ from selfsteer.store import columns
 from selfsteer.store.durable import file_digest
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.training.scoring import Group, score_missing, scores
+
+PREFERENCES = "5-preferences"
 
 # --- 5: preference data ----------------------------------------------------------------------------------------------------
 
@@ -51,12 +53,12 @@ def preferences_stage(round: Round, principles: Stage, responses: Stage, generat
         settings["samples"] = [recipe.selection.samples, recipe.queries.holdout]
     if generators is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
-        return make_stage(round, "5-preferences", origin, lambda work: _own_preferences(round, work, responses))
+        return make_stage(round, PREFERENCES, origin, lambda work: _own_preferences(round, work, responses))
     inputs = inputs_of(round, principles=principles, generator=generators.good)
     if generators.bad != generators.good:
         inputs |= inputs_of(round, bad_generator=generators.bad)
     origin = Origin(settings=settings, inputs=inputs)
-    return make_stage(round, "5-preferences", origin, lambda work: _preferences(round, work, principles, generators))
+    return make_stage(round, PREFERENCES, origin, lambda work: _preferences(round, work, principles, generators))
 
 
 def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
@@ -77,7 +79,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row, number in wanted():
-            asked_for = (requests_of(round, models, row, number=number) for models in groups)
+            asked_for = (requests_of(round, models, row, stage=PREFERENCES, number=number) for models in groups)
             yield row, {role: item for requests in asked_for for role, item in requests.items()}
 
     for models in groups:
@@ -89,7 +91,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
                 item
                 for role in roles
                 for row, number in wanted()
-                for item in requests_of(round, role, row, number=number).values()
+                for item in requests_of(round, role, row, stage=PREFERENCES, number=number).values()
             ),
             work.journal,
             description="responses of the generator",
@@ -117,7 +119,7 @@ def _preference_pairs(
 
     def reason(item: Responses) -> str | None:
         found = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
-        return found or special_token_reason((item.good.text, item.bad.text), round.prompts)
+        return found or sampled_special_reason((item.good, item.bad), round.prompts)
 
     def group(item: Responses) -> Group:
         return judge.group((alignment_pair(item),))
@@ -141,7 +143,7 @@ def given_stage(round: Round, pairs: Path) -> Stage:
     """Stage 5 filled from a file: checked pairs with their reference log-probabilities under the policy."""
     settings = {"max_prompt_tokens": round.recipe.queries.max_prompt_tokens, **arithmetic(round.recipe.training)}
     origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": file_digest(pairs)})
-    return make_stage(round, "5-preferences", origin, lambda work: _given(round, work, pairs))
+    return make_stage(round, PREFERENCES, origin, lambda work: _given(round, work, pairs))
 
 
 def _given(round: Round, work: Work, path: Path) -> Contents:

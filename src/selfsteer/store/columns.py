@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 
 from selfsteer.records import Message, Pair, Principles, Query, Response, Responses, Side
 
+_IDS = pa.list_(pa.int32())
+
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 _PRINCIPLES = pa.struct(
@@ -25,7 +27,14 @@ _PRINCIPLES = pa.struct(
 )
 
 _RESPONSE = pa.struct(
-    [("text", pa.string()), ("token_ids", pa.list_(pa.int32())), ("finish_reason", pa.string()), ("seed", pa.int64())]
+    [
+        ("text", pa.string()),
+        ("token_ids", _IDS),
+        ("finish_reason", pa.string()),
+        ("seed", pa.int64()),
+        ("end_id", pa.int32()),
+        ("reencoded", pa.bool_()),
+    ]
 )
 
 PRINCIPLES = pa.schema([("query_id", pa.string()), ("messages", _MESSAGES), ("principles", _PRINCIPLES)])
@@ -43,6 +52,8 @@ PAIRS = pa.schema(
         ("kind", pa.string()),
         ("chosen_finish", pa.string()),
         ("rejected_finish", pa.string()),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),
         ("ref_chosen_logps", pa.float64()),
         ("ref_rejected_logps", pa.float64()),
         ("chosen_tokens", pa.int64()),
@@ -52,7 +63,7 @@ PAIRS = pa.schema(
         ("rejected_seed", pa.int64()),
     ]
 )
-"""Stages 3 and 5: `records.Pair`; principles and seeds are null for pairs made elsewhere."""
+"""Stages 3 and 5: `records.Pair`; ids, principles and seeds are null for pairs made elsewhere."""
 
 
 def query(row: dict[str, Any]) -> Query:
@@ -81,6 +92,8 @@ def _response(fields: dict[str, Any] | None) -> Response | None:
         token_ids=tuple(fields["token_ids"]),
         finish_reason=fields["finish_reason"],
         seed=fields["seed"],
+        end_id=fields["end_id"],
+        reencoded=fields["reencoded"],
     )
 
 
@@ -100,6 +113,8 @@ def pair_row(pair: Pair) -> dict[str, Any]:
         "kind": pair.kind,
         "chosen_finish": chosen.finish,
         "rejected_finish": rejected.finish,
+        "chosen_ids": chosen.token_ids,
+        "rejected_ids": rejected.token_ids,
         "ref_chosen_logps": chosen.logps,
         "ref_rejected_logps": rejected.logps,
         "chosen_tokens": chosen.tokens,
@@ -123,9 +138,11 @@ def pair(row: Mapping[str, Any]) -> Pair:
 
 
 def _side(row: Mapping[str, Any], name: str) -> Side:
+    ids = row.get(f"{name}_ids")
     return Side(
         messages=_messages(row[name]),
         finish=row[f"{name}_finish"],
+        token_ids=None if ids is None else tuple(ids),
         logps=row.get(f"ref_{name}_logps"),
         tokens=row.get(f"{name}_tokens"),
         seed=row.get(f"{name}_seed"),

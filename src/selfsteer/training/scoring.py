@@ -42,6 +42,7 @@ from selfsteer.runtime import progress, raise_if_stopped, stop_requested
 from selfsteer.store import columns
 from selfsteer.store.columns import pair_row
 from selfsteer.store.durable import canonical_json, digest, make_folder
+from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal, Record
 from selfsteer.training.logps import Packing, choose_packing, teach, to_device
 from selfsteer.training.packing import Rows, TokenPair, share_prompts
@@ -65,9 +66,14 @@ class Scorer(NamedTuple):
 
 
 def tokenize(pair: Pair, prompts: Prompts) -> TokenPair:
-    """The pair as token ids. Raises ValueError for a completion without a single token."""
-    chosen = prompts.completion_ids(pair.chosen.text, pair.chosen.finish)
-    rejected = prompts.completion_ids(pair.rejected.text, pair.rejected.finish)
+    """The pair as token ids: those that were sampled, else those of the text behind its prompt.
+
+    Raises ValueError for a completion without a single token.
+    """
+    chosen, rejected = (
+        prompts.completion_ids(side.text, side.finish, pair.prompt) if side.token_ids is None else side.token_ids
+        for side in (pair.chosen, pair.rejected)
+    )
     if not chosen or not rejected:
         raise ValueError(
             f"query {pair.query_id}: an empty {'rejected' if chosen else 'chosen'} response can't be scored; drop it"
@@ -259,9 +265,6 @@ def _share(folder: Path, rank: int, count: int) -> Iterator[KeyedPairs]:
 if __name__ == "__main__":
     main()
 
-SCHEMA = 1
-"""Version of the journalled scores; part of every key."""
-
 
 class Group(NamedTuple):
     """The pairs of one query that are computed together, as training will compute them."""
@@ -272,7 +275,10 @@ class Group(NamedTuple):
 
 def _identity(pair: Pair) -> dict[str, Any]:
     """What of a pair determines its log-probabilities."""
-    sides = ({"text": side.text, "finish": side.finish} for side in (pair.chosen, pair.rejected))
+    sides = (
+        {"text": side.text, "finish": side.finish} if side.token_ids is None else {"ids": side.token_ids}
+        for side in (pair.chosen, pair.rejected)
+    )
     return {"prompt": pair.prompt, "responses": list(sides)}
 
 
@@ -290,7 +296,7 @@ class Judge(NamedTuple):
     def group(self, pairs: Sequence[Pair]) -> Group:
         """The pairs under a key of what determines their log-probabilities."""
         content = {
-            "schema": SCHEMA,
+            "schema": SCHEMA_VERSION,
             "model": self.model.digest,
             "prompts": self.prompts.digest,
             "dtype": str(compute_dtype(self.training.dtype, pick_device())),

@@ -32,7 +32,7 @@ from selfsteer.training.scoring import tokenize
 
 _REQUIRED = ("prompt", "chosen", "rejected", "query_id", "kind", "chosen_finish", "rejected_finish")
 
-_MORE = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
+_MORE = ("chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
 
 _IDS = pa.list_(pa.int32())
 
