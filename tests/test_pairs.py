@@ -5,13 +5,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from tiny import tiny_tokenizer
+from tiny import END_ID, START_ID, tiny_tokenizer
 
 from selfsteer import pairs
 from selfsteer.measures import text
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Filters
-from selfsteer.records import Pair, Principles, Query, Response, Responses, side
+from selfsteer.records import Pair, Principles, Query, Response, Responses, Side, side
 from selfsteer.store import columns
 
 QUERY = Query(id="q1", messages=({"role": "user", "content": "What is the capital of France?"},))
@@ -28,7 +28,8 @@ X_MINUS = ({"role": "system", "content": PRINCIPLES.bad}, {"role": "user", "cont
 
 
 def response(text: str, *, tokens: int = 10, finish: Any = "stop", seed: int = 0) -> Response:
-    return Response(text=text, token_ids=tuple(range(tokens)), finish_reason=finish, seed=seed)
+    ids = tuple(range(10, 10 + tokens))
+    return Response(text=text, token_ids=ids, finish_reason=finish, seed=seed, end_id=END_ID if finish == "stop" else None)
 
 
 def answered(original: Response | None) -> Responses:
@@ -46,8 +47,12 @@ def prompts() -> Prompts:
     return Prompts(tiny_tokenizer())
 
 
+IDS = {"stop": (*range(10, 20), END_ID), "length": tuple(range(10, 20))}
+"""Of `response`: what ended it belongs to what was sampled."""
+
+
 def pair(kind: Any, prompt: Any, chosen: tuple[str, Any], rejected: tuple[str, Any]) -> Pair:
-    sides = [replace(side(*each), seed=0) for each in (chosen, rejected)]
+    sides = [replace(side(*each), token_ids=IDS[each[1]], seed=0) for each in (chosen, rejected)]
     return Pair(query_id="q1", kind=kind, prompt=prompt, chosen=sides[0], rejected=sides[1], principles=PRINCIPLES)
 
 
@@ -103,6 +108,31 @@ def test_a_row_is_conversational_and_comes_back_as_the_pair():
     assert row.keys() == set(table.column_names)
     [read] = map(columns.pair, table.to_pylist())
     assert read == made
+
+
+@pytest.mark.parametrize(
+    ("finish", "end_id", "reencoded", "expected"),
+    [
+        ("stop", END_ID, False, (7, 8, END_ID)),
+        ("stop", 5, False, (7, 8, 5)),  # whichever of several end tokens it was
+        ("length", None, False, (7, 8)),
+        ("stop", None, False, None),  # what ended it is not known
+        ("stop", None, True, None),
+        ("length", None, True, None),
+    ],
+)
+def test_a_pair_carries_what_was_sampled(finish: Any, end_id: int | None, reencoded: bool, expected: Any):
+    sampled = Response(text="Yes.", token_ids=(7, 8), finish_reason=finish, seed=3, end_id=end_id, reencoded=reencoded)
+    made = pairs.answer_pair(QUERY, sampled, response("No."))
+    assert made.chosen == Side(
+        messages=({"role": "assistant", "content": "Yes."},), finish=finish, token_ids=expected, seed=3
+    )
+
+
+def test_special_tokens_in_the_middle_of_what_was_sampled_are_found_though_the_text_leaves_them_out(prompts: Prompts):
+    inner = replace(response("Paris."), token_ids=(10, START_ID, 11))
+    assert pairs.sampled_special_reason([response("Paris."), inner], prompts) == "special tokens in a response"
+    assert pairs.sampled_special_reason([response("Paris.")], prompts) is None
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------------

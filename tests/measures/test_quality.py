@@ -89,11 +89,7 @@ def test_distinct_n_is_taken_over_equally_many_words():
 def test_overlap_duplicates_and_dirt():
     rows = [
         pair("the same four words", "the same four words!"),
-        pair(
-            "I'm sorry, I cannot help with that.",
-            "As instructed by the guidelines: no.",
-            chosen_finish="length",
-        ),
+        pair(side("I'm sorry, I cannot help with that.", "length"), "As instructed by the guidelines: no."),
         pair("the same four words", "quite another text here"),
         pair("the same four words", "quite another text here"),
     ]

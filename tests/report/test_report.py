@@ -12,7 +12,7 @@ from rich.console import Console
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.metrics import Metrics
 from selfsteer.measures.quality import compare, implicit_reward, measure
-from selfsteer.records import Message, Pair, side
+from selfsteer.records import Message, Pair, Principles, side
 from selfsteer.report.page import pick_examples, write_page
 from selfsteer.report.tables import closing_line, duration, print_measures, print_summary, write_metrics
 
@@ -218,9 +218,8 @@ def test_page_without_matplotlib_says_how_to_get_plots(tmp_path: Path, monkeypat
 
 
 def test_page_shows_principles_and_what_was_cut_off(tmp_path: Path):
-    row = pairs(-4.0)[0]
-    row["principles"] = {"good": "Be <exact>.", "bad": "Be vague."}  # type: ignore[typeddict-unknown-key]
-    reader = page(tmp_path / "report.html", metrics(), [row])
+    principles = Principles(good="Be <exact>.", bad="Be vague.", quality="accuracy", source="library")
+    reader = page(tmp_path / "report.html", metrics(), [replace(pairs(-4.0)[0], principles=principles)])
     assert "good principleBe <exact>." in reader.text
     assert "rejected · 10 tokens, on-policy probability 0.449 · cut off" in reader.text
 
