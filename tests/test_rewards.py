@@ -16,7 +16,7 @@ from selfsteer.judges.find import ask, find_judge
 from selfsteer.judges.reward import RewardModel, open_renderer, open_reward_model, score_batch
 from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import JudgeSection, Policy
-from selfsteer.records import PreferencePair
+from selfsteer.records import Pair, side
 from selfsteer.rewards import RewardSettings, Source, is_held_out, reward_bench, train_reward_model
 from selfsteer.store.journal import Journal
 from selfsteer.training import reward as training
@@ -85,12 +85,12 @@ def test_it_loads_as_an_ordinary_model_and_judges(trained: dict[str, Any], tmp_p
     section = JudgeSection(kind="reward_model", model=trained["model"], dtype="float32")
     judge = find_judge(section, Policy(model=trained["model"]))
     assert judge is not None
-    pair = PreferencePair(
+    pair = Pair(
         query_id="q",
         kind="given",
         prompt=({"role": "user", "content": "What is the capital of France?"},),
-        chosen="The answer is Paris.",
-        rejected="The answer is a lighthouse.",
+        chosen=side("The answer is Paris."),
+        rejected=side("The answer is a lighthouse."),
     )
     with Journal(tmp_path) as journal:
         (verdict,) = ask(judge, lambda: [pair], journal, total=1)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from selfsteer.data.exchange import read_pairs
 from selfsteer.data.files import SUFFIXES, file_rows
@@ -32,7 +32,7 @@ from selfsteer.measures.verdicts import judge_report
 from selfsteer.models import checkpoint, resolve
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
-from selfsteer.records import Checkpoint, Dropped, Message, PairRow, PreferencePair
+from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow
 from selfsteer.store.columns import pair
 from selfsteer.store.durable import canonical_json, digest, file_digest, replacing
 from selfsteer.store.folder import RunFolder
@@ -175,7 +175,7 @@ def _name(source: Source, sources: Sequence[Source]) -> str:
 
 def _line(row: PairRow, renderer: Renderer) -> dict[str, Any] | Dropped:
     ids: list[list[int]] = []
-    for conversation in _conversations(pair(cast(dict[str, Any], row))):
+    for conversation in _conversations(pair(row)):
         reason = renderer.refusal(conversation)
         if reason is not None:
             return Dropped(id=row["query_id"], reason=reason)
@@ -184,9 +184,8 @@ def _line(row: PairRow, renderer: Renderer) -> dict[str, Any] | Dropped:
     return {"chosen_ids": chosen, "rejected_ids": rejected}
 
 
-def _conversations(pair: PreferencePair) -> tuple[Conversation, Conversation]:
-    chosen, rejected = ((*pair.prompt, Message(role="assistant", content=text)) for text in (pair.chosen, pair.rejected))
-    return chosen, rejected
+def _conversations(pair: Pair) -> tuple[Conversation, Conversation]:
+    return (*pair.prompt, *pair.chosen.messages), (*pair.prompt, *pair.rejected.messages)
 
 
 def _share_of(query_id: str, purpose: str) -> float:
@@ -244,11 +243,11 @@ def _scorer(model: Checkpoint, settings: RewardSettings) -> RewardModel:
     )
 
 
-def _pairs_of(path: Path, share: float) -> Iterator[PreferencePair]:
+def _pairs_of(path: Path, share: float) -> Iterator[Pair]:
     """The pairs of the queries held out; of a share of 1 all."""
     for row in read_pairs(path):
         if not isinstance(row, Dropped) and is_held_out(row["query_id"], share):
-            yield pair(cast(dict[str, Any], row))
+            yield pair(row)
 
 
 def reward_bench(model: str, files: Sequence[Path], output: Path, settings: RewardSettings) -> dict[str, Any]:
@@ -265,7 +264,7 @@ def reward_bench(model: str, files: Sequence[Path], output: Path, settings: Rewa
         return {name: _measured(reward, benchmark, journal) for name, benchmark in benchmarks.items()}
 
 
-def _benchmark(file: Path) -> Benchmark | list[PreferencePair]:
+def _benchmark(file: Path) -> Benchmark | list[Pair]:
     """A benchmark by its columns; else plain pairs."""
     rows = [row.fields for row in file_rows(file)]
     if rows and ("subset" in rows[0] or "output_1" in rows[0]):
@@ -273,7 +272,7 @@ def _benchmark(file: Path) -> Benchmark | list[PreferencePair]:
     return list(_pairs_of(file, 1.0))
 
 
-def _measured(reward: RewardModel, benchmark: Benchmark | list[PreferencePair], journal: Journal) -> dict[str, Any]:
+def _measured(reward: RewardModel, benchmark: Benchmark | list[Pair], journal: Journal) -> dict[str, Any]:
     if isinstance(benchmark, list):
         verdicts = reward_verdicts(reward, lambda: benchmark, journal, total=len(benchmark))
         return {"format": "pairs", **judge_report(verdicts)}

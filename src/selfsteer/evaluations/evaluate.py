@@ -27,7 +27,7 @@ from selfsteer.models import end_ids, load_tokenizer, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import DTypeName, EngineSection, runs_already
 from selfsteer.recipe.sections import EvaluationSection, Policy, Training
-from selfsteer.records import Checkpoint, Message, PreferencePair
+from selfsteer.records import Checkpoint, Message, Pair, side
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
 
@@ -127,7 +127,7 @@ def score_with(model: Answering, training: Training, journal: Journal) -> Score:
     return score
 
 
-def _pairs(prompts: Prompts, item: Choices) -> Iterator[PreferencePair]:
+def _pairs(prompts: Prompts, item: Choices) -> Iterator[Pair]:
     """The continuations two by two, without an end token: their probability is the texts' own."""
     messages = prompts.fold(item.messages)
     reason = prompts.quarantine_reason(messages)
@@ -137,19 +137,17 @@ def _pairs(prompts: Prompts, item: Choices) -> Iterator[PreferencePair]:
     for first in range(0, len(texts), 2):
         # An odd one out goes with the first once more.
         second = texts[first + 1] if first + 1 < len(texts) else texts[0]
-        yield PreferencePair(
+        yield Pair(
             query_id="evaluation",
             kind="given",
             prompt=messages,
-            chosen=texts[first],
-            rejected=second,
-            chosen_finish="length",
-            rejected_finish="length",
+            chosen=side(texts[first], "length"),
+            rejected=side(second, "length"),
         )
 
 
 def _scored(journal: Journal, group: Group, count: int) -> list[float]:
-    found = [logps for pair in scores(journal, group) for logps in (pair.chosen.logps, pair.rejected.logps)]
+    found = [each.score.logps for pair in scores(journal, group) for each in (pair.chosen, pair.rejected)]
     return found[:count]
 
 

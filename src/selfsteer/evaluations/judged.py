@@ -18,7 +18,7 @@ from selfsteer.evaluations.length_controlled import FOLDS, Gamed, Judged, length
 from selfsteer.evaluations.results import Figure, TaskResult
 from selfsteer.measures.estimates import Estimate, mean_estimate
 from selfsteer.measures.verdicts import Verdict, judge_report, points
-from selfsteer.records import Message, PreferencePair
+from selfsteer.records import Message, Pair, side
 from selfsteer.store.durable import digest, file_digest
 
 _ALPACA_EVAL = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=2048)
@@ -31,7 +31,7 @@ class Verdicts(NamedTuple):
     """As a person calls it; stands beside every figure."""
     ask: Ask | None
     """Answers a question in words; None of a reward model."""
-    compare: Callable[[Sequence[PreferencePair]], Sequence[Verdict]]
+    compare: Callable[[Sequence[Pair]], Sequence[Verdict]]
     """A verdict for every pair, in order: chosen is the answer under test."""
 
 
@@ -204,14 +204,14 @@ def compare(
 ) -> Compared:
     """Have the answers of one model compared with another's, prompt by prompt; what has no answer has no verdict."""
     unanswered: dict[str, int] = {}
-    pairs: dict[int, PreferencePair] = {}
+    pairs: dict[int, Pair] = {}
     for place, (prompt, our, their) in enumerate(zip(prompts, ours, theirs, strict=True)):
         error = our.error or their.error
         if error is not None:
             unanswered[error] = unanswered.get(error, 0) + 1
             continue
-        pairs[place] = PreferencePair(
-            query_id=digest(list(prompt))[:16], kind="given", prompt=prompt, chosen=our.text, rejected=their.text
+        pairs[place] = Pair(
+            query_id=digest(list(prompt))[:16], kind="given", prompt=prompt, chosen=side(our.text), rejected=side(their.text)
         )
     verdicts = dict(zip(pairs, judge.compare(list(pairs.values())), strict=True))
     for verdict in verdicts.values():

@@ -26,7 +26,7 @@ from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.recipe.engines import EngineSection
 from selfsteer.recipe.sections import EvaluationSection, Recipe
-from selfsteer.records import Checkpoint, PreferencePair
+from selfsteer.records import Checkpoint, Pair
 from selfsteer.store.durable import canonical_json, digest, replacing
 from selfsteer.store.journal import Journal
 
@@ -39,7 +39,7 @@ SCHEMA = 1
 def verdicts_of(judge: RecipeJudge, journal: Journal) -> Verdicts:
     """The judge for evaluations: in words where it has any, and by pairs."""
 
-    def compare(pairs: Sequence[PreferencePair]) -> Sequence[Verdict]:
+    def compare(pairs: Sequence[Pair]) -> Sequence[Verdict]:
         return list(ask(judge, lambda: pairs, journal, total=len(pairs)))
 
     def in_words(items: Sequence[Asked]) -> Sequence[Answer]:
