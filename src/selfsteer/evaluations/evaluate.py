@@ -190,7 +190,7 @@ class Plan:
             ask = ask_with(model, engine, journal, f"answers of {Path(model.name).name}")
             if self._harness is not None:
                 found += self._harness(ask, score_with(model, Training(dtype=_dtype(model.engine)), journal))
-            answered = [task(ask) for task in self._judged]
+            answered = [task(_capped(ask, self.section.max_new_tokens)) for task in self._judged]
         # The model's engine has let go of its memory before the judge's takes it.
         found += [judged() for judged in answered]
         named = {task.task: task for task in found if task.first is not None}
@@ -207,6 +207,13 @@ class Plan:
             first_prompts=firsts,
             ends=[str(model.prompts.tokenizer.convert_ids_to_tokens(end)) for end in ends],
         )
+
+
+def _capped(ask: Ask, limit: int | None) -> Ask:
+    """Answers of at most so many tokens, instead of the task's own limit."""
+    if limit is None:
+        return ask
+    return lambda items: ask([item._replace(sampling=replace(item.sampling, max_new_tokens=limit)) for item in items])
 
 
 def _dtype(engine: EngineSection) -> DTypeName:
