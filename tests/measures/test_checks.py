@@ -151,7 +151,7 @@ CASES = [
     ),
     ("keywords:forbidden_words", {"forbidden_words": ["art", "sun"]}, "The party on Sunday", None),
     ("keywords:forbidden_words", {"forbidden_words": ["art", "sun"]}, "The SUN.", "contains 'sun'"),
-    ("keywords:forbidden_words", {"forbidden_words": ["C++"]}, "I like C++ a lot", "contains 'C++'"),  # unlike IFEval
+    ("keywords:forbidden_words", {"forbidden_words": ["C#"]}, "I like C# a lot", "contains 'C#'"),  # unlike IFEval
     ("keywords:forbidden_words", {"forbidden_words": ["不"]}, "我不知道", "contains '不'"),  # unlike IFEval
     ("keywords:letter_frequency", {"letter": "q", "let_relation": "at least", "let_frequency": 2}, "Quite quiet", None),
     (

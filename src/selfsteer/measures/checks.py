@@ -372,7 +372,7 @@ def frequency(text: str, *, keyword: str, relation: str, frequency: int) -> str 
 def forbidden_words(text: str, *, forbidden_words: Sequence[str]) -> str | None:
     """None of the words occurs on its own; longer words that contain one may.
 
-    IFEval needs a letter beside a word that ends in a sign ("C++"). Scripts without spaces have no longer words: there the
+    IFEval needs a letter beside a word that ends in a sign ("C#"). Scripts without spaces have no longer words: there the
     words may not occur at all.
     """
     folded = _fold(text)
