@@ -35,6 +35,7 @@ _PRINCIPLES = pa.struct(
         ("source", pa.string()),
         ("concision", pa.bool_()),
         ("fallback", pa.string()),
+        ("checks", pa.list_(pa.string())),
     ]
 )
 
@@ -86,7 +87,8 @@ def query(row: dict[str, Any]) -> Query:
 
 def principles(row: dict[str, Any]) -> Principles:
     """The principles of a row."""
-    return Principles(**row["principles"])
+    fields = row["principles"]
+    return Principles(**{**fields, "checks": tuple(fields["checks"])})
 
 
 def responses(row: dict[str, Any]) -> Responses:
