@@ -32,10 +32,10 @@ from selfsteer.measures.language import (
     SCRIPTS,
     not_in_language,
     not_in_script,
-    script_of,
     sentences,
     words,
 )
+from selfsteer.measures.text import script_of
 
 Value = str | int | tuple[str, ...]
 """What a parameter can be."""
@@ -387,7 +387,7 @@ def forbidden_words(text: str, *, forbidden_words: Sequence[str]) -> str | None:
 
 def _spaced(character: str) -> bool:
     """Whether spaces part this character's words."""
-    return character.isalnum() and script_of(character) not in ("cjk", "kana", "thai", "lao", "khmer", "myanmar")
+    return character.isalnum() and script_of(character) not in ("CJK", "KANA", "THAI", "LAO", "KHMER", "MYANMAR")
 
 
 def letter_frequency(text: str, *, letter: str, let_relation: str, let_frequency: int) -> str | None:

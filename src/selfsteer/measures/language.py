@@ -8,11 +8,12 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
 from importlib import resources
 from typing import cast
 
 import yaml
+
+from selfsteer.measures.text import letters_by_script
 
 _LISTS = cast(
     dict[str, object],
@@ -140,32 +141,20 @@ _SCRIPT_OF = {code: script for script, languages in _WORDS.items() for code in l
     dict[str, str], _LISTS["alone"]
 )
 SCRIPTS = tuple(sorted(set(_SCRIPT_OF.values())))
-"""Names that `not_in_script` knows."""
+"""Names that `not_in_script` knows, those of Unicode in small letters."""
 LANGUAGES = tuple(sorted(_SCRIPT_OF))
 """ISO 639-1 codes that `not_in_language` knows."""
 
 
-@lru_cache(maxsize=2**16)
-def script_of(character: str) -> str:
-    """By the character's name, as in LATIN SMALL LETTER A or CJK UNIFIED IDEOGRAPH-4E00."""
-    first = unicodedata.name(character, "unknown").split(" ")[0].split("-")[0].lower()
-    return "kana" if first in ("hiragana", "katakana") else first
-
-
 def not_in_script(text: str, script: str) -> str | None:
     """Why fewer than `MAIN` of a text's letters, code aside, are of this script, None where they are."""
-    found: Counter[str] = Counter()
-    for character, count in Counter(prose(text)).items():
-        if character.isalpha():
-            found[script_of(character)] += count
+    found = letters_by_script(prose(text))
     if not found:
         return "no letters"
-    if found["kana"]:  # Japanese is written in both; without kana the characters are Chinese
-        found["kana"] += found.pop("cjk", 0)
-    if found[script] >= MAIN * found.total():
+    if found[script.upper()] >= MAIN * found.total():
         return None
-    most = max(sorted(found), key=lambda name: found[name])
-    return f"written in {most}" if most != script else f"{found[script]} of {found.total()} letters are {script}"
+    most = max(sorted(found), key=lambda name: found[name]).lower()
+    return f"written in {most}" if most != script else f"{found[script.upper()]} of {found.total()} letters are {script}"
 
 
 def not_in_language(text: str, language: str) -> str | None:

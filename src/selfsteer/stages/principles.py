@@ -108,9 +108,7 @@ def choose_principles(query: Query, pool: Pool, seed: int) -> Principles:
                 "a query that serve all others"
             )
         pair = pool.pairs[_draw(seed, query, "pair") % len(pool.pairs)]
-    principles = Principles(
-        good=pair.good, bad=pair.bad, quality=pair.quality, source=pool.source, checks=pair.checks
-    )
+    principles = Principles(good=pair.good, bad=pair.bad, quality=pair.quality, source=pool.source, checks=pair.checks)
     return _with_concision(principles, query, pool.concision, seed)
 
 

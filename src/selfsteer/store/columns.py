@@ -87,8 +87,9 @@ def query(row: dict[str, Any]) -> Query:
 
 def principles(row: dict[str, Any]) -> Principles:
     """The principles of a row."""
-    fields = row["principles"]
-    return Principles(**{**fields, "checks": tuple(fields["checks"])})
+    fields: dict[str, Any] = {**row["principles"]}
+    fields["checks"] = tuple(fields["checks"])
+    return Principles(**fields)
 
 
 def responses(row: dict[str, Any]) -> Responses:
