@@ -21,11 +21,12 @@ import json
 import operator
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
+from selfsteer.measures.estimates import Estimate, share_estimate
 from selfsteer.measures.language import (
     CLOSERS,
     LANGUAGES,
@@ -199,6 +200,92 @@ def useless(counts: Tally) -> str | None:
         both = "every chosen and " if counts.losses == 0 else ""
         return f"{both}every rejected response of {counts.pairs} pairs passes"
     return None
+
+
+class Outcome(NamedTuple):
+    """What the checks of its principle say of one pair."""
+
+    principle: str
+    checks: tuple[str, ...]
+    """As in `Principles`."""
+    passes: Passes | None
+    """None where the principle has no check."""
+
+
+class PrincipleChecks(TypedDict):
+    """The pairs of one principle."""
+
+    principle: str
+    checks: list[str]
+    pairs: int
+    chosen: int
+    """Chosen responses that pass."""
+    rejected: int
+    useless: NotRequired[str]
+    """Why its checks cannot tell the two responses apart."""
+
+
+class CheckReport(TypedDict, total=False):
+    """What checks say of a set of pairs. Shares are of the pairs whose principle has checks."""
+
+    pairs: int
+    unchecked: int
+    """Pairs beside those, whose principle has none."""
+    chosen: Estimate
+    """Share of chosen responses that pass all checks of their principle."""
+    rejected: Estimate
+    original: Estimate
+    """Share of the policy's own answers to the bare query; of steering pairs, where they have such answers."""
+    win: Estimate
+    """Share of pairs whose chosen response passes and whose rejected one does not."""
+    loss: Estimate
+    both_pass: Estimate
+    both_fail: Estimate
+    principles: list[PrincipleChecks]
+    """Those with enough pairs to say something, the most frequent first."""
+
+
+def check_report(outcomes: Iterable[Outcome]) -> CheckReport:
+    """Every number that the outcomes allow."""
+    by_principle: defaultdict[tuple[str, tuple[str, ...]], list[Passes]] = defaultdict(list)
+    unchecked = 0
+    for outcome in outcomes:
+        if outcome.passes is None:
+            unchecked += 1
+        else:
+            by_principle[outcome.principle, outcome.checks].append(outcome.passes)
+    every = tally(found for each in by_principle.values() for found in each)
+    report = CheckReport(pairs=every.pairs, unchecked=unchecked)
+    shares = {
+        "chosen": every.wins + every.both_pass,
+        "rejected": every.losses + every.both_pass,
+        "win": every.wins,
+        "loss": every.losses,
+        "both_pass": every.both_pass,
+        "both_fail": every.both_fail,
+    }
+    for name, hits in shares.items():
+        share = share_estimate(hits, every.pairs)
+        if share is not None:
+            report[name] = share
+    listed = sorted(by_principle.items(), key=lambda item: (-len(item[1]), item[0]))
+    report["principles"] = [_principle(*key, found) for key, found in listed if len(found) >= ENOUGH]
+    return report
+
+
+def _principle(principle: str, checks: tuple[str, ...], found: Sequence[Passes]) -> PrincipleChecks:
+    counts = tally(found)
+    row = PrincipleChecks(
+        principle=principle,
+        checks=list(checks),
+        pairs=counts.pairs,
+        chosen=counts.wins + counts.both_pass,
+        rejected=counts.losses + counts.both_pass,
+    )
+    reason = useless(counts)
+    if reason is not None:
+        row["useless"] = reason
+    return row
 
 
 # --- IFEval's checks -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ A key whose inputs were missing is absent. On disk an `Estimate` is {"mean", "lo
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
+from selfsteer.measures.checks import CheckReport
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.verdicts import JudgeReport
 
@@ -105,6 +106,8 @@ class Measures(TypedDict, total=False):
     """Share of responses that leave the writing system of their query, of those where that can be told."""
     judge: JudgeReport
     """Of the judge that the recipe names."""
+    checks: CheckReport
+    """Of judge.kind checks, beside `judge`: which responses pass."""
     principle_consistency: JudgeReport
     """Of the self-judge by log pi(y | x+) - log pi(y | x-), summed over the tokens."""
     implicit_reward: JudgeReport

@@ -20,11 +20,11 @@ from selfsteer.recipe.text import RecipeError, Section
 
 
 class JudgeSection(Section):
-    """What judges the pairs, in both orders; `docs/quality.md` says what its numbers are worth."""
+    """What judges the pairs; `docs/quality.md` says what its numbers are worth."""
 
-    kind: Literal["none", "llm", "reward_model"] = "none"
-    """llm: a chat model asked which response is better, by the probability of its answer; reward_model: a
-    sequence-classification model with one label."""
+    kind: Literal["none", "llm", "reward_model", "checks"] = "none"
+    """llm: a chat model asked in both orders which response is better, by the probability of its answer; reward_model: a
+    sequence-classification model with one label; checks: code, by the checks of the principles (`docs/checks.md`)."""
     model: str | None = None
     """The judge, named as policy.model is. Of a server that runs already (engine.base_url), a folder or hub id whose
     tokenizer is the judge's: with it, pairs whose text holds its special tokens are not put to the server."""
@@ -49,9 +49,9 @@ class JudgeSection(Section):
 
     @model_validator(mode="after")
     def _used_settings(self) -> Self:
-        if self.kind != "none" and not self.model and not runs_already(self.engine):
+        if self.kind in ("llm", "reward_model") and not self.model and not runs_already(self.engine):
             raise ValueError(f"kind: {self.kind} needs judge.model, or judge.engine with a server that runs already")
-        if self.kind == "none" and (self.model or self.engine):
+        if self.kind in ("none", "checks") and (self.model or self.engine):
             raise ValueError("model and engine judge only with kind: llm or reward_model; set judge.kind")
         if self.kind != "llm" and self.template:
             raise ValueError(f"template {self.template!r} is read only with kind: llm; set judge.kind=llm or template=null")
@@ -300,7 +300,8 @@ class PrincipleSource(Section):
     source: Literal["library", "generate", "file"] = "library"
     """The built-in library, a language model, or a file."""
     path: str | None = None
-    """With source: file, a JSONL file of {"good", "bad", "quality"} pairs; a row with "query" serves that query alone."""
+    """With source: file, a JSONL file of {"good", "bad", "quality", "checks"} pairs, the last two optional; a row with
+    "query" serves that query alone."""
     qualities: list[str] | None = None
     """Only these qualities of the library (or file); all of them when empty."""
     limit: int | None = Field(default=None, ge=1)
