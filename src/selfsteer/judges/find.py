@@ -74,7 +74,9 @@ class RecipeJudge:
 
 
 def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
-    """The recipe's judge, None where it names none or is code (`judges/checks.py`). policy: says whether code that comes with a model may run.
+    """The recipe's judge, None where it names none, or code (`judges/checks.py`).
+
+    policy: says whether code that comes with a model may run.
 
     Raises ValueError for a model that is not there or has no chat template, and for a template without its places.
     """
@@ -116,7 +118,9 @@ def read_judge(reference: str) -> JudgeSection:
     if section.kind == "none":
         raise RecipeError(f"{path}: names no judge; expected a section judge with a kind, and with a model or an engine")
     if section.kind == "checks":
-        raise RecipeError(f"{path}: judge.kind: checks needs principles, which a file of pairs lacks; name an LLM or reward model")
+        raise RecipeError(
+            f"{path}: judge.kind: checks needs principles, which a file of pairs lacks; name an LLM or reward model"
+        )
     return section
 
 

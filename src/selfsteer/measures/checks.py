@@ -58,6 +58,14 @@ class Check:
         content = {"name": self.name, **dict(self.parameters)}
         return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
+    @property
+    def label(self) -> str:
+        """For people: the name and the parameters' values, in the order of `CHECKS`."""
+        rule, given = CHECKS[self.name], dict(self.parameters)
+        values = [given[key] for key in (*rule.required, *rule.optional) if key in given]
+        shown = [", ".join(map(repr, value)) if isinstance(value, tuple) else str(value) for value in values]
+        return " ".join((self.name, *shown))
+
     def why_not(self, text: str) -> str | None:
         """Why this response does not pass, or None where it does."""
         if not text.strip():

@@ -148,6 +148,35 @@ class ImplicitReward(TypedDict, total=False):
     reward: Reward
 
 
+class AnswerShares(TypedDict, total=False):
+    """A share of the answers to the same held-out queries."""
+
+    check: str
+    """As canonical JSON, of the share that passes this check alone."""
+    before: Estimate
+    """By the policy that the run began with, given the bare query."""
+    after: Estimate
+    """By the aligned policy, likewise."""
+    prompted: Estimate
+    """By the policy that the run began with, given the query under its good principle: what there is to win."""
+    change: Estimate
+    """after - before, query by query."""
+    gap: Estimate
+    """prompted - after, query by query: what is left to win."""
+
+
+class CheckedAnswers(TypedDict):
+    """How many answers to held-out queries pass the checks of the query's principle."""
+
+    queries: int
+    passing: AnswerShares
+    """All checks."""
+    checks: list[AnswerShares]
+    """Each check, of the queries whose principle has it; the most frequent first."""
+    truncated: AnswerShares
+    """Answers cut off by the token limit."""
+
+
 class Comparison(TypedDict, total=False):
     """One set of pairs against another on the queries that both have: mean of the per-query differences."""
 
@@ -250,6 +279,8 @@ class RoundMetrics(TypedDict, total=False):
     bad_generator: TrainingSummary
     """Of a dual generator, the one of the rejected responses."""
     policy: TrainingSummary
+    answers: CheckedAnswers
+    """Of quality.answers."""
 
 
 class RunFacts(TypedDict):

@@ -120,7 +120,8 @@ class Selection(Section):
 
     by: Literal["generator", "judge"] = "generator"
     """What scores responses. generator: the implicit reward beta * log(pi_generator(y|x) / pi(y|x)) given the bare query,
-    with generator.beta (arXiv 2305.18290). judge: the recipe's; of an LLM, 2 * probability that chosen is better - 1."""
+    with generator.beta (arXiv 2305.18290). judge: the recipe's; of an LLM, 2 * probability that chosen is better - 1; of
+    checks 1, 0 or -1."""
     drop_reversed: bool = False
     """Drop pairs whose order the scores reverse (arXiv 2404.09824); an LLM judge has to in both orders of showing them."""
     min_margin: float | None = None
@@ -374,6 +375,9 @@ class Quality(Section):
     """Measure whether the policy itself tells the responses apart by their principles: a forward pass a pair."""
     evaluation_files: list[str] = Field(default_factory=list[str])
     """Files (.jsonl, .json, .csv, .parquet) that the queries must not overlap with; the overlap is measured."""
+    answers: int = Field(default=0, ge=0)
+    """With judge.kind: checks, so many held-out queries are answered before and after the alignment, and before it with
+    their good principle: the shares that pass."""
     gates: dict[str, str] = Field(default_factory=dict[str, str])
     """Bounds on the measures of a round's pairs, such as accuracy: ">= 0.6"; `docs/quality.md` lists them."""
     on_failure: Literal["stop", "warn"] = "stop"
@@ -436,6 +440,21 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _answers_can_be_checked(self) -> Self:
+        if self.quality.answers == 0:
+            return self
+        if self.judge.kind != "checks":
+            raise ValueError("quality.answers: answers are checked with judge.kind: checks only; set it, or answers=0")
+        if self.queries.holdout == 0:
+            raise ValueError("quality.answers: no query is kept out of the training; set queries.holdout, or answers=0")
+        if runs_already(self.engine):
+            raise ValueError(
+                "quality.answers: a server that runs already can't hold the aligned policy. Set engine.serve to the command"
+                " that serves a model's folder, or use kind vllm; or set quality.answers=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _selection_has_scores(self) -> Self:
         section = self.selection
         if section.active and section.by == "judge" and self.judge.kind == "none":
@@ -450,6 +469,11 @@ class Recipe(Section):
         """Measures that this recipe does not take, by the beginning of their path, with the way to have them."""
         missing = {
             "pairs.judge": "" if self.judge.kind != "none" else "a judge; set judge.kind and judge.model (or judge.engine)",
+            "pairs.checks": "" if self.judge.kind == "checks" else "checks; set judge.kind=checks",
+            **{
+                f"pairs.judge.{key}": "an LLM judge; set judge.kind=llm" if self.judge.kind == "checks" else ""
+                for key in ("flips", "probability", "mass")
+            },
             "pairs.principle_consistency": ""
             if self.quality.principle_consistency
             else "quality.principle_consistency; set it to true",

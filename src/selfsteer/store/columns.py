@@ -49,6 +49,18 @@ PRINCIPLES = pa.schema([("query_id", pa.string()), ("messages", _MESSAGES), ("pr
 RESPONSES = pa.schema([*PRINCIPLES, ("good", _RESPONSE), ("bad", _RESPONSE), ("original", _RESPONSE)])
 """Stage 2: the three responses of a query a row."""
 
+_WHICH = ("before", "after", "prompted")
+
+ANSWERS = pa.schema(
+    [
+        *PRINCIPLES,
+        *((which, _RESPONSE) for which in _WHICH),
+        *((f"{which}_why_not", pa.list_(pa.string())) for which in _WHICH),
+    ]
+)
+"""Stage 7: three answers to a held-out query a row, and for each check of its principle why it does not pass, null where
+it does."""
+
 PAIRS = pa.schema(
     [
         ("prompt", _MESSAGES),
