@@ -5,6 +5,8 @@ IFEval" hold the differences that were kept, each explained at its function.
 """
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -432,3 +434,10 @@ def test_a_check_that_tells_nothing_apart_is_named(
 ):
     counts = checks.Tally(wins=wins, losses=losses, both_pass=both_pass, both_fail=both_fail)
     assert useless(counts) == finding
+
+
+def test_every_check_is_documented_with_its_parameters():
+    page = (Path(__file__).parents[2] / "docs" / "checks.md").read_text()
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]
+    found = {name: set(re.findall(r"`(\w+)`", takes)) for names, takes in rows for name in re.findall(r"`([\w:]+)`", names)}
+    assert found == {name: {*rule.required, *rule.optional} for name, rule in CHECKS.items()}
