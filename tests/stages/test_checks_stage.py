@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import selfsteer
+from selfsteer import compare
 from selfsteer.given import train_pairs
 from selfsteer.recipe.sections import Recipe, load
 
@@ -207,3 +208,52 @@ def test_pairs_made_elsewhere_have_no_principles_to_check(tmp_path: Path, recipe
     pairs.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n")
     with pytest.raises(ValueError, match="pairs made elsewhere carry no principles"):
         train_pairs(pairs, Recipe.model_validate(recipe_of(tmp_path / "run", checked(files))))
+
+
+# --- rounds and comparisons ------------------------------------------------------------------------------------------------
+
+
+def sampled(stage: Path) -> list[str]:
+    """The keys that a stage sampled itself."""
+    return [
+        json.loads(line)["key"] for part in (stage / "parts").glob("main-*.jsonl") for line in part.read_text().splitlines()
+    ]
+
+
+def test_every_round_is_compared_with_the_first_policy_which_answers_once(
+    tmp_path: Path, recipe_of: RecipeOf, files: dict[str, str]
+):
+    changes = {
+        "rounds": 2,
+        "generator.kind": "none",
+        "queries.holdout": 12,
+        "quality.answers": 4,
+        "queries.limit": 24,
+        "training.warmup_ratio": 0,
+    }
+    run(recipe_of(tmp_path / "run", checked(files, **changes)))
+    first, second = (tmp_path / "run" / f"round-{number}" / "7-checks" for number in (1, 2))
+    before = [
+        {row["query_id"]: row["before"]["text"] for row in pq.read_table(stage / "data.parquet").to_pylist()}
+        for stage in (first, second)
+    ]
+    assert before[0] == before[1]
+    assert (len(sampled(first)), len(sampled(second))) == (12, 4), "three answers a query, then that of the new policy"
+
+
+def test_a_comparison_shows_each_arms_held_out_answers(tmp_path: Path, recipe_of: RecipeOf, files: dict[str, str]):
+    changes = {
+        "queries.holdout": 12,
+        "quality.answers": 4,
+        "queries.limit": 24,
+        "training.warmup_ratio": 0,
+        "compare.align": True,
+    }
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "all", checked(files, **changes)))
+    arms = compare.compare(recipe, ["pbaa", "sso", "rlcd"], [0])["arms"]
+    assert arms["pbaa"]["measures"]["passes_before"] == arms["sso"]["measures"]["passes_before"]
+    assert arms["sso"]["difference"]["passes_after"].n == 4
+    assert arms["sso"]["measures"]["accuracy"].n > 0
+    assert "passes_after" not in arms["rlcd"]["measures"], "its principles, the library's, carry no checks"
+    assert "Held-out answers that pass" in (tmp_path / "all" / "comparison.md").read_text()
+    assert len(sampled(tmp_path / "all" / "sso-seed0" / "round-1" / "7-checks")) == 4, "the first policy answers once"
