@@ -6,7 +6,7 @@ import pytest
 
 from selfsteer.judges.checks import NO_CHECK, checks_verdicts, passes
 from selfsteer.measures.checks import Outcome, Passes, check_report
-from selfsteer.records import PreferencePair, Principles
+from selfsteer.records import Pair, Principles, side
 
 NO_COMMA, SHORT = (
     '{"name":"punctuation:no_comma"}',
@@ -14,12 +14,11 @@ NO_COMMA, SHORT = (
 )
 
 
-def pair(chosen: str, rejected: str) -> PreferencePair:
-    return PreferencePair(query_id="q", kind="alignment", prompt=(), chosen=chosen, rejected=rejected)
-
-
-def principles(*checks: str) -> Principles:
-    return Principles(good="G", bad="B", quality="style", source="file", checks=checks)
+def pair(chosen: str, rejected: str, *checks: str) -> Pair:
+    principles = Principles(good="G", bad="B", quality="style", source="file", checks=checks)
+    return Pair(
+        query_id="q", kind="alignment", prompt=(), chosen=side(chosen), rejected=side(rejected), principles=principles
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,14 +33,14 @@ def principles(*checks: str) -> Principles:
     ],
 )
 def test_the_response_that_passes_is_preferred(chosen: str, rejected: str, preferred: str, margin: float):
-    [verdict] = checks_verdicts([(pair(chosen, rejected), principles(NO_COMMA, SHORT))])
+    [verdict] = checks_verdicts([pair(chosen, rejected, NO_COMMA, SHORT)])
     assert (verdict.preferred, verdict.margin, verdict.error) == (preferred, margin, None)
 
 
 def test_without_a_check_there_is_no_verdict():
-    [verdict] = checks_verdicts([(pair("a", "b"), principles())])
+    [verdict] = checks_verdicts([pair("a", "b")])
     assert (verdict.preferred, verdict.error) == (None, NO_CHECK)
-    assert passes(pair("a", "b"), principles()) is None
+    assert passes(pair("a", "b")) is None
 
 
 def test_a_report_by_hand():

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from selfsteer.measures.checks import Check, Passes, parse, why_not
 from selfsteer.measures.verdicts import Verdict, by_margin, failure
-from selfsteer.records import PreferencePair, Principles
+from selfsteer.records import Pair
 
 NO_CHECK = "its principle has no check"
 
@@ -24,16 +24,16 @@ def checks_of(texts: tuple[str, ...]) -> tuple[Check, ...]:
     return tuple(parse(json.loads(text), "a sealed row") for text in texts)
 
 
-def passes(pair: PreferencePair, principles: Principles) -> Passes | None:
-    """Whether either response passes all checks; None without any."""
-    checks = checks_of(principles.checks)
+def passes(pair: Pair) -> Passes | None:
+    """Whether either response passes all checks of the pair's principle; None where it has none."""
+    checks = () if pair.principles is None else checks_of(pair.principles.checks)
     if not checks:
         return None
-    return Passes(why_not(checks, pair.chosen) is None, why_not(checks, pair.rejected) is None)
+    return Passes(why_not(checks, pair.chosen.text) is None, why_not(checks, pair.rejected.text) is None)
 
 
-def checks_verdicts(pairs: Iterable[tuple[PreferencePair, Principles]]) -> Iterator[Verdict]:
+def checks_verdicts(pairs: Iterable[Pair]) -> Iterator[Verdict]:
     """A verdict for every pair, in order."""
-    for pair, principles in pairs:
-        found = passes(pair, principles)
+    for pair in pairs:
+        found = passes(pair)
         yield failure(pair, NO_CHECK) if found is None else by_margin(pair, float(found.chosen) - float(found.rejected))

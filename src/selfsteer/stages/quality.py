@@ -19,14 +19,14 @@ import pyarrow as pa
 
 from selfsteer.judges.checks import checks_of, checks_verdicts
 from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge
-from selfsteer.judges.implicit import Steered, consistency_verdicts
+from selfsteer.judges.implicit import consistency_verdicts
 from selfsteer.measures.checks import CheckReport, Outcome, Passes, check_report, why_not
 from selfsteer.measures.contamination import check_files, contamination, overlaps, read_evaluation
 from selfsteer.measures.estimates import Estimate, share_estimate
 from selfsteer.measures.metrics import Contamination, plain
 from selfsteer.measures.verdicts import JudgeReport, Orders, Verdict, judge_report, unanswered
 from selfsteer.recipe.sections import Recipe
-from selfsteer.records import Message, PreferencePair, Principles, Query
+from selfsteer.records import Pair, Principles, Query
 from selfsteer.stages.base import Round, Work, arithmetic, draw, held_out, inputs_of, kept, make_stage, policy_as_judge
 from selfsteer.stages.principles import concision_pairs, load_pool
 from selfsteer.stages.steering import POLICY_PAIRS
@@ -206,17 +206,14 @@ def _judged(
 ) -> Iterator[tuple[JudgeName, Iterator[Verdict]]]:
     """The verdicts of every judge on one set of pairs."""
 
-    def pairs() -> Iterator[PreferencePair]:
+    def pairs() -> Iterator[Pair]:
         return map(columns.pair, _drawn(round, rows))
-
-    def steered() -> Iterator[Steered]:
-        return (Steered(columns.pair(row), columns.principles(row)) for row in _drawn(round, rows))
 
     total = sum(1 for _ in _drawn(round, rows))
     if task.checks:
-        yield "judge", checks_verdicts(steered())
+        yield "judge", checks_verdicts(pairs())
     if task.consistency and name != "steering":
-        both = consistency_verdicts(policy_as_judge(round), steered, work.journal, total=total)
+        both = consistency_verdicts(policy_as_judge(round), pairs, work.journal, total=total)
         yield "principle_consistency", (each.summed for each in both)
     if task.judge is not None:
         yield "judge", ask(task.judge, pairs, work.journal, total=total)
@@ -270,15 +267,16 @@ def _steering_rows(steering: Stage, *, original: bool) -> Iterator[dict[str, Any
 
 def check_row(name: DataSet, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `CHECK_SCHEMA`."""
-    principles, pair = columns.principles(dict(row)), columns.pair(dict(row))
-    checks = checks_of(principles.checks)
+    pair = columns.pair(row)
+    assert pair.principles is not None, "pairs made elsewhere are not checked"
+    checks = checks_of(pair.principles.checks)
     return {
         "pairs": name,
         "query_id": pair.query_id,
-        "principle": _without_concision(principles),
-        "checks": list(principles.checks),
-        "chosen_why_not": why_not(checks, pair.chosen),
-        "rejected_why_not": why_not(checks, pair.rejected),
+        "principle": _without_concision(pair.principles),
+        "checks": list(pair.principles.checks),
+        "chosen_why_not": why_not(checks, pair.chosen.text),
+        "rejected_why_not": why_not(checks, pair.rejected.text),
         "original_passes": why_not(checks, row["original"]) is None if checks and "original" in row else None,
     }
 
@@ -328,10 +326,8 @@ def _warn_of_useless(reports: Mapping[DataSet, CheckReport]) -> None:
 
 def _write_contamination(path: Path, files: Iterable[str], preferences: Stage) -> None:
     evaluation = read_evaluation([Path(file) for file in files])
-    rows = (
-        Query(id=row["query_id"], messages=tuple(Message(**turn) for turn in row["prompt"])) for row in preferences.rows()
-    )
-    found = [list(overlaps(query, evaluation)) for query in rows]
+    pairs = map(columns.pair, preferences.rows())
+    found = [list(overlaps(Query(id=pair.query_id, messages=pair.prompt), evaluation)) for pair in pairs]
     measure = contamination(found)
     assert measure is not None, "a sealed stage 5 has rows"
     rows_named = [overlap._asdict() for each in found for overlap in each]
