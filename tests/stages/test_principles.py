@@ -390,3 +390,12 @@ def test_checks_travel_through_a_sealed_row_and_an_added_concision_pair():
     assert given.checks == (AS_TEXT,)
     table = pa.Table.from_pylist([{"query_id": "q", "messages": [], "principles": asdict(given)}], schema=columns.PRINCIPLES)
     assert columns.principles(table.to_pylist()[0]) == given
+
+
+@pytest.mark.parametrize("name", ["house-style", "checked-principles"])
+def test_shipped_principle_files_carry_checks(name: str):
+    file = Path(__file__).parents[2] / "recipes" / "data" / f"{name}.jsonl"
+    pool = load_pool(source(source="file", path=str(file)))
+    assert pool.pairs
+    assert all(pair.checks for pair in pool.pairs)
+    assert len({pair.good for pair in pool.pairs}) == len(pool.pairs)
