@@ -331,7 +331,9 @@ def _unescaped(text: str) -> Iterator[str]:
 
 log = logging.getLogger(__name__)
 
-logging.getLogger("httpcore2").setLevel(logging.INFO)  # at debug it repeats headers, and so a key that a server sends back
+# They log status lines and headers as servers send them, perhaps with our key in them.
+logging.getLogger("httpx2").setLevel(logging.WARNING)
+logging.getLogger("httpcore2").setLevel(logging.WARNING)
 
 COSTLY_TRIES = 3
 """Tries of a request whose answers were late, unreadable or too large: each may have cost the server a whole generation."""

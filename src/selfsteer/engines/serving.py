@@ -83,6 +83,15 @@ class Address(NamedTuple):
     key: str | None
 
 
+class Started(NamedTuple):
+    """A server of ours that runs."""
+
+    address: Address
+    process: subprocess.Popen[bytes]
+    words: IO[str]
+    """What it says."""
+
+
 class ServedEngine:
     """Implements `Engine`: starts the server, then is the engine that `connect` makes of its address.
 
@@ -94,7 +103,7 @@ class ServedEngine:
         self.serve = serve
         self._connect = connect
         self._engine: OpenAIEngine | None = None
-        self._started: _Started | None = None
+        self._started: Started | None = None
         self._exit = ExitStack()
         program = serve.command[0]
         if shutil.which(program) is None:
@@ -115,25 +124,21 @@ class ServedEngine:
         """As the engine for servers does; where the server has ended meanwhile, `ServerError` has its last words."""
         if self._engine is None or self._started is None:
             raise ValueError("the engine is closed; use it in a with statement")
+        return _with_last_words(self._engine.generate(requests), self._started)
+
+
+def _with_last_words(answers: Iterator[Completion | Failed], started: Started) -> Iterator[Completion | Failed]:
+    try:
+        yield from answers
+    except ServerError as error:
         try:
-            yield from self._engine.generate(requests)
-        except ServerError as error:
-            try:
-                status = self._started.process.wait(_DYING)
-            except subprocess.TimeoutExpired:
-                raise error from None
-            said = _last_words(self._started.words)
-            raise ServerError(f"the server has ended ({_how(status)}): {error} {said}") from None
+            status = started.process.wait(_DYING)
+        except subprocess.TimeoutExpired:
+            raise error from None
+        raise ServerError(f"the server has ended ({_how(status)}): {error} {_last_words(started.words)}") from None
 
 
-class _Started(NamedTuple):
-    address: Address
-    process: subprocess.Popen[bytes]
-    words: IO[str]
-    """What it says."""
-
-
-def start_server(serve: Serve, stack: ExitStack) -> _Started:
+def start_server(serve: Serve, stack: ExitStack) -> Started:
     """Start the server, until the stack is closed."""
     port = _free_port()
     filled = _filled(serve, port)
@@ -159,7 +164,7 @@ def start_server(serve: Serve, stack: ExitStack) -> _Started:
             raise ServerError(f"the server was not ready in {serve.start_seconds:g} s (start_seconds). {_last_words(words)}")
         time.sleep(_POLL)
     log.info("the server is ready, after %.1f s", time.monotonic() - began)
-    return _Started(Address(base_url, name, key), process, words)
+    return Started(Address(base_url, name, key), process, words)
 
 
 def _filled(serve: Serve, port: int) -> list[str]:
