@@ -103,7 +103,8 @@ class ServedEngine:
         self.serve = serve
         self._connect = connect
         self._engine: OpenAIEngine | None = None
-        self._started: Started | None = None
+        self.started: Started | None = None
+        """None before it is entered, and after."""
         self._exit = ExitStack()
         program = serve.command[0]
         if shutil.which(program) is None:
@@ -111,20 +112,20 @@ class ServedEngine:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._started = start_server(self.serve, stack)
-            self._engine = stack.enter_context(self._connect(self._started.address))
+            self.started = start_server(self.serve, stack)
+            self._engine = stack.enter_context(self._connect(self.started.address))
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._engine = self._started = None
+        self._engine = self.started = None
         self._exit.close()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion | Failed]:
         """As the engine for servers does; where the server has ended meanwhile, `ServerError` has its last words."""
-        if self._engine is None or self._started is None:
+        if self._engine is None or self.started is None:
             raise ValueError("the engine is closed; use it in a with statement")
-        return _with_last_words(self._engine.generate(requests), self._started)
+        return _with_last_words(self._engine.generate(requests), self.started)
 
 
 def _with_last_words(answers: Iterator[Completion | Failed], started: Started) -> Iterator[Completion | Failed]:
