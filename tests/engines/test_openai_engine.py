@@ -108,7 +108,8 @@ def misbehave_for(prompt: str, reply: Reply, *, times: int = 10**6) -> Callable[
 def test_chat_request_and_completion():
     with MisbehavingServer(echo) as server:
         outcomes = answered(server, requests("one"))
-    assert outcomes == {"one": Completion(key="key of one", text="ONE", token_ids=(79, 78, 69), finish_reason="stop")}
+    answer = Completion(key="key of one", text="ONE", token_ids=(79, 78, 69), finish_reason="stop", reencoded=True)
+    assert outcomes == {"one": answer}
     (call,) = server.calls
     assert call.path == "/v1/chat/completions"
     assert "authorization" not in call.headers

@@ -494,6 +494,7 @@ class OpenAIEngine:
             text=text,
             token_ids=ids,
             end_id=end_id,
+            reencoded=outcome.token_ids is None,
             finish_reason=outcome.finish_reason,
             first_logps=outcome.first_logps,
         )
