@@ -135,9 +135,9 @@ def test_token_ids_request_keeps_the_servers_ids_without_the_end_token():
 
     with MisbehavingServer(script) as server:
         outcomes = answered(server, requests("a", "b"), send="token_ids")
-    assert {k: (c.token_ids, c.end_id, c.finish_reason) for k, c in outcomes.items() if isinstance(c, Completion)} == {
-        "a": ((7, 8), 2, "stop"),
-        "b": ((7, 8, 2), None, "length"),
+    assert {k: (c.token_ids, c.end_id, c.reencoded) for k, c in outcomes.items() if isinstance(c, Completion)} == {
+        "a": ((7, 8), 2, False),
+        "b": ((7, 8, 2), None, False),
     }
     assert {call.path for call in server.calls} == {"/v1/completions"}
     assert all(call.body["return_token_ids"] is True and "messages" not in call.body for call in server.calls)

@@ -568,10 +568,9 @@ def test_embedded_verdicts_are_the_models_own_probabilities(scoring: Judge, tiny
         verdicts = list(embedded_verdicts(judge, lambda: pairs, journal, total=3))
         assert len(journal) == 2
     for each, verdict in zip(pairs[:2], verdicts, strict=False):
-        a, b = letter_probabilities(
-            tiny_folder, judge_messages(judge.template, each.prompt, each.chosen.text, each.rejected.text)
-        )
-        c, d = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, each.rejected, each.chosen))
+        chosen, rejected = each.chosen.text, each.rejected.text
+        a, b = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, chosen, rejected))
+        c, d = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, rejected, chosen))
         assert verdict.orders == pytest.approx((a / (a + b), d / (c + d)), rel=1e-4)
         assert verdict.mass == pytest.approx((a + b + c + d) / 2, rel=1e-4)
     assert verdicts[2].error == "too long for the judge"
