@@ -17,6 +17,25 @@ from selfsteer.records import FinishReason, Message
 log = logging.getLogger(__name__)
 
 _HARMLESS = "a"
+_MARKER = "selfsteer-marker"
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The control token that the chat template writes behind an assistant's turn; the end token where it writes none.
+
+    Gemma's, for one, closes turns with <end_of_turn> while its end token is <eos>, which stands in no conversation; it is
+    the former that ends an answer. An engine has to stop at it as well.
+    """
+    conversation = [{"role": "user", "content": _HARMLESS}, {"role": "assistant", "content": _MARKER}]
+    try:
+        rendered = cast(str, tokenizer.apply_chat_template(conversation, tokenize=False))
+    except TemplateError:
+        rendered = ""
+    _, marker, behind = rendered.rpartition(_MARKER)
+    ids = cast("list[int]", tokenizer(behind, add_special_tokens=False)["input_ids"]) if marker else []
+    # Marked special or not: where the template puts an added token behind a turn, it is to end it.
+    controls = tokenizer.added_tokens_decoder.keys()
+    return next((token_id for token_id in ids if token_id in controls), cast(int, tokenizer.eos_token_id))
 
 
 class Prompts:
@@ -29,7 +48,7 @@ class Prompts:
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
-        self._end_id = cast(int, tokenizer.eos_token_id)
+        self._end = (turn_end(tokenizer),)
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
         self._expected_specials: dict[tuple[str, ...], list[int]] = {}
 
@@ -62,8 +81,8 @@ class Prompts:
         return self._ids(self._render(messages))
 
     def completion_ids(self, text: str, finish: FinishReason) -> tuple[int, ...]:
-        """A completion as token ids, with the end token when the model had finished it."""
-        return (*self._ids(text), self._end_id) if finish == "stop" else self._ids(text)
+        """A completion as token ids; a finished one with the token that closes an assistant's turn in this template."""
+        return self._ids(text) + self._end if finish == "stop" else self._ids(text)
 
     def checked_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...] | str:
         """`prompt_ids`, or why this conversation must not be rendered (its text contains special tokens)."""
@@ -97,9 +116,8 @@ class Prompts:
         return [token_id for token_id in ids if token_id in self.special_ids]
 
     def _detect_system_role(self) -> Literal["system", "user"]:
-        marker = "selfsteer-marker"
         try:
-            text = self._render((Message(role="system", content=marker), Message(role="user", content=_HARMLESS)))
+            text = self._render((Message(role="system", content=_MARKER), Message(role="user", content=_HARMLESS)))
         except TemplateSyntaxError as error:
             raise ValueError(
                 f"policy.chat_template: line {error.lineno} of the template can't be read: {error.message}. Mend it, or "
@@ -107,7 +125,7 @@ class Prompts:
             ) from error
         except TemplateError:
             text = ""
-        if marker in text:
+        if _MARKER in text:
             return "system"
         log.warning("the chat template knows no system role: principles go before the user's first turn")
         return "user"
