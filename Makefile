@@ -31,7 +31,7 @@ test: $(VENV)/.installed
 
 # What `make test` does in short: kill -9 at twenty drawn moments of each stage, and every other fault (tests/faults/README.md).
 test-faults: $(VENV)/.installed
-	SELFSTEER_KILLS=20 $(BIN)/python -m pytest tests/faults tests/test_resume.py tests/test_store_kill.py tests/test_shares.py $(ONLY)
+	SELFSTEER_KILLS=20 $(BIN)/python -m pytest tests/faults tests/test_resume.py tests/store/test_store_kill.py tests/training/test_shares.py $(ONLY)
 
 $(VLLM_VENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -48,11 +48,11 @@ $(RAY_VENV)/.installed: pyproject.toml constraints.txt
 
 # Ray leaves files and processes to the garbage collector, also at the end of pytest, where marks no longer hold.
 test-ray: $(RAY_VENV)/.installed
-	$(RAY_VENV)/bin/python -m pytest tests/engines/test_real_ray.py -W ignore::ResourceWarning \
+	$(RAY_VENV)/bin/python -m pytest tests/real/test_real_ray.py -W ignore::ResourceWarning \
 	  -W ignore::pytest.PytestUnraisableExceptionWarning $(ONLY)
 
 test-engines: $(VENV)/.installed $(VLLM_VENV)/.installed $(if $(ONLY),,test-ray)
-	SELFSTEER_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -rfEsP --durations=0 --durations-min=1 tests/engines $(ONLY)
+	SELFSTEER_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -rfEsP --durations=0 --durations-min=1 tests/real $(ONLY)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

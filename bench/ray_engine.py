@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from tiny import tiny_model_dir
 
+from selfsteer.cluster import joined
 from selfsteer.engines.base import Request, Sampling
+from selfsteer.engines.open import open_engine
 from selfsteer.models import checkpoint, load_tokenizer
 from selfsteer.prompts import Prompts
-from selfsteer.ray_cluster import joined
-from selfsteer.recipe_engines import EngineSection, RaySection, TransformersSection
-from selfsteer.responses import open_engine
+from selfsteer.recipe.engines import EngineSection, RaySection, TransformersSection
 
 EMBEDDED = TransformersSection(dtype="float32", batch_size=32)
 

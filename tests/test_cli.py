@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 import selfsteer
-from selfsteer import cli, interrupt
-from selfsteer.recipe import Recipe, load
+from selfsteer import cli, runtime
+from selfsteer.recipe.sections import Recipe, load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICKSTART = str(RECIPES / "quickstart.yaml")
@@ -27,9 +27,12 @@ def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands in for selfsteer.pipeline; a test sets the functions that it expects to be called."""
+    """Stands in for the modules that the commands call; a test sets the functions that it expects to be called."""
     fake = SimpleNamespace()
+    for name in ("pipeline", "given", "data.exchange"):
+        monkeypatch.setitem(sys.modules, f"selfsteer.{name}", fake)
     monkeypatch.setattr(selfsteer, "pipeline", fake, raising=False)
+    monkeypatch.setattr("selfsteer.data.exchange", fake, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     return fake
 
@@ -138,7 +141,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch, pipeline):
 def test_a_stopped_run_says_how_to_continue(monkeypatch, capsys, pipeline, signum: signal.Signals, status: int):
     def run(_recipe: Recipe) -> dict[str, object]:
         os.kill(os.getpid(), signum)
-        interrupt.raise_if_stopped()
+        runtime.raise_if_stopped()
         raise AssertionError("the signal was not seen")
 
     pipeline.run = run
@@ -194,9 +197,7 @@ def test_train_and_measure_pass_on_what_they_are_given(monkeypatch, capsys, pipe
 
 def test_export_passes_on_what_it_is_given(monkeypatch, capsys):
     given: list[object] = []
-    monkeypatch.setattr(
-        selfsteer, "export", SimpleNamespace(export=lambda *arguments: given.append(arguments) or 1234), raising=False
-    )
+    monkeypatch.setattr("selfsteer.data.exchange.export", lambda *arguments: given.append(arguments) or 1234)
     assert command(monkeypatch, "export", "runs/a", "--to", "out", "--format", "trl") == 0
     assert given == [(Path("runs/a"), Path("out"), "trl")]
     assert capsys.readouterr().out == "wrote 1,234 pairs to out\n"
@@ -229,7 +230,7 @@ def test_status_shows_stages_drops_and_what_comes_next(monkeypatch, capsys):
             "next": "round 1, 3-steering",
         }
 
-    monkeypatch.setattr(selfsteer, "summary", SimpleNamespace(status=status), raising=False)
+    monkeypatch.setattr("selfsteer.stages.summary", SimpleNamespace(status=status), raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     assert command(monkeypatch, "status", "runs/[a]") == 0
     printed = capsys.readouterr().out

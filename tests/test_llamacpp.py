@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfsteer.llamacpp import byte_level_tokenizer, read_header
 from selfsteer.models import end_ids, load_model, load_tokenizer, resolve
-from selfsteer.recipe import Policy
+from selfsteer.recipe.sections import Policy
 
 TEXT = "In 2024, it's DON'T\n\n  x1"
 

@@ -13,8 +13,9 @@ from test_reward import own_reward, reward_folder
 from tiny import tiny_model_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from selfsteer import cli, pipeline
-from selfsteer.recipe import RecipeError
+from selfsteer import cli
+from selfsteer.given import measure_pairs
+from selfsteer.recipe.text import RecipeError
 
 PAIRS = (
     ("How do rainbows form?", "Sunlight passes through drops of water.", "Dunno."),
@@ -49,7 +50,7 @@ def accuracy(margins: list[float]) -> float:
 def test_implicit_reward_and_likelihood(given: Path, tiny_folder: str, tmp_path: Path):
     """log pi(y) - log pi_ref(y) of chosen above that of rejected; the means per token of the policy alone."""
     trained = tiny_model_dir(tmp_path / "trained", seed=1, max_positions=2048)
-    found = pipeline.measure_pairs(given, tiny_folder, f"implicit:{trained}")
+    found = measure_pairs(given, tiny_folder, f"implicit:{trained}")
     gains: list[float] = []
     means: list[float] = []
     for prompt, *both in PAIRS:
@@ -68,7 +69,7 @@ def test_implicit_reward_and_likelihood(given: Path, tiny_folder: str, tmp_path:
 
 def test_a_model_is_no_judge_of_itself_by_implicit_reward(given: Path, tiny_folder: str):
     """Without training every reward is zero: all ties."""
-    found = pipeline.measure_pairs(given, tiny_folder, f"implicit:{tiny_folder}")["implicit_reward"]
+    found = measure_pairs(given, tiny_folder, f"implicit:{tiny_folder}")["implicit_reward"]
     assert (found["ties"].mean, found["accuracy"].mean) == (1, 0.5)
 
 
@@ -78,14 +79,14 @@ def test_a_reward_model_named_alone_or_by_a_file(given: Path, tiny_folder: str, 
     file = tmp_path / "judge.yaml"
     file.write_text(json.dumps({"judge": {"kind": "reward_model", "model": reward.model.path}}))
     for judge in (reward.model.path, str(file)):
-        found = pipeline.measure_pairs(given, tiny_folder, judge)["judge"]
+        found = measure_pairs(given, tiny_folder, judge)["judge"]
         assert found["margin"].mean == pytest.approx(sum(margins) / 3, abs=1e-4)
         assert found["accuracy"].mean == pytest.approx(accuracy(margins))
         assert not {"flips", "averaged_accuracy"} & found.keys(), "it sees one response at a time"
 
 
 def test_an_llm_in_this_process(given: Path, tiny_folder: str):
-    found = pipeline.measure_pairs(given, tiny_folder, tiny_folder)["judge"]
+    found = measure_pairs(given, tiny_folder, tiny_folder)["judge"]
     assert found["judged"].mean == 1
     assert {"accuracy", "averaged_accuracy", "ties", "flips", "prefers_first", "mass"} <= found.keys()
 
@@ -146,4 +147,4 @@ def test_a_file_without_a_usable_judge_is_refused(given: Path, tiny_folder: str,
     file = tmp_path / "judge.yaml"
     file.write_text(text)
     with pytest.raises(RecipeError, match=message):
-        pipeline.measure_pairs(given, tiny_folder, str(file))
+        measure_pairs(given, tiny_folder, str(file))

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.models import checkpoint, load_model, load_tokenizer, resolve
-from selfsteer.recipe import Policy
+from selfsteer.recipe.sections import Policy
 
 
 @pytest.fixture

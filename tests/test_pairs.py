@@ -6,9 +6,11 @@ import pytest
 from tiny import tiny_tokenizer
 
 from selfsteer import pairs
+from selfsteer.measures import text
 from selfsteer.prompts import Prompts
-from selfsteer.recipe import Filters
+from selfsteer.recipe.sections import Filters
 from selfsteer.records import PreferencePair, Principles, Query, Response, Responses
+from selfsteer.store import columns
 
 QUERY = Query(id="q1", messages=({"role": "user", "content": "What is the capital of France?"},))
 PRINCIPLES = Principles(
@@ -92,7 +94,7 @@ def test_the_alignment_pair_is_on_the_bare_query():
 
 
 def test_a_row_is_conversational():
-    row = pairs.pair_row(L_MINUS)
+    row = columns.pair_row(L_MINUS)
     assert row == {
         "prompt": [
             {"role": "system", "content": PRINCIPLES.bad},
@@ -206,9 +208,9 @@ def test_no_leakage(text: str):
 
 def test_similarity_by_hand():
     """Word 3-grams of a-b-c-d-e and a-b-c-d-f: {abc, bcd, cde} and {abc, bcd, cdf}; 2 shared of 4."""
-    assert pairs.similarity("a b c d e", "a b c d f") == 0.5
-    assert pairs.similarity("A b, c d e!", "a b c d e") == 1.0
-    assert pairs.similarity("a b c", "d e f") == 0.0
+    assert text.similarity("a b c d e", "a b c d f") == 0.5
+    assert text.similarity("A b, c d e!", "a b c d e") == 1.0
+    assert text.similarity("a b c", "d e f") == 0.0
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ from tiny import CHAT_TEMPLATE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfsteer
-from selfsteer import cli, pipeline, summary
-from selfsteer.export import export
-from selfsteer.recipe import Recipe
-from selfsteer.store import RunFolder
+from selfsteer import cli
+from selfsteer.data.exchange import export
+from selfsteer.given import measure_pairs, train_pairs
+from selfsteer.recipe.sections import Recipe
+from selfsteer.stages import summary
+from selfsteer.store.folder import RunFolder
 
 STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
 RecipeOf = Callable[..., dict[str, Any]]
@@ -486,20 +488,20 @@ def given(tmp_path: Path) -> Path:
 
 
 def test_train_pairs(given: Path, recipe_of: RecipeOf, tmp_path: Path):
-    found = pipeline.train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run")))
+    found = train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run")))
     sealed = manifest(tmp_path / "run", "5-preferences")
     assert (sealed["wanted"], sealed["kept"]) == (3, 2)
     assert rows(tmp_path / "run", "5-preferences")[0]["chosen"][0]["content"] == "The capital of France is Paris."
     assert found["rounds"][0]["alignment"]["pairs"] == 2
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/round-1/6-policy/model")
     before = contents(tmp_path / "run")
-    pipeline.train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run")))
+    train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run")))
     assert contents(tmp_path / "run") == before
 
 
 def test_given_pairs_train_once_whatever_the_rounds(given: Path, recipe_of: RecipeOf, tmp_path: Path):
     changes = {"rounds": 2, "alignment.max_steps": 1}
-    found = pipeline.train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
+    found = train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
     assert len(found["rounds"]) == 1
     assert found["run"]["policy_round"] == 1
     assert summary.status(tmp_path / "run")["next"] == "nothing: the run is complete"
@@ -510,7 +512,7 @@ def test_margins_are_measured_on_as_many_queries_as_are_asked_for(recipe_of: Rec
     pairs = [{"prompt": query, "chosen": f"Here is {query}", "rejected": "A fox, I think."} for query in QUERIES[:6]]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     changes = {"queries.holdout": 3, "quality.sample": 3, "alignment.max_steps": 1}
-    found = pipeline.train_pairs(tmp_path / "pairs.jsonl", Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
+    found = train_pairs(tmp_path / "pairs.jsonl", Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
     assert found["rounds"][0]["policy"]["reward"]["pairs"] == 3
 
 
@@ -523,21 +525,19 @@ def test_scores_follow_the_chat_template_not_its_path(given: Path, recipe_of: Re
     found: list[list[float]] = []
     for greeting in ("Hi.", "Write a story."):
         template.write_text(greeting + CHAT_TEMPLATE)
-        pipeline.train_pairs(given, recipe)
+        train_pairs(given, recipe)
         found.append([row["ref_chosen_logps"] for row in rows(tmp_path / "run", "5-preferences")])
     assert all(one != two for one, two in zip(*found, strict=True))
     moved = tmp_path / "moved.jinja"
     template.rename(moved)
     before = samples(tmp_path / "run", "5-preferences")
-    pipeline.train_pairs(
-        given, recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"chat_template": str(moved)})})
-    )
+    train_pairs(given, recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"chat_template": str(moved)})}))
     assert samples(tmp_path / "run", "5-preferences") == before, "a path is no part of what determines a score"
 
 
 def test_measure_pairs_writes_nothing(given: Path, tiny_folder: str, tmp_path: Path):
     before = sorted(tmp_path.rglob("*"))
-    measures = pipeline.measure_pairs(given, tiny_folder)
+    measures = measure_pairs(given, tiny_folder)
     assert sorted(tmp_path.rglob("*")) == before
     assert measures["pairs"] == 2
     row = {

@@ -13,7 +13,7 @@ import pytest
 import selfsteer
 from selfsteer.engines import vllm
 from selfsteer.engines.vllm import WorkerError
-from selfsteer.recipe import Recipe
+from selfsteer.recipe.sections import Recipe
 
 RecipeOf = Callable[..., dict[str, Any]]
 

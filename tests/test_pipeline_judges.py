@@ -19,8 +19,10 @@ from misbehaving import Call, MisbehavingServer, Reply, chat, error
 
 import selfsteer
 from selfsteer.engines import vllm
-from selfsteer.gates import MEASURES, GateFailed
-from selfsteer.recipe import Recipe, RecipeError
+from selfsteer.pipeline import GateFailed
+from selfsteer.recipe.gates import MEASURES
+from selfsteer.recipe.sections import Recipe
+from selfsteer.recipe.text import RecipeError
 
 RecipeOf = Callable[..., dict[str, Any]]
 Script = Callable[[Call], Reply]

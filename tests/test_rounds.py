@@ -17,9 +17,9 @@ from test_resume import THROUGH, children
 
 import selfsteer
 from selfsteer import cli
-from selfsteer.gates import GateFailed
-from selfsteer.recipe import Recipe
-from selfsteer.summary import status
+from selfsteer.pipeline import GateFailed
+from selfsteer.recipe.sections import Recipe
+from selfsteer.stages.summary import status
 
 RecipeOf = Callable[..., dict[str, Any]]
 ROUNDS = (1, 2, 3)

@@ -13,7 +13,6 @@ from tiny import tiny_adapter, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AddedToken, AutoConfig, AutoTokenizer, GPT2Config
 
-from selfsteer.durable import read_small
 from selfsteer.models import (
     checkpoint,
     end_ids,
@@ -23,7 +22,8 @@ from selfsteer.models import (
     resolve,
     untrained_ids,
 )
-from selfsteer.recipe import Policy
+from selfsteer.recipe.sections import Policy
+from selfsteer.store.durable import read_small
 
 
 @pytest.fixture

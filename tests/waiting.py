@@ -10,11 +10,12 @@ from typing import TypeVar
 
 import pytest
 
-from selfsteer import checkpoints, interrupt
-from selfsteer.launch import launch
-from selfsteer.recipe import Launcher
-from selfsteer.trainer import read_history
-from selfsteer.training import TrainingJob
+from selfsteer import runtime
+from selfsteer.recipe.sections import Launcher
+from selfsteer.training import checkpoints
+from selfsteer.training.launch import launch
+from selfsteer.training.train import TrainingJob
+from selfsteer.training.trainer import read_history
 
 T = TypeVar("T")
 
@@ -45,9 +46,9 @@ def stop_amid_training(job: TrainingJob, launcher: Launcher, *, seconds: float) 
         until(lambda: read_history(history), "the first step", seconds=seconds)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with interrupt.graceful_stop():
+    with runtime.graceful_stop():
         threading.Thread(target=stop, daemon=True).start()
-        with pytest.raises(interrupt.Interrupted) as stopped:
+        with pytest.raises(runtime.Interrupted) as stopped:
             launch(job, launcher)
     assert stopped.value.exit_status == 143
     last = checkpoints.latest(Path(job.output))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from selfsteer.metrics import Metrics
-    from selfsteer.recipe import Recipe
+    from selfsteer.measures.metrics import Metrics
+    from selfsteer.recipe.sections import Recipe
 
 __all__ = ["run"]
 
@@ -24,8 +24,8 @@ def run(recipe: Recipe | Path | str, *overrides: str) -> Metrics:
     """
     # Imported here so that `import selfsteer` and the command's help stay fast.
     from selfsteer import pipeline
-    from selfsteer.interrupt import graceful_stop
-    from selfsteer.recipe import Recipe, load
+    from selfsteer.recipe.sections import Recipe, load
+    from selfsteer.runtime import graceful_stop
 
     if not isinstance(recipe, Recipe):
         recipe = load(Path(recipe), overrides)

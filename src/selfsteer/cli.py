@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from selfsteer import recipe as recipes
-from selfsteer.interrupt import Interrupted, graceful_stop
+from selfsteer.recipe import sections as recipes
+from selfsteer.runtime import Interrupted, graceful_stop
 
 if TYPE_CHECKING:
-    from selfsteer.summary import Status
+    from selfsteer.stages.summary import Status
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +31,18 @@ app = typer.Typer(
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...", help="Settings that replace the recipe's, such as generator.beta=0.2.", show_default=False
     ),
 ]
+
 PairsFile = Annotated[
     Path, typer.Argument(metavar="PAIRS", help="A preference dataset: prompt, chosen, rejected.", show_default=False)
 ]
+
 ExportFormat = Literal["trl", "llamafactory", "parquet", "jsonl"]
 
 
@@ -64,9 +67,10 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run the whole pipeline, or continue it where it stopped; output=DIR names the run folder."""
     resolved = recipes.load(recipe, overrides or ())
     with graceful_stop():
-        from selfsteer import pipeline, report
+        from selfsteer import pipeline
+        from selfsteer.report.tables import print_summary
 
-        report.print_summary(pipeline.run(resolved))
+        print_summary(pipeline.run(resolved))
 
 
 @app.command()
@@ -78,7 +82,7 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]) -> None:
     """Show the stages of a run, its counts and drops, and what comes next."""
-    from selfsteer import summary
+    from selfsteer.stages import summary
 
     _print_status(summary.status(run))
 
@@ -88,9 +92,10 @@ def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> 
     """Align a model on a preference dataset made elsewhere."""
     resolved = recipes.load(recipe, overrides or ())
     with graceful_stop():
-        from selfsteer import pipeline, report
+        from selfsteer.given import train_pairs
+        from selfsteer.report.tables import print_summary
 
-        report.print_summary(pipeline.train_pairs(pairs, resolved))
+        print_summary(train_pairs(pairs, resolved))
 
 
 @app.command()
@@ -109,9 +114,10 @@ def measure(
 ) -> None:
     """Measure a preference dataset: on-policy probability, margins, lengths, overlap, and a judge's accuracy."""
     with graceful_stop():
-        from selfsteer import pipeline, report
+        from selfsteer.given import measure_pairs
+        from selfsteer.report.tables import print_measures
 
-        report.print_measures(pipeline.measure_pairs(pairs, policy, judge))
+        print_measures(measure_pairs(pairs, policy, judge))
 
 
 @app.command()
@@ -125,11 +131,13 @@ def compare(
     resolved = recipes.load(recipe, overrides or ())
     numbers = [resolved.seed] if seeds is None else [_seed(text) for text in seeds.split(",")]
     with graceful_stop():
-        from selfsteer import comparison, pipeline, report
+        from selfsteer import compare as comparing
+        from selfsteer.report.comparison import comparison_tables
+        from selfsteer.report.tables import table_text
 
-        result = pipeline.compare(resolved, [name.strip() for name in arms.split(",")], numbers)
-        for table in comparison.comparison_tables(result):
-            typer.echo(report.table_text(table) + "\n")
+        result = comparing.compare(resolved, [name.strip() for name in arms.split(",")], numbers)
+        for table in comparison_tables(result):
+            typer.echo(table_text(table) + "\n")
         typer.echo(f"comparison  {Path(resolved.output) / 'comparison.html'}, comparison.md, comparison.json")
 
 
@@ -138,7 +146,7 @@ def comparison_report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a comparison.", show_default=False)],
 ) -> None:
     """Make the page and the tables of a comparison again, from its comparison.json alone."""
-    from selfsteer.comparison_page import write_comparison_page
+    from selfsteer.report.comparison import write_comparison_page
 
     write_comparison_page(folder)
     typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
@@ -157,9 +165,9 @@ def export(
     format: Annotated[ExportFormat, typer.Option(help="What will read it.")],
 ) -> None:
     """Write the preference pairs of a run for the program that trains on them."""
-    from selfsteer import export as exports
+    from selfsteer.data import exchange
 
-    count = exports.export(run, to, format)
+    count = exchange.export(run, to, format)
     typer.echo(f"wrote {count:,} pairs to {to}")
 
 
@@ -171,7 +179,7 @@ def _print_status(found: "Status") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from selfsteer.cells import duration
+    from selfsteer.report.tables import duration
 
     colours = {"sealed": "green", "partial": "yellow", "waiting": "dim"}
     table = Table(title=Text(found["run"]), title_justify="left")

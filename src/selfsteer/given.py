@@ -3,76 +3,29 @@
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
 
-from selfsteer import schemas
-from selfsteer.durable import file_digest
-from selfsteer.journal import Journal
-from selfsteer.judging import RecipeJudge, ask
-from selfsteer.metrics import Measures
+from selfsteer.cluster import cluster_of
+from selfsteer.data.exchange import read_pairs
+from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
+from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
+from selfsteer.measures.metrics import Measures, Metrics
+from selfsteer.measures.quality import measure, reference_scores
+from selfsteer.measures.verdicts import JudgeReport, judge_report
 from selfsteer.models import load_tokenizer, resolve
-from selfsteer.pairs import special_token_reason
-from selfsteer.preferences import read_pairs
+from selfsteer.pipeline import finish, first_round, may_align, prompts_of
 from selfsteer.prompts import Prompts
-from selfsteer.quality import measure, reference_scores
-from selfsteer.recipe import Policy, Training
-from selfsteer.records import Dropped, PairRow, PreferencePair
-from selfsteer.reference import Group, Judge, score_missing, scores
-from selfsteer.schemas import NO_SEEDS
-from selfsteer.self_judges import implicit_verdicts, likelihood_verdicts
-from selfsteer.stages import Round, Work, arithmetic, inputs_of, make_stage, policy_as_judge
-from selfsteer.store import Contents, Origin, Stage
-from selfsteer.verdicts import JudgeReport, judge_report
-
-
-def given_stage(round: Round, pairs: Path) -> Stage:
-    """Stage 5 filled from a file: checked pairs with their reference log-probabilities under the policy."""
-    settings = {"max_prompt_tokens": round.recipe.queries.max_prompt_tokens, **arithmetic(round.recipe.training)}
-    origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": file_digest(pairs)})
-    return make_stage(round, "5-preferences", origin, lambda work: _given(round, work, pairs))
-
-
-def _given(round: Round, work: Work, path: Path) -> Contents:
-    judge = policy_as_judge(round)
-    limit = round.recipe.queries.max_prompt_tokens
-    dropped: list[Dropped] = []
-
-    def groups() -> Iterator[Group | Dropped]:
-        for item in usable_pairs(path, round.prompts, limit):
-            yield item if isinstance(item, Dropped) else judge.group((item,))
-
-    wanted = sum(1 for _ in usable_pairs(path, round.prompts, limit))
-    to_score = (group for group in groups() if isinstance(group, Group))
-    score_missing(judge, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
-
-    def rows() -> Iterator[PairRow]:
-        for item in groups():
-            if isinstance(item, Dropped):
-                dropped.append(item)
-            else:
-                [scored] = scores(work.journal, item)
-                yield schemas.scored_row(item.pairs[0], scored, None, NO_SEEDS)
-
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=schemas.PAIRS)
-
-
-def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[PreferencePair | Dropped]:
-    """The pairs of a file that can be tokenised as they are, and the others with the reason why not.
-
-    Raises ValueError, naming file and row, for a malformed file.
-    """
-    number = 0
-    for number, row in enumerate(read_pairs(path), 1):  # noqa: B007 (counts the rows for the error below)
-        if isinstance(row, Dropped):
-            yield row
-            continue
-        pair = schemas.pair(cast(dict[str, Any], row))
-        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason((pair.chosen, pair.rejected), prompts)
-        if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
-            reason = "prompt too long"
-        yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
-    if number == 0:
-        raise ValueError(f"{path}: no rows")
+from selfsteer.recipe.sections import Policy, Recipe, Training, dump
+from selfsteer.records import PairRow, PreferencePair
+from selfsteer.stages import summary
+from selfsteer.stages.preferences import given_stage, usable_pairs
+from selfsteer.stages.quality import check_judging, quality_stage
+from selfsteer.stages.selection import Candidates, selection_stage
+from selfsteer.stages.training import policy_stage
+from selfsteer.store import columns
+from selfsteer.store.columns import NO_SEEDS
+from selfsteer.store.folder import RunFolder
+from selfsteer.store.journal import Journal
+from selfsteer.training.scoring import Group, Judge, score_missing, scores
 
 
 def measure_given(path: Path, policy: str, trained: str | None = None) -> Measures:
@@ -116,7 +69,7 @@ class _Scored:
         """Each pair with the columns of its log-probabilities."""
         for group in self._groups():
             [scored] = scores(self._journal, group)
-            yield group.pairs[0], schemas.scored_row(group.pairs[0], scored, None, NO_SEEDS)
+            yield group.pairs[0], columns.scored_row(group.pairs[0], scored, None, NO_SEEDS)
 
 
 def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
@@ -128,3 +81,42 @@ def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
 
     with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         return judge_report(ask(judge, pairs, journal, total=sum(1 for _ in pairs())))
+
+
+IMPLICIT = "implicit:"
+"""Before the name of a trained model that judges by its implicit reward."""
+
+
+def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
+    """Step 5 on its own: align recipe.policy, once, on a preference dataset made elsewhere."""
+    recipe = recipe.model_copy(update={"rounds": 1})
+    if recipe.selection.active and recipe.selection.by == "generator":
+        raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
+    policy = resolve(recipe.policy)
+    prompts_of(recipe, policy)
+    check_judging(recipe)
+    next(read_pairs(pairs), None)
+    with cluster_of(recipe), RunFolder(recipe.output) as folder:
+        folder.describe(dump(recipe), summary.session())
+        round = first_round(folder, recipe, policy)
+        preferences = given_stage(round, pairs)
+        candidates = Candidates(preferences, quality_stage(round, preferences, principles=False))
+        may_align(round, "given")
+        policy_stage(round, selection_stage(round, candidates))
+        return finish(folder, recipe, "given")
+
+
+def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measures:
+    """On-policy probability, margins, lengths and overlap of any preference dataset, under the model that policy names.
+
+    judge: who judges the pairs, too. An LLM or a reward model, which of the two its configuration says; a YAML file with a
+    judge's section, as in a recipe; or "implicit:MODEL", a model trained from the policy, by its implicit reward.
+    """
+    trained = judge.removeprefix(IMPLICIT) if judge is not None and judge.startswith(IMPLICIT) else None
+    found = None if judge is None or trained is not None else find_judge(read_judge(judge), Policy(model=policy))
+    if found is not None:
+        check_judge(found)
+    measures = measure_given(pairs, policy, trained)
+    if found is not None:
+        measures["judge"] = judge_given(pairs, found, Policy(model=policy))
+    return measures

@@ -35,10 +35,10 @@ from transformers import (
 )
 
 from selfsteer import llamacpp
-from selfsteer.durable import digest, file_digest, read_object, read_small_text
-from selfsteer.recipe import Policy
-from selfsteer.recipe_engines import DTypeName
+from selfsteer.recipe.engines import DTypeName
+from selfsteer.recipe.sections import Policy
 from selfsteer.records import Adapter, Checkpoint
+from selfsteer.store.durable import digest, file_digest, read_object, read_small_text
 from selfsteer.weights import Stored, check_files, check_fit, refuse_pointer
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ _OBJECTS = {
 _LARGEST_JSON = 256 * 2**20
 
 _CONFIGURATION = {"config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"}
+
 _INCIDENTAL = {"transformers_version", "peft_version", "_name_or_path", "name_or_path", "local_files_only"}
 """Entries of configuration files that say how a folder was written, not what the model computes."""
 

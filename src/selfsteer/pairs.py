@@ -3,13 +3,12 @@
 `steering_pairs` is the method's core: seen as data, L_SSO is two ordinary preference pairs for each query.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 
+from selfsteer.measures.text import is_refusal, leaks_principle, similarity
 from selfsteer.prompts import Prompts
-from selfsteer.recipe import Filters
-from selfsteer.recipe_training import ObjectiveName
-from selfsteer.records import Message, PairKind, PairRow, PreferencePair, Principles, Query, Response, Responses
+from selfsteer.recipe.sections import Filters, ObjectiveName
+from selfsteer.records import Message, PairKind, PreferencePair, Principles, Query, Response, Responses
 
 
 def steering_pairs(responses: Responses, prompts: Prompts, objective: ObjectiveName = "sso") -> tuple[PreferencePair, ...]:
@@ -51,70 +50,6 @@ def _pair(query: Query, kind: PairKind, prompt: tuple[Message, ...], ranked: tup
         chosen_finish=chosen.finish_reason,
         rejected_finish=rejected.finish_reason,
     )
-
-
-def pair_row(pair: PreferencePair) -> PairRow:
-    """The pair in the conversational form that TRL reads, as a row of a sealed Parquet file."""
-    return PairRow(
-        prompt=list(pair.prompt),
-        chosen=[Message(role="assistant", content=pair.chosen)],
-        rejected=[Message(role="assistant", content=pair.rejected)],
-        query_id=pair.query_id,
-        kind=pair.kind,
-        chosen_finish=pair.chosen_finish,
-        rejected_finish=pair.rejected_finish,
-    )
-
-
-# --- filters: each answers "why not" ---------------------------------------------------------------------------------------
-
-_REFUSAL = re.compile(
-    r"""^\W*(?:
-        (?:(?:(?:i['’]?m|i\ am)\ )?(?:really\ |very\ |so\ )?(?:sorry|afraid)|i\ apologi[sz]e)\b
-        [^.!?]{0,80}?\b(?:can(?:no|['’])?t|unable|not\ able)
-      | (?:i['’]?m|i\ am)\ (?:unable|not\ able)\ to\b
-      | i\ (?:can(?:no|['’])?t|won['’]?t|will\ not)\ (?:assist|help|provide|answer|fulfil|comply|do\ that|create|write)
-      | (?:as\ an\ ai(?:\ language\ model|\ assistant)?|unfortunately),?
-        \ i\ (?:can(?:no|['’])?t|am\ (?:unable|not\ able)|do\ not|don['’]t)
-    )""",
-    re.IGNORECASE | re.DOTALL | re.VERBOSE,
-)
-"""An opening that declines the request; "I'm sorry to hear that" is none."""
-
-_LEAKAGE = re.compile(
-    r"""\b(?:as|like)\ (?:i\ was\ |you\ |you['’]ve\ |you\ have\ )?(?:instructed|directed|told|required|requested|asked)\b
-        .{0,40}\b(?:guideline|principle|instruction|system\ (?:prompt|message))
-      | \b(?:according\ to|following|based\ on|in\ line\ with|per|under)\ (?:the|my|these|those|your)
-        \ (?:given\ |provided\ |above\ |system\ )?(?:guidelines(?!\ (?:of|from|by|for|in|on|set|issued|published)\b)
-          |principles?|system\ (?:prompt|message|instructions))\b
-      | \bi\ (?:was|am|have\ been|['’]ve\ been)\ (?:instructed|told|directed|asked)\ (?:not\ )?to
-        \ (?:be|give|answer|respond|write|keep|avoid)\b
-      | \bmy\ (?:instructions|guidelines|system\ prompt)\b""",
-    re.IGNORECASE | re.VERBOSE,
-)
-"""A response that speaks of having been given a principle."""
-
-_QUOTED_WORDS = 8
-"""A response that repeats this many consecutive words of its principle quotes it."""
-
-
-def is_refusal(text: str) -> bool:
-    """Whether a response opens by declining the request."""
-    return _REFUSAL.match(text[:200]) is not None
-
-
-def leaks_principle(text: str, principle: str | None = None) -> bool:
-    """Whether a response speaks of its principle, or quotes eight words of it in a row."""
-    if _LEAKAGE.search(text) is not None:
-        return True
-    return principle is not None and not _ngrams(text, _QUOTED_WORDS).isdisjoint(_ngrams(principle, _QUOTED_WORDS))
-
-
-def similarity(a: str, b: str) -> float:
-    """Jaccard similarity of the word 3-grams of two texts, 0 to 1; of the words where a text is shorter than that."""
-    size = 3 if min(len(a.split()), len(b.split())) >= 3 else 1
-    first, second = _ngrams(a, size), _ngrams(b, size)
-    return len(first & second) / len(first | second) if first or second else 1.0
 
 
 def reject_reason(good: Response, bad: Response, principles: Principles, filters: Filters) -> str | None:
@@ -173,8 +108,3 @@ def item_key(item: Responses) -> tuple[str, int]:
 def special_token_reason(texts: Iterable[str], prompts: Prompts) -> str | None:
     """Why these completions must not be trained on (they would be read as containing special tokens), or None."""
     return "special tokens in a response" if any(prompts.contains_special(text) for text in texts) else None
-
-
-def _ngrams(text: str, size: int) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}

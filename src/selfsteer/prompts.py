@@ -11,8 +11,8 @@ from typing import Literal, cast
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from selfsteer.durable import digest
 from selfsteer.records import FinishReason, Message
+from selfsteer.store.durable import digest
 
 log = logging.getLogger(__name__)
 

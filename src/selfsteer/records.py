@@ -4,7 +4,7 @@ Left out on purpose: behaviour. How records become prompts is in `prompts.py`, h
 """
 
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 
 class Message(TypedDict):
@@ -155,3 +155,10 @@ class PairRow(TypedDict):
     ref_rejected_logps: NotRequired[float | None]
     chosen_tokens: NotRequired[int | None]
     rejected_tokens: NotRequired[int | None]
+
+
+class ScoredPair(NamedTuple):
+    """Both completions of a pair under one model."""
+
+    chosen: Scored
+    rejected: Scored

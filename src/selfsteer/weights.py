@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 
-from selfsteer.durable import read_object
+from selfsteer.store.durable import read_object
 
 _POINTER = b"version https://git-lfs"
 _SHOWN = 4

@@ -26,20 +26,13 @@ import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
 from faults.scripted import IN_FLIGHT, ScriptedEngine, calls
-from selfsteer import (
-    cli,
-    data_stages,
-    pipeline,
-    principles_stage,
-    quality_stage,
-    report,
-    steering_stage,
-    training_stages,
-)
-from selfsteer.responses import _DURABLE_EVERY
-from selfsteer.store import Stage
+from selfsteer import cli, pipeline
+from selfsteer.engines import open as opening
+from selfsteer.engines.sampling import _DURABLE_EVERY
+from selfsteer.report import tables
+from selfsteer.store.folder import Stage
 
-IMPORTED = (pipeline, report)  # by the command itself, in every child anew
+IMPORTED = (pipeline, tables)  # by the command itself, in every child anew
 STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "5-quality", "6-policy")
 SAMPLED = ("1-principles", "2-responses", "5-preferences")
 """The stages that ask the engine."""
@@ -49,22 +42,26 @@ REQUEST_SECONDS = 0.005
 def until_sealed(recipe: Path, stage: str, begun: int) -> None:
     """In a child: run the command up to the seal of the stage; a byte goes down the pipe when the stage begins."""
 
-    def stopping(make_stage: Callable[..., Stage]) -> Callable[..., Stage]:
-        def make(round: Any, name: str, *rest: Any) -> Stage:
-            if name == stage:
-                os.write(begun, b".")
-            made = make_stage(round, name, *rest)
-            if name == stage:
+    is_current, verify, seal = Stage.is_current, Stage.verify, Stage.seal
+
+    def begins(self: Stage, fingerprint: str) -> bool:
+        if self.path.name == stage:
+            os.write(begun, b".")
+        return is_current(self, fingerprint)
+
+    def ending(through: Callable[..., Any]) -> Callable[..., Any]:
+        def end(self: Stage, *rest: Any, **named: Any) -> Any:
+            found = through(self, *rest, **named)
+            if self.path.name == stage:
                 os._exit(0)
-            return made
+            return found
 
-        return make
+        return end
 
-    for module in (principles_stage, data_stages, steering_stage, quality_stage, training_stages):
-        module.make_stage = stopping(module.make_stage)
+    Stage.is_current, Stage.verify, Stage.seal = begins, ending(verify), ending(seal)
     log = recipe.parent / "log"
     engine: Any = lambda *_, **__: ScriptedEngine(log, lambda: time.sleep(REQUEST_SECONDS))  # noqa: E731
-    principles_stage.open_engine = data_stages.open_engine = engine
+    opening.open_engine = engine
     sys.argv = ["selfsteer", "run", str(recipe)]
     cli.main()
 

@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-from selfsteer import cli, data_stages
+from selfsteer import cli
+from selfsteer.engines import open as opening
 from selfsteer.engines.base import Completion, Request
 
 IN_FLIGHT = 4
@@ -75,7 +76,7 @@ def child(recipe: str, log: Path, moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     engine: Any = lambda *_, **__: ScriptedEngine(log, taken_on)  # noqa: E731
-    data_stages.open_engine = engine
+    opening.open_engine = engine
     if what == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (left, left))
     sys.argv = ["selfsteer", "run", recipe]

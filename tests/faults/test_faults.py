@@ -19,11 +19,13 @@ import yaml
 
 import selfsteer
 from faults.scripted import IN_FLIGHT, ScriptedEngine, calls
-from selfsteer import checkpoints, data_stages, store
-from selfsteer.recipe import Recipe
-from selfsteer.responses import _DURABLE_EVERY
-from selfsteer.store import RunFolder, StageDamaged
-from selfsteer.trainer import Keeper
+from selfsteer.engines import open as opening
+from selfsteer.engines.sampling import _DURABLE_EVERY
+from selfsteer.recipe.sections import Recipe
+from selfsteer.store import folder
+from selfsteer.store.folder import RunFolder, StageDamaged
+from selfsteer.training import checkpoints
+from selfsteer.training.trainer import Keeper
 
 RecipeOf = Callable[..., dict[str, Any]]
 STAGES = ("1-principles", "2-responses", "5-preferences", "6-policy")
@@ -55,7 +57,7 @@ def small(recipe_of: RecipeOf, folder: Path) -> dict[str, Any]:
 def undisturbed(recipe_of: RecipeOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_stages, "open_engine", lambda *_, **__: ScriptedEngine(folder / "log"))
+        patch.setattr(opening, "open_engine", lambda *_, **__: ScriptedEngine(folder / "log"))
         selfsteer.run(Recipe.model_validate(small(recipe_of, folder)))
     assert len(calls(folder / "log")) == WANTED
     return folder / "run"
@@ -66,7 +68,7 @@ def run(undisturbed: Path, tmp_path: Path, recipe: dict[str, Any], monkeypatch: 
     """`run(changes)` runs on a finished copy and returns the keys that were asked for."""
     shutil.copytree(undisturbed, tmp_path / "run")
     log = tmp_path / "log"
-    monkeypatch.setattr(data_stages, "open_engine", lambda *_, **__: ScriptedEngine(log))
+    monkeypatch.setattr(opening, "open_engine", lambda *_, **__: ScriptedEngine(log))
 
     def again(**changes: Any) -> list[str]:
         log.unlink(missing_ok=True)
@@ -242,8 +244,8 @@ def test_a_clock_set_back_changes_nothing(
     """Every look at the clock, and the time of every checkpoint, is a day before the one before."""
     days = iter(range(10**6))
     monkeypatch.setattr("time.time", lambda: 1.8e9 - 86400 * next(days))
-    monkeypatch.setattr(store, "_now", lambda: f"2026-01-01T00:00:{59 - next(days) % 60:02}+00:00")
-    monkeypatch.setattr(data_stages, "open_engine", lambda *_, **__: ScriptedEngine(tmp_path / "log"))
+    monkeypatch.setattr(folder, "_now", lambda: f"2026-01-01T00:00:{59 - next(days) % 60:02}+00:00")
+    monkeypatch.setattr(opening, "open_engine", lambda *_, **__: ScriptedEngine(tmp_path / "log"))
     original = Keeper.on_save
 
     def on_save(self: Keeper, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

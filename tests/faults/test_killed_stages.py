@@ -17,8 +17,8 @@ import yaml
 import selfsteer
 from faults.killed import STAGES
 from faults.scripted import ScriptedEngine
-from selfsteer import data_stages, principles_stage
-from selfsteer.recipe import Recipe
+from selfsteer.engines import open as opening
+from selfsteer.recipe.sections import Recipe
 
 KILLS = int(os.environ.get("SELFSTEER_KILLS", "1"))
 TEXTS = [f"What is the sum of {number} and {number + 1}?" for number in range(16)]
@@ -39,8 +39,7 @@ def recipe(recipe_of: Callable[..., dict[str, Any]], tmp_path_factory: pytest.Te
     values = recipe_of(folder / "run", changes)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (principles_stage, data_stages):
-            patch.setattr(module, "open_engine", lambda *_, **__: ScriptedEngine(folder / "log"))
+        patch.setattr(opening, "open_engine", lambda *_, **__: ScriptedEngine(folder / "log"))
         selfsteer.run(Recipe.model_validate(values))
     (folder / "run").rename(folder / "undisturbed")
     return folder / "recipe.yaml"

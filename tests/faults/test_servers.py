@@ -12,8 +12,8 @@ from misbehaving import Call, MisbehavingServer, Reply, chat, error
 
 import selfsteer
 from selfsteer.engines.openai import ServerError
-from selfsteer.recipe import Recipe
-from selfsteer.store import RunFolder
+from selfsteer.recipe.sections import Recipe
+from selfsteer.store.folder import RunFolder
 
 TEXTS = [f"What is the sum of {number} and {number + 1}?" for number in range(20)]
 WANTED = 2 * len(TEXTS)

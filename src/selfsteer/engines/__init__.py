@@ -1,1 +1,1 @@
-"""What turns prompts into responses."""
+"""Who samples: requests in, completions out as they finish."""

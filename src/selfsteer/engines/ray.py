@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Self
 
+from selfsteer.cluster import ClusterError, Plan, SharedFolder, check_room, joined, load_ray
 from selfsteer.engines.base import Completion, Engine, Failed, Request
-from selfsteer.interrupt import raise_if_stopped, request_stop, stop_requested
-from selfsteer.ray_cluster import ClusterError, Plan, SharedFolder, check_room, joined, load_ray
-from selfsteer.recipe_engines import RaySection
+from selfsteer.recipe.engines import RaySection
+from selfsteer.runtime import raise_if_stopped, request_stop, stop_requested
 
 log = logging.getLogger(__name__)
 

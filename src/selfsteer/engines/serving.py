@@ -23,8 +23,8 @@ from urllib.request import ProxyHandler, build_opener
 
 from selfsteer.engines.base import Completion, Failed, Request
 from selfsteer.engines.openai import OpenAIEngine, ServerError
-from selfsteer.interrupt import raise_if_stopped
 from selfsteer.records import Adapter
+from selfsteer.runtime import raise_if_stopped
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from queue import Empty, SimpleQueue
 from typing import IO, Any, NamedTuple, Self
 
 from selfsteer.engines.base import Completion, Failed, Request, TokenLogp
-from selfsteer.interrupt import raise_if_stopped, stop_requested
 from selfsteer.records import Adapter
+from selfsteer.runtime import raise_if_stopped, stop_requested
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ Imports the standard library and vLLM only, never selfsteer, and runs on any Pyt
 The end of stdin ends the process, so none outlives the one that started it, however that one ends. What vLLM prints goes
 to stderr. Left out on purpose: text. The caller has the tokenizer, so this process needs none.
 """
+
 # pyright: basic, reportMissingImports=false
 # vLLM is in another environment than the one that is checked.
-
 import json
 import os
 import queue
@@ -27,6 +27,7 @@ import time
 
 # This folder has modules named like the libraries they are about; as the folder of the script it comes first on the path.
 _HERE = os.path.dirname(os.path.abspath(__file__))
+
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _HERE]
 
 _END = None

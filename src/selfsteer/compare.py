@@ -1,0 +1,291 @@
+"""Ways of making preference data, side by side: the paper's Tables 3 to 6 and Figure 3 as a command.
+
+Every arm is the recipe with a few settings changed. All answer the same queries with the same seeds; the measures are taken
+on the held-out queries alone, which no generator and no policy was trained on, under the policy to be aligned. Differences
+are against PBAA, query by query; several seeds are averaged within a query first, so the intervals say how much the result
+depends on the queries, not on the training seed; for that there are the estimates of each seed.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from selfsteer.cluster import cluster_of
+from selfsteer.engines.open import check_engines
+from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference
+from selfsteer.measures.metrics import RoundMetrics, TrainingSummary
+from selfsteer.measures.quality import reference_scores
+from selfsteer.measures.verdicts import Verdict, judge_report, points
+from selfsteer.models import resolve
+from selfsteer.pipeline import finish, first_round, log, make_data, prompts_of, write_report
+from selfsteer.recipe.engines import runs_already
+from selfsteer.recipe.sections import Recipe, dump
+from selfsteer.recipe.text import Override, apply_override
+from selfsteer.records import Checkpoint, PairRow
+from selfsteer.report.comparison import (
+    BASELINE,
+    ArmResult,
+    ComparisonResult,
+    SeedResult,
+    write_comparison,
+    write_comparison_page,
+)
+from selfsteer.stages import summary
+from selfsteer.stages.answers import answers_stage, win_verdicts
+from selfsteer.stages.base import held_out
+from selfsteer.stages.preferences import given_stage
+from selfsteer.stages.quality import JudgeName, check_judging, quality_stage, read_verdicts
+from selfsteer.stages.training import policy_stage
+from selfsteer.store.folder import RunFolder
+
+
+class Arm(NamedTuple):
+    """One way of making preference data."""
+
+    description: str
+    changes: Mapping[str, object]
+    """What it sets in the recipe, by dotted key."""
+
+
+_SSO = {"generator.kind": "single", "generator.objective": "sso"}
+
+_LIBRARY = {"principles.source": "library", "principles.path": None, "principles.model": None, "principles.engine": None}
+
+ARMS: Mapping[str, Arm] = {
+    "base": Arm("the policy as it is: what win rates are against", {}),
+    "pbaa": Arm("the policy's own responses, no generator", {"generator.kind": "none"}),
+    "rlcd": Arm(
+        "one fixed pair of principles, no generator (arXiv 2307.12950)",
+        {
+            **_LIBRARY,
+            "generator.kind": "none",
+            "principles.qualities": ["helpfulness"],
+            "principles.limit": 1,
+            "principles.concision": 0.0,
+        },
+    ),
+    "sso": Arm("a generator trained with L_SSO", _SSO),
+    "l_plus": Arm("a generator trained with L+ alone", {**_SSO, "generator.objective": "l_plus"}),
+    "l_minus": Arm("a generator trained with L- alone", {**_SSO, "generator.objective": "l_minus"}),
+    "equation_3": Arm("a generator trained with the obvious L-", {**_SSO, "generator.objective": "equation_3"}),
+    "dual": Arm("two generators, one on L+ and one on L-", {**_SSO, "generator.kind": "dual"}),
+    "ipo": Arm("as sso, with IPO in both trainings", {**_SSO, "generator.loss": "ipo", "alignment.loss": "ipo"}),
+    "weak_principles": Arm(
+        "as sso, the principles written by the policy itself",
+        {**_SSO, **_LIBRARY, "principles.source": "generate", "principles.qualities": None},
+    ),
+    "given": Arm("preference data made elsewhere", {}),
+}
+
+
+def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
+    """The recipe of one arm: one round, without gates or selection.
+
+    Raises `RecipeError` where an arm needs what the recipe lacks.
+    """
+    data = recipe.model_dump(mode="json")
+    output = str(Path(recipe.output) / arm_folder(name, seed))
+    unused: dict[str, object] = {"quality.gates": {}, "quality.stop_when": {}, "selection": {}}
+    common: dict[str, object] = {"output": output, "seed": seed, "rounds": 1, **unused}
+    for key, value in {**common, **ARMS[name].changes}.items():
+        data = apply_override(data, Override(key, value))
+    return Recipe.model_validate(data)
+
+
+def arm_folder(name: str, seed: int) -> str:
+    """The name of an arm's run folder."""
+    return f"{name}-seed{seed}"
+
+
+def check_arms(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raises ValueError, before anything is sampled, for arms that can't be run."""
+    unknown = [name for name in arms if name not in ARMS]
+    if unknown:
+        raise ValueError(f"there is no arm {', '.join(unknown)}; arms: {', '.join(ARMS)}")
+    if len(set(arms)) != len(arms) or len(set(seeds)) != len(seeds):
+        raise ValueError("an arm or a seed is named twice")
+    if recipe.queries.holdout == 0:
+        raise ValueError(
+            "queries.holdout is 0: a comparison is measured on queries that nothing was trained on; set queries.holdout=64"
+        )
+    if "given" in arms and recipe.compare.given is None:
+        raise ValueError('the arm "given" needs compare.given, a file of preference pairs')
+    if runs_already(recipe.engine) and recipe.compare.align and recipe.judge.kind != "none":
+        raise ValueError(
+            "engine: a server that runs already can't hold the policies whose answers are judged. Set engine.serve to the"
+            " command that serves a model's folder, or use kind vllm; or set compare.align=false"
+        )
+    if (Path(recipe.output) / "run.json").exists():
+        raise ValueError(f"{recipe.output} holds a run; give the comparison a folder of its own with output=DIR")
+    for name in arms:
+        arm_recipe(recipe, name, seeds[0])
+
+
+# --- measures --------------------------------------------------------------------------------------------------------------
+
+Values = dict[str, dict[str, float]]
+"""Measure -> query -> value."""
+
+
+class ArmRun(NamedTuple):
+    """One arm under one seed."""
+
+    values: Values
+    metrics: RoundMetrics
+    wins: Sequence[Verdict]
+    """Of the aligned policy over the first one, on the held-out queries."""
+
+
+def query_values(rows: Iterator[PairRow], verdicts: Mapping[JudgeName, Sequence[Verdict]], only: frozenset[str]) -> Values:
+    """Every measure of each held-out query; a query with several pairs counts with their mean."""
+    gathered: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        query = row["query_id"]
+        scored = reference_scores(row)
+        if query not in only or scored is None:
+            continue
+        chosen, rejected = (math.exp(side.mean_logps) for side in scored)
+        found = {
+            "on_policy_chosen": chosen,
+            "on_policy_rejected": rejected,
+            "on_policy_all": (chosen + rejected) / 2,
+            "margin_per_token": scored.chosen.mean_logps - scored.rejected.mean_logps,
+            "length_chosen": float(scored.chosen.tokens),
+            "length_rejected": float(scored.rejected.tokens),
+        }
+        for name, value in found.items():
+            gathered[name][query].append(value)
+    judged: dict[JudgeName, str] = {"judge": "accuracy", "principle_consistency": "principle_consistency"}
+    for by, name in judged.items():
+        for verdict in verdicts.get(by, ()):
+            if verdict.query_id in only and verdict.preferred is not None:
+                gathered[name][verdict.query_id].append(points(verdict))
+    return {name: {query: _average(values) for query, values in each.items()} for name, each in gathered.items()}
+
+
+def summarize(recipe: Recipe, runs: Mapping[str, Sequence[ArmRun]], seeds: Sequence[int]) -> ComparisonResult:
+    """The estimates of all arms, and their differences from PBAA where it is among them."""
+    pooled = {name: _pooled([run.values for run in each]) for name, each in runs.items()}
+    arms = {name: _arm(name, each, pooled) for name, each in runs.items()}
+    if len(seeds) > 1:
+        for name, each in runs.items():
+            baselines: Sequence[ArmRun | None] = runs.get(BASELINE) or [None] * len(each)
+            found = zip(seeds, each, baselines, strict=True) if each else ()
+            arms[name]["by_seed"] = {
+                str(seed): _seed_result(run, None if name == BASELINE else baseline) for seed, run, baseline in found
+            }
+    return ComparisonResult(
+        baseline=BASELINE, model=recipe.policy.model, seeds=list(seeds), holdout=recipe.queries.holdout, arms=arms
+    )
+
+
+def _arm(name: str, runs: Sequence[ArmRun], pooled: Mapping[str, Values]) -> ArmResult:
+    values = pooled[name]
+    result = ArmResult(description=ARMS[name].description)
+    if not runs:
+        return result
+    result["queries"] = len(values.get("on_policy_all", {}))
+    result["measures"] = _means(values)
+    result["seconds"] = sum(stage["seconds"] for run in runs for stage in run.metrics.get("stages", {}).values())
+    if name != BASELINE and BASELINE in pooled:
+        result["difference"] = _differences(values, pooled[BASELINE])
+    for key in ("generator", "bad_generator", "policy"):
+        trainings = [found for run in runs if (found := run.metrics.get(key)) is not None]
+        if trainings:
+            result[key] = _training(trainings)
+    wins = [verdict for run in runs for verdict in run.wins]
+    if wins:
+        result["wins"] = judge_report(wins)
+    return result
+
+
+def _seed_result(run: ArmRun, baseline: ArmRun | None) -> SeedResult:
+    result = SeedResult(measures=_means(run.values))
+    if baseline is not None:
+        result["difference"] = _differences(run.values, baseline.values)
+    return result
+
+
+def _means(values: Values) -> dict[str, Estimate]:
+    found = {measure: mean_estimate(list(each.values())) for measure, each in values.items()}
+    return {measure: estimate for measure, estimate in found.items() if estimate is not None}
+
+
+def _differences(values: Values, baseline: Values) -> dict[str, Estimate]:
+    found = {measure: paired_difference(each, baseline.get(measure, {})) for measure, each in values.items()}
+    return {measure: estimate for measure, estimate in found.items() if estimate is not None}
+
+
+def _pooled(seeds: Sequence[Values]) -> Values:
+    """The mean over the seeds of each query."""
+    gathered: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for values in seeds:
+        for measure, each in values.items():
+            for query, value in each.items():
+                gathered[measure][query].append(value)
+    return {measure: {query: _average(found) for query, found in each.items()} for measure, each in gathered.items()}
+
+
+def _training(trainings: Sequence[TrainingSummary]) -> dict[str, float]:
+    curves = [training.get("curve", []) for training in trainings]
+    return {
+        "first": _average([curve[0]["loss"] for curve in curves]),
+        "last": _average([curve[-1]["loss"] for curve in curves]),
+        "steps": _average([float(len(curve)) for curve in curves]),
+        "last_margin": _average([curve[-1]["margin"] for curve in curves]),
+    }
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> ComparisonResult:
+    """Every arm under every seed, in run folders below recipe.output that lend each other what they have in common."""
+    check_arms(recipe, arms, seeds)
+    policy = resolve(recipe.policy)
+    check_engines(recipe, policy, prompts_of(recipe, policy))
+    check_judging(recipe)
+    runs: dict[str, list[ArmRun]] = {name: [] for name in arms}
+    finished: list[RunFolder] = []
+    with cluster_of(recipe), RunFolder(recipe.output) as owned:
+        for seed in seeds:
+            for name in arms:
+                if name != "base":
+                    log.info("arm %s, seed %d", name, seed)
+                    arm = arm_recipe(recipe, name, seed)
+                    runs[name].append(_run_arm(name, arm, policy, tuple(finished)))
+                    finished.append(RunFolder(arm.output))
+        result = summarize(recipe, runs, seeds)
+        write_comparison(owned.path, result)
+        write_comparison_page(owned.path)
+    return result
+
+
+def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFolder, ...]) -> ArmRun:
+    """The data of one arm and, where the recipe says so, a policy aligned on it; its measures on the held-out queries."""
+    with RunFolder(recipe.output) as folder:
+        folder.describe(dump(recipe), summary.session())
+        round = replace(first_round(folder, recipe, policy), lenders=lenders, held_out_only=not recipe.compare.align)
+        method = "given" if name == "given" else summary.method_of(recipe)
+        if method == "given":
+            preferences = given_stage(round, Path(cast(str, recipe.compare.given)))
+            quality = quality_stage(round, preferences, principles=False)
+        else:
+            preferences, quality, _ = make_data(round)
+        wins: list[Verdict] = []
+        if recipe.compare.align:
+            aligned = policy_stage(round, preferences)
+            answers = None if method == "given" else answers_stage(round, folder.stage(1, "1-principles"), aligned)
+            wins = [] if answers is None else win_verdicts(answers)
+            metrics = finish(folder, recipe, method)
+        else:
+            metrics = summary.unaligned(folder, recipe, method, 1)
+            write_report(folder, metrics, recipe.seed)
+        rows = cast("Iterator[PairRow]", preferences.rows())
+        verdicts = {} if quality is None else read_verdicts(quality)
+        values = query_values(rows, verdicts.get("pbaa" if method == "pbaa" else "alignment", {}), held_out(round))
+        return ArmRun(values, metrics["rounds"][0], wins)

@@ -1,0 +1,1 @@
+"""Files of others: queries in, preference data in and out."""

@@ -1,0 +1,119 @@
+"""Sampling through an engine, into a journal: what is wanted, less what is there already.
+
+Both samplings of the method (by the policy, by the data generator) and the generation of principles are this one loop.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
+from itertools import chain
+
+from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
+from selfsteer.prompts import Prompts
+from selfsteer.records import Message, Response
+from selfsteer.runtime import progress, raise_if_stopped
+from selfsteer.store.durable import digest
+from selfsteer.store.journal import Journal
+
+SCHEMA = 1
+"""Version of the journalled samples; part of every key."""
+
+_DURABLE_EVERY = 16
+"""Completions appended to the journal at once: one fdatasync for so many."""
+
+
+def seed_for(*parts: str | int) -> int:
+    """A 32-bit seed that depends on its parts only: not on order, time or the number of others."""
+    return int(digest(list(parts))[:8], 16)
+
+
+def request(prompts: Prompts, messages: tuple[Message, ...], *, model_digest: str, sampling: Sampling, seed: int) -> Request:
+    """A request whose key is the content that determines its completion (no paths, times or endpoints)."""
+    prompt_ids = prompts.prompt_ids(messages)
+    key = digest(
+        {
+            "schema": SCHEMA,
+            "model": model_digest,
+            "prompt_ids": prompt_ids,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "seed": seed,
+        }
+    )
+    return Request(key=key, messages=messages, prompt_ids=prompt_ids, sampling=sampling, seed=seed)
+
+
+@contextmanager
+def kept_open(open_engine: Callable[[], Engine]) -> Generator[Callable[[], AbstractContextManager[Engine]]]:
+    """Gives `sample` an engine that stays open from its first use to the end of the block."""
+    with ExitStack() as stack:
+        opened = cache(lambda: stack.enter_context(open_engine()))
+        yield lambda: nullcontext(opened())
+
+
+def sample(
+    open_engine: Callable[[], AbstractContextManager[Engine]],
+    wanted: Iterable[Request],
+    journal: Journal,
+    *,
+    description: str,
+    total: int,
+) -> int:
+    """Answer every wanted request that the journal lacks; the engine is opened only when there is one.
+
+    wanted is read lazily, once. total, the number of wanted requests, is for the progress bar.
+    Returns the number of new samples. Raises Interrupted, with all finished samples durable, when a signal asked to stop.
+    """
+    lacking = _lacking(wanted, journal)
+    first = next(lacking, None)
+    if first is None:
+        return 0
+    new = 0
+    batch: list[Completion | Failed] = []
+    with progress(description, max(0, total - len(journal)), unit="responses") as advance, open_engine() as engine:
+        try:
+            for answer in engine.generate(chain([first], lacking)):
+                batch.append(answer)
+                if len(batch) >= _DURABLE_EVERY:
+                    _append(journal, batch)
+                    new += len(batch)
+                    advance(len(batch))
+                    batch = []
+        finally:  # also when the engine breaks off: what it had finished is kept
+            _append(journal, batch)
+        new += len(batch)
+        advance(len(batch))
+    raise_if_stopped()
+    return new
+
+
+def response(journal: Journal, wanted: Request) -> Response | Failed:
+    """The journalled answer to a request, or why there is none."""
+    data = journal.get(wanted.key)
+    if "failed" in data:
+        return Failed(key=wanted.key, reason=data["failed"], detail=data["detail"])
+    return Response(
+        text=data["text"], token_ids=tuple(data["token_ids"]), finish_reason=data["finish_reason"], seed=wanted.seed
+    )
+
+
+def _lacking(wanted: Iterable[Request], journal: Journal) -> Iterator[Request]:
+    """The wanted requests that have no durable answer, each key once."""
+    seen: set[str] = set()
+    for item in wanted:
+        if item.key not in journal and item.key not in seen:
+            seen.add(item.key)
+            yield item
+
+
+def _append(journal: Journal, batch: list[Completion | Failed]) -> None:
+    if batch:
+        journal.append([(item.key, _data(item)) for item in batch])
+
+
+def _data(item: Completion | Failed) -> dict[str, object]:
+    if isinstance(item, Failed):
+        return {"failed": item.reason, "detail": item.detail}
+    data: dict[str, object] = {"text": item.text, "token_ids": list(item.token_ids), "finish_reason": item.finish_reason}
+    return data if item.logps is None else data | {"logps": list(item.logps)}

@@ -1,0 +1,1 @@
+"""Who prefers: LLMs, reward models, the policy itself."""

@@ -1,0 +1,167 @@
+"""The judge that a recipe names: an LLM in this process or behind an engine, or a reward model.
+
+Left out on purpose: how they judge (`judges.py`), and the judges that need no model of their own (`self_judges.py`).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from selfsteer.engines import open as opening
+from selfsteer.engines.base import Engine, Sampling
+from selfsteer.engines.open import sampler_digest, server
+from selfsteer.engines.openai import OpenAIEngine
+from selfsteer.judges.llm import EmbeddedJudge, LLMJudge, Pairs, embedded_verdicts, judge_template, sampled_verdicts
+from selfsteer.judges.reward import RewardModel, reward_verdicts
+from selfsteer.measures.verdicts import Verdict
+from selfsteer.models import load_tokenizer, resolve
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.engines import runs_already, sampling_identity
+from selfsteer.recipe.sections import JudgeSection, Policy, Training
+from selfsteer.recipe.text import RecipeError, explain, read_yaml
+from selfsteer.records import Checkpoint
+from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.journal import Journal
+from selfsteer.training.scoring import Judge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeJudge:
+    """A judge that is there, as far as that can be told before it is asked; `find_judge` makes it."""
+
+    section: JudgeSection
+    model: Checkpoint | None
+    """None of a judge that a server holds which runs already."""
+    template: str
+    """The question to an LLM."""
+    trust_remote_code: bool
+
+    @property
+    def name(self) -> str:
+        """Digest of what judges: of the weights, or of the model's name on a server that runs already. No addresses."""
+        engine = self.section.engine
+        if self.model is None:
+            assert engine is not None
+            return digest(sampling_identity(engine))
+        return self.model.digest if engine is None else sampler_digest(engine, self.model)
+
+    def settings(self) -> dict[str, str | int]:
+        """What beside that determines its verdicts; no paths."""
+        fields = {"kind", "max_prompt_tokens"}
+        fields |= {"dtype"} if self.section.engine is None else {"top_logps", "max_new_tokens", "retries"}
+        return self.section.model_dump(include=fields) | {"template": digest(self.template)}
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of what its verdicts are made with, for a stage's origin."""
+        template = self.section.chat_template
+        return {"judge": self.name} | ({} if template is None else {"judge's chat template": file_digest(Path(template))})
+
+    def prompts(self) -> Prompts | None:
+        """How its prompts are rendered; None where its tokenizer is not known. ValueError as of `load_tokenizer`."""
+        path = self.section.model if self.model is None else self.model.path
+        if path is None:
+            return None
+        try:
+            tokenizer = load_tokenizer(
+                path, chat_template=self.section.chat_template, trust_remote_code=self.trust_remote_code
+            )
+        except OSError as error:
+            raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
+        return Prompts(tokenizer, system_role="system")  # nothing is steered here
+
+
+def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
+    """The recipe's judge, None where it names none. policy: says whether code that comes with a model may run.
+
+    Raises ValueError for a model that is not there or has no chat template, and for a template without its places.
+    """
+    if section.kind == "none":
+        return None
+    template = judge_template(None if section.template is None else Path(section.template))
+    model = None
+    if not runs_already(section.engine):
+        assert section.model is not None, "checked when the recipe was read"
+        try:
+            model = resolve(Policy(model=section.model, trust_remote_code=policy.trust_remote_code))
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(str(error).replace("policy.model", "judge.model")) from error
+    judge = RecipeJudge(section=section, model=model, template=template, trust_remote_code=policy.trust_remote_code)
+    judge.prompts()
+    return judge
+
+
+def check_judge(judge: RecipeJudge) -> None:
+    """Raise ValueError when the judge's engine lacks something that can be seen before it is started."""
+    if judge.section.engine is not None:
+        _open(judge, judge.prompts())  # and never entered
+
+
+def read_judge(reference: str) -> JudgeSection:
+    """The judge that a command line names: a model with default settings, or the judge's section in a YAML file.
+
+    Raises ValueError for a model that is not there, `RecipeError` for a file without a usable section.
+    """
+    path = Path(reference)
+    if path.suffix not in (".yaml", ".yml"):
+        return _guess(reference)
+    data, lines = read_yaml(path)
+    try:
+        section = JudgeSection.model_validate(data.get("judge", {}))
+    except ValidationError as error:
+        mistakes = explain(error, JudgeSection, lambda key: f"{path}:{lines.get(f'judge.{key}', lines.get('judge', 1))}")
+        raise RecipeError(mistakes) from None
+    if section.kind == "none":
+        raise RecipeError(f"{path}: names no judge; expected a section judge with a kind, and with a model or an engine")
+    return section
+
+
+def _guess(model: str) -> JudgeSection:
+    """Of which kind, the model's configuration says."""
+    try:
+        folder = Path(resolve(Policy(model=model)).path)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(str(error).replace("policy.model", "--judge")) from error
+    config = json.loads((folder / "config.json").read_bytes())
+    scores = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return JudgeSection(kind="reward_model" if scores else "llm", model=model)
+
+
+def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
+    """A verdict for every pair, in order; see `judges.py`. total, the number of pairs, is for the progress bar."""
+    section, prompts = judge.section, judge.prompts()
+    if section.engine is not None:
+        asked = LLMJudge(
+            name=judge.name,
+            prompts=prompts,
+            template=judge.template,
+            sampling=Sampling(temperature=0.0, top_p=1.0, max_new_tokens=section.max_new_tokens),
+            top_logps=section.top_logps,
+            retries=section.retries,
+            max_prompt_tokens=section.max_prompt_tokens,
+        )
+        return sampled_verdicts(asked, pairs, lambda: _open(judge, prompts), journal, total=total)
+    assert judge.model is not None
+    assert prompts is not None
+    source = Policy(model=judge.model.path, chat_template=section.chat_template, trust_remote_code=judge.trust_remote_code)
+    if section.kind == "reward_model":
+        reward = RewardModel(model=judge.model, policy=source, dtype=section.dtype, max_tokens=section.max_prompt_tokens)
+        return reward_verdicts(reward, pairs, journal, total=total)
+    scoring = Judge(judge.model, source, prompts, Training(dtype=section.dtype))
+    embedded = EmbeddedJudge(scoring=scoring, template=judge.template, max_prompt_tokens=section.max_prompt_tokens)
+    return embedded_verdicts(embedded, pairs, journal, total=total)
+
+
+def _open(judge: RecipeJudge, prompts: Prompts | None) -> Engine:
+    engine = judge.section.engine
+    assert engine is not None
+    if judge.model is not None:
+        assert prompts is not None
+        return opening.open_engine(engine, judge.model, prompts, trust_remote_code=judge.trust_remote_code)
+    assert engine.kind == "openai"
+    assert engine.base_url is not None
+    assert engine.model is not None
+    # Nobody looks at the token ids of a verdict.
+    return OpenAIEngine(server(engine, engine.base_url, engine.model), tokenize=lambda _text: ())

@@ -1,0 +1,412 @@
+"""Judges of preference pairs: which of two responses is better, and does that agree with chosen above rejected?
+
+judge                   who says which response is better                         costs a pair
+sampled_verdicts        an LLM behind any engine, by P(A) and P(B) where the      two short answers
+                        engine tells them, else by one letter, in both orders
+embedded_verdicts       an LLM in this process, by P(A) and P(B), in both orders  two prompts, nothing is sampled
+reward_verdicts         a sequence-classification reward model                    two sequences
+(implicit.py)           the trained or the steered policy itself                  at most one forward pass
+
+Every judge yields a `Verdict` for every pair, in order; `verdicts.judge_report` turns them into numbers. What a judge said
+is journalled under a content key and never asked twice; what it failed to say is asked again by the next run.
+
+Left out on purpose: which judge a recipe names, gates on its report, grades of single responses.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
+from selfsteer.measures.verdicts import Orders, Verdict, by_orders, failure, no_answer
+from selfsteer.prompts import Prompts
+from selfsteer.records import Message, PreferencePair, ScoredPair
+from selfsteer.runtime import progress, raise_if_stopped
+from selfsteer.store.durable import digest
+from selfsteer.store.journal import Journal
+from selfsteer.training.scoring import Group, Judge, score_missing, scores
+
+FIRST, SECOND = "A", "B"
+"""The closed set of answers: the response shown first is better, or the second."""
+
+_PLACES = ("fence", "request", "first", "second")
+
+_PLACE = re.compile(r"\{(" + "|".join(_PLACES) + r")\}")
+
+_SHORTEST_FENCE = 8
+
+
+def judge_template(path: Path | None = None) -> str:
+    """The built-in pairwise prompt, or a file's. ValueError, naming them, when places are missing."""
+    if path is None:
+        return _built_in_template()
+    text = path.read_text(encoding="utf-8")
+    missing = [place for place in _PLACES if f"{{{place}}}" not in text]
+    if missing:
+        raise ValueError(
+            f"{path}: a judge's template needs the places {{fence}}, {{request}}, {{first}} and {{second}}; {missing} are"
+            f" missing. It must ask for exactly {FIRST} or {SECOND}."
+        )
+    return text
+
+
+@cache
+def _built_in_template() -> str:
+    return resources.files("selfsteer").joinpath("templates", "judge_pairwise.txt").read_text(encoding="utf-8")
+
+
+def judge_messages(template: str, prompt: Iterable[Message], first: str, second: str) -> tuple[Message, ...]:
+    """The judge's prompt. What it is to judge stands between marks with a code that occurs in none of these texts.
+
+    Texts are filled in at once, so that a place named in one of them stays as it is.
+    """
+    request = _request_text(tuple(prompt))
+    texts = {"request": request, "first": first, "second": second}
+    filled = texts | {"fence": _fence(request, first, second)}
+    return (Message(role="user", content=_PLACE.sub(lambda place: filled[place[1]], template)),)
+
+
+def _fence(*texts: str) -> str:
+    """A code that no text contains; the same in both orders of the responses. Its digits follow from the texts themselves:
+    no response can hold the code of a prompt that it is part of.
+    """
+    code = digest(sorted(texts))
+    length = _SHORTEST_FENCE
+    while any(code[:length] in text for text in texts):
+        length += 1
+        assert length <= len(code), "a text contains its own sha256"
+    return code[:length]
+
+
+def _request_text(prompt: tuple[Message, ...]) -> str:
+    """The user's turn alone, or the whole conversation with the role before every turn."""
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
+
+
+class BothOrders(NamedTuple):
+    """One question, asked with the chosen response first and with it second."""
+
+    chosen_first: tuple[Message, ...]
+    chosen_second: tuple[Message, ...]
+
+
+def questions(template: str, pair: PreferencePair) -> BothOrders:
+    """The judge's prompts for a pair."""
+    return BothOrders(
+        judge_messages(template, pair.prompt, pair.chosen, pair.rejected),
+        judge_messages(template, pair.prompt, pair.rejected, pair.chosen),
+    )
+
+
+def refusal(asked: BothOrders, prompts: Prompts, limit: int) -> str | None:
+    """Why a judge with this tokenizer must not be asked, or None."""
+    for messages in asked:
+        reason = prompts.quarantine_reason(messages)
+        if reason is not None:
+            return reason
+        if len(prompts.prompt_ids(messages)) > limit:
+            return "too long for the judge"
+    return None
+
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+"""Version of the journalled answers; part of every key."""
+
+Pairs = Callable[[], Iterable[PreferencePair]]
+"""The pairs to be judged, each time from the beginning: once to ask, once to read the verdicts."""
+
+_SPACES = " \t\r\n\u2581\u0120\u010a"
+"""White space around a letter in the text of a token; the last three are SentencePiece's and byte-level BPE's."""
+
+_DURABLE_EVERY = 16
+
+_RETRY_TEMPERATURE = 0.7
+"""Of the further tries after an unreadable answer, where the first one was greedy and would repeat itself."""
+
+# --- an LLM behind an engine -----------------------------------------------------------------------------------------------
+
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=16)
+"""A letter needs no more tokens; a model that thinks first does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMJudge:
+    """An LLM that is asked for one letter through an engine."""
+
+    name: str
+    """What identifies it, in every key: the digest of its weights, or the model's name on a server. No addresses."""
+    prompts: Prompts | None
+    """Its tokenizer, for engines that take token ids; None for a server that renders messages itself. Only with it can
+    texts that would be read as special tokens be kept from the judge."""
+    template: str
+    """See `judge_prompts.judge_template`."""
+    sampling: Sampling = GREEDY
+    top_logps: int = 20
+    """Judge by the probabilities of so many likely first tokens, where the engine tells them; 0: by the letter alone."""
+    retries: int = 2
+    """Further tries of an answer that can't be read."""
+    max_prompt_tokens: int = 8192
+    """Longer questions are not asked, where the tokenizer is known; nothing is ever cut."""
+
+    def request(self, messages: tuple[Message, ...], attempt: int) -> Request:
+        """One try of one question, under a key of what determines the answer."""
+        sampling = self.sampling
+        if attempt and sampling.temperature == 0:
+            sampling = replace(sampling, temperature=_RETRY_TEMPERATURE)
+        content = {
+            "schema": SCHEMA,
+            "judge": self.name,
+            "messages": list(messages),
+            "prompts": None if self.prompts is None else self.prompts.digest,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "top_logps": self.top_logps,
+            "attempt": attempt,
+        }
+        key = digest(content)
+        prompt_ids = () if self.prompts is None else self.prompts.prompt_ids(messages)
+        return Request(
+            key=key,
+            messages=messages,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            seed=int(key[:8], 16),
+            top_logps=self.top_logps,
+        )
+
+    def refusal(self, both: BothOrders) -> str | None:
+        """Why it must not be asked, or None."""
+        return None if self.prompts is None else refusal(both, self.prompts, self.max_prompt_tokens)
+
+
+class Answer(NamedTuple):
+    """What one answer says."""
+
+    first: float
+    """Probability of `FIRST`, renormalised over the closed set; 1 or 0 of a letter that was only written."""
+    mass: float | None = None
+    """Probability of the closed set; None of a letter that was only written."""
+
+
+def parse_answer(text: str) -> str | None:
+    """`FIRST` or `SECOND` where the answer is exactly that, but for white space around it; else None: unreadable."""
+    answer = text.strip()
+    return answer if answer in (FIRST, SECOND) else None
+
+
+def letter_logps(tokens: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Log-probability of each letter: tokens that say it, such as "A" and " A", are summed. -inf where none says it."""
+    mass = dict.fromkeys((FIRST, SECOND), 0.0)
+    for text, logp in tokens:
+        letter = text.strip(_SPACES)
+        if letter in mass:
+            mass[letter] += math.exp(logp)
+    return {letter: math.log(value) if value else -math.inf for letter, value in mass.items()}
+
+
+def letter_probability(logps: Mapping[str, float]) -> Answer | None:
+    """From log-probabilities by letter, as the embedded model or an engine gives them; None where neither is possible."""
+    first, second = logps[FIRST], logps[SECOND]
+    if first == second == -math.inf:
+        return None
+    # Stable for letters that are both improbable, unlike a quotient of probabilities.
+    return Answer(1 / (1 + math.exp(min(second - first, 700.0))), math.exp(first) + math.exp(second))
+
+
+def sampled_verdicts(
+    judge: LLMJudge, pairs: Pairs, open_engine: Callable[[], Engine], journal: Journal, *, total: int
+) -> Iterator[Verdict]:
+    """The verdicts of an LLM that answers with a letter: by the letter's probability where the engine tells it, else by
+    the letter. total, the number of pairs, is for the progress bar.
+
+    An answer that can't be read is asked for again, a request that fails costs its pair, and an engine that does not start
+    or breaks off costs the pairs that it has not answered. Raises Interrupted, with all answers durable, when a signal
+    asked to stop.
+    """
+    failures = _Failures()
+    for attempt in range(1 + judge.retries):
+        wanted = _unread(judge, pairs(), attempt, journal)
+        first = next(wanted, None)
+        if first is None:  # perhaps a later try was broken off
+            continue
+        with progress("verdicts", 2 * total, unit="answers") as advance:
+            for batch in _answers(open_engine, chain([first], wanted), failures):
+                journal.append([(each.key, _data(each)) for each in batch])
+                advance(len(batch))
+        raise_if_stopped()
+        if failures.gone:
+            break
+    for pair in pairs():
+        yield _verdict(judge, pair, journal, failures.reasons)
+
+
+def _unread(judge: LLMJudge, pairs: Iterable[PreferencePair], attempt: int, journal: Journal) -> Iterator[Request]:
+    """The questions that were answered unreadably in every earlier try and have no answer to this one, each once."""
+    asked: set[str] = set()
+    for pair in pairs:
+        both = questions(judge.template, pair)
+        if judge.refusal(both) is not None:
+            continue
+        for messages in both:
+            tries = [judge.request(messages, number).key for number in range(attempt)]
+            if any(key not in journal or _read(journal, key) is not None for key in tries):
+                continue
+            request = judge.request(messages, attempt)
+            if request.key not in journal and request.key not in asked:
+                asked.add(request.key)
+                yield request
+
+
+@dataclass(slots=True)
+class _Failures:
+    """What one run did not get answered."""
+
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
+    """Of requests that failed one by one, by their keys."""
+    gone: bool = False
+    """The engine broke off, or did not start."""
+
+    def give_up(self, error: OSError) -> None:
+        self.gone = True
+        log.warning("the judge has gone; pairs that it has not answered get no verdict until the next run: %s", error)
+
+
+def _answers(
+    open_engine: Callable[[], Engine], requests: Iterable[Request], failures: _Failures
+) -> Iterator[list[Completion]]:
+    """Batches of answers to make durable; notes why requests failed. An engine that breaks off ends them."""
+    with ExitStack() as stack:
+        try:
+            answers = stack.enter_context(open_engine()).generate(requests)
+        except OSError as error:
+            failures.give_up(error)
+            return
+        batch: list[Completion] = []
+        while True:
+            try:
+                answer = next(answers, None)
+            except OSError as error:
+                failures.give_up(error)
+                answer = None
+            if isinstance(answer, Failed):
+                failures.reasons[answer.key] = answer.reason
+            elif answer is not None:
+                batch.append(answer)
+            if batch and (answer is None or len(batch) == _DURABLE_EVERY):
+                yield batch
+                batch = []
+            if answer is None:
+                return
+
+
+def _data(answer: Completion) -> dict[str, object]:
+    tokens = None if answer.first_logps is None else [list(token) for token in answer.first_logps]
+    return {"text": answer.text, "finish_reason": answer.finish_reason, "first_logps": tokens}
+
+
+def _read(journal: Journal, key: str) -> Answer | None:
+    """What an answer says; None where it can't be read."""
+    answer = journal.get(key)
+    likely = None if answer["first_logps"] is None else letter_probability(letter_logps(answer["first_logps"]))
+    if likely is not None:
+        return likely
+    # Also of a model that has thought first: none of its likely first tokens is a letter, yet its answer may be one.
+    letter = parse_answer(answer["text"]) if answer["finish_reason"] == "stop" else None
+    return None if letter is None else Answer(float(letter == FIRST))
+
+
+def _verdict(judge: LLMJudge, pair: PreferencePair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
+    both = questions(judge.template, pair)
+    reason = judge.refusal(both)
+    if reason is not None:
+        return failure(pair, reason)
+    said: list[Answer] = []
+    for messages in both:
+        tries = [judge.request(messages, attempt).key for attempt in range(1 + judge.retries)]
+        answered = [key for key in tries if key in journal]
+        answer = next((answer for key in answered if (answer := _read(journal, key)) is not None), None)
+        if answer is None and len(answered) == len(tries):
+            return failure(pair, "unreadable answer")
+        if answer is None:
+            return failure(pair, no_answer(next((failed[key] for key in tries if key in failed), None)))
+        said.append(answer)
+    return _by_answers(pair, said)
+
+
+def _by_answers(pair: PreferencePair, said: Sequence[Answer]) -> Verdict:
+    """Of the answers with the chosen response first, and with it second."""
+    chosen_first, chosen_second = said
+    masses = [answer.mass for answer in said if answer.mass is not None]
+    mass = sum(masses) / len(masses) if masses else None
+    return by_orders(pair, Orders(chosen_first.first, 1 - chosen_second.first), mass=mass)
+
+
+# --- an LLM in this process: probabilities instead of samples --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedJudge:
+    """An LLM in this process."""
+
+    scoring: Judge
+    """The model, and how it computes log-probabilities. A small judge's averaged probabilities lie so close to one half
+    that rounding to bfloat16 turns some of them: take float32 where it can be paid."""
+    template: str
+    """See `judge_prompts.judge_template`."""
+    max_prompt_tokens: int = 8192
+    """Longer questions are not asked; nothing is ever cut."""
+
+
+def embedded_verdicts(judge: EmbeddedJudge, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
+    """Verdicts from the probabilities of the two letters, renormalised over them, in both orders: nothing is sampled.
+
+    Each order is one prompt with two completions behind it, in the packed forward pass that scores pairs. total, the
+    number of pairs, is for the progress bar. Raises Interrupted, with all scores durable, when a signal asked to stop.
+    """
+    scoring = judge.scoring
+
+    def asked() -> Iterator[tuple[PreferencePair, Group | str]]:
+        """Every pair with its question, or with why it must not be asked."""
+        for pair in pairs():
+            both = questions(judge.template, pair)
+            reason = refusal(both, scoring.prompts, judge.max_prompt_tokens)
+            yield pair, reason or scoring.group([_letters(pair, messages) for messages in both])
+
+    groups = (group for _, group in asked() if isinstance(group, Group))
+    score_missing(scoring, groups, journal, description="verdicts", total=total)
+    for pair, group in asked():
+        yield failure(pair, group) if isinstance(group, str) else _embedded_verdict(pair, scores(journal, group))
+
+
+def _embedded_verdict(pair: PreferencePair, scores: Sequence[ScoredPair]) -> Verdict:
+    said = [letter_probability({FIRST: scored.chosen.logps, SECOND: scored.rejected.logps}) for scored in scores]
+    if None in said:
+        return failure(pair, "unreadable answer")
+    return _by_answers(pair, [answer for answer in said if answer is not None])
+
+
+def _letters(pair: PreferencePair, question: tuple[Message, ...]) -> PreferencePair:
+    """The two answers as completions of the judge's prompt, without an end token: their probability is the letters' own."""
+    return PreferencePair(
+        query_id=pair.query_id,
+        kind="given",
+        prompt=question,
+        chosen=FIRST,
+        rejected=SECOND,
+        chosen_finish="length",
+        rejected_finish="length",
+    )

@@ -1,0 +1,220 @@
+"""Rewards of responses from a sequence-classification model in Hugging Face format with one label.
+
+The conversation is rendered with the reward model's own chat template, the response as the assistant's last turn. Rewards
+are journalled under what determines them. Left out on purpose: training a reward model; templates for tokenizers without
+one (`Policy.chat_template` names a Jinja file); models whose scoring needs code of their own.
+"""
+
+import math
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from selfsteer.judges.llm import Pairs
+from selfsteer.measures.verdicts import Verdict, by_margin, failure
+from selfsteer.models import compute_dtype, load_tokenizer, pick_device
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.engines import DTypeName
+from selfsteer.recipe.sections import Policy
+from selfsteer.records import Checkpoint, Message, PreferencePair
+from selfsteer.runtime import progress, raise_if_stopped, stop_requested
+from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.journal import Journal, Record
+
+SCHEMA = 1
+"""Version of the journalled rewards; part of every key."""
+
+_WINDOW = 128
+"""Conversations sorted by length among themselves, and made durable at once."""
+
+Conversation = tuple[Message, ...]
+"""Ends with the assistant's response."""
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardModel:
+    """Which reward model scores, and how it computes."""
+
+    model: Checkpoint
+    policy: Policy
+    """How it is read: chat template, remote code. Its `model` is not looked at."""
+    dtype: DTypeName = "auto"
+    max_tokens: int = 8192
+    """Longer conversations are not scored; nothing is ever cut."""
+    batch_tokens: int = 16384
+    """Tokens of a forward pass, padding included: memory, not mathematics (but for rounding)."""
+
+    def key(self, conversation: Conversation) -> str:
+        """Of what determines the reward."""
+        template = self.policy.chat_template
+        content = {
+            "schema": SCHEMA,
+            "reward_model": self.model.digest,
+            "chat_template": None if template is None else file_digest(Path(template)),
+            "dtype": str(compute_dtype(self.dtype, pick_device())),
+            "conversation": list(conversation),
+        }
+        return digest(content)
+
+
+class Renderer(NamedTuple):
+    """The tokenizer of a reward model; `open_renderer` makes it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    max_tokens: int
+
+    def ids(self, conversation: Conversation) -> TokenIds:
+        """The rendered conversation, without the header of another answer."""
+        messages = [{"role": message["role"], "content": message["content"]} for message in conversation]
+        text = cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False))
+        return tuple(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    def refusal(self, conversation: Conversation) -> str | None:
+        """Why this conversation must not be scored, or None."""
+        if any(self.prompts.contains_special(message["content"]) for message in conversation):
+            return "special tokens in the text"
+        try:
+            length = len(self.ids(conversation))
+        except TemplateError as error:
+            return f"refused by the chat template: {error.message}"
+        return "too long for the reward model" if length > self.max_tokens else None
+
+
+def open_renderer(reward: RewardModel) -> Renderer:
+    """Raises ValueError where the tokenizer has no chat template."""
+    policy = reward.policy
+    tokenizer = load_tokenizer(
+        reward.model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code
+    )
+    return Renderer(tokenizer, Prompts(tokenizer, system_role="system"), reward.max_tokens)
+
+
+@contextmanager
+def open_reward_model(reward: RewardModel) -> Generator[PreTrainedModel]:
+    """The model ready to score, let go of when the block ends. Raises ValueError when it has not exactly one label."""
+    device = pick_device()
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        reward.model.path,
+        dtype=compute_dtype(reward.dtype, device),
+        use_safetensors=True,
+        trust_remote_code=reward.policy.trust_remote_code,
+    )
+    if model.config.num_labels != 1:
+        raise ValueError(
+            f"{reward.model.path}: {model.config.num_labels} labels; a reward model has one. Name a sequence-classification "
+            "model that was trained to score responses."
+        )
+    yield model.to(device).eval()
+
+
+def score_batch(model: PreTrainedModel, rows: Sequence[TokenIds]) -> list[float]:
+    """The reward of each tokenised conversation, in their order."""
+    pad = cast("int | None", model.config.get_text_config().pad_token_id)
+    if pad is None:
+        # Padded with an id that no row contains, the model finds each row's last token as it does without padding.
+        used = {token for row in rows for token in row}
+        pad = next(token for token in range(len(used) + 1) if token not in used)
+        model.config.get_text_config().pad_token_id = pad
+        try:
+            return score_batch(model, rows)
+        finally:
+            model.config.get_text_config().pad_token_id = None
+    longest = max(map(len, rows))
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.tensor([row + (pad,) * (longest - len(row)) for row in rows], device=model.device),
+            attention_mask=torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device),
+        ).logits
+    return logits.float()[:, 0].tolist()
+
+
+def score_missing(
+    reward: RewardModel, conversations: Iterable[Conversation], journal: Journal, *, description: str, total: int
+) -> None:
+    """Score every conversation that the journal lacks; the model is loaded only when there is one.
+
+    total, the number of conversations, is for the progress bar. Raises Interrupted when a signal asked to stop.
+    """
+    lacking = (conversation for conversation in conversations if reward.key(conversation) not in journal)
+    window = list(islice(lacking, _WINDOW))
+    if not window:
+        return
+    renderer = open_renderer(reward)
+    with progress(description, total, unit="responses") as advance, open_reward_model(reward) as model:
+        while window and not stop_requested():
+            journal.append(list(_rewards(model, renderer, reward, window)))
+            advance(len(window))
+            window = list(islice(lacking, _WINDOW))
+    raise_if_stopped()
+
+
+def reward_of(reward: RewardModel, conversation: Conversation, journal: Journal) -> float | None:
+    """The journalled reward; None of one that is not a number."""
+    return journal.get(reward.key(conversation))["reward"]
+
+
+def _rewards(
+    model: PreTrainedModel, renderer: Renderer, reward: RewardModel, conversations: Sequence[Conversation]
+) -> Iterator[Record]:
+    """Key and reward of each conversation; those of like length share a forward pass."""
+    rows = sorted(
+        ((renderer.ids(conversation), reward.key(conversation)) for conversation in conversations),
+        key=lambda row: len(row[0]),
+    )
+    batch: list[tuple[TokenIds, str]] = []
+    for row in rows:
+        if batch and len(row[0]) * (len(batch) + 1) > reward.batch_tokens:
+            yield from _scored(model, batch)
+            batch = []
+        batch.append(row)
+    yield from _scored(model, batch)
+
+
+def _scored(model: PreTrainedModel, batch: Sequence[tuple[TokenIds, str]]) -> Iterator[Record]:
+    scores = score_batch(model, [ids for ids, _ in batch])
+    return (
+        (key, {"reward": score if math.isfinite(score) else None}) for (_, key), score in zip(batch, scores, strict=True)
+    )
+
+
+# --- a reward model --------------------------------------------------------------------------------------------------------
+
+
+def reward_verdicts(judge: RewardModel, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
+    """The response with the higher reward. total, the number of pairs, is for the progress bar.
+
+    Raises Interrupted, with all rewards durable, when a signal asked to stop.
+    """
+    renderer = open_renderer(judge)
+
+    def asked() -> Iterator[tuple[PreferencePair, tuple[Conversation, ...], str | None]]:
+        for pair in pairs():
+            both = _conversations(pair)
+            yield pair, both, next(filter(None, map(renderer.refusal, both)), None)
+
+    wanted = (conversation for _, both, reason in asked() if reason is None for conversation in both)
+    score_missing(judge, wanted, journal, description="rewards", total=2 * total)
+    for pair, both, reason in asked():
+        if reason is not None:
+            yield failure(pair, reason)
+            continue
+        chosen, rejected = (reward_of(judge, conversation, journal) for conversation in both)
+        if chosen is None or rejected is None:
+            yield failure(pair, "reward is not finite")
+        else:
+            yield by_margin(pair, chosen - rejected)
+
+
+def _conversations(pair: PreferencePair) -> tuple[Conversation, ...]:
+    responses = (pair.chosen, pair.rejected)
+    return tuple((*pair.prompt, Message(role="assistant", content=response)) for response in responses)

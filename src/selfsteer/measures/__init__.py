@@ -1,0 +1,1 @@
+"""Numbers, pure: measures of preference data with intervals, judges' reports, gates."""

@@ -1,0 +1,340 @@
+"""The shape of metrics.json: what a run measures, and what report.py, page.py and cards.py read.
+
+A key whose inputs were missing is absent. On disk an `Estimate` is {"mean", "low", "high", "n"}.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
+
+from selfsteer.measures.estimates import Estimate
+from selfsteer.measures.verdicts import JudgeReport
+
+Method = Literal["sso", "dual", "pbaa", "given"]
+"""Pairs from a data generator, from two (generator.kind dual), from the policy itself (none), or made elsewhere."""
+
+
+class Both(TypedDict, total=False):
+    """A measure of the chosen and of the rejected responses."""
+
+    chosen: Estimate
+    rejected: Estimate
+
+
+class OnPolicy(Both, total=False):
+    """exp(mean log pi(token)) of a response given the row's prompt, under the policy to be aligned; averaged."""
+
+    all: Estimate
+    """Over chosen and rejected alike: the mean over pairs of the mean of both."""
+
+
+class Margin(TypedDict, total=False):
+    """log pi(chosen) - log pi(rejected) under the policy to be aligned, in nats."""
+
+    sum: Estimate
+    """Of the summed log-probabilities."""
+    per_token: Estimate
+    """Of the per-token means."""
+    chosen_above: Estimate
+    """Share of pairs whose summed log-probability is higher for chosen."""
+    length_correlation: float
+    """Pearson correlation of the summed margin with the length difference, both chosen - rejected."""
+
+
+class Length(TypedDict, total=False):
+    """Lengths of the responses."""
+
+    unit: str
+    """"tokens" when every row knows them, else "words"."""
+    chosen: Estimate
+    rejected: Estimate
+    chosen_median: float
+    rejected_median: float
+    ratio: float
+    """Mean length of chosen / mean length of rejected."""
+    chosen_longer: Estimate
+    """Share of pairs whose chosen response is strictly longer."""
+
+
+class Variety(TypedDict, total=False):
+    """How varied the text of one side is."""
+
+    distinct_1: float
+    """Different words / words (arXiv 1510.03055)."""
+    distinct_2: float
+    distinct_3: float
+    repetition: Estimate
+    """Share of a response's word 3-grams that it has said before, averaged over responses."""
+
+
+class Distribution(TypedDict):
+    """A histogram: `edges` has one number more than each list of counts."""
+
+    edges: list[float]
+    counts: dict[str, list[int]]
+
+
+class Measures(TypedDict, total=False):
+    """What `measure` found. Keys whose inputs were missing are absent."""
+
+    pairs: int
+    on_policy: OnPolicy
+    margin: Margin
+    length: Length
+    variety: dict[str, Variety]
+    """Of "chosen" and of "rejected"."""
+    variety_words: int
+    """Words of each side that distinct-n was taken over."""
+    overlap: Estimate
+    """Jaccard overlap of the word 3-grams of chosen and rejected."""
+    near_identical: Estimate
+    """Share of pairs whose overlap is above NEAR_IDENTICAL."""
+    repeated_pairs: int
+    """Pairs that repeat an earlier pair word for word."""
+    repeated_chosen: int
+    """Chosen responses that repeat an earlier chosen response word for word."""
+    repeated_rejected: int
+    near_repeated: Both
+    """Share of responses that overlap with an earlier one of their side by more than NEAR_IDENTICAL."""
+    truncated: Both
+    """Share of responses cut off by the token limit; nobody knows it of pairs made elsewhere (kind "given")."""
+    refusals: Both
+    """Share of responses that decline to answer."""
+    leakage: Both
+    """Share of responses that speak of their principle."""
+    language_mismatch: Both
+    """Share of responses that leave the writing system of their query, of those where that can be told."""
+    judge: JudgeReport
+    """Of the judge that the recipe names."""
+    principle_consistency: JudgeReport
+    """Of the self-judge by log pi(y | x+) - log pi(y | x-), summed over the tokens."""
+    implicit_reward: JudgeReport
+    """Of the self-judge by log pi(y) - log pi_ref(y), pi a model trained from pi_ref (`selfsteer measure`)."""
+    likelihood: JudgeReport
+    """Of the policy's mean log-probability a token: what a judge has to be better than (`selfsteer measure`)."""
+    distributions: dict[str, Distribution]
+    """"on_policy" and "length" (chosen, rejected), "margin" (per token)."""
+
+
+class Preference(TypedDict):
+    """How one model orders the pairs."""
+
+    margin: Estimate
+    """log pi(chosen) - log pi(rejected), summed over tokens."""
+    accuracy: Estimate
+    """Share of pairs whose chosen response is the more probable one."""
+    on_policy: OnPolicy
+
+
+class Reward(TypedDict):
+    """The implicit reward r(y) = beta * (log pi(y) - log pi_ref(y)) of DPO (arXiv 2305.18290, section 4)."""
+
+    margin: Estimate
+    accuracy: Estimate
+    """Share of pairs with a higher reward for chosen; equal rewards count as wrong."""
+    chosen: Estimate
+    rejected: Estimate
+
+
+class ImplicitReward(TypedDict, total=False):
+    """What training did to the pairs. Before it the reward is zero for every response."""
+
+    pairs: int
+    beta: float
+    before: Preference
+    after: Preference
+    reward: Reward
+
+
+class Comparison(TypedDict, total=False):
+    """One set of pairs against another on the queries that both have: mean of the per-query differences."""
+
+    queries: int
+    chosen: Estimate
+    """On-policy probability of the chosen response, first set - second set."""
+    rejected: Estimate
+    all: Estimate
+    margin_per_token: Estimate
+
+
+class Contamination(TypedDict):
+    """Queries that share text with evaluation files."""
+
+    share: Estimate
+    """Of the queries that share a 13-gram with any of the files."""
+    files: dict[str, int]
+    """Such queries by file."""
+
+
+class Drift(TypedDict, total=False):
+    """The alignment pairs of a round against those of the round before: this round - the one before."""
+
+    margin: Estimate
+    """Of the log-probability margin per token."""
+    on_policy: Estimate
+    length_chosen: Estimate
+    """In the unit of both rounds; absent where they differ."""
+    length_rejected: Estimate
+    refusals_chosen: Estimate
+    refusals_rejected: Estimate
+    repetition_chosen: Estimate
+    accuracy: Estimate
+    principle_consistency: Estimate
+
+
+class GateResult(NamedTuple):
+    """One gate of the recipe, evaluated on a round."""
+
+    name: str
+    bound: str
+    """As the recipe says it."""
+    value: Estimate | None
+    """None where the measure is absent."""
+    passed: bool
+    reason: str = ""
+    """Why it failed."""
+
+
+class StageSummary(TypedDict):
+    """What became of the rows of one stage."""
+
+    wanted: int
+    kept: int
+    dropped: dict[str, int]
+    """Rows by the reason they were dropped for."""
+    seconds: float
+
+
+class TrainingSummary(TypedDict, total=False):
+    """One training, of the generator or of the policy."""
+
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory: int
+    """Bytes."""
+    curve: list[dict[str, float]]
+    """One entry a logged step: "step", "loss", and whatever else the trainer logs."""
+    reward: ImplicitReward
+    """Of the pairs that it was trained on."""
+
+
+class RoundMetrics(TypedDict, total=False):
+    """One pass of the five steps."""
+
+    stages: dict[str, StageSummary]
+    """In the order of the run folder."""
+    steering: Measures
+    """The steering pairs, each measured under its own prompt (x+ or x-)."""
+    pbaa: Measures
+    """The policy's own responses of stage 2 as alignment pairs: steered by principle only, the paper's baseline.
+
+    With generator.kind none these pairs align the policy, and `alignment` is absent.
+    """
+    alignment: Measures
+    """The data generator's pairs, or pairs made elsewhere: what the policy is aligned on."""
+    selected: Measures
+    """Of `alignment` (or `pbaa`), what the recipe's selection aligned the policy on; not judged again."""
+    comparison: Comparison
+    """alignment - pbaa."""
+    contamination: Contamination
+    drift: Drift
+    """From the second round on."""
+    gates: list[GateResult]
+    stop_when: list[GateResult]
+    """From the second round on, what would end the rounds; `passed` where it does."""
+    generator: TrainingSummary
+    """Of a dual generator, the one of the chosen responses."""
+    bad_generator: TrainingSummary
+    """Of a dual generator, the one of the rejected responses."""
+    policy: TrainingSummary
+
+
+class RunFacts(TypedDict):
+    """What identifies the run."""
+
+    name: str
+    folder: str
+    model: str
+    """The policy it started from, as the recipe names it."""
+    seed: int
+    seconds: float
+    """Wall-clock time, resumed parts added up."""
+    policy_folder: NotRequired[str]
+    """Where the aligned model is."""
+    policy_round: NotRequired[int]
+    """The round that it comes from."""
+    ended: NotRequired[str]
+    """Why the last of `rounds` did not align the policy; absent where it did."""
+    pairs: NotRequired[str]
+    """Where the preference data is."""
+    versions: NotRequired[dict[str, str]]
+    hardware: NotRequired[str]
+
+
+class Metrics(TypedDict):
+    """A whole run."""
+
+    run: RunFacts
+    rounds: list[RoundMetrics]
+
+
+Json = Mapping[str, Any]
+
+Form = Literal["number", "share"]
+
+
+class Cell(NamedTuple):
+    """One number of a table with its interval, both as text; "" where it was not measured."""
+
+    value: str
+    interval: str = ""
+
+
+def plain(value: object) -> Any:
+    """The same as JSON values: an `Estimate` becomes {"mean", "low", "high", "n"}, a `GateResult` likewise."""
+    if isinstance(value, Estimate | GateResult):
+        return {key: plain(item) for key, item in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in cast("Mapping[object, object]", value).items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in cast("list[object]", value)]
+    return value
+
+
+def find(node: Json, path: str) -> Any:
+    """The value at a dotted path, or None where it was not measured."""
+    found: Any = node
+    for key in path.split("."):
+        if not isinstance(found, Mapping) or key not in found:
+            return None
+        found = cast(Json, found)[key]
+    return found
+
+
+def cell(value: Any, form: Form, *, signed: bool = False) -> Cell:
+    """An estimate, a number or None as text. The interval has as many decimals as the mean."""
+    if value is None:
+        return Cell("")
+    if isinstance(value, int):
+        return Cell(f"{value:,}")
+    if isinstance(value, float):
+        return Cell(_number(value, form, signed=signed))
+    mean, low, high = value["mean"], value["low"], value["high"]
+    text = _number(mean, form, signed=signed)
+    if low is None or high is None:
+        return Cell(text)
+    decimals = _decimals(mean, form)
+    scale, sign = (100 if form == "share" else 1), ("+" if signed else "")
+    return Cell(text, f"[{low * scale:{sign}.{decimals}f}, {high * scale:{sign}.{decimals}f}]")
+
+
+def _number(value: float, form: Form, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    decimals = _decimals(value, form)
+    return f"{100 * value:{sign}.{decimals}f}%" if form == "share" else f"{value:{sign},.{decimals}f}"
+
+
+def _decimals(value: float, form: Form) -> int:
+    if form == "share" or abs(value) >= 100:
+        return 1
+    return 2 if abs(value) >= 10 else 3

@@ -1,0 +1,345 @@
+"""What pairs are worth, measured on the rows alone: on-policy probability, margins, lengths, variety, overlap, dirt.
+
+On-policy probability and accuracy of the data follow the paper (arXiv 2410.17131, figure 3). The log-probabilities are
+read from the rows; a measure whose inputs are missing is absent, never zero. Left out on purpose: models and judges.
+
+Rows are streamed; what stays in memory is about a hundred bytes a pair, a bounded sample of words, and signatures of the
+first responses, at most 26 MB.
+"""
+
+import hashlib
+import json
+import math
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference, share_estimate
+from selfsteer.measures.metrics import (
+    Both,
+    Comparison,
+    Distribution,
+    ImplicitReward,
+    Length,
+    Margin,
+    Measures,
+    OnPolicy,
+    Preference,
+    Reward,
+    Variety,
+)
+from selfsteer.measures.text import (
+    HASHES,
+    is_refusal,
+    leaks_principle,
+    near_repeats,
+    script_mismatch,
+    signature,
+    similarity,
+    words,
+)
+from selfsteer.records import PairRow, Scored, ScoredPair
+
+NEAR_IDENTICAL = 0.9
+"""Word 3-gram Jaccard overlap above which two responses hardly differ."""
+
+NEAR_REPEAT_ROWS = 100_000
+"""Near-duplicates across pairs are sought among the first responses of a side, at most this many."""
+
+WORD_BUDGET = 200_000
+"""distinct-n falls as text grows, so it is taken over equally many words of both sides, at most this many."""
+
+BINS = 24
+
+
+@dataclass(slots=True)
+class _Side:
+    """What is gathered about the chosen, or about the rejected responses, one number a row."""
+
+    words: "array[float]" = field(default_factory=lambda: array("d"))
+    tokens: "array[float]" = field(default_factory=lambda: array("d"))
+    repetition: "array[float]" = field(default_factory=lambda: array("d"))
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    vocabulary_ids: "array[int]" = field(default_factory=lambda: array("q"))
+    """The words of the first responses as numbers, up to WORD_BUDGET; -1 ends a response."""
+    signatures: bytearray = field(default_factory=bytearray)
+    """MinHash signatures of the first responses, up to NEAR_REPEAT_ROWS."""
+    truncated: int = 0
+    refusals: int = 0
+    leaks: int = 0
+    scripts: int = 0
+    """Responses whose writing system could be compared with the query's."""
+    mismatches: int = 0
+
+    def add(self, text: str, query: str, *, tokens: int | None, finish: str, vocabulary: dict[str, int]) -> None:
+        """Take in one response; `vocabulary` numbers the words and grows."""
+        text_words = words(text)
+        self.words.append(len(text_words))
+        if tokens is not None:
+            self.tokens.append(tokens)
+        trigrams = list(zip(text_words, text_words[1:], text_words[2:], strict=False))
+        if trigrams:
+            self.repetition.append(1 - len(set(trigrams)) / len(trigrams))
+        self.digests.append(_digest(text))
+        if len(self.vocabulary_ids) < WORD_BUDGET:
+            self.vocabulary_ids.extend(vocabulary.setdefault(word, len(vocabulary)) for word in text_words[:WORD_BUDGET])
+            self.vocabulary_ids.append(-1)
+        if len(self.signatures) < NEAR_REPEAT_ROWS * HASHES:
+            self.signatures += signature(text_words)
+        mismatch = script_mismatch(query, text)
+        self.scripts += mismatch is not None
+        self.mismatches += mismatch is True
+        self.truncated += finish == "length"
+        self.refusals += is_refusal(text)
+        self.leaks += leaks_principle(text)
+
+
+@dataclass(slots=True)
+class _Scores:
+    """What the log-probabilities of the scored rows say, one number a row."""
+
+    chosen: "array[float]" = field(default_factory=lambda: array("d"))
+    rejected: "array[float]" = field(default_factory=lambda: array("d"))
+    margin: "array[float]" = field(default_factory=lambda: array("d"))
+    per_token: "array[float]" = field(default_factory=lambda: array("d"))
+    length_difference: "array[float]" = field(default_factory=lambda: array("d"))
+
+    def add(self, chosen: Scored, rejected: Scored) -> None:
+        """Take in one scored pair."""
+        self.chosen.append(math.exp(chosen.mean_logps))
+        self.rejected.append(math.exp(rejected.mean_logps))
+        self.margin.append(chosen.logps - rejected.logps)
+        self.per_token.append(chosen.mean_logps - rejected.mean_logps)
+        self.length_difference.append(chosen.tokens - rejected.tokens)
+
+
+def measure(rows: Iterable[PairRow]) -> Measures:
+    """Every measure that the rows allow. ValueError, naming the query, where a log-probability is not finite."""
+    chosen, rejected, scores = _Side(), _Side(), _Scores()
+    vocabulary: dict[str, int] = {}
+    overlaps, digests = array("d"), array("Q")
+    sampled = 0
+    for row in rows:
+        good, bad = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+        query = row["prompt"][-1]["content"]
+        chosen.add(good, query, tokens=row.get("chosen_tokens"), finish=row["chosen_finish"], vocabulary=vocabulary)
+        rejected.add(bad, query, tokens=row.get("rejected_tokens"), finish=row["rejected_finish"], vocabulary=vocabulary)
+        sampled += row["kind"] != "given"
+        overlaps.append(similarity(good, bad))
+        digests.append(_digest(json.dumps([row["prompt"], good, bad])))
+        scored = reference_scores(row)
+        if scored is not None:
+            scores.add(scored.chosen, scored.rejected)
+    if not digests:
+        return Measures(pairs=0)
+
+    n = len(digests)
+    length, lengths = _length(chosen, rejected)
+    varieties, counted = _variety(chosen, rejected)
+    distributions = {"length": lengths}
+    measures = Measures(
+        pairs=n,
+        length=length,
+        variety=varieties,
+        variety_words=counted,
+        overlap=_mean(overlaps),
+        near_identical=_share(sum(value > NEAR_IDENTICAL for value in overlaps), n),
+        repeated_pairs=_repeats(digests),
+        repeated_chosen=_repeats(chosen.digests),
+        repeated_rejected=_repeats(rejected.digests),
+        near_repeated=Both(chosen=_near_repeats(chosen), rejected=_near_repeats(rejected)),
+        refusals=Both(chosen=_share(chosen.refusals, n), rejected=_share(rejected.refusals, n)),
+        leakage=Both(chosen=_share(chosen.leaks, n), rejected=_share(rejected.leaks, n)),
+        distributions=distributions,
+    )
+    if chosen.scripts and rejected.scripts:
+        measures["language_mismatch"] = Both(
+            chosen=_share(chosen.mismatches, chosen.scripts), rejected=_share(rejected.mismatches, rejected.scripts)
+        )
+    if sampled:
+        measures["truncated"] = Both(chosen=_share(chosen.truncated, sampled), rejected=_share(rejected.truncated, sampled))
+    if scores.margin:
+        measures["on_policy"] = _on_policy(scores)
+        measures["margin"] = _margin(scores)
+        distributions["on_policy"] = _distribution(chosen=scores.chosen, rejected=scores.rejected)
+        distributions["margin"] = _distribution(margin=scores.per_token)
+    return measures
+
+
+def reference_scores(row: PairRow) -> ScoredPair | None:
+    """The log-probabilities that the row carries; None where one is missing. ValueError where one cannot be."""
+    logps = (row.get("ref_chosen_logps"), row.get("ref_rejected_logps"))
+    tokens = (row.get("chosen_tokens"), row.get("rejected_tokens"))
+    if logps[0] is None or logps[1] is None or tokens[0] is None or tokens[1] is None:
+        return None
+    if not all(map(math.isfinite, (logps[0], logps[1]))) or min(tokens[0], tokens[1]) < 1:
+        raise ValueError(
+            f"query {row['query_id']}: log-probabilities {logps} over {tokens} tokens are no measure; "
+            "delete the scores of these pairs and let them be computed again."
+        )
+    return ScoredPair(Scored(logps=logps[0], tokens=tokens[0]), Scored(logps=logps[1], tokens=tokens[1]))
+
+
+def implicit_reward(rows: Iterable[PairRow], after: Iterable[ScoredPair], *, beta: float) -> ImplicitReward:
+    """Compare the reference's log-probabilities in `rows` with the trained model's, `after`, one for each row in order.
+
+    Rows without reference log-probabilities are left out; `pairs` counts the others. ValueError when the lengths differ.
+    """
+    before_scores, after_scores = _Scores(), _Scores()
+    rewards = array("d"), array("d")
+    for row, trained in zip(rows, after, strict=True):
+        reference = reference_scores(row)
+        if reference is None:
+            continue
+        before_scores.add(reference.chosen, reference.rejected)
+        after_scores.add(trained.chosen, trained.rejected)
+        rewards[0].append(beta * (trained.chosen.logps - reference.chosen.logps))
+        rewards[1].append(beta * (trained.rejected.logps - reference.rejected.logps))
+    n = len(before_scores.margin)
+    if n == 0:
+        return ImplicitReward(pairs=0, beta=beta)
+    margins = np.asarray(rewards[0]) - np.asarray(rewards[1])
+    return ImplicitReward(
+        pairs=n,
+        beta=beta,
+        before=_preference(before_scores),
+        after=_preference(after_scores),
+        reward=Reward(
+            margin=_mean(margins),
+            accuracy=_share(int((margins > 0).sum()), n),
+            chosen=_mean(rewards[0]),
+            rejected=_mean(rewards[1]),
+        ),
+    )
+
+
+def compare(rows: Iterable[PairRow], baseline: Iterable[PairRow], *, seed: int = 0) -> Comparison:
+    """How much more on-policy `rows` are than `baseline` (PBAA, say), query by query; rows without scores are left out."""
+    first, second = _by_query(rows), _by_query(baseline)
+    comparison = Comparison(queries=len(first.keys() & second.keys()))
+    for index, name in enumerate(("chosen", "rejected", "all", "margin_per_token")):
+        difference = paired_difference(
+            {query: values[index] for query, values in first.items()},
+            {query: values[index] for query, values in second.items()},
+            seed=seed,
+        )
+        if difference is not None:
+            comparison[name] = difference
+    return comparison
+
+
+def _by_query(rows: Iterable[PairRow]) -> dict[str, NDArray[np.float64]]:
+    """On-policy probability of chosen, rejected and both, the margin per token, shape (4,), averaged over a query's rows."""
+    gathered: defaultdict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for row in rows:
+        scored = reference_scores(row)
+        if scored is not None:
+            chosen, rejected = (math.exp(side.mean_logps) for side in scored)
+            margin = scored.chosen.mean_logps - scored.rejected.mean_logps
+            gathered[row["query_id"]].append((chosen, rejected, (chosen + rejected) / 2, margin))
+    return {query: np.mean(values, axis=0) for query, values in gathered.items()}
+
+
+def _preference(scores: _Scores) -> Preference:
+    return Preference(margin=_mean(scores.margin), accuracy=_above_zero(scores.margin), on_policy=_on_policy(scores))
+
+
+def _on_policy(scores: _Scores) -> OnPolicy:
+    both = (np.asarray(scores.chosen) + np.asarray(scores.rejected)) / 2
+    return OnPolicy(chosen=_mean(scores.chosen), rejected=_mean(scores.rejected), all=_mean(both))
+
+
+def _margin(scores: _Scores) -> Margin:
+    margin = Margin(sum=_mean(scores.margin), per_token=_mean(scores.per_token), chosen_above=_above_zero(scores.margin))
+    margins, differences = np.asarray(scores.margin), np.asarray(scores.length_difference)
+    if len(margins) > 1 and margins.std() > 0 and differences.std() > 0:
+        margin["length_correlation"] = float(np.corrcoef(margins, differences)[0, 1])
+    return margin
+
+
+def _length(chosen: _Side, rejected: _Side) -> tuple[Length, Distribution]:
+    n = len(chosen.words)
+    in_tokens = len(chosen.tokens) == len(rejected.tokens) == n
+    sides = (chosen.tokens, rejected.tokens) if in_tokens else (chosen.words, rejected.words)
+    good, bad = np.asarray(sides[0]), np.asarray(sides[1])
+    length = Length(
+        unit="tokens" if in_tokens else "words",
+        chosen=_mean(good),
+        rejected=_mean(bad),
+        chosen_median=float(np.median(good)),
+        rejected_median=float(np.median(bad)),
+        chosen_longer=_share(int((good > bad).sum()), n),
+    )
+    if bad.any():
+        length["ratio"] = float(good.mean() / bad.mean())
+    return length, _distribution(chosen=good, rejected=bad)
+
+
+def _variety(chosen: _Side, rejected: _Side) -> tuple[dict[str, Variety], int]:
+    ids = {"chosen": np.asarray(chosen.vocabulary_ids), "rejected": np.asarray(rejected.vocabulary_ids)}
+    size = min(WORD_BUDGET, *(int((side >= 0).sum()) for side in ids.values()))
+    varieties: dict[str, Variety] = {}
+    for name, repetitions in (("chosen", chosen.repetition), ("rejected", rejected.repetition)):
+        variety = Variety()
+        repetition = mean_estimate(repetitions)
+        if repetition is not None:
+            variety["repetition"] = repetition
+        first = ids[name][: np.searchsorted(np.cumsum(ids[name] >= 0), size) + 1]
+        for key, n in (("distinct_1", 1), ("distinct_2", 2), ("distinct_3", 3)):
+            share = _distinct(first, n)
+            if share is not None:
+                variety[key] = share
+        varieties[name] = variety
+    return varieties, size
+
+
+def _distinct(ids: NDArray[np.int64], n: int) -> float | None:
+    """Different n-grams / n-grams of word numbers, shape (words,), none across a -1; None where there is no n-gram."""
+    if len(ids) < n:
+        return None
+    grams = np.lib.stride_tricks.sliding_window_view(ids, n)  # (words - n + 1, n)
+    grams = grams[(grams >= 0).all(axis=1)]
+    if len(grams) == 0:
+        return None
+    # Four budgets of words, the most that is ever numbered, are fewer than 2 ** 20, so three numbers fit into 63 bits.
+    codes = grams @ (np.int64(1) << np.int64(20) * np.arange(n))
+    return len(np.unique(codes)) / len(codes)
+
+
+def _distribution(**sides: ArrayLike) -> Distribution:
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(values) for values in sides.values()]), bins=BINS)
+    counts = {name: [int(count) for count in np.histogram(values, bins=edges)[0]] for name, values in sides.items()}
+    return Distribution(edges=[float(edge) for edge in edges], counts=counts)
+
+
+def _mean(values: ArrayLike) -> Estimate:
+    estimate = mean_estimate(values)
+    assert estimate is not None, "no values"
+    return estimate
+
+
+def _share(hits: int, n: int) -> Estimate:
+    estimate = share_estimate(hits, n)
+    assert estimate is not None, "no rows"
+    return estimate
+
+
+def _above_zero(values: "array[float]") -> Estimate:
+    return _share(sum(value > 0 for value in values), len(values))
+
+
+def _near_repeats(side: _Side) -> Estimate:
+    signatures = bytes(side.signatures)
+    return _share(near_repeats(signatures, NEAR_IDENTICAL), len(signatures) // HASHES)
+
+
+def _repeats(digests: "array[int]") -> int:
+    return len(digests) - len(np.unique(np.asarray(digests)))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest())

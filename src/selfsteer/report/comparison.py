@@ -1,0 +1,289 @@
+"""A comparison of ways of making preference data: its shape on disk, its tables, its page.
+
+Read from comparison.json alone. Left out on purpose: running the arms (`compare.py`).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any, TypedDict, cast
+
+from selfsteer.measures.estimates import METHOD, Estimate
+from selfsteer.measures.metrics import Cell, cell, plain
+from selfsteer.measures.verdicts import JudgeReport
+from selfsteer.report.page import table_html
+from selfsteer.report.tables import Row, Table, duration, markdown
+from selfsteer.store.durable import replacing
+
+BASELINE = "pbaa"
+
+_ON_POLICY = {"chosen": "on_policy_chosen", "rejected": "on_policy_rejected", "all": "on_policy_all"}
+
+_ORDER = {
+    "accuracy": "accuracy",
+    "consistency": "principle_consistency",
+    "margin / token": "margin_per_token",
+    "length chosen": "length_chosen",
+    "length rejected": "length_rejected",
+}
+
+_JUDGED = {"accuracy": "accuracy", "principle consistency": "principle_consistency"}
+
+SHARES = frozenset(_JUDGED.values())
+"""Measures that are shares."""
+
+
+class SeedResult(TypedDict, total=False):
+    """One arm under one seed."""
+
+    measures: dict[str, Estimate]
+    difference: dict[str, Estimate]
+    """Arm - PBAA of the same seed."""
+
+
+class ArmResult(TypedDict, total=False):
+    """One arm over all seeds. Keys that were not measured are absent."""
+
+    description: str
+    queries: int
+    """Held-out queries with a pair, whatever the seed."""
+    measures: dict[str, Estimate]
+    difference: dict[str, Estimate]
+    """Arm - PBAA, on the queries that both have."""
+    by_seed: dict[str, SeedResult]
+    """Of several seeds, each by itself."""
+    seconds: float
+    """Making and judging the data, and aligning, all seeds together; a stage that arms share counts for each."""
+    generator: dict[str, float]
+    """"first" and "last" loss, "margin" after training: means over the seeds."""
+    bad_generator: dict[str, float]
+    policy: dict[str, float]
+    wins: JudgeReport
+    """Of the aligned policy over the first one; accuracy is the win rate, a tie counting one half."""
+
+
+class ComparisonResult(TypedDict):
+    """comparison.json."""
+
+    baseline: str
+    model: str
+    seeds: list[int]
+    holdout: int
+    arms: dict[str, ArmResult]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------------
+
+
+def comparison_tables(result: ComparisonResult) -> Iterator[Table]:
+    """The arms as rows: measures, differences from PBAA, trainings and win rates."""
+    arms = {name: arm for name, arm in result["arms"].items() if "measures" in arm}
+    about = f"On {result['holdout']:,} held-out queries, seeds {', '.join(map(str, result['seeds']))}. {METHOD}"
+    for title, columns in (("On-policy probability", _ON_POLICY), ("Order and length in tokens", _ORDER)):
+        yield _measures(title, arms, columns, "measures", about)
+    compared = {name: arm for name, arm in arms.items() if "difference" in arm}
+    if compared:
+        about = "Per query, over the held-out queries that both arms have; several seeds are averaged within a query."
+        for title, columns in (("On-policy probability", _ON_POLICY), ("Order and length in tokens", _ORDER)):
+            yield _measures(f"{title}: difference from {BASELINE}", compared, columns, "difference", about)
+        yield from _seed_tables(compared, result["seeds"])
+    yield _trainings(arms)
+
+
+def _measures(title: str, arms: Mapping[str, ArmResult], columns: Mapping[str, str], key: str, note: str) -> Table:
+    shown = {heading: name for heading, name in columns.items() if any(name in cast(Any, arm)[key] for arm in arms.values())}
+    rows = [
+        Row(
+            name,
+            (
+                Cell(f"{arm.get('queries', 0):,}"),
+                *(
+                    cell(
+                        plain(cast(Any, arm)[key].get(measure)),
+                        "share" if measure in SHARES else "number",
+                        signed=key == "difference",
+                    )
+                    for measure in shown.values()
+                ),
+            ),
+        )
+        for name, arm in arms.items()
+    ]
+    return Table(title, ("queries", *shown), tuple(rows), note)
+
+
+def _seed_tables(arms: Mapping[str, ArmResult], seeds: Sequence[int]) -> Iterator[Table]:
+    """Each seed by itself: how much of a difference is the training seed's."""
+    note = f"Arm - {BASELINE}, per query; what differs between the columns of a row is the seed's doing."
+    for heading, measure in (("on-policy probability, all", "on_policy_all"), *_JUDGED.items()):
+        found = {
+            name: [cast(Any, arm["by_seed"][str(seed)]).get("difference", {}).get(measure) for seed in seeds]
+            for name, arm in arms.items()
+            if "by_seed" in arm
+        }
+        if any(each is not None for of_arm in found.values() for each in of_arm):
+            form = "share" if measure in SHARES else "number"
+            rows = [
+                Row(name, tuple(cell(plain(each), form, signed=True) for each in of_arm)) for name, of_arm in found.items()
+            ]
+            columns = tuple(f"seed {seed}" for seed in seeds)
+            yield Table(f"Seed by seed: {heading}, difference from {BASELINE}", columns, tuple(rows), note)
+
+
+def _trainings(arms: Mapping[str, ArmResult]) -> Table:
+    def loss(arm: ArmResult, key: str) -> Cell:
+        found = cast("dict[str, float] | None", arm.get(key))
+        return Cell("") if found is None else Cell(f"{found['first']:.4f} -> {found['last']:.4f}")
+
+    rows = [
+        Row(
+            name,
+            (
+                loss(arm, "generator"),
+                loss(arm, "bad_generator"),
+                loss(arm, "policy"),
+                cell(plain(arm["wins"].get("accuracy")) if "wins" in arm else None, "share"),
+                Cell(duration(arm.get("seconds", 0.0))),
+            ),
+        )
+        for name, arm in arms.items()
+    ]
+    columns = ("generator's loss", "of rejected", "policy's loss", "win rate", "time")
+    note = (
+        "Loss of the first and of the last step. Win rate of the aligned policy over the first one. "
+        "Time: a stage that arms share counts for each."
+    )
+    return Table("Training", columns, tuple(rows), note)
+
+
+def write_comparison(folder: Path, result: ComparisonResult) -> None:
+    """Write comparison.json."""
+    with replacing(folder / "comparison.json") as file:
+        file.write(json.dumps(plain(result), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_comparison(folder: Path) -> ComparisonResult:
+    """What `write_comparison` wrote, an `Estimate` being {"mean", "low", "high", "n"}. ValueError where there is none."""
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no comparison here (no comparison.json). Name the folder that `compare` was given.")
+    return cast(ComparisonResult, json.loads(path.read_bytes()))
+
+
+def write_tables(folder: Path, result: ComparisonResult) -> None:
+    """Write comparison.md."""
+    arms = "\n".join(f"- **{name}**: {arm.get('description', '')}" for name, arm in result["arms"].items())
+    tables = "\n\n".join(map(markdown, comparison_tables(result)))
+    with replacing(folder / "comparison.md") as file:
+        file.write(f"# Ways of making preference data\n\n{arms}\n\n{tables}\n".encode())
+
+
+Json = Mapping[str, Any]
+
+_FORESTS: tuple[tuple[tuple[str, str], ...], ...] = (
+    (
+        ("on_policy_all", "on-policy probability"),
+        ("on_policy_chosen", "of chosen"),
+        ("on_policy_rejected", "of rejected"),
+    ),
+    (
+        ("accuracy", "accuracy by the judge"),
+        ("principle_consistency", "principle consistency"),
+        ("margin_per_token", "margin per token, nats"),
+    ),
+    (("length_chosen", "tokens of chosen"), ("length_rejected", "tokens of rejected")),
+)
+
+_AGAINST = {"accuracy": "accuracy by the judge", "principle_consistency": "principle consistency"}
+
+
+def write_comparison_page(folder: Path) -> None:
+    """Write comparison.md and comparison.html beside a comparison.json. Raises ValueError where there is none."""
+    result = read_comparison(folder)
+    write_tables(folder, result)
+    facts = (
+        result["model"],
+        f"seeds {', '.join(map(str, result['seeds']))}",
+        f"{result['holdout']:,} held-out queries",
+    )
+    plots = "\n".join(_plots(result))
+    arms = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(arm.get('description', ''))}</dd>" for name, arm in result["arms"].items()
+    )
+    tables = "\n".join(map(table_html, comparison_tables(result)))
+    template = Template(files("selfsteer").joinpath("templates/report.html").read_text(encoding="utf-8"))
+    text = template.substitute(
+        name="Ways of making preference data",
+        facts=" · ".join(map(escape, facts)),
+        figures=_figures(result),
+        tables=f"<section><h2>The arms</h2><dl>{arms}</dl></section>\n{plots}\n{tables}",
+        plots="",
+        examples="",
+        closing="comparison.json holds every number of this page; `selfsteer report` makes it again from there.",
+    )
+    with replacing(folder / "comparison.html") as file:
+        file.write(text.encode(errors="replace"))
+
+
+def _figures(result: ComparisonResult) -> str:
+    """How much more on-policy than the baseline the pairs of each arm are."""
+    differences = _of(result, "difference", "on_policy_all")
+    cells = ((name, cell(found, "number", signed=True)) for name, found in differences.items())
+    return "\n".join(
+        f'<div class="figure"><b>{escape(shown.value)}</b><i>{escape(shown.interval)}</i>'
+        f"<span>{escape(name)}, on-policy probability above {BASELINE}</span></div>"
+        for name, shown in cells
+    )
+
+
+def _of(result: ComparisonResult, key: str, measure: str) -> dict[str, Json]:
+    """One estimate of every arm that has it, as JSON values."""
+    arms = cast("Mapping[str, Json]", plain(result["arms"]))
+    return {name: arm[key][measure] for name, arm in arms.items() if measure in arm.get(key, {})}
+
+
+def _seeds(result: ComparisonResult, measure: str) -> dict[str, list[float]]:
+    """The differences of every arm, seed by seed."""
+    arms = cast("Mapping[str, Json]", plain(result["arms"]))
+    return {
+        name: [
+            seed["difference"][measure]["mean"] for seed in arm["by_seed"].values() if measure in seed.get("difference", {})
+        ]
+        for name, arm in arms.items()
+        if "by_seed" in arm
+    }
+
+
+def _plots(result: ComparisonResult) -> Iterator[str]:
+    try:
+        from selfsteer.report import plots
+    except ModuleNotFoundError:
+        yield '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
+        return
+    for measures in _FORESTS:
+        panels = [
+            plots.Forest(title, found, _seeds(result, measure))
+            for measure, title in measures
+            if (found := _of(result, "difference", measure))
+        ]
+        if panels:
+            yield _figure(
+                plots.forests(panels),
+                f"Difference from {BASELINE} with its 95% interval, query by query. Filled: the interval leaves out zero. "
+                "Small marks: each seed by itself.",
+            )
+    x = _of(result, "measures", "on_policy_all")
+    panels = {title: y for measure, title in _AGAINST.items() if (y := _of(result, "measures", measure))}
+    if x and panels:
+        yield _figure(
+            plots.scatter(x, panels),
+            "On-policy probability and order of the pairs, each with its 95% interval. Up and to the right is better; the"
+            " intervals of two arms overlap more than that of their difference says, which is taken query by query above.",
+        )
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -1,0 +1,134 @@
+"""report.html: one self-contained page with the tables, the plots and some pairs to read. No scripts, no external assets.
+
+Everything that a model or a user wrote is escaped. The frame and its style are `templates/report.html`.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any, cast
+
+from selfsteer.measures.metrics import Form, Metrics, RoundMetrics, cell, find, plain
+from selfsteer.measures.quality import reference_scores
+from selfsteer.records import PairRow
+from selfsteer.report import tables
+from selfsteer.report.tables import Table, duration
+from selfsteer.store.durable import replacing
+
+EXAMPLES = 10
+
+
+def pick_examples(rows: Iterable[PairRow], *, n: int = EXAMPLES, seed: int = 0) -> list[PairRow]:
+    """n rows drawn evenly from a stream (reservoir sampling, Vitter 1985), in its order."""
+    rng = random.Random(seed)
+    kept: list[tuple[int, PairRow]] = []
+    for number, row in enumerate(rows):
+        if number < n:
+            kept.append((number, row))
+        elif (place := rng.randrange(number + 1)) < n:
+            kept[place] = (number, row)
+    return [row for _, row in sorted(kept, key=lambda item: item[0])]
+
+
+def write_page(path: Path, metrics: Metrics, examples: Sequence[PairRow] = ()) -> None:
+    """Write report.html, whole or not at all; without matplotlib, without plots."""
+    run = metrics["run"]
+    facts = [f"from {run['model']}", f"seed {run['seed']}", duration(run["seconds"]), run.get("hardware", "")]
+    facts += [f"{name} {number}" for name, number in run.get("versions", {}).items()]
+    plots = "\n".join(_plots(metrics))
+    template = Template(files("selfsteer").joinpath("templates/report.html").read_text(encoding="utf-8"))
+    text = template.substitute(
+        name=escape(run["name"]),
+        facts=" · ".join(escape(fact) for fact in facts if fact),
+        figures=_figures(metrics["rounds"][-1]) if metrics["rounds"] else "",
+        tables="\n".join(map(table_html, tables.tables(metrics["rounds"]))),
+        plots=f"<section><h2>Distributions</h2>{plots}</section>" if plots else "",
+        examples=_examples(examples),
+        closing=escape(tables.closing_line(metrics)),
+    )
+    with replacing(path) as file:
+        file.write(text.encode(errors="replace"))
+
+
+def _figures(this: RoundMetrics) -> str:
+    """The few numbers to see first."""
+    data = cast("Mapping[str, Any]", plain(this))
+    shown: tuple[tuple[str, str, Form, bool], ...] = (
+        ("preference pairs", "alignment.pairs", "number", False),
+        ("on-policy probability", "alignment.on_policy.all", "number", False),
+        ("more on-policy than PBAA", "comparison.all", "number", True),
+        ("reward accuracy after alignment", "policy.reward.reward.accuracy", "share", False),
+    )
+    cells = ((label, cell(find(data, path), form, signed=signed)) for label, path, form, signed in shown)
+    return "\n".join(
+        f'<div class="figure"><b>{escape(cell.value)}</b><i>{escape(cell.interval)}</i><span>{escape(label)}</span></div>'
+        for label, cell in cells
+        if cell.value
+    )
+
+
+def table_html(table: Table) -> str:
+    """The table as a section of a page."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    body: list[str] = []
+    for row in table.rows:
+        if not row.cells:
+            body.append(f'<tr class="group"><th colspan="{len(table.columns) + 1}">{escape(row.label)}</th></tr>')
+            continue
+        cells = (
+            f"<td>{escape(cell.value)}" + (f" <i>{escape(cell.interval)}</i>" if cell.interval else "") + "</td>"
+            for cell in row.cells
+        )
+        body.append(f"<tr><th>{escape(row.label)}</th>{''.join(cells)}</tr>")
+    kind = ' class="last-is-text"' if table.left else ""
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return (
+        f'<section><h2>{escape(table.title)}</h2><div class="wide"><table{kind}><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>{note}</section>"
+    )
+
+
+def _plots(metrics: Metrics) -> Iterable[str]:
+    try:
+        from selfsteer.report import plots
+    except ModuleNotFoundError:
+        yield '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
+        return
+    for this in metrics["rounds"]:
+        for plot in plots.plots(this, tables.data_sets(this)):
+            yield f"<figure>{plot.svg}<figcaption>{escape(plot.caption)}</figcaption></figure>"
+
+
+def _examples(rows: Sequence[PairRow]) -> str:
+    if not rows:
+        return ""
+    drawn = "\n".join(map(_example, rows))
+    return f"<section><h2>Pairs to read</h2><p>{len(rows)} preference pairs, drawn at random.</p>{drawn}</section>"
+
+
+def _example(row: PairRow) -> str:
+    scored = reference_scores(row)
+    sides: list[str] = []
+    for index, side in enumerate(("chosen", "rejected")):
+        facts = [side]
+        if scored is not None:
+            score = scored[index]
+            facts.append(f"{score.tokens:,} tokens, on-policy probability {math.exp(score.mean_logps):.3f}")
+        if (row["chosen_finish"], row["rejected_finish"])[index] == "length":
+            facts.append("cut off")
+        text = row["chosen"][-1]["content"] if side == "chosen" else row["rejected"][-1]["content"]
+        sides.append(f'<div class="{side}"><h3>{escape(" · ".join(facts))}</h3><div class="text">{escape(text)}</div></div>')
+    prompt = "".join(
+        f'<div class="turn"><h3>{escape(turn["role"])}</h3><div class="text">{escape(turn["content"])}</div></div>'
+        for turn in row["prompt"]
+    )
+    # A column of the run's own pairs, beyond PairRow's.
+    principles = cast("dict[str, Any]", row).get("principles") or {}
+    extra = "".join(
+        f"<dt>{side} principle</dt><dd>{escape(principles[side])}</dd>" for side in ("good", "bad") if side in principles
+    )
+    return f'<article>{prompt}{f"<dl>{extra}</dl>" if extra else ""}<div class="pair">{"".join(sides)}</div></article>'

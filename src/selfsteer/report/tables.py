@@ -1,0 +1,410 @@
+"""From metrics to metrics.json, to tables, and to what the terminal shows at the end. The shape is in `metrics.py`.
+
+The tables are built once (`tables`), and drawn by `print_summary` here and by `page.py` as HTML. Left out on purpose:
+measuring; a number that is not in the metrics is not in the report.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from selfsteer.measures.estimates import METHOD
+from selfsteer.measures.metrics import (
+    Cell,
+    Comparison,
+    Contamination,
+    Drift,
+    Form,
+    GateResult,
+    Json,
+    Measures,
+    Metrics,
+    RoundMetrics,
+    RunFacts,
+    cell,
+    find,
+    plain,
+)
+from selfsteer.store.durable import replacing
+
+
+class Row(NamedTuple):
+    """A line of a table; without cells, a heading of the lines below."""
+
+    label: str
+    cells: tuple[Cell, ...] = ()
+
+
+class Table(NamedTuple):
+    """A table, ready to be drawn."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+    left: bool = False
+    """The last column is text."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 8.4 s, 3 min 20 s, 2 h 05 min."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+DIRT = (
+    ("cut off", "truncated"),
+    ("refusal", "refusals"),
+    ("leakage", "leakage"),
+    ("other script", "language_mismatch"),
+    ("nearly said before,", "near_repeated"),
+)
+"""Labels and keys of the measures of dirt that both sides have."""
+
+JUDGES = (
+    ("judge", "the judge"),
+    ("implicit_reward", "implicit reward"),
+    ("likelihood", "mean log-probability"),
+    ("principle_consistency", "principle consistency"),
+)
+"""Keys of the judges' reports in `Measures`, and their names."""
+
+VERDICTS = (
+    ("accuracy", "accuracy"),
+    ("of averaged orders", "averaged_accuracy"),
+    ("ties", "ties"),
+    ("orders disagree", "flips"),
+    ("first shown preferred", "prefers_first"),
+    ("the longer one wins", "longer_wins"),
+    ("... of a perfect judge", "chosen_longer"),
+    ("answers A or B", "mass"),
+)
+"""Labels and keys of what a judge's report tells."""
+
+PBAA, GENERATOR, ALIGNMENT, SELECTED = "PBAA pairs", "generator pairs", "alignment pairs", "selected pairs"
+
+
+def write_metrics(path: Path, metrics: Metrics) -> None:
+    """Write metrics.json, whole or not at all. ValueError where a number is not finite."""
+    text = json.dumps(plain(metrics), indent=2, ensure_ascii=False, allow_nan=False)
+    with replacing(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def print_summary(metrics: Metrics, console: Console | None = None) -> None:
+    """Print what was made of what, what it measures, and where it is. 100 columns where the output is no terminal."""
+    console = console or _console()
+    for table in tables(metrics["rounds"]):
+        _print(table, console)
+    console.print(Text(closing_line(metrics)), soft_wrap=True)
+
+
+def print_measures(measures: Measures, console: Console | None = None) -> None:
+    """Print the measures of one set of pairs."""
+    _print(measures_table({"pairs": measures}), console or _console())
+
+
+def table_text(table: Table) -> str:
+    """The table as plain text of 100 columns."""
+    text = io.StringIO()
+    _print(table, Console(file=text, width=100))
+    return text.getvalue().rstrip()
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown, under a heading."""
+
+    def cells(values: Iterator[str]) -> str:
+        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+
+    alignments = ["---:"] * len(table.columns)
+    if table.left:
+        alignments[-1] = ":---"
+    lines = [cells(iter(("", *table.columns))), cells(iter((":---", *alignments)))]
+    for row in table.rows:
+        if row.cells:
+            lines.append(cells(iter((row.label, *(" ".join(filter(None, cell)) for cell in row.cells)))))
+        else:
+            lines.append(cells(iter((f"**{row.label}**", *[""] * len(table.columns)))))
+    note = f"\n\n{table.note}" if table.note else ""
+    return f"### {table.title}\n\n" + "\n".join(lines) + note
+
+
+def closing_line(metrics: Metrics) -> str:
+    """What was made, and where it is."""
+    run = metrics["run"]
+    lines: list[str] = []
+    if "policy_folder" in run:
+        lines.append(f"aligned policy   {run['policy_folder']}")
+    if "ended" in run:
+        lines.append(f"ended early      {run['ended']}")
+        lines.append(f"                 {_result(run)}")
+    if "pairs" in run:
+        counts = [
+            measures["pairs"]
+            for this in metrics["rounds"][-1:]
+            for measures in data_sets(this).values()
+            if "pairs" in measures
+        ]
+        lines.append(f"preference data  {run['pairs']}" + (f"  ({counts[-1]:,} pairs)" if counts else ""))
+    lines.append(f"run folder       {run['folder']}  (seed {run['seed']}, {duration(run['seconds'])})")
+    return "\n".join(lines)
+
+
+def _result(run: RunFacts) -> str:
+    """Whose policy the result of a run is that ended early."""
+    return (
+        f"the result is the policy of round {run['policy_round']}" if "policy_round" in run else "there is no aligned policy"
+    )
+
+
+def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
+    """All tables of a run, round by round."""
+    for number, this in enumerate(rounds, 1):
+        suffix = f", round {number}" if len(rounds) > 1 else ""
+        if "stages" in this:
+            yield _stages(this, f"Stages{suffix}")
+        columns = data_sets(this)
+        if columns:
+            yield measures_table(columns, this.get("comparison"), title=f"Preference data{suffix}")
+        if "contamination" in this:
+            yield _contamination(this["contamination"], f"Overlap of the queries with evaluation files{suffix}")
+        if "drift" in this:
+            yield _drift(this["drift"], f"Drift since round {number - 1}")
+        if "gates" in this:
+            yield gates_table(this["gates"], title=f"Gates{suffix}")
+        if "stop_when" in this:
+            yield _stops_table(this["stop_when"], f"What would end the rounds{suffix}")
+        if "generator" in this or "policy" in this:
+            yield _trainings(this, f"Training{suffix}")
+
+
+def data_sets(this: RoundMetrics) -> dict[str, Measures]:
+    """The sets of alignment pairs that a round measured, by the name they have in tables and plots."""
+    columns: dict[str, Measures] = {}
+    if "pbaa" in this:
+        columns[PBAA] = this["pbaa"]
+    if "alignment" in this:
+        columns[GENERATOR if "generator" in this else ALIGNMENT] = this["alignment"]
+    if "selected" in this:
+        columns[SELECTED] = this["selected"]
+    return columns
+
+
+def gates_table(results: Sequence[GateResult], *, title: str = "Gates") -> Table:
+    """What each gate of the recipe measured, and whether that is within its bound."""
+    rows = [
+        Row(
+            result.name,
+            (
+                cell(plain(result.value), "number"),
+                Cell(result.bound),
+                Cell("passed" if result.passed else f"FAILED: {result.reason}"),
+            ),
+        )
+        for result in results
+    ]
+    return Table(title, ("measured", "bound", ""), tuple(rows), METHOD, left=True)
+
+
+def _stops_table(results: Sequence[GateResult], title: str) -> Table:
+    rows = [
+        Row(
+            each.name,
+            (cell(plain(each.value), "number"), Cell(each.bound), Cell("HOLDS" if each.passed else "does not hold")),
+        )
+        for each in results
+    ]
+    return Table(title, ("measured", "condition", ""), tuple(rows), METHOD, left=True)
+
+
+def measures_table(columns: Mapping[str, Measures], comparison: Comparison | None = None, *, title: str = "Pairs") -> Table:
+    """Sets of pairs side by side and, with `comparison`, how far the last is above the first on the same queries."""
+    sets = [cast(Json, plain(measures)) for measures in columns.values()]
+    differences = cast(Json, plain(comparison)) if comparison else None
+    compared = differences is not None and differences.get("queries", 0) > 0
+
+    def line(label: str, path: str, form: Form = "number", difference: str = "") -> Row:
+        cells = tuple(cell(find(measures, path), form) for measures in sets)
+        if compared:
+            cells += (cell(find(differences or {}, difference), form, signed=True) if difference else Cell(""),)
+        return Row(label, cells)
+
+    unit = next((found for found in (find(measures, "length.unit") for measures in sets) if found), "words")
+    groups = (
+        ("", [line("pairs", "pairs")]),
+        (
+            "on-policy probability",
+            [line(side, f"on_policy.{side}", difference=side) for side in ("chosen", "rejected", "all")],
+        ),
+        (
+            "log-probability margin",
+            [
+                line("summed", "margin.sum"),
+                line("per token", "margin.per_token", difference="margin_per_token"),
+                line("chosen more probable", "margin.chosen_above", "share"),
+                line("correlation with length", "margin.length_correlation"),
+            ],
+        ),
+        (
+            f"length in {unit}",
+            [
+                line("chosen", "length.chosen"),
+                line("rejected", "length.rejected"),
+                line("chosen / rejected", "length.ratio"),
+                line("chosen longer", "length.chosen_longer", "share"),
+            ],
+        ),
+        *((f"judged by {name}", [*_judged(line, key), *_unjudged(sets, key, blank=compared)]) for key, name in JUDGES),
+        (
+            "variety",
+            [
+                line("distinct-2 chosen", "variety.chosen.distinct_2"),
+                line("distinct-2 rejected", "variety.rejected.distinct_2"),
+                line("repetition chosen", "variety.chosen.repetition", "share"),
+                line("repetition rejected", "variety.rejected.repetition", "share"),
+                line("overlap in a pair", "overlap", "share"),
+            ],
+        ),
+        (
+            "dirt",
+            [line(f"{name} {side}", f"{key}.{side}", "share") for name, key in DIRT for side in ("chosen", "rejected")]
+            + [line("nearly identical", "near_identical", "share"), line("repeated pairs", "repeated_pairs")],
+        ),
+    )
+    rows: list[Row] = []
+    for heading, lines in groups:
+        measured = [row for row in lines if any(cell.value for cell in row.cells)]
+        if measured and heading:
+            rows.append(Row(heading))
+        rows += measured
+    note = METHOD
+    if GENERATOR in columns:
+        note = f"PBAA: from the policy, steered by principle only; generator: from the policy trained with L_SSO. {note}"
+    if compared and differences is not None:
+        note += f" Difference: generator - PBAA, per query, over the {differences['queries']:,} queries that both have."
+    if SELECTED in columns:
+        note += " The policy is aligned on the selected pairs; judges have seen those before the selection."
+    return Table(title, (*columns, "difference") if compared else tuple(columns), tuple(rows), note)
+
+
+def _judged(line: Callable[[str, str, Form], Row], judge: str) -> list[Row]:
+    return [line(label, f"{judge}.{key}", "share") for label, key in VERDICTS]
+
+
+def _unjudged(sets: Sequence[Json], judge: str, *, blank: bool) -> list[Row]:
+    """Pairs without a verdict, by reason."""
+    found = [cast("Mapping[str, int]", find(measures, f"{judge}.errors") or {}) for measures in sets]
+    reasons = dict.fromkeys(reason for errors in found for reason in errors)
+    return [
+        Row(f"no verdict: {reason}", (*(cell(errors.get(reason), "number") for errors in found), *[Cell("")] * blank))
+        for reason in reasons
+    ]
+
+
+def _stages(this: RoundMetrics, title: str) -> Table:
+    rows: list[Row] = []
+    for name, stage in this.get("stages", {}).items():
+        reasons = sorted(stage["dropped"].items(), key=lambda item: -item[1])
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+        numbers = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]))
+        rows.append(Row(name, (*map(Cell, numbers), Cell(listed))))
+    return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), left=True)
+
+
+def _contamination(found: Contamination, title: str) -> Table:
+    rows = [Row("share of the queries", (cell(plain(found["share"]), "share"),))]
+    rows += (Row(file, (Cell(f"{count:,}"),)) for file, count in found["files"].items())
+    return Table(
+        title, ("overlapping",), tuple(rows), "Queries that share 13 words in a row, or the whole of a shorter text."
+    )
+
+
+def _drift(drift: Drift, title: str) -> Table:
+    changes = cast(Json, plain(drift))
+    rows = tuple(Row(key.replace("_", " "), (cell(value, "number", signed=True),)) for key, value in changes.items())
+    note = "This round - the round before. The intervals take the rounds as independent samples (MOVER, Newcombe 1998)."
+    return Table(title, ("change",), rows, note)
+
+
+def _trainings(this: RoundMetrics, title: str) -> Table:
+    dual = "bad_generator" in this
+    trainings = (
+        ("generator of chosen" if dual else "data generator", "generator"),
+        ("generator of rejected", "bad_generator"),
+        ("policy", "policy"),
+    )
+    names = [(column, this[key]) for column, key in trainings if key in this]
+    sides = [cast(Json, plain(summary)) for _, summary in names]
+
+    def line(label: str, path: str, form: Form = "number") -> Row:
+        return Row(label, tuple(cell(find(side, path), form) for side in sides))
+
+    def texts(label: str, values: Iterator[str]) -> Row:
+        return Row(label, tuple(map(Cell, values)))
+
+    curves = [[entry["loss"] for entry in side.get("curve", []) if "loss" in entry] for side in sides]
+    weights_of = [[entry["weight"] for entry in side.get("curve", []) if "weight" in entry] for side in sides]
+    rows = (
+        line("optimizer steps", "steps"),
+        texts("time", (duration(side["seconds"]) if "seconds" in side else "" for side in sides)),
+        line("tokens a second", "tokens_per_second"),
+        texts("peak memory", (f"{side['peak_memory'] / 1e9:.1f} GB" if "peak_memory" in side else "" for side in sides)),
+        texts("loss, first -> last", (f"{curve[0]:.4f} -> {curve[-1]:.4f}" if curve else "" for curve in curves)),
+        texts(
+            "weight of a pair",
+            (" -> ".join(f"{weights[i]:.3f}" for i in (0, -1)) if weights else "" for weights in weights_of),
+        ),
+        Row("on its own pairs"),
+        line("pairs measured", "reward.pairs"),
+        line("accuracy before", "reward.before.accuracy", "share"),
+        line("accuracy after", "reward.after.accuracy", "share"),
+        line("log-prob. margin before", "reward.before.margin"),
+        line("log-prob. margin after", "reward.after.margin"),
+        line("reward margin", "reward.reward.margin"),
+        line("reward accuracy", "reward.reward.accuracy", "share"),
+        line("reward of chosen", "reward.reward.chosen"),
+        line("reward of rejected", "reward.reward.rejected"),
+    )
+    kept = [row for row in rows if not row.cells or any(cell.value for cell in row.cells)]
+    if not kept[-1].cells:
+        kept.pop()
+    note = (
+        "Reward: beta * log(pi / pi_ref), zero before training. "
+        "Accuracy before and after: share of pairs whose chosen response is the more probable one."
+    )
+    return Table(title, tuple(name for name, _ in names), tuple(kept), note)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
+def _print(table: Table, console: Console) -> None:
+    drawn = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn.add_column("")
+    for index, name in enumerate(table.columns, 1):
+        text = table.left and index == len(table.columns)
+        drawn.add_column(Text(name), justify="left" if text else "right", overflow="fold")
+    for row in table.rows:
+        if row.cells:
+            cells = (Text.assemble(cell.value, (f" {cell.interval}" if cell.interval else "", "dim")) for cell in row.cells)
+            drawn.add_row(Text(f"  {row.label}" if not table.left else row.label), *cells)
+        else:
+            drawn.add_row(Text(row.label, style="italic"))
+    console.print(drawn)
+    if table.note:
+        console.print(Text(table.note, style="dim"))
+        console.print()

@@ -1,0 +1,113 @@
+"""What a process hears and says while it works: requests to stop, and progress.
+
+SIGTERM and SIGINT: stop submitting, drain, make durable, exit with 128 + signal number. The first signal only raises a flag
+that long loops look at; a second one of the same kind ends the process at once (what is durable stays durable).
+
+Progress of long work: a bar with count and rate on a terminal, a log line every half minute elsewhere.
+"""
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+_received: int | None = None
+
+
+class Interrupted(Exception):
+    """Work stopped on request; everything finished is on disk."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command continues")
+        self.exit_status = 128 + signum
+
+
+def stop_requested() -> bool:
+    """Whether a signal asked this process to stop."""
+    return _received is not None
+
+
+def signal_number() -> int:
+    """The signal that asked this process to stop; 0 while none did."""
+    return _received or 0
+
+
+def raise_if_stopped() -> None:
+    """Raise `Interrupted` when a signal asked this process to stop."""
+    if _received is not None:
+        raise Interrupted(_received)
+
+
+def request_stop(signum: int = signal.SIGTERM) -> None:
+    """Ask this process to stop as a signal would, in processes whose signals are not ours (Ray's workers)."""
+    global _received
+    _received = signum
+
+
+def _request_stop(signum: int, _frame: FrameType | None) -> None:
+    global _received
+    _received = signum
+    signal.signal(signum, signal.SIG_DFL)
+    log.warning("%s: finishing what is under way; once more to abandon it", signal.Signals(signum).name)
+
+
+@contextmanager
+def graceful_stop() -> Generator[None]:
+    """Turn SIGINT and SIGTERM into a request to stop while the block runs (main thread only)."""
+    global _received
+    _received = None
+    previous = {signum: signal.signal(signum, _request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        _received = None
+
+
+_LOG_SECONDS = 30.0
+
+
+@contextmanager
+def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[int], None]]:
+    """Yields `advance(n)`; call it with the number of units finished since the last call.
+
+    total: how many are expected at most; one that turns out too small (samples that other runs lent) is not shown.
+    """
+    started = last = time.monotonic()
+    done = 0
+    if sys.stderr.isatty():
+        rate = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(description, total=total or None, rate="")
+
+            def advance_bar(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.update(task, advance=count, rate=f"{done / max(1e-9, time.monotonic() - started):.1f} {unit}/s")
+
+            yield advance_bar
+    else:
+
+        def advance_log(count: int) -> None:
+            nonlocal done, last
+            done += count
+            now = time.monotonic()
+            if now - last >= _LOG_SECONDS:
+                last = now
+                of = f" of {total}" if done <= total else ""
+                log.info("%s: %d%s %s, %.1f a second", description, done, of, unit, done / (now - started))
+
+        yield advance_log
+    if done:
+        seconds = time.monotonic() - started
+        log.info("%s: %d %s in %.0f s, %.1f a second", description, done, unit, seconds, done / seconds)

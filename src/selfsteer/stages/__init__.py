@@ -1,0 +1,1 @@
+"""What is made and sealed: one file a stage."""

@@ -1,0 +1,194 @@
+"""What the stages of a round have in common: how one is made, sealed and reused.
+
+A stage that was made from the same origin (settings and digests of its inputs) is reused as it is; one whose settings
+changed is made again from its journal, so that only samples that are new are paid for. Left out on purpose: the stages
+themselves (`data_stages.py`, `training_stages.py`) and their order (`pipeline.py`).
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from selfsteer.engines.sampling import seed_for
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.sections import Recipe, Training
+from selfsteer.records import Checkpoint, PairRow, Principles, Responses
+from selfsteer.store import columns
+from selfsteer.store.columns import Seeds
+from selfsteer.store.folder import Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
+from selfsteer.store.journal import Journal
+from selfsteer.training.scoring import Group, Judge, scores
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What the stages of one round have in common."""
+
+    number: int
+    folder: RunFolder
+    recipe: Recipe
+    policy: Checkpoint
+    """The policy at the round's start: what samples, and the reference model of both trainings."""
+    first: Checkpoint
+    """The policy that the run began with."""
+    prompts: Prompts
+    lenders: tuple[RunFolder, ...] = ()
+    """Finished runs whose stages and samples this one may take over, where they are the same."""
+    held_out_only: bool = False
+    """Make preference data for the held-out queries alone: they are measured, and no policy is aligned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """An unsealed stage that is being made: where, with which journal, and under which fingerprint."""
+
+    stage: Stage
+    journal: Journal
+    origin: Origin
+
+
+def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], Contents]) -> Stage:
+    """The sealed stage: as it stands when it has this origin, else made by `make` and sealed."""
+    stage = round.folder.stage(round.number, name)
+    if stage.is_current(origin.fingerprint):
+        manifest = stage.verify()
+        log.info("%s: sealed, reused", name)
+        return _not_empty(stage, manifest)
+    earlier = stage.manifest()
+    if earlier is not None:
+        changed = sorted(
+            key
+            for before, now in ((earlier.settings, origin.settings), (earlier.inputs, origin.inputs))
+            for key in before.keys() | now.keys()
+            if before.get(key) != now.get(key)
+        )
+        log.info("%s: made again, because of %s; samples that are still wanted are reused", name, ", ".join(changed))
+        stage.reopen()
+    lenders = [lender.stage(round.number, name) for lender in round.lenders]
+    if adopt(stage, lenders, origin.fingerprint):
+        log.info("%s: the same as in an earlier run, taken over", name)
+        return _not_empty(stage, sealed(stage))
+    borrow(stage, lenders)
+    with elapsed(stage.path) as seconds, stage.journal() as journal:
+        contents = make(Work(stage=stage, journal=journal, origin=origin))
+        manifest = stage.seal(origin, contents, seconds=seconds())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items())
+    log.info("%s: kept %s of %s%s", name, f"{manifest.kept:,}", f"{manifest.wanted:,}", f" ({reasons})" if reasons else "")
+    return _not_empty(stage, manifest)
+
+
+_WAYS_OUT = {
+    "prompt too long": "raise queries.max_prompt_tokens",
+    "cut off by the length limit": "raise responses.max_new_tokens, or set filters.truncated to keep",
+    "near-identical responses": "raise filters.near_identical, or use stronger principles",
+    "identical responses": "raise responses.temperature, or use stronger principles",
+    "length ratio": "raise filters.max_length_ratio",
+    "refusal in the chosen response": "set filters.refusals to false",
+    "principle leakage": "set filters.leakage to false",
+    "small margin": "lower selection.min_margin",
+    "order reversed": "set selection.drop_reversed to false",
+    "no bad sample scores below the good ones": "train the generator further, or set selection.samples to 1",
+}
+"""What to change in the recipe when too many rows are dropped for a reason."""
+
+
+def _not_empty(stage: Stage, manifest: Manifest) -> Stage:
+    """The stage. Raises ValueError, with the reasons and the way out, when nothing was kept."""
+    if manifest.kept > 0:
+        return stage
+    if manifest.wanted == 0:
+        raise ValueError(f"{manifest.stage}: there are no queries. Look at queries.path and queries.column in the recipe.")
+    reasons = "; ".join(
+        f"{count:,} {reason}" + (f" ({_WAYS_OUT[reason]})" if reason in _WAYS_OUT else "")
+        for reason, count in manifest.dropped.items()
+    )
+    raise ValueError(
+        f"{manifest.stage}: nothing is left of {manifest.wanted:,}: {reasons}. See {stage.path / 'dropped.jsonl'}."
+    )
+
+
+def kept(stage: Stage) -> int:
+    """How many items a sealed stage kept."""
+    return sealed(stage).kept
+
+
+def sealed(stage: Stage) -> Manifest:
+    """The manifest of a stage that an earlier one has sealed."""
+    manifest = stage.manifest()
+    assert manifest is not None, f"{stage.path} is read before it is sealed"
+    return manifest
+
+
+def inputs_of(round: Round, **stages: Stage) -> dict[str, str]:
+    """Digests of the policy, of how prompts are rendered, and of the sealed stages that this one reads."""
+    digests = {"policy": round.policy.digest, "prompts": round.prompts.digest}
+    return digests | {name: sealed(stage).digest for name, stage in stages.items()}
+
+
+def arithmetic(training: Training) -> dict[str, Any]:
+    """How log-probabilities are computed: trainings repeat them bit for bit only when they compute alike."""
+    return training.model_dump(include={"dtype", "prefix_sharing"})
+
+
+def policy_as_judge(round: Round) -> Judge:
+    """What gives the reference log-probabilities: the policy, computing as the trainings will."""
+    return Judge(round.policy, round.recipe.policy, round.prompts, round.recipe.training, round.recipe.launcher)
+
+
+def draw_queries(round: Round, stage: Stage, count: int | None, *, without: Collection[str] = ()) -> set[str] | None:
+    """The ids of `count` of a stage's queries other than those of `without`, drawn with the seed; None for all of them."""
+    if not without and (count is None or count >= kept(stage)):
+        return None
+    return draw(round, {row["query_id"] for row in stage.rows()}.difference(without), count)
+
+
+def draw(round: Round, ids: Iterable[str], count: int | None) -> set[str]:
+    """At most `count` of these queries, drawn with the seed; all of them for None."""
+    return set(sorted(ids, key=lambda query_id: seed_for(round.recipe.seed, "drawn", query_id))[:count])
+
+
+def held_out(round: Round) -> frozenset[str]:
+    """The queries that neither training sees: the same ones whatever the seed, so that runs compare on them."""
+    count = round.recipe.queries.holdout
+    if count == 0:
+        return frozenset()
+    first = round.folder.path / f"round-{round.number}" / "1-principles"
+    source = round.folder.stage(round.number, "1-principles" if first.is_dir() else "5-preferences")
+    return hold_out({row["query_id"] for row in source.rows()}, count)
+
+
+def hold_out(ids: Collection[str], count: int) -> frozenset[str]:
+    """`count` of these queries; ValueError where none is left."""
+    if count >= len(ids):
+        raise ValueError(f"queries.holdout: {count} of {len(ids)} queries; leave some to train on.")
+    return frozenset(sorted(ids, key=lambda query_id: seed_for("held out", query_id))[:count])
+
+
+def share_of_round(round: Round, ids: Collection[str]) -> frozenset[str]:
+    """Of all queries, this round's where rounds split them: an equal share, drawn with the seed, and the held-out ones.
+
+    Raises ValueError where there are fewer queries than rounds.
+    """
+    count, rounds = round.recipe.queries.holdout, round.recipe.rounds
+    spared = hold_out(ids, count) if count else frozenset[str]()
+    others = sorted(set(ids) - spared, key=lambda query_id: seed_for(round.recipe.seed, "round", query_id))
+    if len(others) < rounds:
+        raise ValueError(f"queries.split_rounds: {len(others)} queries to train on are too few for {rounds} rounds.")
+    return spared | set(others[round.number - 1 :: rounds])
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------------
+
+
+def seeds_of(item: Responses) -> Seeds:
+    """Of the good and of the bad response."""
+    return Seeds(chosen=item.good.seed, rejected=item.bad.seed)
+
+
+def scored_rows(journal: Journal, group: Group, principles: Principles, seeds: Seeds) -> Iterator[PairRow]:
+    """The rows of a group's pairs, with the scores that the journal has of them."""
+    for pair, scored in zip(group.pairs, scores(journal, group), strict=True):
+        yield columns.scored_row(pair, scored, principles, seeds)

@@ -1,0 +1,190 @@
+"""Stage 5: the preference data, from the generator, from the policy itself (PBAA), or from a file made elsewhere.
+
+Left out on purpose: how responses are sampled, pairs built and scored: the modules of that name.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from selfsteer.data.exchange import read_pairs
+from selfsteer.engines.base import Request
+from selfsteer.engines.sampling import sample
+from selfsteer.pairs import alignment_pair, item_key, reject_reason, special_token_reason, usable
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.engines import sampling_identity
+from selfsteer.records import Dropped, PairRow, PreferencePair, Responses
+from selfsteer.stages.base import (
+    Round,
+    Work,
+    arithmetic,
+    held_out,
+    inputs_of,
+    kept,
+    make_stage,
+    policy_as_judge,
+    scored_rows,
+    seeds_of,
+)
+from selfsteer.stages.responses import answers_to, engine_of, requests_of
+from selfsteer.stages.training import Generators, samplers
+from selfsteer.store import columns
+from selfsteer.store.columns import NO_SEEDS
+from selfsteer.store.durable import file_digest
+from selfsteer.store.folder import Contents, Origin, Stage
+from selfsteer.training.scoring import Group, score_missing, scores
+
+# --- 5: preference data ----------------------------------------------------------------------------------------------------
+
+
+def preferences_stage(round: Round, principles: Stage, responses: Stage, generators: Generators | None) -> Stage:
+    """Step 4: chosen and rejected for every bare query, from the generator; from the policy where there is none (PBAA)."""
+    recipe = round.recipe
+    settings = {
+        "responses": recipe.responses.model_dump(),
+        "filters": recipe.filters.model_dump(),
+        "seed": recipe.seed,
+        "round": round.number,
+        **sampling_identity(recipe.engine),
+        **arithmetic(recipe.training),
+    }
+    if round.held_out_only:
+        settings["only"] = recipe.queries.holdout
+    if recipe.selection.samples > 1:
+        settings["samples"] = [recipe.selection.samples, recipe.queries.holdout]
+    if generators is None:
+        origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
+        return make_stage(round, "5-preferences", origin, lambda work: _own_preferences(round, work, responses))
+    inputs = inputs_of(round, principles=principles, generator=generators.good)
+    if generators.bad != generators.good:
+        inputs |= inputs_of(round, bad_generator=generators.bad)
+    origin = Origin(settings=settings, inputs=inputs)
+    return make_stage(round, "5-preferences", origin, lambda work: _preferences(round, work, principles, generators))
+
+
+def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
+    return _preference_pairs(round, work, lambda: map(columns.responses, responses.rows()), kept(responses))
+
+
+def _preferences(round: Round, work: Work, principles: Stage, generators: Generators) -> Contents:
+    spared, samples = held_out(round), round.recipe.selection.samples
+    wanted_ids = spared if round.held_out_only else None
+    total = kept(principles) + (samples - 1) * (kept(principles) - len(spared)) if wanted_ids is None else len(wanted_ids)
+    groups = samplers(round, generators)
+
+    def wanted() -> Iterator[tuple[dict[str, Any], int]]:
+        """A query and the number of the sample; held-out ones are answered once."""
+        for row in principles.rows():
+            if wanted_ids is None or row["query_id"] in wanted_ids:
+                yield from ((row, number) for number in range(1 if row["query_id"] in spared else samples))
+
+    def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
+        for row, number in wanted():
+            asked_for = (requests_of(round, models, row, number=number) for models in groups)
+            yield row, {role: item for requests in asked_for for role, item in requests.items()}
+
+    for models in groups:
+        # One role after the other: the embedded engine switches adapters for all that it has under way.
+        roles = ({role: model} for role, model in models.items())
+        sample(
+            engine_of(round, models),
+            (
+                item
+                for role in roles
+                for row, number in wanted()
+                for item in requests_of(round, role, row, number=number).values()
+            ),
+            work.journal,
+            description="responses of the generator",
+            total=len(work.journal) + len(models) * total,
+        )
+
+    def answered() -> Iterator[Responses | Dropped]:
+        for row, requests in asked():
+            answers = answers_to(work.journal, row["query_id"], requests)
+            if isinstance(answers, Dropped):
+                yield answers
+                continue
+            yield Responses(query=columns.query(row), principles=columns.principles(row), **answers, original=None)
+
+    return _preference_pairs(round, work, answered, total)
+
+
+def _preference_pairs(
+    round: Round, work: Work, answered: Callable[[], Iterator[Responses | Dropped]], total: int
+) -> Contents:
+    """Filtered alignment pairs with their log-probabilities under the policy: reference and on-policy measure in one."""
+    judge = policy_as_judge(round)
+    dropped: list[Dropped] = []
+    reasons: dict[tuple[str, int], str] = {}
+
+    def reason(item: Responses) -> str | None:
+        found = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
+        return found or special_token_reason((item.good.text, item.bad.text), round.prompts)
+
+    def group(item: Responses) -> Group:
+        return judge.group((alignment_pair(item.query, item.good, item.bad),))
+
+    every_group = map(group, usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
+    score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
+
+    def rows() -> Iterator[PairRow]:
+        for item in answered():
+            if isinstance(item, Dropped):
+                dropped.append(item)
+            elif item_key(item) in reasons:
+                dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
+            else:
+                yield from scored_rows(work.journal, group(item), item.principles, seeds_of(item))
+
+    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+
+
+def given_stage(round: Round, pairs: Path) -> Stage:
+    """Stage 5 filled from a file: checked pairs with their reference log-probabilities under the policy."""
+    settings = {"max_prompt_tokens": round.recipe.queries.max_prompt_tokens, **arithmetic(round.recipe.training)}
+    origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": file_digest(pairs)})
+    return make_stage(round, "5-preferences", origin, lambda work: _given(round, work, pairs))
+
+
+def _given(round: Round, work: Work, path: Path) -> Contents:
+    judge = policy_as_judge(round)
+    limit = round.recipe.queries.max_prompt_tokens
+    dropped: list[Dropped] = []
+
+    def groups() -> Iterator[Group | Dropped]:
+        for item in usable_pairs(path, round.prompts, limit):
+            yield item if isinstance(item, Dropped) else judge.group((item,))
+
+    wanted = sum(1 for _ in usable_pairs(path, round.prompts, limit))
+    to_score = (group for group in groups() if isinstance(group, Group))
+    score_missing(judge, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
+
+    def rows() -> Iterator[PairRow]:
+        for item in groups():
+            if isinstance(item, Dropped):
+                dropped.append(item)
+            else:
+                [scored] = scores(work.journal, item)
+                yield columns.scored_row(item.pairs[0], scored, None, NO_SEEDS)
+
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+
+
+def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[PreferencePair | Dropped]:
+    """The pairs of a file that can be tokenised as they are, and the others with the reason why not.
+
+    Raises ValueError, naming file and row, for a malformed file.
+    """
+    number = 0
+    for number, row in enumerate(read_pairs(path), 1):  # noqa: B007 (counts the rows for the error below)
+        if isinstance(row, Dropped):
+            yield row
+            continue
+        pair = columns.pair(cast(dict[str, Any], row))
+        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason((pair.chosen, pair.rejected), prompts)
+        if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
+            reason = "prompt too long"
+        yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
+    if number == 0:
+        raise ValueError(f"{path}: no rows")

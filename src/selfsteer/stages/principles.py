@@ -1,0 +1,421 @@
+"""Stage 1: every usable query with its pair of opposing principles, from the library, a language model, or a file.
+
+What a query gets depends on the seed and the query alone, not on its place or its neighbours. Texts for models are in
+`templates/`. `generate_principles` is driven by any function that answers attempts.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import yaml
+
+from selfsteer import runtime
+from selfsteer.data import queries as reading
+from selfsteer.data.files import jsonl_rows
+from selfsteer.data.queries import fold
+from selfsteer.engines import open as opening
+from selfsteer.engines.base import Request, Sampling
+from selfsteer.engines.open import sampler_digest
+from selfsteer.engines.sampling import kept_open, request, sample
+from selfsteer.models import load_tokenizer, resolve
+from selfsteer.prompts import Prompts
+from selfsteer.recipe import sections
+from selfsteer.recipe.engines import sampling_identity
+from selfsteer.recipe.sections import Policy, Recipe
+from selfsteer.records import Dropped, Message, Principles, Query
+from selfsteer.stages.base import Round, Work, inputs_of, make_stage, share_of_round
+from selfsteer.store import columns
+from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.folder import Contents, Origin, Stage
+
+_UNNAMED = "unnamed"
+"""The quality of a file's pair that gives none."""
+
+
+class PrinciplePair(NamedTuple):
+    """Opposing texts, p+ and p-, before they are given to a query."""
+
+    good: str
+    bad: str
+    quality: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """All pairs that queries can get, as the recipe chose them."""
+
+    pairs: tuple[PrinciplePair, ...]
+    """For any query."""
+    own: Mapping[str, PrinciplePair]
+    """Folded query text -> the pair that serves this query alone."""
+    source: Literal["library", "file"]
+    concision: float
+    """Share of the queries that get a concision pair added."""
+
+
+class Attempt(NamedTuple):
+    """One try at a model-written pair."""
+
+    query: Query
+    number: int
+    """0 for the first try."""
+    seed: int
+    """Seed of the sampling, below 2^31, from the recipe's seed, the query and the number."""
+
+
+class Unparsed(NamedTuple):
+    """A model's answer that is no pair of principles."""
+
+    reason: str
+
+
+# --- assignment ------------------------------------------------------------------------------------------------------------
+
+
+def load_pool(section: sections.PrincipleSource) -> Pool:
+    """The library, or the recipe's file, restricted to `section.qualities` and of those to the first `section.limit`.
+
+    With source "generate" this is the library, which stands in where the model's answers do not parse. A file's rows with
+    a query of their own are not restricted. Raises ValueError for unknown qualities and unreadable files.
+    """
+    if section.source != "file":
+        pairs = _only(library(), section.qualities)[: section.limit]
+        return Pool(pairs=pairs, own={}, source="library", concision=section.concision)
+    assert section.path is not None, "the recipe refuses source: file without a path"
+    pairs, own = _read_file(Path(section.path))
+    return Pool(pairs=_only(pairs, section.qualities)[: section.limit], own=own, source="file", concision=section.concision)
+
+
+def choose_principles(query: Query, pool: Pool, seed: int) -> Principles:
+    """The pair of this query, drawn with the seed, with the concision pair added for a share of the queries.
+
+    Raises ValueError when the pool serves other queries only.
+    """
+    pair = pool.own.get(fold(query.text)) if pool.own else None
+    if pair is None:
+        if not pool.pairs:
+            raise ValueError(
+                f"principles.path has no pair for the query {query.text[:80]!r}; add a row with this query, or rows without "
+                "a query that serve all others"
+            )
+        pair = pool.pairs[_draw(seed, query, "pair") % len(pool.pairs)]
+    principles = Principles(good=pair.good, bad=pair.bad, quality=pair.quality, source=pool.source)
+    return _with_concision(principles, query, pool.concision, seed)
+
+
+def _with_concision(principles: Principles, query: Query, share: float, seed: int) -> Principles:
+    if _draw(seed, query, "concision") >= share * 2**64:
+        return principles
+    pairs = concision_pairs()
+    pair = pairs[_draw(seed, query, "concision pair") % len(pairs)]
+    return replace(principles, good=f"{principles.good} {pair.good}", bad=f"{principles.bad} {pair.bad}", concision=True)
+
+
+def _draw(seed: int, query: Query, purpose: str) -> int:
+    """A number below 2^64 that depends on nothing else."""
+    return int(digest([seed, query.id, purpose])[:16], 16)
+
+
+def _only(pairs: Sequence[PrinciplePair], qualities: Sequence[str] | None) -> tuple[PrinciplePair, ...]:
+    if not qualities:
+        return tuple(pairs)
+    known = sorted({pair.quality for pair in pairs})
+    for quality in qualities:
+        if quality not in known:
+            nearest = difflib.get_close_matches(quality, known, n=1)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            raise ValueError(f"principles.qualities: no quality {quality!r}; {hint}Known: {', '.join(known)}")
+    return tuple(pair for pair in pairs if pair.quality in qualities)
+
+
+# --- library and file ------------------------------------------------------------------------------------------------------
+
+
+def _template(name: str) -> object:
+    return yaml.safe_load(resources.files("selfsteer").joinpath("templates", name).read_text(encoding="utf-8"))
+
+
+@cache
+def library() -> tuple[PrinciplePair, ...]:
+    """The built-in pairs, without those on concision."""
+    qualities = cast(dict[str, dict[str, list[dict[str, str]]]], _template("principles.yaml"))["qualities"]
+    return tuple(PrinciplePair(quality=quality, **pair) for quality, pairs in qualities.items() for pair in pairs)
+
+
+@cache
+def concision_pairs() -> tuple[PrinciplePair, ...]:
+    """The built-in pairs that are added to others, against length bias."""
+    pairs = cast(dict[str, list[dict[str, str]]], _template("principles.yaml"))["concision"]
+    return tuple(PrinciplePair(quality="concision", **pair) for pair in pairs)
+
+
+def _read_file(path: Path) -> tuple[list[PrinciplePair], dict[str, PrinciplePair]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; set principles.path in the recipe")
+    pairs: list[PrinciplePair] = []
+    own: dict[str, PrinciplePair] = {}
+    for place, fields in jsonl_rows(path):
+        if unknown := sorted(set(fields) - {"good", "bad", "quality", "query"}):
+            raise ValueError(f"{place}: unknown keys {unknown}; a row takes good, bad, quality and query")
+        good, bad = _text(fields, "good", place), _text(fields, "bad", place)
+        if fold(good) == fold(bad):
+            raise ValueError(f"{place}: good and bad are the same text; the two must be opposed")
+        pair = PrinciplePair(good, bad, _text(fields, "quality", place) if fields.get("quality") is not None else _UNNAMED)
+        if fields.get("query") is None:
+            pairs.append(pair)
+            continue
+        query = fold(_text(fields, "query", place))
+        if query in own:
+            raise ValueError(f"{place}: a second pair for the query {query[:80]!r}; keep one")
+        own[query] = pair
+    if not pairs and not own:
+        raise ValueError(f'{path}: no principles; expected one {{"good": ..., "bad": ...}} a line')
+    return pairs, own
+
+
+def _text(fields: Mapping[str, object], key: str, place: str) -> str:
+    value = fields.get(key)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    state = "is missing" if key not in fields else "is no text or is empty"
+    raise ValueError(f"{place}: {key!r} {state}; a row needs good and bad as text, found the keys {sorted(fields)}")
+
+
+# --- generation ------------------------------------------------------------------------------------------------------------
+
+_LENGTHS = range(20, 601)
+"""Characters of a principle."""
+
+_MOST_UNLIKE = 3.0
+"""Of a pair, the longer text has at most this many times the characters of the shorter: alike in structure."""
+
+_SENTENCE_END = re.compile(r"""[.!?。！？]["'”’)]?$""")
+
+_LEFTOVER = re.compile(r"<\|?/?\w+\|?>|\[/?INST\]|\{\w+\}|\b(?:Bad|Good|Request):|[*#`]{2}")
+"""Special tokens, unfilled places and pieces of the few-shot prompt or of markup, which no principle contains."""
+
+
+@cache
+def _few_shot() -> tuple[Message, ...]:
+    return tuple(cast(list[Message], _template("principle_generation.yaml")))
+
+
+def principle_messages(query: Query) -> tuple[Message, ...]:
+    """The few-shot prompt that asks for the bad and the good principle of a query (its last user turn)."""
+    *shots, last = _few_shot()
+    return (*shots, Message(role=last["role"], content=last["content"].replace("{query}", query.text)))
+
+
+@cache
+def _example_lines() -> frozenset[str]:
+    return frozenset(line for shot in _few_shot() if shot["role"] == "assistant" for line in shot["content"].splitlines())
+
+
+def parse_principles(text: str) -> PrinciplePair | Unparsed:
+    """The pair in a model's answer of exactly two lines, "Bad: ..." and then "Good: ...", or why it is none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) != 2:
+        return Unparsed(f"{len(lines)} lines instead of two")
+    if not lines[0].startswith("Bad:") or not lines[1].startswith("Good:"):
+        return Unparsed("the lines do not start with Bad: and Good:")
+    bad, good = lines[0].removeprefix("Bad:").strip(), lines[1].removeprefix("Good:").strip()
+    for name, principle in (("bad", bad), ("good", good)):
+        if reason := _unfit(principle):
+            return Unparsed(f"the {name} principle {reason}")
+    if fold(bad).casefold() == fold(good).casefold():
+        return Unparsed("both principles are the same")
+    if not _example_lines().isdisjoint(lines):  # small models copy; the example is about another request
+        return Unparsed("repeats an example of the prompt")
+    if max(len(bad), len(good)) > _MOST_UNLIKE * min(len(bad), len(good)):
+        return Unparsed("the principles differ too much in length")
+    return PrinciplePair(good, bad, "generated")
+
+
+def _unfit(principle: str) -> str | None:
+    if not principle:
+        return "is empty"
+    if len(principle) not in _LENGTHS:
+        return f"is too {'short' if len(principle) < _LENGTHS.start else 'long'}"
+    if _LEFTOVER.search(principle):
+        return "contains leftovers of the prompt, markup or special tokens"
+    if not _SENTENCE_END.search(principle):
+        return "does not end like a sentence"
+    return None
+
+
+def generate_principles(
+    queries: Iterable[Query],
+    answer: Callable[[Iterable[Attempt]], Iterable[tuple[Attempt, str]]],
+    section: sections.PrincipleSource,
+    pool: Pool,
+    seed: int,
+) -> Iterator[tuple[Query, Principles]]:
+    """Yield the principles of every query as soon as they are known, in the order of the answers.
+
+    `answer` turns attempts into texts, in any order, each exactly once; it may take them from a journal, because an attempt
+    is the same in every run. A query whose text does not parse is asked again with a new seed, `section.retries` times, then
+    gets a library pair. Attempts are made lazily; memory holds those in flight and the queries that failed. Raises
+    `Interrupted` when a signal ended the answers early.
+    """
+    tries = 1 if section.temperature == 0 else 1 + section.retries  # greedily, another seed gives the same text
+    pending = queries
+    for number in range(tries):
+        in_flight: set[str] = set()
+        failed: list[Query] = []
+        for tried, text in answer(_attempts(pending, number, seed, in_flight)):
+            in_flight.remove(tried.query.id)
+            pair = parse_principles(text)
+            if isinstance(pair, PrinciplePair):
+                principles = Principles(good=pair.good, bad=pair.bad, quality=pair.quality, source="generated")
+                yield tried.query, _with_concision(principles, tried.query, pool.concision, seed)
+            elif number + 1 < tries:
+                failed.append(tried.query)
+            else:
+                fallback = f"{pair.reason} (try {tries} of {tries})"
+                yield tried.query, replace(choose_principles(tried.query, pool, seed), fallback=fallback)
+        runtime.raise_if_stopped()
+        assert not in_flight, f"{len(in_flight)} attempts were not answered"
+        pending = failed
+
+
+def _attempts(queries: Iterable[Query], number: int, seed: int, in_flight: set[str]) -> Iterator[Attempt]:
+    for query in queries:
+        in_flight.add(query.id)
+        yield Attempt(query, number, _draw(seed, query, f"attempt {number}") % 2**31)
+
+
+def principles_stage(round: Round) -> Stage:
+    """Step 1: every usable query with its pair of opposing principles."""
+    section = round.recipe.principles
+    inputs = inputs_of(round) | {"queries": reading.source_digest(round.recipe.queries)}
+    if section.path is not None:
+        inputs["principles"] = file_digest(Path(section.path))
+    settings = {
+        "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds"}),
+        "principles": section.model_dump(exclude={"path", "engine", "limit"}),
+        **(sampling_identity(section.engine or round.recipe.engine) if section.source == "generate" else {}),
+        "system_role": round.prompts.system_role,
+        "library": digest([list(pair) for pair in load_pool(section).pairs]),
+        "seed": round.recipe.seed,
+        "round": round.number,
+    }
+    if _splits(round.recipe):
+        settings["split"] = {"rounds": round.recipe.rounds, "holdout": round.recipe.queries.holdout}
+    return make_stage(round, "1-principles", Origin(settings=settings, inputs=inputs), lambda work: _principles(round, work))
+
+
+def _principles(round: Round, work: Work) -> Contents:
+    section = round.recipe.principles
+    pool = load_pool(section)
+    queries = _queries_of(round)
+    wanted = sum(1 for _ in queries())
+    assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
+    if section.source == "generate":
+        assign = _generated_principles(round, work, pool, wanted)
+    dropped: list[Dropped] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for item in queries():
+            if isinstance(item, Dropped):
+                dropped.append(item)
+                continue
+            principles = assign(item)
+            length = max(len(prompt) for prompt in _steered_prompts(round.prompts, item, principles))
+            limit = round.recipe.queries.max_prompt_tokens
+            if length > limit:
+                detail = f"{length} tokens with its principle, limit {limit}"
+                dropped.append(Dropped(id=item.id, reason="prompt too long", detail=detail))
+                continue
+            yield {"query_id": item.id, "messages": list(item.messages), "principles": asdict(principles)}
+
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PRINCIPLES)
+
+
+def _splits(recipe: Recipe) -> bool:
+    return recipe.queries.split_rounds and recipe.rounds > 1
+
+
+def _queries_of(round: Round) -> Callable[[], Iterator[Query | Dropped]]:
+    """What iterates over the round's checked queries; where rounds split them, the first one names the unusable ones."""
+    if not _splits(round.recipe):
+        return lambda: _checked_queries(round)
+    share = share_of_round(round, {item.id for item in _checked_queries(round) if isinstance(item, Query)})
+
+    def own() -> Iterator[Query | Dropped]:
+        for item in _checked_queries(round):
+            if item.id in share if isinstance(item, Query) else round.number == 1:
+                yield item
+
+    return own
+
+
+def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
+    """The recipe's queries that can be rendered, up to queries.limit of them, and those that were dropped on the way."""
+    section = round.recipe.queries
+    kept = 0
+    for item in reading.read_queries(section.model_copy(update={"limit": None})):
+        if isinstance(item, Query):
+            item = replace(item, messages=round.prompts.fold(item.messages))
+            found = round.prompts.checked_ids(item.messages)
+            if isinstance(found, str):
+                item = Dropped(id=item.id, reason=found)
+            elif len(found) > section.max_prompt_tokens:
+                detail = f"{len(found)} tokens, limit {section.max_prompt_tokens}"
+                item = Dropped(id=item.id, reason="prompt too long", detail=detail)
+            else:
+                kept += 1
+        yield item
+        if section.limit is not None and kept == section.limit:
+            return
+
+
+def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> Callable[[Query], Principles]:
+    """Sample what the journal lacks; returns a function that reads a query's principles back from it."""
+    section, recipe = round.recipe.principles, round.recipe
+    writer, prompts = round.policy, round.prompts
+    if section.model is not None:
+        writer = resolve(Policy(model=section.model, trust_remote_code=recipe.policy.trust_remote_code))
+        prompts = Prompts(load_tokenizer(writer.path))
+    engine_section = section.engine or recipe.engine
+    model_digest = sampler_digest(engine_section, writer)
+    engine = partial(opening.open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
+    sampling = Sampling(temperature=section.temperature, top_p=recipe.responses.top_p, max_new_tokens=section.max_new_tokens)
+
+    def ask(attempt: Attempt) -> Request:
+        messages = principle_messages(attempt.query)
+        return request(prompts, messages, model_digest=model_digest, sampling=sampling, seed=attempt.seed)
+
+    def answer_to(key: str) -> str:
+        return work.journal.get(key).get("text", "")  # of one that failed there is none
+
+    def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
+        return ((attempt, answer_to(ask(attempt).key)) for attempt in attempts)
+
+    queries = (item for item in _queries_of(round)() if isinstance(item, Query))
+    with kept_open(engine) as opened:  # over all tries
+
+        def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
+            tried: list[tuple[Attempt, str]] = []  # keys, not requests: a prompt of 450 tokens takes 15 KB
+
+            def asked() -> Iterator[Request]:
+                for attempt in attempts:
+                    item = ask(attempt)
+                    tried.append((attempt, item.key))
+                    yield item
+
+            sample(opened, asked(), work.journal, description="principles", total=wanted)
+            return ((attempt, answer_to(key)) for attempt, key in tried)
+
+        for _ in generate_principles(queries, answer, section, pool, recipe.seed):
+            pass
+    return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
+
+
+def _steered_prompts(prompts: Prompts, query: Query, principles: Principles) -> tuple[tuple[int, ...], ...]:
+    return tuple(prompts.prompt_ids(prompts.steer(query.messages, text)) for text in (principles.good, principles.bad))

@@ -1,0 +1,137 @@
+"""Stage 2: y+, y- and y_o, sampled from the policy.
+
+Left out on purpose: how prompts are rendered and responses sampled: the modules of that name.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from selfsteer.engines import open as opening
+from selfsteer.engines.base import Engine, Failed, Request, Sampling
+from selfsteer.engines.open import sampler_digest
+from selfsteer.engines.sampling import request, response, sample, seed_for
+from selfsteer.recipe.engines import sampling_identity
+from selfsteer.recipe.sections import Generator
+from selfsteer.records import Checkpoint, Dropped, Response
+from selfsteer.stages.base import (
+    Round,
+    Work,
+    draw_queries,
+    held_out,
+    inputs_of,
+    kept,
+    make_stage,
+)
+from selfsteer.store import columns
+from selfsteer.store.folder import Contents, Origin, Stage
+from selfsteer.store.journal import Journal
+
+# --- 2: responses ----------------------------------------------------------------------------------------------------------
+
+
+def responses_stage(round: Round, principles: Stage) -> Stage:
+    """Step 2: y+, y- and y_o from the policy, for the queries that train the generator (for all, where there is none)."""
+    generator = round.recipe.generator
+    settings = {
+        "responses": round.recipe.responses.model_dump(),
+        "dtype": None if round.recipe.engine.kind == "openai" else round.recipe.engine.dtype,
+        **sampling_identity(round.recipe.engine),
+        "queries": None if generator.kind == "none" else generator.queries,
+        "original": _needs_original(generator),
+        "seed": round.recipe.seed,
+        "round": round.number,
+    }
+    if round.recipe.queries.holdout and generator.kind != "none":
+        settings["holdout"] = round.recipe.queries.holdout
+    elif round.held_out_only:
+        settings["only"] = round.recipe.queries.holdout
+    origin = Origin(settings=settings, inputs=inputs_of(round, principles=principles))
+    return make_stage(round, "2-responses", origin, lambda work: _responses(round, work, principles))
+
+
+def _responses(round: Round, work: Work, principles: Stage) -> Contents:
+    generator = round.recipe.generator
+    wanted_ids = None
+    if generator.kind != "none":
+        wanted_ids = draw_queries(round, principles, generator.queries, without=held_out(round))
+    elif round.held_out_only:
+        wanted_ids = set(held_out(round))
+    roles = ["good", "bad", "original"] if _needs_original(generator) else ["good", "bad"]
+    models = dict.fromkeys(roles, round.policy)
+
+    def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
+        for row in principles.rows():
+            if wanted_ids is None or row["query_id"] in wanted_ids:
+                yield row, requests_of(round, models, row)
+
+    total = kept(principles) if wanted_ids is None else len(wanted_ids)
+    sample(
+        engine_of(round, models),
+        (item for _, requests in asked() for item in requests.values()),
+        work.journal,
+        description="responses of the policy",
+        total=total * len(models),
+    )
+    dropped: list[Dropped] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row, requests in asked():
+            answers = answers_to(work.journal, row["query_id"], requests)
+            if isinstance(answers, Dropped):
+                dropped.append(answers)
+            else:
+                yield {**row, "original": None} | {
+                    role: columns.response_columns(answer) for role, answer in answers.items()
+                }
+
+    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.RESPONSES)
+
+
+def answers_to(journal: Journal, query_id: str, requests: dict[str, Request]) -> dict[str, Response] | Dropped:
+    """The responses to a query by role, or why one of them is missing."""
+    answers: dict[str, Response] = {}
+    for role, item in requests.items():
+        answer = response(journal, item)
+        if isinstance(answer, Failed):
+            return Dropped(id=query_id, reason=answer.reason, detail=f"{role}: {answer.detail}")
+        answers[role] = answer
+    return answers
+
+
+def _needs_original(generator: Generator) -> bool:
+    return generator.kind != "none" and generator.objective in ("sso", "l_minus")
+
+
+def engine_of(round: Round, models: Mapping[str, Checkpoint]) -> Callable[[], Engine]:
+    """The engine that holds these: one model, or several adapters of one."""
+    recipe, model = round.recipe, next(iter(models.values()))
+    adapters = [each.adapter for each in models.values() if each.adapter is not None]
+    trust = recipe.policy.trust_remote_code
+    return partial(opening.open_engine, recipe.engine, model, round.prompts, trust_remote_code=trust, adapters=adapters)
+
+
+def requests_of(
+    round: Round, models: Mapping[str, Checkpoint], row: dict[str, Any], *, number: int = 0
+) -> dict[str, Request]:
+    """The prompts x+ (good), x- (bad) and x (original) of a query, each answered by its model for the `number`-th time."""
+    nth = (number,) if number else ()
+    query, principles = columns.query(row), columns.principles(row)
+    messages = {
+        "good": round.prompts.steer(query.messages, principles.good),
+        "bad": round.prompts.steer(query.messages, principles.bad),
+        "original": query.messages,
+    }
+    sampling = Sampling(**round.recipe.responses.model_dump())
+    found: dict[str, Request] = {}
+    for role, model in models.items():
+        item = request(
+            round.prompts,
+            messages[role],
+            model_digest=sampler_digest(round.recipe.engine, model),
+            sampling=sampling,
+            seed=seed_for(round.recipe.seed, round.number, query.id, role, *nth),
+        )
+        found[role] = item if model.adapter is None else replace(item, adapter=model.adapter.name)
+    return found

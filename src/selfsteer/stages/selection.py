@@ -1,0 +1,320 @@
+"""Between the measures of a round's pairs and the alignment: which of the pairs align the policy, where the recipe selects.
+
+    5-selection/data.parquet    those kept, some turned round or put together of several samples; dropped.jsonl the others
+
+Wanted are the pairs of stage 5 that are not held out. Left out on purpose: the rules (`selection.py`), and measuring.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+
+from selfsteer.judges.find import RecipeJudge, ask, find_judge
+from selfsteer.measures.quality import reference_scores
+from selfsteer.measures.text import similarity, words
+from selfsteer.measures.verdicts import Verdict, by_margin
+from selfsteer.models import checkpoint
+from selfsteer.recipe.sections import Selection
+from selfsteer.records import Dropped, PairRow, ScoredPair
+from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, policy_as_judge
+from selfsteer.stages.training import MODEL, Generators
+from selfsteer.store import columns
+from selfsteer.store.folder import Contents, Origin, Stage, borrow
+from selfsteer.training.scoring import Group, score_missing, scores
+
+
+class Ranked(NamedTuple):
+    """A pair, and how its responses were scored."""
+
+    row: PairRow
+    verdict: Verdict
+
+    @property
+    def margin(self) -> float | None:
+        """The chosen response's score above the rejected one's; None where there is no verdict."""
+        if self.verdict.margin is not None:
+            return self.verdict.margin
+        probability = self.verdict.probability
+        return None if probability is None else 2 * probability - 1
+
+
+def is_near(ranked: Ranked, section: Selection) -> bool:
+    """Whether the two score so alike that their lengths decide."""
+    return section.shorter_within is not None and ranked.margin is not None and abs(ranked.margin) <= section.shorter_within
+
+
+def reject_reason(ranked: Ranked, section: Selection, bound: float | None) -> str | None:
+    """Why this pair must not align the policy, or None to keep it. bound: `min_margin`, or that of `top_share`."""
+    if section.drop_reversed and not is_near(ranked, section) and (reason := reversed_reason(ranked.verdict)) is not None:
+        return reason
+    if bound is None:
+        return None
+    return "no verdict" if ranked.margin is None else margin_reason(ranked.margin, at_least=bound)
+
+
+def reversed_reason(verdict: Verdict) -> str | None:
+    """Why not a pair whose order the judge reverses; ties and pairs that it could not judge are kept.
+
+    Filtering by a reward model's verdict: arXiv 2404.09824, which finds a tenth more noise in the labels to cost up to
+    30 points of win rate. The judge's own errors go with the pairs: see its accuracy on pairs that people have labelled.
+    """
+    return "order reversed" if verdict.preferred == "rejected" else None
+
+
+def margin_reason(margin: float, *, at_least: float) -> str | None:
+    """Why not a pair whose implicit reward margin is small; `top_share` gives the bound that keeps a share.
+
+    Large margins: arXiv 2502.14560 (10% of UltraFeedback did better than all of it), and arXiv 2501.15109 with the
+    reference model's own log-probabilities. arXiv 2508.04149 keeps the small ones, as the harder lessons: for that, pass
+    margins with their sign turned.
+    """
+    return "small margin" if margin < at_least else None
+
+
+def top_share(margins: Sequence[float], share: float) -> float:
+    """The margin that `share` of `margins` reach: the smallest of the ceil(share * n) largest.
+
+    Raises ValueError without margins or for a share outside (0, 1].
+    """
+    if not margins or not 0 < share <= 1:
+        raise ValueError(f"cannot keep a share of {share} of {len(margins)} margins; give a share above 0 and at most 1")
+    # Less a rounding error: 0.1 of 30 is 3, though 0.1 * 30 is more than 3.
+    kept = int(np.ceil(share * len(margins) - 1e-9))
+    return sorted(margins, reverse=True)[kept - 1]
+
+
+def prefer_shorter(row: PairRow) -> PairRow:
+    """The row of two responses with close scores, turned round where the rejected one is the shorter one.
+
+    The length control of Meta-Rewarding (arXiv 2407.19594): of close responses the shorter one is chosen. Lengths are tokens
+    where the row knows them, else words. In a turned row everything about the two responses has changed sides; its
+    principles have not: the good one still names the steering of what is now rejected.
+    """
+    return turned(row) if _length(row, "rejected") < _length(row, "chosen") else row
+
+
+def turned(row: PairRow) -> PairRow:
+    """The pair with chosen and rejected exchanged, in all columns that are about either."""
+    sides = {"chosen": "rejected", "rejected": "chosen"}
+
+    def counterpart(key: str) -> str:
+        return "_".join(sides.get(part, part) for part in key.split("_"))
+
+    values = cast("dict[str, Any]", row)
+    return cast(PairRow, {key: values[counterpart(key)] for key in values})
+
+
+class Sample(NamedTuple):
+    """One of several responses to a query."""
+
+    score: float
+    """Of a judge or a reward model; higher is better."""
+    tokens: int
+
+
+class Picked(NamedTuple):
+    """A good and a bad sample, as indices."""
+
+    chosen: int
+    rejected: int
+
+
+def best_and_near_worst(
+    good: Sequence[Sample], bad: Sequence[Sample], *, within: float = 0.0, deviations: float = 2.0
+) -> Picked | None:
+    """The best good sample, and of the bad ones that score lower the nearest to their mean - `deviations` deviations.
+
+    arXiv 2502.16825: with many samples the very worst is too easy, and mean - 2 deviations did best; with few, that lies
+    below them all and the worst is taken. (There all samples answer one prompt; here they were asked for in two ways.) Of
+    the good samples at most `within` below the best one, the shortest is chosen (arXiv 2407.19594). None where no bad sample
+    scores lower than the best good one by more than `within`.
+    """
+    best = max((sample.score for sample in good), default=-np.inf)
+    lower = [index for index, sample in enumerate(bad) if sample.score < best - within]
+    if not lower:
+        return None
+    near_best = [index for index, sample in enumerate(good) if sample.score >= best - within]
+    scores = np.array([sample.score for sample in bad])
+    target = scores.mean() - deviations * scores.std()
+    return Picked(
+        chosen=min(near_best, key=lambda index: good[index].tokens),
+        rejected=min(lower, key=lambda index: abs(scores[index] - target)),
+    )
+
+
+def _length(row: PairRow, side: Literal["chosen", "rejected"]) -> int:
+    tokens = (row.get("chosen_tokens"), row.get("rejected_tokens"))
+    if tokens[0] is None or tokens[1] is None:
+        return len(words(row[side][-1]["content"]))
+    return tokens[0] if side == "chosen" else tokens[1]
+
+
+SELECTION = "5-selection"
+
+
+class Candidates(NamedTuple):
+    """A round's pairs, and what they can be scored with."""
+
+    preferences: Stage
+    quality: Stage | None = None
+    """The judge's verdicts on some of them."""
+    generators: Generators | None = None
+    """What made them; None of the policy's own pairs and of given ones."""
+
+
+def selection_stage(round: Round, candidates: Candidates) -> Stage:
+    """The pairs that align the policy: those of stage 5 as they are, where the recipe selects none."""
+    section = round.recipe.selection
+    if not section.active:
+        return candidates.preferences
+    inputs = inputs_of(round, preferences=candidates.preferences)
+    settings: dict[str, Any] = {
+        "selection": section.model_dump(),
+        "filters": round.recipe.filters.model_dump(include={"near_identical", "max_length_ratio"}),
+        "holdout": round.recipe.queries.holdout,
+        **arithmetic(round.recipe.training),
+    }
+    rank = _by_generator(round, candidates)
+    if section.by == "judge":
+        judge = find_judge(round.recipe.judge, round.recipe.policy)
+        assert judge is not None, "checked when the recipe was read"
+        inputs |= judge.inputs()
+        settings["judge"] = judge.settings()
+        rank = _by_judge(candidates, judge, held_out(round))
+        if candidates.quality is not None:  # what it has said already
+            borrow(round.folder.stage(round.number, SELECTION), [candidates.quality])
+    else:
+        assert candidates.generators is not None, "checked at the start"
+        inputs |= inputs_of(round, generator=candidates.generators.good)
+        settings["beta"] = round.recipe.generator.beta
+    origin = Origin(settings=settings, inputs=inputs)
+    return make_stage(round, SELECTION, origin, lambda work: _selected(round, work, candidates, lambda: rank(work)))
+
+
+Rank = Callable[[Work], Iterator[Ranked | Dropped]]
+"""Each pair with its verdict, in order, or why it can't have one; of several samples, the pair that was made of them."""
+
+
+def _selected(
+    round: Round, work: Work, candidates: Candidates, ranked: Callable[[], Iterator[Ranked | Dropped]]
+) -> Contents:
+    section = round.recipe.selection
+    bound = section.min_margin
+    if section.top_share is not None:
+        margins = [item.margin for item in ranked() if isinstance(item, Ranked) and item.margin is not None]
+        bound = top_share(margins, section.top_share) if margins else None
+    dropped: list[Dropped] = []
+
+    def rows() -> Iterator[PairRow]:
+        for item in ranked():
+            if isinstance(item, Dropped):
+                dropped.append(item)
+            elif (reason := reject_reason(item, section, bound)) is not None:
+                dropped.append(Dropped(id=item.row["query_id"], reason=reason))
+            elif is_near(item, section):
+                yield prefer_shorter(item.row)
+            else:
+                yield item.row
+
+    wanted = sum(1 for _ in _lessons(candidates.preferences, held_out(round)))
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+
+
+def _lessons(preferences: Stage, spared: frozenset[str]) -> Iterator[dict[str, Any]]:
+    return (row for row in preferences.rows() if row["query_id"] not in spared)
+
+
+def _by_judge(candidates: Candidates, judge: RecipeJudge, spared: frozenset[str]) -> Rank:
+    def lessons() -> Iterator[dict[str, Any]]:
+        return _lessons(candidates.preferences, spared)
+
+    def rank(work: Work) -> Iterator[Ranked]:
+        total = sum(1 for _ in lessons())
+        verdicts = ask(judge, lambda: map(columns.pair, lessons()), work.journal, total=total)
+        return (Ranked(cast(PairRow, row), verdict) for row, verdict in zip(lessons(), verdicts, strict=True))
+
+    return rank
+
+
+def _by_generator(round: Round, candidates: Candidates) -> Rank:
+    """By the implicit reward of the generator (of two, the one of the chosen responses)."""
+
+    def rank(work: Work) -> Iterator[Ranked | Dropped]:
+        assert candidates.generators is not None
+        model = checkpoint(candidates.generators.good.path / MODEL)
+        judge = policy_as_judge(round)._replace(model=model)
+        spared = held_out(round)
+
+        def groups() -> Iterator[tuple[list[PairRow], Group]]:
+            for _, each in groupby(_lessons(candidates.preferences, spared), key=lambda row: row["query_id"]):
+                rows = list(each)
+                yield cast("list[PairRow]", rows), judge.group([columns.pair(row) for row in rows])
+
+        total = len({row["query_id"] for row in _lessons(candidates.preferences, spared)})
+        every_group = (group for _, group in groups())
+        score_missing(judge, every_group, work.journal, description="implicit rewards of the generator", total=total)
+        for rows, group in groups():
+            found = [_rewards(row, after, round.recipe.generator.beta) for row, after in _scored(rows, work, group)]
+            if round.recipe.selection.samples > 1:
+                yield from _of_samples(round, rows, found)
+            else:
+                for row, rewards in zip(rows, found, strict=True):
+                    yield _ranked(row, rewards.chosen - rewards.rejected)
+
+    return rank
+
+
+def _scored(rows: list[PairRow], work: Work, group: Group) -> Iterator[tuple[PairRow, ScoredPair]]:
+    return zip(rows, scores(work.journal, group), strict=True)
+
+
+class _Rewards(NamedTuple):
+    chosen: float
+    rejected: float
+
+
+def _rewards(row: PairRow, after: ScoredPair, beta: float) -> _Rewards:
+    before = reference_scores(row)
+    assert before is not None, "stage 5 has scored its pairs"
+    return _Rewards(*(beta * (now.logps - then.logps) for now, then in zip(after, before, strict=True)))
+
+
+def _ranked(row: PairRow, margin: float) -> Ranked:
+    return Ranked(row, by_margin(columns.pair(cast("dict[str, Any]", row)), margin))
+
+
+def _of_samples(round: Round, rows: list[PairRow], rewards: list[_Rewards]) -> Iterator[Ranked | Dropped]:
+    """The one pair of a query's samples, and a drop for each of the others."""
+    query = rows[0]["query_id"]
+    within = round.recipe.selection.shorter_within or 0.0
+    good = [Sample(each.chosen, row.get("chosen_tokens") or 0) for row, each in zip(rows, rewards, strict=True)]
+    bad = [Sample(each.rejected, row.get("rejected_tokens") or 0) for row, each in zip(rows, rewards, strict=True)]
+    picked = best_and_near_worst(good, bad, within=within)
+    if picked is None:
+        reason = "no bad sample scores below the good ones"
+    else:
+        row = _joined(rows[picked.chosen], rows[picked.rejected])
+        reason = _misfit(round, row)
+        if reason is None:
+            yield _ranked(row, good[picked.chosen].score - bad[picked.rejected].score)
+    lost = "other samples were taken" if reason is None else reason
+    for _ in rows if reason is not None else rows[1:]:
+        yield Dropped(id=query, reason=lost)
+
+
+def _joined(chosen: PairRow, rejected: PairRow) -> PairRow:
+    """The chosen response of one pair and the rejected one of another."""
+    values, others = cast("dict[str, Any]", chosen), cast("dict[str, Any]", rejected)
+    return cast(PairRow, {key: others[key] if "rejected" in key else value for key, value in values.items()})
+
+
+def _misfit(round: Round, row: PairRow) -> str | None:
+    """What the filters have against these two together; each of them they have let pass."""
+    filters = round.recipe.filters
+    shorter, longer = sorted((row.get("chosen_tokens") or 1, row.get("rejected_tokens") or 1))
+    if longer > filters.max_length_ratio * shorter:
+        return "length ratio"
+    texts = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+    return "near-identical responses" if similarity(*texts) >= filters.near_identical else None

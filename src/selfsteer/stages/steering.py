@@ -1,0 +1,74 @@
+"""Stage 3: the pairs that train the data generator, and those that it is compared with.
+
+Left out on purpose: how pairs are built (`pairs.py`) and scored (`reference.py`).
+"""
+
+from collections.abc import Iterator
+
+from selfsteer.pairs import alignment_pair, item_key, steering_pairs, steering_reject_reason, usable
+from selfsteer.records import Dropped, PairRow, Responses
+from selfsteer.stages.base import (
+    Round,
+    Work,
+    arithmetic,
+    inputs_of,
+    kept,
+    make_stage,
+    policy_as_judge,
+    scored_rows,
+    seeds_of,
+)
+from selfsteer.store import columns
+from selfsteer.store.columns import NO_SEEDS
+from selfsteer.store.folder import Contents, Origin, Stage
+from selfsteer.training.scoring import Group, score_missing
+
+POLICY_PAIRS = "policy-pairs.parquet"
+"""The policy's own responses as alignment pairs (PBAA), scored: what the generator's pairs are compared with."""
+
+
+def steering_stage(round: Round, responses: Stage) -> Stage:
+    """Step 3, first half: the pairs of L_SSO with reference log-probabilities, and the PBAA pairs of the same queries."""
+    settings = {
+        "filters": round.recipe.filters.model_dump(),
+        "objective": round.recipe.generator.objective,
+        **arithmetic(round.recipe.training),
+    }
+    origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
+    return make_stage(round, "3-steering", origin, lambda work: _steering(round, work, responses))
+
+
+def _steering(round: Round, work: Work, responses: Stage) -> Contents:
+    objective, judge = round.recipe.generator.objective, policy_as_judge(round)
+    dropped: list[Dropped] = []
+
+    reasons: dict[tuple[str, int], str] = {}
+
+    def answered() -> Iterator[Responses]:
+        return map(columns.responses, responses.rows())
+
+    def groups(item: Responses) -> tuple[Group, Group]:
+        own = alignment_pair(item.query, item.good, item.bad)
+        return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((own,))
+
+    wanted = kept(responses)
+    good = usable(answered(), lambda item: steering_reject_reason(item, round.recipe.filters, round.prompts), reasons)
+    every_group = (group for item in good for group in groups(item))
+    score_missing(judge, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
+    own = (
+        row
+        for item in answered()
+        if item_key(item) not in reasons
+        for row in scored_rows(work.journal, groups(item)[1], item.principles, seeds_of(item))
+    )
+    columns.write_rows(work.stage.path / POLICY_PAIRS, own, columns.PAIRS)
+
+    def rows() -> Iterator[PairRow]:
+        for item in answered():
+            if item_key(item) in reasons:
+                dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
+            else:
+                yield from scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
+
+    each = 2 if objective in ("sso", "equation_3") else 1
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS, rows_each=each, files=(POLICY_PAIRS,))

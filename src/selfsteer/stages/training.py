@@ -1,0 +1,192 @@
+"""The two stages that train: the data generator on the steering pairs, the policy on the preference data.
+
+A dual generator is two trainings, each on one half of L_SSO. What they train is sampled as two adapters of one model by
+engines that can do that, merged by others; margins are measured on the merged model.
+
+Left out on purpose: the trainer (`training.py`); files are the contract: sealed pairs in, a Hugging Face folder out.
+"""
+
+import shutil
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, NamedTuple, cast
+
+from selfsteer.measures.metrics import ImplicitReward, plain
+from selfsteer.measures.quality import implicit_reward
+from selfsteer.models import adapted, checkpoint
+from selfsteer.recipe.engines import takes_adapters
+from selfsteer.recipe.sections import Alignment, Generator
+from selfsteer.records import Checkpoint, PairRow
+from selfsteer.stages.base import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage, policy_as_judge
+from selfsteer.store import columns
+from selfsteer.store.durable import canonical_json, make_folder, replacing
+from selfsteer.store.folder import Contents, Origin, Stage
+from selfsteer.training.launch import launch
+from selfsteer.training.scoring import Group, Judge, score_missing, scores
+from selfsteer.training.train import TrainingJob
+
+MODEL, ADAPTER, HISTORY, MEASURES = "model", "adapter", "history.jsonl", "measures.json"
+"""What a training stage seals: the Hugging Face folder, with training.lora the adapter that is merged into it, a line an
+optimizer step, and what training did to its pairs."""
+
+GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
+"""Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
+
+_HALVES = {GOOD_GENERATOR: "l_plus", BAD_GENERATOR: "l_minus"}
+
+
+class Generators(NamedTuple):
+    """The stages of the models that answer x+ and x-: one and the same, unless the generator is dual."""
+
+    good: Stage
+    bad: Stage
+
+
+def samplers(round: Round, generators: Generators) -> list[dict[str, Checkpoint]]:
+    """What answers x+ ("good") and x- ("bad"); those of a group are one model or adapters of one, and share an engine.
+
+    An adapter's digest is the same when it is merged, because it does not change, beyond rounding, what is sampled.
+    """
+    if generators.good == generators.bad:
+        return [dict.fromkeys(generators._fields, checkpoint(generators.good.path / MODEL))]
+    stages = generators._asdict()
+    both = {role: adapted(round.policy, role, stage.path / ADAPTER) for role, stage in stages.items()}
+    if takes_adapters(round.recipe.engine):
+        return [both]
+    return [{role: Checkpoint(path=str(stage.path / MODEL), digest=both[role].digest)} for role, stage in stages.items()]
+
+
+def generator_stage(round: Round, steering: Stage) -> Generators:
+    """Step 3: a copy of the policy trained with L_SSO, or two, each with one half of it."""
+    section = round.recipe.generator
+    if section.kind == "dual":
+        return Generators(
+            good=_training_stage(round, GOOD_GENERATOR, steering, section),
+            bad=_training_stage(round, BAD_GENERATOR, steering, section),
+        )
+    single = _training_stage(round, "4-generator", steering, section)
+    return Generators(good=single, bad=single)
+
+
+def policy_stage(round: Round, preferences: Stage) -> Stage:
+    """Step 5: the policy itself trained on the preference data."""
+    return _training_stage(round, "6-policy", preferences, round.recipe.alignment)
+
+
+def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | Alignment) -> Stage:
+    settings: dict[str, Any] = {
+        "objective": section.model_dump(exclude={"kind", "objective", "queries", "reference", "weighting"}),
+        "training": round.recipe.training.model_dump(exclude={"save_steps", "report_to", "gradient_checkpointing"}),
+        "seed": round.recipe.seed,
+    }
+    if name == "6-policy" and round.recipe.queries.holdout:
+        settings["holdout"] = round.recipe.queries.holdout
+    if name in _HALVES:
+        settings |= {"half": _HALVES[name], "adapter": True}  # adapter: not there in folders of earlier versions
+    inputs = inputs_of(round, pairs=pairs)
+    if isinstance(section, Alignment):
+        if section.weighting != "none":
+            settings["weighting"] = section.weighting
+        if section.reference == "first" and round.first.digest != round.policy.digest:
+            inputs["reference"] = round.first.digest
+    origin = Origin(settings=settings, inputs=inputs)
+    stage = make_stage(round, name, origin, lambda work: _train(round, work, pairs, section))
+    for unfinished in stage.path.glob("training-*"):  # only now: a kill before the seal goes on from its last checkpoint
+        shutil.rmtree(unfinished)
+    return stage
+
+
+def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
+    """The rows that this stage trains on: all of them, or a generator's half, and none that is held out."""
+    half = _HALVES.get(work.stage.path.name)
+    spared = _spared(round, work)
+    return (row for row in pairs.rows() if (half is None or row["kind"] == half) and row["query_id"] not in spared)
+
+
+def _spared(round: Round, work: Work) -> frozenset[str]:
+    """The queries that must not align the policy; the generator's pairs are of none of them."""
+    return held_out(round) if work.stage.path.name == "6-policy" else frozenset()
+
+
+def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
+    """The same with the reference log-probabilities of the policy that the run began with."""
+    judge = policy_as_judge(round)._replace(model=round.first)
+
+    def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
+        return _groups(judge, _lessons(round, work, pairs))
+
+    every_group = (group for _, group in groups())
+    score_missing(judge, every_group, work.journal, description="log-probabilities of the first policy", total=kept(pairs))
+    for rows, group in groups():
+        for row, scored in zip(rows, scores(work.journal, group), strict=True):
+            yield {**row, "ref_chosen_logps": scored.chosen.logps, "ref_rejected_logps": scored.rejected.logps}
+
+
+def _groups(judge: Judge, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], Group]]:
+    """The rows of each query, and their pairs to be scored together."""
+    for _, each in groupby(rows, key=lambda row: row["query_id"]):
+        of_query = list(each)
+        yield of_query, judge.group([columns.pair(row) for row in of_query])
+
+
+def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignment) -> Contents:
+    unfinished = work.stage.path / f"training-{work.origin.fingerprint[:12]}"
+    for stale in work.stage.path.glob("training-*"):
+        if stale != unfinished:
+            shutil.rmtree(stale)
+    data, queries = pairs.path / "data.parquet", kept(pairs)
+    anchored = "reference" in work.origin.inputs
+    if anchored or {"half", "holdout"} & work.origin.settings.keys():
+        make_folder(unfinished)
+        data = unfinished / "pairs.parquet"
+        lessons = _anchored(round, work, pairs) if anchored else _lessons(round, work, pairs)
+        queries = columns.write_rows(data, lessons, columns.PAIRS)
+        if queries == 0:
+            raise ValueError(f"{work.stage.path}: every pair is held out; lower queries.holdout.")
+    job = TrainingJob(
+        policy=round.recipe.policy.model_copy(update={"model": round.policy.path}),
+        pairs=str(data),
+        output=str(unfinished),
+        loss=section.loss,
+        beta=section.beta,
+        sft_weight=section.sft_weight,
+        learning_rate=section.learning_rate,
+        batch_size=section.batch_size,
+        epochs=section.epochs,
+        max_steps=section.max_steps,
+        training=round.recipe.training,
+        seed=round.recipe.seed,
+        weighting=section.weighting if isinstance(section, Alignment) else "none",
+    )
+    result = launch(job, round.recipe.launcher)
+    folders = (MODEL,) if round.recipe.training.lora is None else (MODEL, ADAPTER)
+    for name in folders:
+        shutil.rmtree(work.stage.path / name, ignore_errors=True)
+        (unfinished / name).rename(work.stage.path / name)
+    shutil.copyfile(unfinished / HISTORY, work.stage.path / HISTORY)
+    reward = _what_training_did(round, work, pairs, section.beta)
+    measures = {"steps": result.steps, "reward": reward}
+    with replacing(work.stage.path / MEASURES) as file:
+        file.write(canonical_json(plain(measures)))
+    return Contents(wanted=queries, files=(*folders, HISTORY, MEASURES))
+
+
+def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> ImplicitReward:
+    """Margins and accuracy of the training pairs before and after, on at most quality.sample queries.
+
+    Rewards are against the policy at the round's start, whatever reference the loss had.
+    """
+    drawn = draw_queries(round, pairs, round.recipe.quality.sample, without=_spared(round, work))
+    trained = checkpoint(work.stage.path / MODEL)
+    judge = policy_as_judge(round)._replace(model=trained)
+
+    def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
+        rows = (row for row in _lessons(round, work, pairs) if drawn is None or row["query_id"] in drawn)
+        return _groups(judge, rows)
+
+    total = kept(pairs) if drawn is None else len(drawn)
+    every_group = (group for _, group in groups())
+    score_missing(judge, every_group, work.journal, description="margins after training", total=total)
+    before = (cast(PairRow, row) for rows, _ in groups() for row in rows)
+    after = (pair for _, group in groups() for pair in scores(work.journal, group))
+    return implicit_reward(before, after, beta=beta)

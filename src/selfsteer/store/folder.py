@@ -1,0 +1,489 @@
+"""The run folder: one owner, stages that are sealed whole, and nothing that was paid for is lost.
+
+    runs/<name>/
+      recipe.yaml   run.json (one entry a session)   LOCK
+      round-1/2-responses/
+        parts/<writer>-<n>.jsonl    finished samples, as they come (journal.py)
+        data.parquet                what the stage hands on
+        dropped.jsonl               what it does not, each row with its reason
+        MANIFEST.json               written last: the stage is sealed when this file is there
+
+Guarantees
+- One process owns a run folder, by a kernel lock that ends with the process: nothing stale to clean up after a kill.
+  Reading needs no lock: use `RunFolder.view` or a plain `Stage(path)`.
+- A kill or a power cut at any moment leaves each stage either sealed, with every output as its manifest says, or unsealed,
+  with all its finished samples in the journal: files are written aside, forced to the disk and renamed, the manifest last.
+- Every output's digest is in the manifest; `verify` names the file that changed. The manifest carries its own.
+- kept + dropped = wanted, or the stage is not sealed. Memory stays flat while rows are written and read.
+- Reopening a stage for other settings keeps its journal, so samples whose keys are still wanted are not made again.
+
+Left out on purpose: what a stage does and which follows which (`pipeline.py`), keeping the outputs of earlier settings,
+locks across machines beyond what the file system's flock gives.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import chain, islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfsteer.records import Dropped
+from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, replacing, sync
+from selfsteer.store.journal import Journal
+
+_ELAPSED = "elapsed.json"
+
+_EVERY_SECONDS = 5.0
+
+
+@contextmanager
+def elapsed(folder: Path) -> Generator[Callable[[], float]]:
+    """Yields a function that returns the seconds spent in `folder` so far, earlier sessions included.
+
+    The sum is kept in elapsed.json every five seconds: a kill loses at most that much.
+    """
+    file = folder / _ELAPSED
+    earlier = _read_seconds(file)
+    started = time.monotonic()
+    finished = threading.Event()
+
+    def seconds() -> float:
+        return earlier + time.monotonic() - started
+
+    def keep() -> None:
+        while not finished.wait(_EVERY_SECONDS):
+            _write_seconds(file, seconds())
+
+    keeper = threading.Thread(target=keep, daemon=True, name="selfsteer-clock")
+    keeper.start()
+    try:
+        yield seconds
+    finally:
+        finished.set()
+        keeper.join()
+        _write_seconds(file, seconds())
+
+
+def _read_seconds(file: Path) -> float:
+    try:
+        return float(json.loads(file.read_text())["seconds"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return 0.0
+
+
+def _write_seconds(file: Path, seconds: float) -> None:
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"seconds": round(seconds, 3)}))
+    unfinished.replace(file)
+
+
+SCHEMA_VERSION = 1
+"""Of the files in a run folder; a part of every fingerprint."""
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+_DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
+
+# Rows of responses carry thousands of token ids each; as Python objects a group of this size stays below about 50 MB.
+_ROW_GROUP = 256
+
+Row = Mapping[str, Any]
+
+
+class RunFolderBusy(ValueError):
+    """Another process owns the run folder."""
+
+
+class StageDamaged(ValueError):
+    """A sealed file is not what the manifest says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Everything that determines the outputs of a stage. No paths, times or endpoints."""
+
+    settings: Mapping[str, Any]
+    """JSON values."""
+    inputs: Mapping[str, str]
+    """Digest of each input: files, models, `Manifest.digest` of earlier stages."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Same fingerprint, same outputs; 64 hex digits."""
+        return digest({"schema_version": SCHEMA_VERSION, "settings": self.settings, "inputs": self.inputs})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a stage seals. Both iterables are consumed once, rows first, so dropped may be a list that rows fills."""
+
+    wanted: int
+    """Items the stage set out to make."""
+    rows: Iterable[Row] | None = None
+    """Rows of data.parquet, in the order of the queries; None for stages that make a model."""
+    dropped: Iterable[Dropped] = ()
+    """Items not kept."""
+    schema: pa.Schema | None = None
+    """Columns of the rows, missing values null; inferred from the first 256 rows when absent."""
+    rows_each: int = 1
+    """Rows of one kept item: 2 where a query makes two pairs."""
+    files: tuple[str, ...] = ()
+    """Files and folders that the stage wrote itself, relative to its folder; a folder counts with all it holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a sealed stage holds and where it came from."""
+
+    stage: str
+    schema_version: int
+    fingerprint: str
+    wanted: int
+    kept: int
+    dropped: dict[str, int] = field(default_factory=dict[str, int])
+    """Items not kept, by reason."""
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    """sha256 of each output, by path relative to the stage."""
+    seconds: float
+    created: str
+    """UTC, ISO 8601."""
+
+    @property
+    def digest(self) -> str:
+        """One digest of all outputs, for the `inputs` of later stages."""
+        return digest(self.outputs)
+
+
+class RunFolder:
+    """The folder of one run; `with` makes this process its owner and creates it."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Raises ValueError for a name that is not portable; touches nothing."""
+        self.path = Path(path)
+        self._lock: int | None = None
+        if not _RUN_NAME.fullmatch(self.path.name):
+            raise ValueError(
+                f"{str(path)!r}: a run folder's name must begin with a letter or digit and hold only letters, digits, '.',"
+                " '_' and '-', at most 64 of them. Choose another with output=runs/NAME."
+            )
+
+    @classmethod
+    def view(cls, path: Path | str) -> Self:
+        """An existing run, to be read without owning it. Raises ValueError where there is none."""
+        run = cls(path)
+        if not (run.path / "run.json").is_file():
+            raise ValueError(f"{path}: no run here (no run.json). Name the folder that the recipe's output gave.")
+        return run
+
+    def __enter__(self) -> Self:
+        make_folder(self.path)
+        lock = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 4096).decode(errors="replace").strip() or "another process"
+            os.close(lock)
+            raise RunFolderBusy(
+                f"{self.path} is in use by {holder}. Wait for it, stop it (or, if it is gone, the processes it started),"
+                " or choose another folder with output=DIR."
+            ) from None
+        os.ftruncate(lock, 0)
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}: {shlex.join(sys.argv)}\n"
+        os.write(lock, os.fsencode(holder))
+        self._lock = lock
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # The file stays: removing it would let two processes hold locks on two files of the same name.
+        assert self._lock is not None
+        os.ftruncate(self._lock, 0)
+        os.close(self._lock)
+        self._lock = None
+
+    def describe(self, recipe_yaml: str, run_info: Mapping[str, Any]) -> None:
+        """Write recipe.yaml; add this session to run.json: its start, the recipe's digest, and run_info (JSON values)."""
+        assert self._lock is not None, "only the owner describes a run"
+        session = {"started": _now(), "recipe": digest(recipe_yaml), **run_info}
+        sessions = [*self.sessions(), session]
+        with replacing(self.path / "recipe.yaml") as file:
+            file.write(recipe_yaml.encode())
+        with replacing(self.path / "run.json") as file:
+            file.write(_pretty({"sessions": sessions}))
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """What run.json says of every session, oldest first."""
+        path = self.path / "run.json"
+        if not path.exists():
+            return []
+        try:
+            return json.loads(path.read_bytes())["sessions"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: damaged ({error}). Move it away; the run continues without its history.") from error
+
+    def stage(self, round: int, name: str) -> "Stage":
+        """A stage such as (1, "2-responses"). The owner gets it ready for use: created, a broken-off reopening finished."""
+        stage = Stage(self.path / f"round-{round}" / name)
+        if self._lock is not None:
+            make_folder(stage.path)
+            stage.finish_reopening()
+        return stage
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of one round, on disk."""
+
+    path: Path
+
+    def manifest(self) -> Manifest | None:
+        """What the stage holds, or None when it is not sealed. Raises StageDamaged."""
+        return _read_manifest(self.path / _MANIFEST)
+
+    def is_current(self, fingerprint: str) -> bool:
+        """Whether the stage is sealed and was made from just this origin."""
+        manifest = self.manifest()
+        return manifest is not None and manifest.fingerprint == fingerprint
+
+    def verify(self) -> Manifest:
+        """Compare every output with its digest; returns the manifest. Raises StageDamaged naming the file that differs."""
+        manifest = self._sealed()
+        for name, expected in manifest.outputs.items():
+            path = self.path / name
+            if not path.is_file():
+                raise StageDamaged(f"{path}: missing, though sealed. {_way_out(self.path)}")
+            if file_digest(path) != expected:
+                raise StageDamaged(f"{path}: changed since it was sealed (sha256 differs). {_way_out(self.path)}")
+        return manifest
+
+    def reopen(self) -> None:
+        """Unseal, and delete the outputs; the journal stays. Does nothing to a stage that was never sealed."""
+        if self.manifest() is not None:
+            # Renamed, not deleted: its list says what to delete if this process is killed half-way.
+            (self.path / _MANIFEST).replace(self.path / _REOPENED)
+            sync(self.path)
+        self.finish_reopening()
+
+    def finish_reopening(self) -> None:
+        """Delete what a `reopen` that was killed left behind."""
+        reopened = _read_manifest(self.path / _REOPENED)
+        if reopened is None:
+            return
+        for name in sorted({PurePosixPath(output).parts[0] for output in reopened.outputs}):
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        (self.path / _REOPENED).unlink()
+        sync(self.path)
+
+    def journal(self, *, writer: str = "main") -> Journal:
+        """The finished samples; to be used in a `with` block, by the owner of the run."""
+        return Journal(self.path / "parts", writer=writer)
+
+    def finished(self) -> int:
+        """How many good records the journal holds; changes nothing on disk, so anyone may ask at any time."""
+        with Journal(self.path / "parts", repair=False) as journal:
+            return len(journal)
+
+    def seal(self, origin: Origin, contents: Contents, *, seconds: float) -> Manifest:
+        """Write data.parquet and dropped.jsonl, force every output to the disk, then write the manifest.
+
+        seconds: what the stage took, all sessions together where the caller knows.
+        Raises ValueError when rows do not fit the schema or kept + dropped is not wanted; the stage is then not sealed.
+        """
+        if self.manifest() is not None:
+            raise ValueError(f"{self.path} is sealed already; reopen it first.")
+        make_folder(self.path)
+        names = [_DROPPED, *contents.files]
+        rows = 0
+        if contents.rows is not None:
+            names.append(_DATA)
+            rows = _write_rows(self.path / _DATA, contents.rows, contents.schema)
+        reasons = _write_dropped(self.path / _DROPPED, contents.dropped)
+        lost = reasons.total()
+        kept = contents.wanted - lost
+        if contents.rows is not None and rows != kept * contents.rows_each:
+            raise ValueError(
+                f"{self.path}: wanted {contents.wanted:,}, dropped {lost:,}, but wrote {rows:,} rows where"
+                f" {kept:,} x {contents.rows_each} were due. Every item must be kept or dropped with a reason."
+            )
+        manifest = Manifest(
+            stage=f"{self.path.parent.name}/{self.path.name}",
+            schema_version=SCHEMA_VERSION,
+            fingerprint=origin.fingerprint,
+            wanted=contents.wanted,
+            kept=kept,
+            dropped=dict(reasons.most_common()),
+            settings=dict(origin.settings),
+            inputs=dict(origin.inputs),
+            outputs={path.relative_to(self.path).as_posix(): _settle(path) for path in _files(self.path, names)},
+            seconds=seconds,
+            created=_now(),
+        )
+        fields = asdict(manifest)
+        with replacing(self.path / _MANIFEST) as file:
+            file.write(_pretty({**fields, "sha256": digest(fields)}))
+        return manifest
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of a sealed stage, in order, a row group in memory at a time."""
+        self._sealed()
+        return _read_rows(self.path / _DATA)
+
+    def dropped(self) -> Iterator[Dropped]:
+        """The items that a sealed stage did not keep."""
+        self._sealed()
+        return _read_dropped(self.path / _DROPPED)
+
+    def _sealed(self) -> Manifest:
+        manifest = self.manifest()
+        if manifest is None:
+            raise ValueError(
+                f"{self.path} is not finished (no {_MANIFEST}). Continue the run with the command that began it."
+            )
+        return manifest
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _pretty(value: object) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _way_out(stage: Path) -> str:
+    manifest = stage / _MANIFEST
+    return f"Bring it back from a copy, or delete {manifest} and run the same command again: finished samples are reused."
+
+
+def _read_manifest(path: Path) -> Manifest | None:
+    if not path.exists():
+        return None
+    try:
+        fields = json.loads(path.read_bytes())
+        claimed = fields.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        fields, claimed = None, None
+    if fields is None or claimed != digest(fields):
+        raise StageDamaged(f"{path}: not as it was written. {_way_out(path.parent)}")
+    if fields["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Use another output=DIR.")
+    manifest = Manifest(**fields)
+    # Reopening deletes by these names, and a run folder may come from a stranger.
+    if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in manifest.outputs):
+        raise StageDamaged(f"{path}: names files outside its own folder. Do not use this run folder.")
+    return manifest
+
+
+def _write_rows(path: Path, rows: Iterable[Row], given: Any) -> int:
+    rows = iter(rows)
+    first = list(islice(rows, _ROW_GROUP))
+    schema = pa.Table.from_pylist(first).schema if given is None else given
+    columns = set(schema.names)
+    count = 0
+    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for batch in chain([first], iter(lambda: list(islice(rows, _ROW_GROUP)), [])):
+            for number, row in enumerate(batch, start=count):
+                # pyarrow would leave such values out without a word.
+                if not columns.issuperset(row):
+                    raise ValueError(f"{path}: row {number} has {sorted(set(row) - columns)}, not in the schema.")
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            count += len(batch)
+    return count
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        # iter_batches would keep the whole file's bytes in memory.
+        for group in range(file.num_row_groups):
+            yield from file.read_row_group(group).to_pylist()
+
+
+def _write_dropped(path: Path, dropped: Iterable[Dropped]) -> Counter[str]:
+    reasons: Counter[str] = Counter()
+    with replacing(path) as file:
+        for row in dropped:
+            file.write(canonical_json(asdict(row)) + b"\n")
+            reasons[row.reason] += 1
+    return reasons
+
+
+def _read_dropped(path: Path) -> Iterator[Dropped]:
+    with path.open("rb") as file:
+        for line in file:
+            yield Dropped(**json.loads(line))
+
+
+def _files(stage: Path, names: Iterable[str]) -> Iterator[Path]:
+    for name in names:
+        path = stage / name
+        if path.is_dir():
+            yield from sorted(inner for inner in path.rglob("*") if inner.is_file())
+        else:
+            yield path
+
+
+def _settle(path: Path) -> str:
+    """Force an output to the disk, with its place in its folder; returns its digest."""
+    sync(path)
+    sync(path.parent)
+    return file_digest(path)
+
+
+_PARTS = "parts"
+
+
+def adopt(stage: Stage, lenders: Iterable[Stage], fingerprint: str) -> bool:
+    """Take over the sealed stage of a lender that was made from the same origin; False where none has it."""
+    for lender in lenders:
+        if lender.is_current(fingerprint):
+            outputs = lender.verify().outputs
+            for name in outputs:
+                _link(lender.path / name, stage.path / name)
+            # Last, as in sealing: what is there without it counts for nothing.
+            _link(lender.path / _MANIFEST, stage.path / _MANIFEST)
+            return True
+    return False
+
+
+def borrow(stage: Stage, lenders: Iterable[Stage]) -> None:
+    """Put the samples that lenders made themselves among the stage's own."""
+    for lender in lenders:
+        run = lender.path.parent.parent.name
+        for part in sorted((lender.path / _PARTS).glob("main-*.jsonl")):
+            own = stage.path / _PARTS / f"{run}-{part.name}"
+            if not own.exists():
+                _link(part, own)
+
+
+def _link(source: Path, target: Path) -> None:
+    """`target` as `source` is, whole or not at all."""
+    make_folder(target.parent)
+    unfinished = target.with_name(f".{target.name}.tmp")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except OSError:  # another device, or a file system without links
+        shutil.copyfile(source, unfinished)
+    unfinished.replace(target)
+    sync(target.parent)

@@ -1,0 +1,104 @@
+"""Checkpoints that count only when they are whole.
+
+    output/checkpoint-N/        as transformers writes it: weights or adapter, optimizer, schedule, random states
+    output/checkpoint-N/COMPLETE   written last: the sha256 of every file, and the digest of the training it belongs to
+
+A kill while a checkpoint is written leaves no COMPLETE, and the one before is still there.
+"""
+
+import errno
+import json
+import logging
+import re
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from selfsteer.store.durable import canonical_json, file_digest, replacing, sync, write_failed
+
+log = logging.getLogger(__name__)
+
+MARKER = "COMPLETE"
+
+KEPT = 2
+"""Complete checkpoints that stay on disk."""
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Turns what the model libraries raise where the disk is full into an OSError that names the path and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failed(error, path) from error
+    except (SafetensorError, RuntimeError) as error:  # of safetensors and of torch.save; neither is an OSError
+        raise write_failed(OSError(errno.EIO, str(error)), path) from error
+
+
+def seal(folder: Path, training: str) -> None:
+    """Force a checkpoint's files to the disk and mark it as complete; training is the digest of what made it."""
+    files = _files(folder)
+    for file in files:
+        sync(file)
+    for inner in {file.parent for file in files}:
+        sync(inner)
+    content = {"training": training, "files": {str(file.relative_to(folder)): file_digest(file) for file in files}}
+    with replacing(folder / MARKER) as marker:
+        marker.write(canonical_json(content))
+    sync(folder.parent)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint is whole: marked, and every file as it was when it was marked."""
+    try:
+        content = json.loads((folder / MARKER).read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    recorded: dict[str, str] = content["files"]
+    return recorded == {str(file.relative_to(folder)): file_digest(file) for file in _files(folder)}
+
+
+def latest(output: Path) -> Path | None:
+    """The newest complete checkpoint, whoever made it."""
+    return next((folder for folder in _newest_first(output) if is_complete(folder)), None)
+
+
+def resume_point(output: Path, training: str) -> Path | None:
+    """The newest complete checkpoint of this training; those that are incomplete or of another training are removed."""
+    for folder in _newest_first(output):
+        if not is_complete(folder):
+            log.warning("removing %s: it is incomplete", folder)
+            shutil.rmtree(folder)
+        elif json.loads((folder / MARKER).read_bytes())["training"] != training:
+            log.warning("removing %s: it was trained with other settings or data", folder)
+            shutil.rmtree(folder)
+    return next(iter(_newest_first(output)), None)
+
+
+def rotate(output: Path) -> None:
+    """Remove all but the newest, by their steps: times of files go wrong with the clock."""
+    for folder in _newest_first(output)[KEPT:]:
+        (folder / MARKER).unlink(missing_ok=True)  # a removal that is broken off leaves nothing that could count
+        shutil.rmtree(folder)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step after which a checkpoint was taken."""
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _newest_first(output: Path) -> list[Path]:
+    return sorted(
+        (folder for folder in output.glob("checkpoint-*") if _NAME.fullmatch(folder.name)), key=step_of, reverse=True
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in {MARKER, f"{MARKER}.tmp"})

@@ -1,0 +1,310 @@
+"""Log-probabilities of preference pairs under a model, without gradient: computed once, journalled.
+
+The reference log-probabilities of both trainings and the on-policy measures come from here, through the same packed forward
+as training. The unit is a query's pairs together: packed alike and in the same dtype, the first training pass repeats these
+numbers bit for bit.
+
+With several processes each scores every n-th group, into parts of its own of the journal:
+
+    <stage>/scoring/groups.jsonl   what is to be scored: a key and its pairs a line
+    <stage>/scoring/job.json       the model, and how it computes
+    <stage>/scoring/PARENT         locked while the parent lives and wants the scores
+    <stage>/scoring/GROUP          locked, by all of them, while one process of the group lives
+
+Nothing has to be agreed on, so nothing is: a process that is killed leaves what it had finished, and the same command
+scores the rest, with as many processes as the recipe then says. Left out on purpose: machines that do not see the folder of
+the run.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from selfsteer import runtime
+from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.sections import Launcher, Policy, Training
+from selfsteer.records import Checkpoint, PreferencePair, Scored, ScoredPair
+from selfsteer.runtime import progress, raise_if_stopped, stop_requested
+from selfsteer.store import columns
+from selfsteer.store.columns import pair_row
+from selfsteer.store.durable import canonical_json, digest, make_folder
+from selfsteer.store.journal import Journal, Record
+from selfsteer.training.logps import Packing, choose_packing, teach, to_device
+from selfsteer.training.packing import Rows, TokenPair, share_prompts
+from selfsteer.training.parallel import accelerate_command, held, run_processes, stop_when_free, wait_until_free
+
+KeyedPairs = tuple[str, Sequence[PreferencePair]]
+"""The pairs of a query, under the key of their scores."""
+
+_DURABLE_EVERY = 16
+"""Groups appended to the journal at once."""
+
+
+class Scorer(NamedTuple):
+    """A model that scores pairs; `open_scorer` makes it."""
+
+    model: PreTrainedModel
+    """Taught by `logps.teach`."""
+    prompts: Prompts
+    training: Training
+    """The mechanics that training will use, so that both compute alike."""
+
+
+def tokenize(pair: PreferencePair, prompts: Prompts) -> TokenPair:
+    """The pair as token ids. Raises ValueError for a completion without a single token."""
+    chosen = prompts.completion_ids(pair.chosen, pair.chosen_finish)
+    rejected = prompts.completion_ids(pair.rejected, pair.rejected_finish)
+    if not chosen or not rejected:
+        raise ValueError(
+            f"query {pair.query_id}: an empty {'rejected' if chosen else 'chosen'} response can't be scored; drop it"
+        )
+    return TokenPair(prompts.prompt_ids(pair.prompt), chosen, rejected)
+
+
+@contextmanager
+def open_scorer(policy: Policy, training: Training) -> Generator[Scorer]:
+    """The policy (a local folder) ready to score; the model is let go of when the block ends."""
+    device = pick_device()
+    tokenizer = load_tokenizer(policy.model, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
+    # Master weights in float32 and autocast, as in training: weights rounded beforehand would give other numbers.
+    model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=policy.trust_remote_code)
+    teach(model, compute_dtype(training.dtype, device))
+    yield Scorer(model, Prompts(tokenizer, system_role=policy.system_role), training)
+
+
+def score(scorer: Scorer, groups: Iterable[Sequence[PreferencePair]]) -> Iterator[list[ScoredPair]]:
+    """The pairs of each query, in order; one query after the other is read, computed and yielded.
+
+    groups: the pairs of a query together, as they are trained. `training.micro_batch_size` queries share a forward pass;
+    above one, training (which shuffles) repeats the numbers only up to rounding.
+    """
+    model, prompts, training = scorer
+    token_groups = (share_prompts([tokenize(pair, prompts) for pair in group]) for group in groups)
+    first = next(token_groups, None)
+    if first is None:
+        return
+    packing = choose_packing(model, first.rows, sharing=training.prefix_sharing)
+    remaining = chain([first], token_groups)
+    while batch := list(islice(remaining, training.micro_batch_size)):
+        yield from _score_batch(model, batch, packing)
+
+
+def _score_batch(model: PreTrainedModel, groups: Sequence[Rows], packing: Packing) -> Iterator[list[ScoredPair]]:
+    batch = to_device(packing([row for group in groups for row in group.rows]), model.device)
+    with torch.no_grad():
+        logps: list[float] = model(**batch).tolist()
+    scored = [Scored(logps=value, tokens=count) for value, count in zip(logps, batch["layout"].tokens, strict=True)]
+    start = 0
+    for group in groups:
+        pairs = zip(group.chosen, group.rejected, strict=True)
+        yield [ScoredPair(scored[start + chosen], scored[start + rejected]) for chosen, rejected in pairs]
+        start += sum(len(row.completions) for row in group.rows)
+
+
+def score_into(
+    journal: Journal, groups: Iterable[KeyedPairs], how: tuple[Policy, Training], advance: Callable[[int], None]
+) -> None:
+    """Score every group and append it to the journal; returns early when a signal asked to stop, with all of it durable."""
+    keys: deque[str] = deque()
+    batch: list[Record] = []
+    with open_scorer(*how) as scorer:
+        try:
+            for scored in score(scorer, _until_stopped(groups, keys)):
+                batch.append((keys.popleft(), {"scores": [_numbers(pair) for pair in scored]}))
+                if len(batch) == _DURABLE_EVERY:
+                    journal.append(batch)
+                    advance(len(batch))
+                    batch = []
+        finally:  # also when a pair can't be scored: what was finished is kept
+            journal.append(batch)
+            advance(len(batch))
+
+
+def _until_stopped(groups: Iterable[KeyedPairs], keys: deque[str]) -> Iterator[Sequence[PreferencePair]]:
+    """The pairs of each group; keys notes whose turn it is, because scoring may read ahead."""
+    for key, pairs in groups:
+        if stop_requested():
+            return
+        keys.append(key)
+        yield pairs
+
+
+def _numbers(pair: ScoredPair) -> list[float]:
+    return [pair.chosen.logps, pair.chosen.tokens, pair.rejected.logps, pair.rejected.tokens]
+
+
+log = logging.getLogger(__name__)
+
+_FOLDER, _GROUPS, _SCORING_JOB, _PARENT, _GROUP = "scoring", "groups.jsonl", "job.json", "PARENT", "GROUP"
+
+
+class Scoring(NamedTuple):
+    """What is scored with, and what is said meanwhile."""
+
+    policy: Policy
+    """`policy.model` is a local folder."""
+    training: Training
+    description: str
+
+
+def settle(journal: Journal) -> None:
+    """Wait for processes that a killed parent left behind, and take in what they scored; before asking what is missing."""
+    folder = _folder(journal)
+    if not folder.is_dir():
+        return
+    wait_until_free(folder / _GROUP, lambda: log.info("%s: an earlier scoring is still ending; waiting for it", folder))
+    journal.reread()
+    shutil.rmtree(folder)
+
+
+def score_shared(groups: Iterable[KeyedPairs], journal: Journal, scoring: Scoring, launcher: Launcher) -> None:
+    """Score groups that the journal lacks, each key once; returns, or raises, with all that was finished in the journal.
+
+    Raises ChildProcessError when a process ended early, and leaves a stop that was asked for to the caller.
+    """
+    folder = _folder(journal)
+    make_folder(folder)
+    with (folder / _GROUPS).open("wb") as file:
+        for key, pairs in groups:
+            file.write(canonical_json({"key": key, "pairs": [pair_row(pair) for pair in pairs]}) + b"\n")
+    job = {
+        "policy": scoring.policy.model_dump(mode="json"),
+        "training": scoring.training.model_dump(mode="json"),
+        "description": scoring.description,
+        "parts": str(journal.folder),
+    }
+    (folder / _SCORING_JOB).write_bytes(canonical_json(job))
+    command = [*accelerate_command(launcher, "selfsteer.training.scoring"), str(folder)]
+    with held(folder / _PARENT) as let_go, (folder / _GROUP).open("ab") as group:
+        # Handed on to the launcher: processes that have not come to take the lock themselves are waited for, too.
+        fcntl.flock(group, fcntl.LOCK_SH)
+        status = run_processes(command, let_go, pass_fds=[group.fileno()])
+    settle(journal)
+    if status and not runtime.stop_requested():
+        raise ChildProcessError(
+            f"{folder.parent}: the processes that score ended early (status {status}); what they said is"
+            " above. The same command scores the rest."
+        )
+
+
+def _folder(journal: Journal) -> Path:
+    return journal.folder.with_name(_FOLDER)
+
+
+# --- one process of the group ----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Score this process's share."""
+    folder = Path(sys.argv[1])
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    job: dict[str, Any] = json.loads((folder / _SCORING_JOB).read_bytes())
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    logging.getLogger("selfsteer").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    total = sum(1 for _ in _share(folder, rank, count))
+    description = f"{job['description']} (1 of {count} processes)"
+    with runtime.graceful_stop(), (folder / _GROUP).open("ab") as group:
+        fcntl.flock(group, fcntl.LOCK_SH)
+        stop_when_free(folder / _PARENT)
+        # What is asked for is what the parent did not find: the other parts need not be read.
+        with (
+            Journal(Path(job["parts"]), writer=f"main-{rank}", read=False) as journal,
+            progress(description, total, unit="queries") as advance,
+        ):
+            policy, training = Policy.model_validate(job["policy"]), Training.model_validate(job["training"])
+            score_into(journal, _share(folder, rank, count), (policy, training), advance)
+
+
+def _share(folder: Path, rank: int, count: int) -> Iterator[KeyedPairs]:
+    with (folder / _GROUPS).open("rb") as lines:
+        for number, line in enumerate(lines):
+            if number % count == rank:
+                group = json.loads(line)
+                yield group["key"], [columns.pair(row) for row in group["pairs"]]
+
+
+if __name__ == "__main__":
+    main()
+
+SCHEMA = 1
+"""Version of the journalled scores; part of every key."""
+
+
+class Group(NamedTuple):
+    """The pairs of one query that are computed together, as training will compute them."""
+
+    key: str
+    pairs: Sequence[PreferencePair]
+
+
+class Judge(NamedTuple):
+    """The model that scores, and how it computes."""
+
+    model: Checkpoint
+    policy: Policy
+    """The recipe's policy section, from which the model is loaded."""
+    prompts: Prompts
+    training: Training
+    launcher: Launcher = Launcher()
+    """Whose processes score."""
+
+    def group(self, pairs: Sequence[PreferencePair]) -> Group:
+        """The pairs under a key of what determines their log-probabilities."""
+        content = {
+            "schema": SCHEMA,
+            "model": self.model.digest,
+            "prompts": self.prompts.digest,
+            "dtype": str(compute_dtype(self.training.dtype, pick_device())),
+            "prefix_sharing": self.training.prefix_sharing,
+            "pairs": [pair_row(pair) for pair in pairs],
+        }
+        return Group(key=digest(content), pairs=pairs)
+
+
+def score_missing(judge: Judge, groups: Iterable[Group], journal: Journal, *, description: str, total: int) -> None:
+    """Score every group that the journal lacks; the model is loaded only when there is one.
+
+    total, the number of groups, is for the progress bar. Raises Interrupted when a signal asked to stop.
+    """
+    settle(journal)
+    lacking = (group for group in groups if group.key not in journal)
+    first = next(lacking, None)
+    if first is None:
+        return
+    policy = judge.policy.model_copy(update={"model": judge.model.path})
+    missing = chain([first], lacking)
+    if judge.launcher.kind == "accelerate":
+        score_shared(_each_once(missing), journal, Scoring(policy, judge.training, description), judge.launcher)
+    else:
+        with progress(description, total, unit="queries") as advance:
+            score_into(journal, missing, (policy, judge.training), advance)
+    raise_if_stopped()
+
+
+def _each_once(groups: Iterable[Group]) -> Iterator[Group]:
+    seen: set[str] = set()
+    for group in groups:
+        if group.key not in seen:
+            seen.add(group.key)
+            yield group
+
+
+def scores(journal: Journal, group: Group) -> list[ScoredPair]:
+    """The journalled scores of a group's pairs, in their order."""
+    return [
+        ScoredPair(Scored(logps=chosen, tokens=chosen_tokens), Scored(logps=rejected, tokens=rejected_tokens))
+        for chosen, chosen_tokens, rejected, rejected_tokens in journal.get(group.key)["scores"]
+    ]

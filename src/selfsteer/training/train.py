@@ -1,0 +1,304 @@
+"""From pairs to a model: the one training, for the data generator and for the policy.
+
+Trains the data generator (two steering pairs a query: L_SSO) and the policy (one alignment pair a query). The loss of an
+optimizer step is the mean over its queries of the sum over each query's pairs, whatever the micro-batches. Reference
+log-probabilities come with the pairs; no reference model is loaded.
+
+    output/checkpoint-N/   complete or not there (checkpoints.py); a stopped training continues from the newest
+    output/history.jsonl   one line an optimizer step
+    output/model/          the result, an ordinary Hugging Face folder (adapter merged)
+    output/adapter/        with training.lora, the adapter itself, in peft's format
+
+Left out on purpose: evaluation during training; the stages measure before and after.
+"""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+
+from selfsteer import runtime
+from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.sections import Lora, LossName, Policy, Training, Weighting
+from selfsteer.runtime import progress
+from selfsteer.store.durable import digest, file_digest, make_folder, sync
+from selfsteer.training import checkpoints, parallel
+from selfsteer.training.logps import Packing, choose_packing, teach
+from selfsteer.training.objective import REFERENCE_FREE, objective
+from selfsteer.training.packing import pack, share_prompts
+from selfsteer.training.trainer import (
+    Collator,
+    JobParts,
+    Keeper,
+    PreferenceTrainer,
+    Step,
+    TokenGroups,
+    read_history,
+    token_groups,
+    truncate_history,
+)
+
+log = logging.getLogger(__name__)
+
+_MECHANICS = {"micro_batch_size", "prefix_sharing", "gradient_checkpointing", "save_steps", "report_to"}
+"""Of the training section, what may change between a stop and its continuation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingJob:
+    """One training, from pairs to a model; `as_json` is all of it."""
+
+    policy: Policy
+    """The model to start from; `policy.model` is a local folder."""
+    pairs: str
+    """Parquet with the columns of `PairRow`, the rows of one query together."""
+    output: str
+    loss: LossName
+    beta: float
+    sft_weight: float
+    learning_rate: float
+    batch_size: int
+    """Queries an optimizer step."""
+    epochs: float
+    max_steps: int | None
+    training: Training
+    seed: int
+    weighting: Weighting = "none"
+
+    def as_json(self) -> dict[str, Any]:
+        """The job as JSON values."""
+        sections = {"policy": self.policy.model_dump(mode="json"), "training": self.training.model_dump(mode="json")}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | sections
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The job that `as_json` gave."""
+        policy, training = Policy.model_validate(values["policy"]), Training.model_validate(values["training"])
+        fields: dict[str, Any] = {**values, "policy": policy, "training": training}
+        return cls(**fields)
+
+    def digest(self) -> str:
+        """sha256 of everything that determines the result; no paths."""
+        content = self.as_json()
+        policy = {file.name: file_digest(file) for file in sorted(Path(self.policy.model).glob("*.safetensors"))}
+        settings = {name: value for name, value in content["training"].items() if name not in _MECHANICS}
+        pairs = file_digest(Path(self.pairs))
+        del content["output"]
+        return digest(content | {"policy": policy, "pairs": pairs, "training": settings})
+
+
+class TrainingResult(NamedTuple):
+    """What a training made."""
+
+    model: str
+    """The folder of the trained model."""
+    history: str
+    """JSONL, one `Step` a line."""
+    steps: int
+    queries: int
+    """Queries in the pairs file."""
+    shared: bool
+    """Prompts were computed once for their completions."""
+    first: Step
+    last: Step
+
+
+def train(job: TrainingJob) -> TrainingResult:
+    """Run a training, or continue it where it stopped; in every process of a group alike (`launch.py`).
+
+    Raises `runtime.Interrupted` when asked to stop (a complete checkpoint is on disk), `TrainingDiverged` for a loss or
+    gradient that is not finite, ValueError for pairs that can't be trained on.
+    """
+    output = Path(job.output)
+    make_folder(output)
+    args = _arguments(job)
+    identity, resume = parallel.agree(lambda: _starting_point(job, output))
+    done = checkpoints.step_of(resume) if resume else 0
+    tokenizer = load_tokenizer(
+        job.policy.model, chat_template=job.policy.chat_template, trust_remote_code=job.policy.trust_remote_code
+    )
+    prompts = Prompts(tokenizer, system_role=job.policy.system_role)
+    needs_reference = job.loss not in REFERENCE_FREE
+    data = token_groups(Path(job.pairs), prompts, output / ".tokens", needs_reference=needs_reference)
+    set_seed(job.seed)
+    model, packing = _prepare_model(job, data)
+    planned = round(len(data) * job.epochs) if job.max_steps is None else job.max_steps * job.batch_size
+    with _progress(max(1, planned - done * job.batch_size)) as advance:
+        parts = JobParts(
+            collator=Collator(packing),
+            loss=objective(job.loss, beta=job.beta, sft_weight=job.sft_weight),
+            beta=job.beta,
+            weighted=job.weighting != "none",
+            advance=advance,
+        )
+        trainer = PreferenceTrainer(model, args, data, parts)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+            log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Keeper(output, identity, done))
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stopped := parallel.stop_signal():
+        raise runtime.Interrupted(stopped)
+    folder = output / "model"
+    _export(trainer, tokenizer, job, folder)
+    history = read_history(output / "history.jsonl")
+    return TrainingResult(
+        model=str(folder),
+        history=str(output / "history.jsonl"),
+        steps=trainer.state.global_step,
+        queries=len(data),
+        shared=packing is pack,
+        first=history[0],
+        last=history[-1],
+    )
+
+
+def _starting_point(job: TrainingJob, output: Path) -> tuple[str, Path | None]:
+    """The digest of the job, and the checkpoint that it goes on from; later steps are forgotten."""
+    identity = job.digest()
+    resume = checkpoints.resume_point(output, identity)
+    truncate_history(output / "history.jsonl", checkpoints.step_of(resume) if resume else 0)
+    return identity, resume
+
+
+def _progress(queries: int) -> AbstractContextManager[Callable[[int], None]]:
+    if parallel.is_first():
+        return progress("training", queries, unit="queries")
+    return nullcontext(lambda _: None)
+
+
+def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel | PeftModel, Packing]:
+    training = job.training
+    device = pick_device()
+    model = load_model(job.policy.model, dtype=torch.float32, device=device, trust_remote_code=job.policy.trust_remote_code)
+    teach(model, compute_dtype(training.dtype, device), job.weighting)
+    rows = share_prompts(data[0].pairs).rows
+    packing = choose_packing(model, rows, sharing=training.prefix_sharing)
+    if training.lora is None:
+        return model, packing
+    adapted = _adapted(model, training.lora)
+    if type(model.get_output_embeddings()) is not torch.nn.Linear:
+        raise ValueError("training.lora.target_modules: the output layer can't carry an adapter; leave it out")
+    return adapted, packing
+
+
+def _adapted(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    adapter = LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return cast(PeftModel, get_peft_model(model, adapter))
+
+
+def _arguments(job: TrainingJob) -> TrainingArguments:
+    training = job.training
+    device = pick_device()
+    dtype = compute_dtype(training.dtype, device)
+    args = TrainingArguments(
+        output_dir=job.output,
+        learning_rate=job.learning_rate,
+        num_train_epochs=job.epochs,
+        max_steps=job.max_steps or -1,
+        optim=training.optimizer,
+        lr_scheduler_type=training.scheduler,
+        # 1 would mean one step.
+        warmup_steps=min(training.warmup_ratio, math.nextafter(1.0, 0.0)),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        save_steps=training.save_steps,
+        ddp_find_unused_parameters=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=training.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        seed=job.seed,
+        data_seed=job.seed,
+    )
+    if job.batch_size % args.world_size:
+        raise ValueError(f"batch_size {job.batch_size} can't be shared by {args.world_size} processes; take a multiple")
+    share = job.batch_size // args.world_size
+    micro = max(size for size in range(1, min(share, training.micro_batch_size) + 1) if share % size == 0)
+    if micro != training.micro_batch_size:
+        log.info("micro-batches of %d, so that they make up a batch of %d", micro, share)
+    args.per_device_train_batch_size = micro
+    args.gradient_accumulation_steps = share // micro
+    return args
+
+
+def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainingJob, folder: Path) -> None:
+    """An ordinary Hugging Face folder in the dtype of the policy, there as a whole or not at all; before it the adapter."""
+    model = _whole_model(trainer, job)
+    if model is None:
+        return
+    if isinstance(model, PeftModel):
+        with _whole_folder(folder.with_name("adapter")) as unfinished:
+            _save_adapter(model, unfinished)
+    plain = cast(PreTrainedModel, model.merge_and_unload()) if isinstance(model, PeftModel) else model
+    given = AutoConfig.from_pretrained(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
+    cast(torch.nn.Module, plain).to(given.dtype or torch.float32)
+    plain.config.use_cache = given.use_cache  # switched off for training
+    with _whole_folder(folder) as unfinished:
+        plain.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    """In peft's format, and the same files wherever it was trained: no path of the base, names in order."""
+    for settings in model.peft_config.values():
+        assert isinstance(settings, LoraConfig)
+        settings.base_model_name_or_path = ""
+        if isinstance(settings.target_modules, set):
+            settings.target_modules = sorted(settings.target_modules)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink()
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Generator[Path]:
+    """A folder to fill, which takes the place of `folder` when the block ends."""
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with checkpoints.writing(unfinished):
+        yield unfinished
+    for file in unfinished.iterdir():
+        sync(file)
+    sync(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    sync(folder.parent)
+
+
+def _whole_model(trainer: PreferenceTrainer, job: TrainingJob) -> PreTrainedModel | PeftModel | None:
+    """The trained model with all its weights in the first process; None in the others."""
+    accelerator = trainer.accelerator
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        model = accelerator.unwrap_model(cast(torch.nn.Module, trainer.model))
+        return cast(PreTrainedModel | PeftModel, model) if parallel.is_first() else None
+    weights = accelerator.get_state_dict(trainer.model_wrapped)
+    if not parallel.is_first():
+        return None
+    whole = load_model(job.policy.model, dtype=torch.float32, trust_remote_code=job.policy.trust_remote_code)
+    if job.training.lora is not None:
+        whole = _adapted(whole, job.training.lora)
+    whole.load_state_dict(weights)
+    return whole

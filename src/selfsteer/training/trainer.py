@@ -1,0 +1,405 @@
+"""The one trainer: L_base + gamma * L_sft over the pairs of each query, on `transformers.Trainer`.
+
+The loss of an optimizer step is the mean over its queries of the sum over each query's pairs, whatever the micro-batches.
+Overridden is only the loss, its normaliser, and what is logged.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from selfsteer.prompts import Prompts
+from selfsteer.records import PairRow, PreferencePair
+from selfsteer.training import checkpoints, parallel
+from selfsteer.training.logps import Packing
+from selfsteer.training.objective import PairLogps, pair_weights, sft
+from selfsteer.training.packing import Batch, TokenPair, share_prompts
+from selfsteer.training.scoring import tokenize
+
+_REQUIRED = ("prompt", "chosen", "rejected", "query_id", "kind", "chosen_finish", "rejected_finish")
+
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
+
+_IDS = pa.list_(pa.int32())
+
+_SCHEMA = pa.schema(
+    [("prompt", _IDS), ("chosen", _IDS), ("rejected", _IDS), ("ref_chosen", pa.float64()), ("ref_rejected", pa.float64())]
+)
+
+
+class Group(NamedTuple):
+    """The pairs of one query, with their reference log-probabilities."""
+
+    pairs: tuple[TokenPair, ...]
+    ref_chosen: tuple[float, ...]
+    ref_rejected: tuple[float, ...]
+    counts: bool = True
+    """False for what only keeps a process busy while others have one query more: computed, but no part of the loss."""
+
+
+class TokenGroups(Dataset[Group]):
+    """All groups of a training, in the order of the pairs file; memory does not grow with their number.
+
+    The one behind the last is the first again, not counting.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.epoch = 0
+        self._source = pa.memory_map(str(file))
+        self._reader = pa.ipc.open_file(self._source)
+
+    def __len__(self) -> int:
+        return self._reader.num_record_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate calls this before every epoch. (It would not reach `Order` where several processes go on mid-epoch.)"""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> Group:
+        counts = index < len(self)
+        rows = self._reader.get_batch(index if counts else 0).to_pylist()
+        return Group(
+            pairs=tuple(TokenPair(tuple(row["prompt"]), tuple(row["chosen"]), tuple(row["rejected"])) for row in rows),
+            ref_chosen=tuple(row["ref_chosen"] for row in rows),
+            ref_rejected=tuple(row["ref_rejected"] for row in rows),
+            counts=counts,
+        )
+
+
+class Order(Sampler[int]):
+    """Every query once an epoch, shuffled anew from seed and epoch, the same in every process.
+
+    Filled up with the group that does not count, to a multiple of what all processes take at a time. (accelerate would fill
+    up with queries of the epoch's beginning, which would then count twice.)
+    """
+
+    def __init__(self, data: TokenGroups, *, multiple: int, seed: int) -> None:
+        self._data = data
+        self._filled = -(-len(data) // multiple) * multiple
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._filled
+
+    def __iter__(self) -> Iterator[int]:
+        queries = len(self._data)
+        generator = torch.Generator().manual_seed(self._seed + self._data.epoch)
+        yield from torch.randperm(queries, generator=generator).tolist()
+        yield from [queries] * (self._filled - queries)
+
+
+def token_groups(path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool) -> TokenGroups:
+    """Tokenise a pairs file (Parquet with the columns of `PairRow`, rows of one query together).
+
+    scratch: where the first process makes the file of token ids, for all; it is gone once they have it open.
+    Raises ValueError for missing columns, for missing reference log-probabilities where they are needed, and for reference
+    log-probabilities that belong to another tokenization.
+    """
+    file = parallel.agree(lambda: _write(path, prompts, scratch, needs_reference=needs_reference))
+    groups = TokenGroups(file)
+    parallel.wait()
+    if parallel.is_first():
+        file.unlink()  # the maps keep it; nothing is left behind when the processes are killed
+    if not len(groups):
+        raise ValueError(f"{path}: no pairs to train on")
+    return groups
+
+
+def _write(path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool) -> Path:
+    with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        for rows in _query_rows(path):
+            tokens = [_token_row(row, prompts, path, needs_reference=needs_reference) for row in rows]
+            writer.write_batch(pa.RecordBatch.from_pylist(tokens, schema=_SCHEMA))
+    return scratch
+
+
+def _query_rows(path: Path) -> Iterator[Sequence[PairRow]]:
+    file = pq.ParquetFile(path)
+    found = file.schema_arrow.names
+    missing = [name for name in _REQUIRED if name not in found]
+    if missing:
+        raise ValueError(f"{path}: the columns {missing} are missing; found {found}. Expected the columns of a pairs file.")
+    columns = [*_REQUIRED, *(name for name in _REFERENCE if name in found)]
+    rows = (
+        row for batch in file.iter_batches(batch_size=256, columns=columns) for row in cast(list[PairRow], batch.to_pylist())
+    )
+    for _, group in groupby(rows, key=lambda row: row["query_id"]):
+        yield list(group)
+
+
+def _token_row(row: PairRow, prompts: Prompts, path: Path, *, needs_reference: bool) -> dict[str, Any]:
+    pair = PreferencePair(
+        query_id=row["query_id"],
+        kind=cast(Any, row["kind"]),
+        prompt=tuple(row["prompt"]),
+        chosen=row["chosen"][-1]["content"],
+        rejected=row["rejected"][-1]["content"],
+        chosen_finish=cast(Any, row["chosen_finish"]),
+        rejected_finish=cast(Any, row["rejected_finish"]),
+    )
+    tokens = tokenize(pair, prompts)
+    references = (row.get("ref_chosen_logps"), row.get("ref_rejected_logps"))
+    if needs_reference and None in references:
+        raise ValueError(
+            f"{path}: query {pair.query_id} has no reference log-probabilities (ref_chosen_logps, ref_rejected_logps). "
+            "Score the pairs first, or take a loss without a reference (simpo, orpo)."
+        )
+    recorded = (row.get("chosen_tokens"), row.get("rejected_tokens"))
+    if None not in recorded and recorded != (len(tokens.chosen), len(tokens.rejected)):
+        raise ValueError(
+            f"{path}: query {pair.query_id} was scored with {recorded} completion tokens, this tokenizer gives "
+            f"{(len(tokens.chosen), len(tokens.rejected))}. Score the pairs again with the policy to be trained."
+        )
+    return {
+        "prompt": tokens.prompt,
+        "chosen": tokens.chosen,
+        "rejected": tokens.rejected,
+        "ref_chosen": references[0] or 0.0,
+        "ref_rejected": references[1] or 0.0,
+    }
+
+
+class Step(TypedDict):
+    """An optimizer step, measured before its update; means are over the step's pairs."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    margin: float
+    """beta * (chosen log-ratio - rejected log-ratio); of the log-probabilities alone where pairs carry no reference."""
+    accuracy: float
+    """Share of pairs with a margin above 0."""
+    chosen_logps: float
+    rejected_logps: float
+    sft: float
+    weight: NotRequired[float]
+    """What L_base of a pair counts, where pairs are weighted."""
+    tokens: int
+    """Completion tokens that were trained on."""
+    seconds: float
+
+
+class TrainingDiverged(ValueError):
+    """The loss or the gradient is no finite number; the last complete checkpoint stays."""
+
+
+class TrainBatch(Batch):
+    """A micro-batch: the rows of its queries, and which completions make a pair; P pairs."""
+
+    chosen: Tensor
+    """(P,) index into the completions."""
+    rejected: Tensor
+    ref_chosen: Tensor
+    """(P,) float32."""
+    ref_rejected: Tensor
+    queries: Tensor
+    """(1,) how many queries."""
+
+
+@dataclass
+class Collator:
+    """Groups to a micro-batch."""
+
+    packing: Packing
+
+    def __call__(self, groups: Sequence[Group]) -> TrainBatch:
+        """Rows of all groups, and the pairs of those that count, in their order."""
+        shared = [share_prompts(group.pairs) for group in groups]
+        starts = [0]
+        for group in shared:
+            starts.append(starts[-1] + sum(len(row.completions) for row in group.rows))
+        counting = [group for group in groups if group.counts]
+        offsets = [(start, rows) for start, rows, group in zip(starts, shared, groups, strict=False) if group.counts]
+        batch = self.packing([row for group in shared for row in group.rows])
+        return TrainBatch(
+            **batch,
+            chosen=torch.tensor([start + index for start, rows in offsets for index in rows.chosen], dtype=torch.int64),
+            rejected=torch.tensor([start + index for start, rows in offsets for index in rows.rejected], dtype=torch.int64),
+            ref_chosen=torch.tensor([value for group in counting for value in group.ref_chosen]),
+            ref_rejected=torch.tensor([value for group in counting for value in group.ref_rejected]),
+            queries=torch.tensor([len(counting)]),
+        )
+
+
+_MEANS = ("margin", "accuracy", "chosen_logps", "rejected_logps", "sft", "weight")
+"""Of a `Step`, the means over its pairs."""
+
+
+class PreferenceTrainer(Trainer):
+    """transformers' Trainer with the loss of preference pairs, exact under gradient accumulation and over processes."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, args: TrainingArguments, data: TokenGroups, job: "JobParts"
+    ) -> None:
+        super().__init__(model=cast(Any, model), args=args, data_collator=cast(Any, job.collator), train_dataset=data)
+        self._job = job
+        self._sums = torch.zeros(len(_MEANS) + 2, dtype=torch.float64)
+        self._since = time.perf_counter()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        """Every query once an epoch, whatever the number of processes."""
+        at_once = self.args.world_size * self.args.per_device_train_batch_size if self.args.world_size > 1 else 1
+        return Order(cast(TokenGroups, self.train_dataset), multiple=at_once, seed=cast(int, self.args.data_seed))
+
+    def _get_num_items_in_batch(self, batch_samples: list[TrainBatch], device: torch.device) -> Tensor:
+        """The queries of an optimizer step, over all its micro-batches and processes."""
+        queries = torch.stack([batch["queries"] for batch in batch_samples]).sum().to(device)
+        return cast(Tensor, self.accelerator.gather(queries)).sum() if self.args.world_size > 1 else queries
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's part of the step's loss."""
+        batch = cast(TrainBatch, inputs)
+        assert num_items_in_batch is not None
+        assert not return_outputs
+        found: Tensor = model(**{name: batch[name] for name in Batch.__annotations__})
+        logps, weights = (found[0], found[1].detach()) if self._job.weighted else (found, None)
+        tokens = torch.tensor(batch["layout"].tokens, device=logps.device)
+        pairs = PairLogps(
+            chosen=logps[batch["chosen"]],
+            rejected=logps[batch["rejected"]],
+            ref_chosen=batch["ref_chosen"],
+            ref_rejected=batch["ref_rejected"],
+            chosen_tokens=tokens[batch["chosen"]],
+            rejected_tokens=tokens[batch["rejected"]],
+            weights=None if weights is None else pair_weights(weights[batch["chosen"]], weights[batch["rejected"]]),
+        )
+        # Processes average their gradients; the loss is a sum over all of them.
+        loss = self._job.loss(pairs).sum() * (self.args.world_size / num_items_in_batch)
+        self._check_finite("loss", loss.item())
+        self._measure(pairs)
+        self._job.advance(int(batch["queries"].item()) * self.args.world_size)
+        return loss
+
+    def _measure(self, pairs: PairLogps) -> None:
+        margin = self._job.beta * pairs.ratio_gap.detach()
+        tokens = (pairs.chosen_tokens + pairs.rejected_tokens).sum()
+        weights = torch.ones_like(margin) if pairs.weights is None else pairs.weights
+        means = (margin, margin > 0, pairs.chosen, pairs.rejected, sft(pairs), weights)
+        sums = [torch.tensor(float(len(margin))), *(values.detach().double().sum().cpu() for values in means), tokens.cpu()]
+        self._sums += torch.stack([value.double() for value in sums])
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # With float16, overflowing gradients are part of the loss scaler's search; it skips the step itself.
+        if norm is not None and self.accelerator.scaler is None:
+            self._check_finite("gradient norm", float(norm))
+        return norm
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """All processes stop when one of them has to."""
+        value = next((one for one in parallel.everyones(value) if not math.isfinite(one)), value)
+        if math.isfinite(value):
+            return
+        kept = checkpoints.latest(Path(cast(str, self.args.output_dir)))
+        raise TrainingDiverged(
+            f"step {self.state.global_step + 1}: the {what} is {value}. "
+            + (f"The last complete checkpoint is {kept}. " if kept else "There is no complete checkpoint yet. ")
+            + "Lower the learning rate, or compute in float32 (training.dtype)."
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """As transformers does; a full disk is told like everywhere else."""
+        with checkpoints.writing(Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the step's measures to what transformers logs."""
+        if "loss" in logs:
+            sums = self._sums.to(self.args.device) if self.args.world_size > 1 else self._sums
+            count, *means, tokens = cast(Tensor, self.accelerator.reduce(sums, "sum")).tolist()
+            logs |= {name: value / count for name, value in zip(_MEANS, means, strict=True)}
+            if not self._job.weighted:
+                del logs["weight"]
+            now = time.perf_counter()
+            logs |= {"tokens": int(tokens), "seconds": round(now - self._since, 3)}
+            self._sums.zero_()
+            self._since = now
+        super().log(logs, start_time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobParts:
+    """What the trainer needs of a job."""
+
+    collator: Collator
+    loss: Callable[[PairLogps], Tensor]
+    beta: float
+    weighted: bool = False
+    """The model gives the weights of completions beside their log-probabilities (`logps.teach`)."""
+    advance: Callable[[int], None] = field(default=lambda _: None)
+    """Told how many queries were finished."""
+
+
+class Keeper(TrainerCallback):
+    """Makes the training durable: history, sealed checkpoints, a checkpoint when asked to stop."""
+
+    def __init__(self, output: Path, training: str, saved: int) -> None:
+        """saved: the step of the checkpoint that the training goes on from; 0 where there is none."""
+        self._output = output
+        self._training = training
+        self._saved = saved
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Append the step to the history."""
+        logs = kwargs["logs"]
+        if state.is_world_process_zero and "loss" in logs:
+            line = {"step": state.global_step} | {name: logs[name] for name in Step.__annotations__ if name in logs}
+            path = self._output / "history.jsonl"
+            with checkpoints.writing(path), path.open("a", encoding="utf-8") as history:
+                history.write(json.dumps(line) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seal what transformers has just written, when every process has written its part."""
+        self._saved = state.global_step
+        parallel.wait()
+        if parallel.is_first():
+            checkpoints.seal(self._output / f"checkpoint-{state.global_step}", self._training)
+            checkpoints.rotate(self._output)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop when asked to."""
+        if parallel.stop_signal():
+            control.should_save = control.should_training_stop = True
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop between micro-batches too; the weights are still those of the last step, saved now unless they are."""
+        if parallel.stop_signal():
+            control.should_training_stop = True
+            control.should_save = state.global_step > self._saved
+
+
+def read_history(path: Path) -> list[Step]:
+    """The steps of a training, oldest first; a torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def truncate_history(path: Path, steps: int) -> None:
+    """Forget the steps that will be trained again."""
+    kept = [step for step in read_history(path) if step["step"] <= steps]
+    path.write_text("".join(json.dumps(step) + "\n" for step in kept), encoding="utf-8")

@@ -1,0 +1,661 @@
+"""The openai engine against a server that misbehaves in every way of the issue; see misbehaving.py."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from misbehaving import Call, MisbehavingServer, Reply, chat, echo, error
+
+from selfsteer import runtime
+from selfsteer.engines import openai
+from selfsteer.engines.base import Completion, Failed, Request, Sampling
+from selfsteer.engines.openai import (
+    Answer,
+    OpenAIEngine,
+    RefusedError,
+    Server,
+    ServerError,
+    TryError,
+    excerpt,
+    read_answer,
+    read_error,
+    read_retry_after,
+)
+
+SAMPLING = Sampling(temperature=0.7, top_p=0.8, max_new_tokens=64)
+SECRET = "sk-4f8a1c-never-shown"
+PROBE = "Hello"
+"""What a one-token request of the engine asks."""
+
+
+def requests(*prompts: str) -> list[Request]:
+    return [
+        Request(
+            key=f"key of {prompt}",
+            messages=({"role": "user", "content": prompt},),
+            prompt_ids=(1, 10 + i),
+            sampling=SAMPLING,
+            seed=100 + i,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def many(count: int) -> list[Request]:
+    return requests(*(f"p{i}" for i in range(count)))
+
+
+def engine_for(server: MisbehavingServer, **settings: Any) -> OpenAIEngine:
+    quick = {"concurrency": 4, "tries": 3, "first_pause": 0.01, "total_seconds": 5.0, "idle_seconds": 2.0}
+    tokenize: Callable[[str], list[int]] = lambda text: [ord(c) for c in text]  # noqa: E731
+    return OpenAIEngine(Server(base_url=server.base_url, model="m", **(quick | settings)), tokenize=tokenize, end_ids={2})
+
+
+def answered(server: MisbehavingServer, wanted: list[Request], **settings: Any) -> dict[str, Completion | Failed]:
+    """What the engine makes of the requests, by prompt; each key must come back once."""
+    with engine_for(server, **settings) as engine:
+        outcomes = list(engine.generate(wanted))
+    assert len({outcome.key for outcome in outcomes}) == len(outcomes)
+    return {outcome.key.removeprefix("key of "): outcome for outcome in outcomes}
+
+
+def until_error(engine: OpenAIEngine, wanted: list[Request]) -> tuple[list[Completion | Failed], ServerError]:
+    """What comes before the engine gives up, and why it does."""
+    outcomes: list[Completion | Failed] = []
+    try:
+        for outcome in engine.generate(wanted):
+            outcomes.append(outcome)  # extend would keep nothing
+    except ServerError as given_up:
+        return outcomes, given_up
+    raise AssertionError("the engine came to an end")
+
+
+def texts(outcomes: dict[str, Completion | Failed]) -> dict[str, str]:
+    return {prompt: outcome.text for prompt, outcome in outcomes.items() if isinstance(outcome, Completion)}
+
+
+def failed(outcomes: dict[str, Completion | Failed]) -> dict[str, str]:
+    return {prompt: outcome.reason for prompt, outcome in outcomes.items() if isinstance(outcome, Failed)}
+
+
+def late(seconds: float) -> Callable[[Call], Reply]:
+    """A script: the echo, after so many seconds."""
+    return lambda call: Reply(body=echo(call).body, delay=seconds)
+
+
+def misbehave_for(prompt: str, reply: Reply, *, times: int = 10**6) -> Callable[[Call], Reply]:
+    """A script: this reply to the first calls with this prompt, the echo to all others."""
+    return lambda call: reply if call.prompt == prompt and call.nth <= times else echo(call)
+
+
+# ---- what works -------------------------------------------------------------------------------------------------------
+
+
+def test_chat_request_and_completion():
+    with MisbehavingServer(echo) as server:
+        outcomes = answered(server, requests("one"))
+    assert outcomes == {"one": Completion(key="key of one", text="ONE", token_ids=(79, 78, 69), finish_reason="stop")}
+    (call,) = server.calls
+    assert call.path == "/v1/chat/completions"
+    assert "authorization" not in call.headers
+    assert call.body == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "one"}],
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "max_tokens": 64,
+        "n": 1,
+        "seed": 100,
+        "stream": False,
+    }
+
+
+def test_token_ids_request_keeps_the_servers_ids_without_the_end_token():
+    """Sent: the rendered prompt exactly. Received: 7 8 2, of which 2 is the end token; at the limit 2 is just a token."""
+
+    def script(call: Call) -> Reply:
+        finish = "stop" if call.body["prompt"] == [1, 10] else "length"
+        choice = {"index": 0, "text": "hi", "finish_reason": finish, "token_ids": [7, 8, 2]}
+        return Reply(body=json.dumps({"choices": [choice]}).encode())
+
+    with MisbehavingServer(script) as server:
+        outcomes = answered(server, requests("a", "b"), send="token_ids")
+    assert {k: (c.token_ids, c.finish_reason) for k, c in outcomes.items() if isinstance(c, Completion)} == {
+        "a": ((7, 8), "stop"),
+        "b": ((7, 8, 2), "length"),
+    }
+    assert {call.path for call in server.calls} == {"/v1/completions"}
+    assert all(call.body["return_token_ids"] is True and "messages" not in call.body for call in server.calls)
+
+
+def test_extra_fields_are_added_and_null_takes_one_out():
+    with MisbehavingServer(echo) as server:
+        answered(server, requests("a"), extra={"top_k": 20, "seed": None})
+    assert server.calls[0].body["top_k"] == 20
+    assert "seed" not in server.calls[0].body
+
+
+def test_forty_requests_four_at_a_time_over_four_connections():
+    """Answers of unequal delay come in another order; no fifth request is ever in flight, no fifth connection opened."""
+    with MisbehavingServer(lambda call: echo(call) if call.number % 7 else late(0.05)(call)) as server:
+        outcomes = answered(server, many(40), concurrency=4)
+    assert texts(outcomes) == {f"p{i}": f"P{i}" for i in range(40)}
+    assert list(outcomes) != [f"p{i}" for i in range(40)]
+    assert len(server.calls) == 40
+    assert server.most_in_flight == 4
+    assert server.connections == 4
+
+
+def test_requests_are_pulled_as_room_is_made():
+    """Twice the concurrency at first, then one for each that is taken."""
+    pulled = 0
+
+    def source() -> Iterator[Request]:
+        nonlocal pulled
+        for request in many(30):
+            pulled += 1
+            yield request
+
+    with MisbehavingServer(echo) as server, engine_for(server, concurrency=3) as engine:
+        outcomes = engine.generate(source())
+        assert pulled == 0
+        next(outcomes)
+        assert pulled == 6
+        next(outcomes)
+        assert pulled == 7
+        assert len(list(outcomes)) == 28
+
+
+def test_second_generate_reuses_the_connections():
+    with MisbehavingServer(echo) as server:
+        with engine_for(server, concurrency=1) as engine:
+            assert len(list(engine.generate(many(3)))) == 3
+            assert len(list(engine.generate(many(3)))) == 3
+            assert list(engine.generate([])) == []
+        assert server.connections == 1
+    with pytest.raises(ValueError, match="with statement"):
+        next(engine.generate(many(1)))
+
+
+# ---- what passes when tried again -------------------------------------------------------------------------------------
+
+PASSING = {
+    "429": error(429),
+    "500": error(500),
+    "502": Reply(status=502, body=b"<html>bad gateway</html>"),
+    "503": error(503),
+    "504": error(504),
+    "reset before the answer": Reply(ending="nothing"),
+    "reset amid the answer": Reply(body=b'{"choices": [', ending="reset"),
+    "html": Reply(body=b"<html>Welcome to the hotel</html>", headers={"content-type": "text/html"}),
+    "empty": Reply(body=b""),
+    "truncated json": Reply(body=b'{"choices": [{"message": {"content": "On'),
+    "{}": Reply(body=b"{}"),
+    "error in a 200": Reply(body=b'{"error": {"message": "upstream"}}'),
+    "no choices": chat("ONE", choices=0),
+    "wrong n": chat("ONE", choices=2),
+    "no finish reason": chat("ONE", finish=None),
+    "null content": chat(None),
+    "aborted": chat("ON", finish="abort"),
+    "accepted, later": Reply(status=202, body=b"{}"),
+}
+
+
+@pytest.mark.parametrize("reply", PASSING.values(), ids=PASSING.keys())
+def test_tried_again_until_it_passes(reply: Reply):
+    """Twice wrong, then right: three calls and the right text."""
+    with MisbehavingServer(misbehave_for("one", reply, times=2)) as server:
+        outcomes = answered(server, requests("one"))
+    assert texts(outcomes) == {"one": "ONE"}
+    assert len(server.calls) == 3
+
+
+LIMITED = {
+    "late": (Reply(body=chat("ONE").body, delay=0.4), {"total_seconds": 0.2}),
+    "silent amid the answer": (Reply(body=b'{"choices": [', ending="silent"), {"idle_seconds": 0.2}),
+    "never ending": (Reply(body=b"{", ending="endless"), {"total_seconds": 0.3}),
+    "too large": (Reply(body=chat("x" * 2000).body), {"max_answer_bytes": 1000}),
+    "never ending and too large": (Reply(body=b"{", ending="endless"), {"max_answer_bytes": 1000}),
+}
+
+
+@pytest.mark.parametrize(("reply", "limit"), LIMITED.values(), ids=LIMITED.keys())
+def test_limits_end_a_try(reply: Reply, limit: dict[str, float]):
+    """The limit itself ends the first try; the second is answered well."""
+    began = time.monotonic()
+    with MisbehavingServer(misbehave_for("one", reply, times=1)) as server:
+        outcomes = answered(server, requests("one"), **limit)
+        assert time.monotonic() - began < 1.5
+    assert texts(outcomes) == {"one": "ONE"}
+    assert len(server.calls) == 2
+
+
+def test_a_slow_answer_within_the_limits_is_waited_for():
+    """0.4 s of silence before an answer are generation, not idleness, though idle_seconds is 0.1."""
+    with MisbehavingServer(late(0.4)) as server:
+        assert texts(answered(server, requests("one"), idle_seconds=0.1)) == {"one": "ONE"}
+    assert len(server.calls) == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_honoured(status: int):
+    """The pause of its own would be at most 0.01 s."""
+    with MisbehavingServer(misbehave_for("one", error(status, Retry_After="0.3"), times=1)) as server:
+        answered(server, requests("one"))
+    first, second = server.calls
+    assert 0.3 <= second.at - first.at < 0.8
+
+
+def test_a_far_retry_after_ends_the_run():
+    with (
+        MisbehavingServer(lambda _: error(429, Retry_After="86400")) as server,
+        pytest.raises(ServerError, match=r"come back in 86400 s .* same command continues"),
+    ):
+        answered(server, requests("one"))
+    assert len(server.calls) == 1
+
+
+def test_storm_of_429_loses_nothing(monkeypatch: pytest.MonkeyPatch):
+    """One call in five is let through: with only 3 tries a request, all 40 are answered, because somebody always is."""
+    monkeypatch.setattr(openai, "LONGEST_PAUSE", 0.02)
+    with MisbehavingServer(lambda call: echo(call) if call.number % 5 == 0 else error(429)) as server:
+        outcomes = answered(server, many(40), concurrency=8, first_pause=0.002)
+    assert texts(outcomes) == {f"p{i}": f"P{i}" for i in range(40)}
+    assert len(server.calls) == 200  # the 200th call is the 40th that is let through
+    assert server.most_in_flight <= 8
+
+
+def test_one_that_waits_is_not_given_up_while_others_get_through(monkeypatch: pytest.MonkeyPatch):
+    """p0 is told to wait six times, twice its tries; whatever the clock says, others are answered meanwhile."""
+    monkeypatch.setattr(OpenAIEngine, "_silence", lambda _: 99.0)
+    waits = misbehave_for("p0", error(429, Retry_After="0.05"), times=6)
+    with MisbehavingServer(lambda call: waits(call) if call.prompt == "p0" else late(0.005)(call)) as server:
+        outcomes = answered(server, many(120), concurrency=2)
+    assert len(texts(outcomes)) == 120
+    assert server.count("p0") == 7
+
+
+def test_429_for_everybody_ends_after_the_total_limit():
+    """At least `tries` calls, and none answered for total_seconds."""
+    began = time.monotonic()
+    with (
+        MisbehavingServer(lambda _: error(429, "quota")) as server,
+        pytest.raises(ServerError, match=r"asks to wait, and answered nobody for .*quota"),
+    ):
+        answered(server, requests("one"), total_seconds=0.4)
+    assert 0.4 < time.monotonic() - began < 3
+    assert len(server.calls) > 3
+
+
+# ---- what one request must bear alone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_request_fails_alone(status: int):
+    """One call for it, none for the check: the server had answered others."""
+    with MisbehavingServer(misbehave_for("p5", error(status, "too long"))) as server:
+        outcomes = answered(server, many(10), concurrency=1)
+    assert failed(outcomes) == {"p5": "refused by the server"}
+    assert len(texts(outcomes)) == 9
+    assert len(server.calls) == 10
+    row = outcomes["p5"]
+    assert isinstance(row, Failed)
+    assert row.detail == f'HTTP {status} {{"error": {{"message": "too long"}}}}'
+
+
+def test_refusals_in_a_row_are_checked():
+    """The first of all, and the second after an answer: a one-token request with the same settings tells who is at fault."""
+    with MisbehavingServer(lambda call: echo(call) if call.prompt == PROBE else error(400)) as server:
+        outcomes = answered(server, many(3), concurrency=1, extra={"top_k": 5})
+    assert failed(outcomes) == {f"p{i}": "refused by the server" for i in range(3)}
+    assert [call.prompt for call in server.calls] == ["p0", PROBE, "p1", "p2", PROBE]
+    probe = server.calls[1].body
+    assert (probe["max_tokens"], probe["top_k"], probe["temperature"]) == (1, 5, 0.7)
+
+
+def test_refusing_everything_from_some_moment_on_ends_the_run():
+    """p5 may be at fault itself; that p6 is refused too is checked."""
+    script: Callable[[Call], Reply] = lambda call: echo(call) if call.number <= 5 else error(400)  # noqa: E731
+    with MisbehavingServer(script) as server, engine_for(server, concurrency=1) as engine:
+        outcomes, _ = until_error(engine, many(50))
+    assert [outcome.key for outcome in outcomes] == [f"key of p{i}" for i in range(6)]
+    assert [call.prompt for call in server.calls] == ["p0", "p1", "p2", "p3", "p4", "p5", "p6", PROBE]
+
+
+def test_settings_that_the_server_refuses_end_the_run():
+    """Otherwise every row of a long run would be dropped."""
+    with (
+        MisbehavingServer(lambda _: error(400, "unknown field: seed")) as server,
+        pytest.raises(ServerError, match=r"unknown field: seed.*so did a one-token request"),
+    ):
+        answered(server, many(50), concurrency=1)
+    assert len(server.calls) == 2
+
+
+def test_a_request_that_breaks_the_server_fails_alone():
+    """500 for one request whenever it is tried: 3 tries, then a one-token request shows that the server is well."""
+    with MisbehavingServer(misbehave_for("p2", error(500, "CUDA error"))) as server:
+        outcomes = answered(server, many(6))
+    assert failed(outcomes) == {"p2": "no usable answer"}
+    assert (server.count("p2"), server.count(PROBE), len(server.calls)) == (3, 1, 9)
+
+
+def test_unreadable_answers_are_paid_for_three_times_at_most():
+    with MisbehavingServer(misbehave_for("p0", chat(None))) as server:
+        outcomes = answered(server, many(2), tries=9)
+    assert failed(outcomes) == {"p0": "no usable answer"}
+    assert server.count("p0") == 3
+
+
+@pytest.mark.parametrize("finish", ["content_filter", "tool_calls"])
+def test_other_finish_reasons_fail_at_once(finish: str):
+    with MisbehavingServer(misbehave_for("p1", chat(None, finish=finish))) as server:
+        outcomes = answered(server, many(3), concurrency=1)
+    assert failed(outcomes) == {"p1": f"finish reason {finish}"}
+    assert len(server.calls) == 3
+
+
+def test_an_empty_answer_that_ended_is_an_answer():
+    """The model said its end token first: what becomes of that is a filter's to say."""
+    with MisbehavingServer(lambda _: chat("")) as server:
+        assert texts(answered(server, requests("one"))) == {"one": ""}
+
+
+# ---- what ends the run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "way_out"),
+    [
+        (401, "environment variable TEST_KEY"),
+        (403, "environment variable TEST_KEY"),
+        (404, "Check base_url .* 'm'"),
+        (405, "Check base_url"),
+        (302, "Redirects are not followed"),
+    ],
+)
+def test_refusals_of_everything_stop_at_once(status: int, way_out: str, monkeypatch: pytest.MonkeyPatch):
+    """No second try, and no further request of the other 49."""
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    with (
+        MisbehavingServer(lambda _: error(status)) as server,
+        pytest.raises(ServerError, match=rf"{server.base_url}/chat/completions refuses all .*HTTP {status}.*{way_out}"),
+    ):
+        answered(server, many(50), concurrency=1, api_key_env="TEST_KEY")
+    assert len(server.calls) == 1
+
+
+def test_nothing_is_sent_after_a_refusal_though_the_caller_is_busy():
+    """The first request is refused while the second is still being made."""
+
+    def source() -> Iterator[Request]:
+        for request in many(20):
+            yield request
+            time.sleep(0.3)
+
+    with MisbehavingServer(lambda _: error(401)) as server:
+        with engine_for(server, concurrency=1) as engine, pytest.raises(ServerError, match="HTTP 401"):
+            next(engine.generate(source()))
+        assert len(server.calls) == 1
+
+
+def test_no_key_where_one_is_needed():
+    with MisbehavingServer(lambda _: error(401)) as server, pytest.raises(ServerError, match="in api_key_env"):
+        answered(server, many(1))
+
+
+def test_a_key_that_expires_keeps_what_is_finished():
+    script: Callable[[Call], Reply] = lambda call: echo(call) if call.number <= 5 else error(401)  # noqa: E731
+    with MisbehavingServer(script) as server, engine_for(server, concurrency=1) as engine:
+        outcomes, given_up = until_error(engine, many(20))
+    assert [outcome.key for outcome in outcomes] == [f"key of p{i}" for i in range(5)]
+    assert "5 requests were answered before" in str(given_up)
+    assert len(server.calls) == 6
+
+
+def test_a_server_that_is_dead_from_the_start():
+    with MisbehavingServer(echo) as server:
+        server.die()
+        began = time.monotonic()
+        with pytest.raises(ServerError, match=r"ConnectError.*0 requests were answered.*same command continues"):
+            answered(server, many(100))
+    assert time.monotonic() - began < 5
+    assert server.calls == []
+
+
+def test_a_server_that_dies_halfway():
+    """What it answered is yielded; then the error, after 3 refused tries."""
+
+    def script(call: Call) -> Reply:
+        if call.number == 20:
+            server.die()
+            return Reply(ending="nothing")
+        return echo(call)
+
+    with MisbehavingServer(script) as server, engine_for(server) as engine:
+        outcomes, given_up = until_error(engine, many(100))
+        calls = len(server.calls)
+    assert all(isinstance(outcome, Completion) for outcome in outcomes)
+    # Of the 19 answers before its death, up to 3 others were on their way.
+    assert 16 <= len({outcome.key for outcome in outcomes}) == len(outcomes) < calls
+    assert f"{len(outcomes)} requests were answered before" in str(given_up)
+    assert "same command continues" in str(given_up)
+
+
+def test_html_for_everybody_ends_the_run():
+    with (
+        MisbehavingServer(lambda _: Reply(body=b"<html>Log in to the network</html>")) as server,
+        pytest.raises(ServerError, match="Log in to the network"),
+    ):
+        answered(server, many(10), concurrency=1)
+    assert len(server.calls) == 4  # three tries and the check
+
+
+# ---- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_stop_drains_what_is_in_flight(monkeypatch: pytest.MonkeyPatch):
+    """Four in flight when the stop comes: those are answered, the 46 others never sent."""
+
+    def script(call: Call) -> Reply:
+        if call.number == 4:
+            monkeypatch.setattr(runtime, "_received", 15)
+        return late(0.3)(call)
+
+    with MisbehavingServer(script) as server:
+        outcomes = answered(server, many(50), concurrency=4)
+    assert texts(outcomes) == {f"p{i}": f"P{i}" for i in range(4)}
+    assert len(server.calls) == 4
+
+
+def test_stop_ends_a_long_pause(monkeypatch: pytest.MonkeyPatch):
+    def script(_: Call) -> Reply:
+        monkeypatch.setattr(runtime, "_received", 15)
+        return error(429, Retry_After="60")
+
+    began = time.monotonic()
+    with MisbehavingServer(script) as server:
+        assert answered(server, many(3), concurrency=1) == {}
+    assert time.monotonic() - began < 2
+    assert len(server.calls) == 1
+
+
+def test_closing_the_iterator_abandons_what_is_in_flight():
+    began = time.monotonic()
+    with MisbehavingServer(lambda call: echo(call) if call.prompt == "p0" else late(3)(call)) as server:
+        with engine_for(server) as engine:
+            for outcome in engine.generate(many(50)):
+                assert outcome.key == "key of p0"
+                break
+        assert time.monotonic() - began < 2
+        assert len(server.calls) <= 8
+
+
+# ---- the key ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_sent_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """The server repeats the key in every error; all loggers are on."""
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    caplog.set_level(logging.DEBUG)
+
+    def script(call: Call) -> Reply:
+        assert call.headers["authorization"] == f"Bearer {SECRET}"
+        if call.prompt == "bad":
+            return error(400, f"bad request of {SECRET}")
+        if call.prompt == "html":
+            return Reply(body=f"<p>{SECRET}</p>".encode())
+        return echo(call) if call.number < 20 else error(401, f"Incorrect API key provided: {SECRET}")
+
+    with MisbehavingServer(script) as server, engine_for(server, api_key_env="TEST_KEY", concurrency=1) as engine:
+        outcomes, given_up = until_error(engine, requests("bad", "html", *(f"p{i}" for i in range(30))))
+        shown = [repr(engine), repr(engine.server), repr(outcomes), repr(given_up), caplog.text]
+        shown += [str(vars(record)) for record in caplog.records]
+    assert "[key]" in str(given_up)
+    assert repr(outcomes).count("[key]") == 2
+    assert SECRET not in "\n".join(shown)
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", "two words", "line\nbreak", "naïve"])
+def test_an_unusable_key_is_refused_without_being_shown(value: str | None, monkeypatch: pytest.MonkeyPatch):
+    if value is None:
+        monkeypatch.delenv("TEST_KEY", raising=False)
+    else:
+        monkeypatch.setenv("TEST_KEY", value)
+    with pytest.raises(ValueError, match=r"variable TEST_KEY,.* holds no usable key") as raised:
+        OpenAIEngine(Server(base_url="http://h/v1", model="m", api_key_env="TEST_KEY"), tokenize=lambda _: ())
+    assert value is None or not value.strip() or value not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "ftp://h/v1", "http://u:pw@h/v1", "http://h/v1?api_key=pw", "http:///v1"]
+)
+def test_base_url_is_checked_without_being_shown(url: str):
+    with pytest.raises(ValueError, match="base_url must be") as raised:
+        Server(base_url=url, model="m")
+    assert "pw" not in str(raised.value)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="concurrency is 0"):
+        Server(base_url="http://h/v1", model="m", concurrency=0)
+    with pytest.raises(ValueError, match=r"\['temperature'\]"):
+        Server(base_url="http://h/v1", model="m", extra={"temperature": 2, "seed": None})
+
+
+def test_warnings_are_few(caplog: pytest.LogCaptureFixture):
+    """Forty failed tries, one warning."""
+    with MisbehavingServer(lambda call: error(500, "busy") if call.nth <= 2 else echo(call)) as server:
+        assert len(texts(answered(server, many(20)))) == 20
+    (record,) = [r for r in caplog.records if r.name == "selfsteer.engines.openai"]
+    assert "trying again (1 failed tries so far); the last: HTTP 500" in record.getMessage()
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_read_answer():
+    assert read_answer(chat("yes", finish="length", token_ids=[5, 6]).body) == Answer("yes", (5, 6), "length")
+    assert read_answer(chat("yes", logprobs=None).body) == Answer("yes", None, "stop")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"[" * 100_000, "recursion"),
+        (b"\xff\xfe", "body"),
+        (b'{"choices": [{"finish_reason": "stop", "message": {"content": "\\ud800"}}]}', "body"),
+        (b'{"choices": {}}', "choices"),
+        (b'{"choices": [{"finish_reason": "stop", "message": {"content": 3}}]}', "choices.0.message.content"),
+        (b'{"choices": [{"finish_reason": "stop"}]}', "no text"),
+        (b'{"choices": [{"message": {"content": "a"}}]}', "choices.0.finish_reason"),
+        (chat("a", token_ids=["5"]).body, "choices.0.token_ids.0"),
+        (chat("a", token_ids=[True]).body, "choices.0.token_ids.0"),
+        (chat("a", token_ids=[]).body, "no tokens"),
+    ],
+)
+def test_read_answer_refuses(body: bytes, said: str):
+    with pytest.raises(TryError, match=said) as raised:
+        read_answer(body)
+    assert raised.value.costly
+
+
+def test_read_answer_of_a_filtered_generation():
+    with pytest.raises(RefusedError, match="finish reason content_filter"):
+        read_answer(chat(None, finish="content_filter").body)
+
+
+def test_read_error():
+    """503 is a request to wait only when it says for how long."""
+    assert isinstance(read_error(422, {}, ""), RefusedError)
+    busy = {(status, after): read_error(status, {"retry-after": after}, "") for status in (429, 503) for after in ("", "2")}
+    assert {k: (e.busy, e.retry_after) for k, e in busy.items() if isinstance(e, TryError)} == {
+        (429, ""): (True, None),
+        (429, "2"): (True, 2.0),
+        (503, ""): (False, None),
+        (503, "2"): (True, 2.0),
+    }
+    assert [read_error(status, {}, "") for status in (301, 401, 402, 403, 404, 405, 410)] == [None] * 7
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("3", 3.0),
+        (" 0.5 ", 0.5),
+        ("Wed, 21 Oct 2026 07:28:30 GMT", 30.0),
+        ("Wed, 21 Oct 2026 07:28:30 -0000", 30.0),
+        ("Wed, 21 Oct 2026 07:27:00 GMT", 0.0),
+        ("-1", None),
+        ("nan", None),
+        ("inf", None),
+        ("soon", None),
+        ("", None),
+    ],
+)
+def test_read_retry_after(value: str, seconds: float | None):
+    now = datetime(2026, 10, 21, 7, 28, 0, tzinfo=UTC)
+    assert read_retry_after({"retry-after": value}, now=now) == seconds
+
+
+def test_excerpt_is_one_short_printable_line():
+    assert excerpt(b"a\n\t b\x1b[31m\xff") == "a b [31m�"
+    assert len(excerpt(b"x" * 10_000)) == 304
+    assert excerpt(f"{'x' * 295}{SECRET}".encode(), SECRET) == "x" * 295 + "[key]"
+
+
+def test_first_logps_are_asked_for_and_read():
+    """Chat completions and completions name them differently; None where a server gives none, or nonsense."""
+    top = {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": [{"token": "A", "logprob": -0.1}]}]}
+    request = Request(key="k", messages=({"role": "user", "content": "p"},), prompt_ids=(1,), sampling=SAMPLING, seed=1)
+    with MisbehavingServer(lambda _: chat("A", logprobs=top)) as server, engine_for(server) as engine:
+        (completion,) = engine.generate([replace(request, top_logps=5)])
+        assert isinstance(completion, Completion)
+        assert completion.first_logps == (("A", -0.1),)
+        assert (server.calls[0].body["logprobs"], server.calls[0].body["top_logprobs"]) == (True, 5)
+        list(engine.generate([request]))
+        assert not {"logprobs", "top_logprobs"} & server.calls[1].body.keys()
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "first"),
+    [
+        ({"top_logprobs": [{"A": -0.1, "B": -3}], "tokens": ["A"]}, (("A", -0.1), ("B", -3.0))),
+        (None, None),
+        ({"content": []}, None),
+        ({"content": [{"token": "A", "logprob": -0.1}]}, None),
+        ({"content": [{"top_logprobs": [{"token": "A", "logprob": 0.9}]}]}, None),  # a probability, perhaps
+        ({"top_logprobs": [{"A": "likely"}]}, None),
+        ([-0.1], None),
+    ],
+)
+def test_an_answer_stays_one_whatever_its_logprobs(logprobs: object, first: object):
+    body = {"choices": [{"text": "A", "finish_reason": "stop", "logprobs": logprobs}]}
+    answer = read_answer(json.dumps(body).encode())
+    assert answer.text == "A"
+    assert answer.first_logps == first

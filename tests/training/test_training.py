@@ -1,0 +1,320 @@
+"""Whole trainings of a tiny model: exact zeros, L_SSO against an oracle, golden numbers, stops and continuations."""
+
+import json
+import logging
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny import tiny_model_dir
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfsteer import runtime
+from selfsteer.recipe.sections import Lora, Policy, Training
+from selfsteer.records import Message, PreferencePair
+from selfsteer.store.columns import pair_row
+from selfsteer.training import checkpoints
+from selfsteer.training.scoring import open_scorer, score, tokenize
+from selfsteer.training.train import TrainingJob, train
+from selfsteer.training.trainer import PreferenceTrainer, Step, TrainingDiverged, read_history
+
+# peft 0.21 asks transformers 5.23 by a name that is going away.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
+
+FLOAT32 = Training(dtype="float32", scheduler="constant", warmup_ratio=0.0, save_steps=2)
+
+
+def steering_group(number: int) -> list[PreferencePair]:
+    def pair(kind: Any, principle: str, chosen: str, rejected: str) -> PreferencePair:
+        prompt = (Message(role="system", content=principle), Message(role="user", content=f"Question {number}?"))
+        return PreferencePair(query_id=str(number), kind=kind, prompt=prompt, chosen=chosen, rejected=rejected)
+
+    good, bad, original = f"Paris, said {number} times." + " Yes." * number, "No idea.", f"Perhaps {number}."
+    return [pair("l_plus", "Be accurate.", good, bad), pair("l_minus", "Be vague.", original, good)]
+
+
+def write_pairs(path: Path, policy: Policy, training: Training, groups: list[list[PreferencePair]]) -> Path:
+    rows: list[dict[str, Any]] = []
+    with open_scorer(policy, training) as scorer:
+        for group, scores in zip(groups, score(scorer, groups), strict=True):
+            for pair, (chosen, rejected) in zip(group, scores, strict=True):
+                references = {"ref_chosen_logps": chosen.logps, "ref_rejected_logps": rejected.logps}
+                rows.append(
+                    {**pair_row(pair), **references, "chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens}
+                )
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def training_job(policy: Policy, pairs: Path, output: Path) -> TrainingJob:
+    """L_SSO with DPO, in batches of four queries, three epochs."""
+    return TrainingJob(
+        policy=policy,
+        pairs=str(pairs),
+        output=str(output),
+        loss="dpo",
+        beta=0.1,
+        sft_weight=0.1,
+        learning_rate=1e-3,
+        batch_size=4,
+        epochs=3,
+        max_steps=None,
+        training=FLOAT32,
+        seed=0,
+    )
+
+
+def seven_queries(folder: Path) -> TrainingJob:
+    """The last step of each epoch has three queries, which two processes can't halve; a checkpoint a step."""
+    policy = Policy(model=tiny_model_dir(folder / "tiny"))
+    pairs = write_pairs(folder / "pairs.parquet", policy, FLOAT32, [steering_group(number) for number in range(7)])
+    training = FLOAT32.model_copy(update={"save_steps": 1})
+    return replace(training_job(policy, pairs, folder / "run"), training=training)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    return Policy(model=tiny_model_dir(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def groups() -> list[list[PreferencePair]]:
+    return [steering_group(number) for number in range(6)]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, policy: Policy, groups: list[list[PreferencePair]]) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet", policy, FLOAT32, groups)
+
+
+@pytest.fixture
+def job(tmp_path: Path, policy: Policy, pairs: Path) -> TrainingJob:
+    """Six queries in batches of four: steps of four and two queries, three epochs."""
+    return training_job(policy, pairs, tmp_path / "run")
+
+
+def curve(job: TrainingJob) -> list[tuple[float, float]]:
+    return [(step["loss"], step["grad_norm"]) for step in read_history(Path(job.output) / "history.jsonl")]
+
+
+def changed(job: TrainingJob, folder: str, **training: Any) -> TrainingJob:
+    return replace(job, output=str(Path(job.output).parent / folder), training=job.training.model_copy(update=training))
+
+
+# --- the mathematics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)], ids=["full", "lora"])
+def test_first_margins_are_exactly_zero(dtype: Any, lora: Lora | None, job: TrainingJob, groups: Any, tmp_path: Path):
+    training = FLOAT32.model_copy(update={"dtype": dtype, "lora": lora})
+    pairs = write_pairs(tmp_path / "pairs.parquet", job.policy, training, groups)
+    result = train(replace(job, pairs=str(pairs), training=training, batch_size=6, epochs=2))
+    assert result.shared
+    assert result.first["margin"] == 0.0
+    assert result.first["accuracy"] == 0.0
+    assert result.last["margin"] > 0.0
+
+
+def test_l_sso_equals_an_oracle_written_out(job: TrainingJob, groups: Any):
+    """Equations 1, 2 and 4 with plain forwards of a second model: mean over queries of L+ + L-, at step 2."""
+    result = train(replace(job, batch_size=6, epochs=2))
+    before = AutoModelForCausalLM.from_pretrained(job.policy.model, dtype=torch.float32)
+    now = AutoModelForCausalLM.from_pretrained(train(replace(job, batch_size=6, epochs=1, output=job.output + "-1")).model)
+    with open_scorer(job.policy, FLOAT32) as scorer:
+        tokens = [[tokenize(pair, scorer.prompts) for pair in group] for group in groups]
+
+    def logps(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
+        with torch.no_grad():
+            log_probs = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        return torch.stack([log_probs[len(prompt) + i - 1, token] for i, token in enumerate(completion)]).sum()
+
+    total = 0.0
+    for group in tokens:
+        for prompt, chosen, rejected in group:
+            ratio_w = logps(now, prompt, chosen) - logps(before, prompt, chosen)
+            ratio_l = logps(now, prompt, rejected) - logps(before, prompt, rejected)
+            total += -F.logsigmoid(0.1 * (ratio_w - ratio_l)).item() - 0.1 * logps(now, prompt, chosen).item() / len(chosen)
+    assert result.last["loss"] == pytest.approx(total / len(groups), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mechanics",
+    [{"micro_batch_size": 2}, {"micro_batch_size": 3}, {"prefix_sharing": False}, {"gradient_checkpointing": True}],
+    ids=["micro 2", "micro 3 (no divisor: 2)", "unshared", "checkpointed"],
+)
+def test_mechanics_do_not_change_the_mathematics(mechanics: dict[str, Any], job: TrainingJob):
+    """Six steps, two of them over a smaller batch: losses and gradient norms stay."""
+    train(job)
+    other = changed(job, "other", **mechanics)
+    train(other)
+    assert curve(other) == [(pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3)) for loss, norm in curve(job)]
+
+
+def test_order_of_the_queries_does_not_matter_within_a_batch(job: TrainingJob, groups: Any, tmp_path: Path):
+    pairs = write_pairs(tmp_path / "reversed.parquet", job.policy, FLOAT32, groups[::-1])
+    first, second = (
+        replace(job, batch_size=6, epochs=2),
+        replace(job, batch_size=6, epochs=2, pairs=str(pairs), output=job.output + "-2"),
+    )
+    train(first)
+    train(second)
+    assert [loss for loss, _ in curve(second)] == [pytest.approx(loss, rel=1e-5) for loss, _ in curve(first)]
+
+
+GOLDEN = [(2.70468, 7.39675), (2.24465, 6.39855), (1.88513, 3.89679), (1.56545, 4.26109)]
+"""Loss and gradient norm of the four steps of two epochs, as measured when the mathematics above was first verified."""
+
+
+def test_golden_trajectory(job: TrainingJob):
+    train(replace(job, epochs=2))
+    assert curve(job) == [(pytest.approx(loss, rel=1e-3), pytest.approx(norm, rel=1e-2)) for loss, norm in GOLDEN]
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)], ids=["full", "lora"])
+def test_the_result_is_an_ordinary_folder(lora: Lora | None, job: TrainingJob):
+    result = train(changed(job, "run", lora=lora))
+    folder = Path(result.model)
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert not {name for name in names if "adapter" in name}
+    trained = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(job.policy.model).state_dict()
+    assert trained.keys() == start.keys()
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+    assert (
+        AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(job.policy.model).chat_template
+    )
+    assert (result.steps, result.queries) == (6, 6)
+
+
+def test_a_loss_without_reference_needs_no_scores(job: TrainingJob, groups: Any, tmp_path: Path):
+    rows = [pair_row(pair) for group in groups for pair in group]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "unscored.parquet")
+    unscored = replace(job, pairs=str(tmp_path / "unscored.parquet"), epochs=1)
+    assert train(replace(unscored, loss="simpo", beta=2.0)).steps == 2
+    with pytest.raises(ValueError, match="query 0 has no reference log-probabilities"):
+        train(replace(unscored, output=job.output + "-2"))
+
+
+def test_scores_of_another_tokenizer_are_refused(job: TrainingJob, pairs: Path, tmp_path: Path):
+    rows = pq.read_table(pairs).to_pylist()
+    rows[3]["chosen_tokens"] += 1
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="query 1 was scored with"):
+        train(replace(job, pairs=str(tmp_path / "other.parquet")))
+
+
+def test_missing_columns_are_named(job: TrainingJob, pairs: Path, tmp_path: Path):
+    pq.write_table(pq.read_table(pairs).drop_columns(["query_id"]), tmp_path / "short.parquet")
+    with pytest.raises(ValueError, match=r"the columns \['query_id'\] are missing"):
+        train(replace(job, pairs=str(tmp_path / "short.parquet")))
+
+
+def test_a_job_is_json(job: TrainingJob):
+    assert json.loads(json.dumps(job.as_json()))["training"]["dtype"] == "float32"
+
+
+# --- stops, kills, continuations -------------------------------------------------------------------------------------------
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, micro_batches: int) -> None:
+    """Send this process a SIGTERM while the given micro-batch is computed."""
+    computed = 0
+    original = PreferenceTrainer.compute_loss
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        nonlocal computed
+        computed += 1
+        if computed == micro_batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "saved"), [(4, 1), (9, 2), (11, 3)], ids=["end of step 1", "inside step 3", "start of step 4"]
+)
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)], ids=["full", "lora"])
+def test_stopped_and_continued_is_the_same_training(
+    lora: Lora | None, micro_batches: int, saved: int, job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+):
+    """Steps are 4, 2, 4, 2, ... micro-batches. The curve of the two parts equals that of the whole, exactly."""
+    whole, parts = changed(job, "whole", lora=lora), changed(job, "parts", lora=lora)
+    train(whole)
+    with monkeypatch.context() as patched, runtime.graceful_stop():
+        stop_after(patched, micro_batches)
+        with pytest.raises(runtime.Interrupted):
+            train(parts)
+    newest = checkpoints.latest(Path(parts.output))
+    assert newest is not None
+    assert checkpoints.step_of(newest) == saved
+    assert not (Path(parts.output) / "model").exists()
+    train(parts)
+    assert curve(parts) == curve(whole)
+    steps = [step["step"] for step in read_history(Path(parts.output) / "history.jsonl")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_only_complete_checkpoints_count(job: TrainingJob, caplog: pytest.LogCaptureFixture):
+    """After six steps, 4 and 6 are kept. 6 loses its marker, then a byte of 4 changes: each is removed in its turn."""
+    train(job)
+    output = Path(job.output)
+    whole = curve(job)
+    assert sorted(folder.name for folder in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    (output / "checkpoint-6" / checkpoints.MARKER).unlink()
+    assert checkpoints.latest(output) == output / "checkpoint-4"
+    with caplog.at_level(logging.WARNING, "selfsteer"):
+        train(job)
+    assert "checkpoint-6: it is incomplete" in caplog.text
+    assert curve(job) == whole
+    for folder in output.glob("checkpoint-*"):
+        weights = folder / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    assert checkpoints.latest(output) is None
+    train(job)
+    assert curve(job) == whole
+
+
+def test_checkpoints_of_other_settings_are_not_continued(job: TrainingJob, caplog: pytest.LogCaptureFixture):
+    train(replace(job, epochs=1))
+    with caplog.at_level(logging.WARNING, "selfsteer"):
+        train(replace(job, epochs=1, learning_rate=2e-3))
+    assert "trained with other settings or data" in caplog.text
+    assert [step["step"] for step in read_history(Path(job.output) / "history.jsonl")] == [1, 2]
+
+
+def test_divergence_stops_and_names_the_last_checkpoint(job: TrainingJob, monkeypatch: pytest.MonkeyPatch):
+    original = PreferenceTrainer.compute_loss
+
+    def compute_loss(self: PreferenceTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_loss", compute_loss)
+    with pytest.raises(TrainingDiverged, match=r"step 4: the gradient norm is nan.*checkpoint-2"):
+        train(job)
+    assert checkpoints.latest(Path(job.output)) == Path(job.output) / "checkpoint-2"
+
+
+def test_an_infinite_loss_is_found_before_its_gradient(job: TrainingJob):
+    with pytest.raises(TrainingDiverged, match=r"step \d: the loss is (nan|inf).*Lower the learning rate"):
+        train(replace(job, loss="sppo", beta=1e-30))
+
+
+def test_history_survives_a_torn_line(tmp_path: Path):
+    (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"st')
+    assert read_history(tmp_path / "history.jsonl") == [Step(step=1)]  # pyright: ignore
