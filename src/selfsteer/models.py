@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, cast
@@ -272,6 +273,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A model in eval mode, from safetensors only; `kind` is the class of transformers, a causal language model.
 
+    Its own dropout is off, in training as well (as in the paper's reference implementation): with it a step would have
+    other log-probabilities than the reference for no reason.
     Raises ValueError for weights that are damaged or do not fit the configuration, with their names.
     """
     stored = check_files(Path(path))
@@ -281,6 +284,7 @@ def load_model(
             _refuse_larger(kind, configuration, stored, trust_remote_code=trust_remote_code)
         model, information = kind.from_pretrained(
             path,
+            config=without_dropout(configuration),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -291,6 +295,35 @@ def load_model(
         )
     check_fit(path, information)
     return model.to(device).eval()
+
+
+def without_dropout(configuration: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy with every probability of dropout at zero (dropout, attention_dropout, resid_pdrop, layerdrop, ...)."""
+    copy = deepcopy(configuration)
+    for section, name in _dropouts(copy):
+        section[name] = type(section[name])(0)
+    return copy
+
+
+def restore_dropout(configuration: PreTrainedConfig, given: PreTrainedConfig) -> None:
+    """What `without_dropout` took away, as it is in `given`."""
+    for (section, name), (original, _) in zip(_dropouts(configuration), _dropouts(given), strict=True):
+        section[name] = original[name]
+
+
+def _dropouts(configuration: PreTrainedConfig) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every entry about dropout, with the dictionary that it stands in; those of the parts as well."""
+    sections = [vars(configuration)]
+    while sections:
+        section = sections.pop()
+        for name in sorted(section):
+            value = section[name]
+            if isinstance(value, PreTrainedConfig):
+                sections.append(vars(value))
+            elif isinstance(value, dict):
+                sections.append(cast("dict[str, Any]", value))
+            elif "drop" in str(name) and type(value) in (int, float):
+                yield section, name
 
 
 _SPARE = 2**26

@@ -7,17 +7,17 @@ A kill while a checkpoint is written leaves no COMPLETE, and the one before is s
 """
 
 import errno
-import json
 import logging
 import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from selfsteer.store.durable import canonical_json, file_digest, replacing, sync, write_failed
+from selfsteer.store.durable import canonical_json, file_digest, read_object, replacing, sync, write_failed
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,16 @@ def seal(folder: Path, training: str) -> None:
 
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint is whole: marked, and every file as it was when it was marked."""
+    marker = _marker(folder)
+    return marker.get("files") == {str(file.relative_to(folder)): file_digest(file) for file in _files(folder)}
+
+
+def _marker(folder: Path) -> dict[str, Any]:
+    """What the marker says; nothing where there is none, or one that is damaged."""
     try:
-        content = json.loads((folder / MARKER).read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    recorded: dict[str, str] = content["files"]
-    return recorded == {str(file.relative_to(folder)): file_digest(file) for file in _files(folder)}
+        return read_object(folder / MARKER)
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def latest(output: Path) -> Path | None:
@@ -74,7 +78,7 @@ def resume_point(output: Path, training: str) -> Path | None:
         if not is_complete(folder):
             log.warning("removing %s: it is incomplete", folder)
             shutil.rmtree(folder)
-        elif json.loads((folder / MARKER).read_bytes())["training"] != training:
+        elif _marker(folder).get("training") != training:
             log.warning("removing %s: it was trained with other settings or data", folder)
             shutil.rmtree(folder)
     return next(iter(_newest_first(output)), None)

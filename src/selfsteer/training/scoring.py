@@ -239,8 +239,8 @@ def _share(folder: Path, rank: int, count: int) -> Iterator[KeyedPairs]:
 if __name__ == "__main__":
     main()
 
-SCHEMA = 1
-"""Version of the journalled scores; part of every key."""
+SCHEMA = 2
+"""Version of the journalled scores; part of every key. 2: a finished completion ends as the template ends a turn."""
 
 
 class Group(NamedTuple):
