@@ -326,7 +326,7 @@ class PreferenceTrainer(Trainer):
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The rate of every step of the warm-up is that of the step after it: transformers begins with a step at rate 0."""
+        """As transformers, whose warm-up begins with a step at rate 0; here it reaches the full rate a step earlier."""
         made = cast(Any, self.lr_scheduler)
         if made is not None:
             return made
@@ -372,7 +372,7 @@ class PreferenceTrainer(Trainer):
 
 
 def _without_zero(rate: Callable[[int], float], warmup: int) -> Callable[[int], float]:
-    return lambda step: rate(step + 1) if step < warmup else rate(step)
+    return lambda step: (step + 1) / warmup if step < warmup else rate(step)
 
 
 _SAMPLE = 32
