@@ -6,7 +6,7 @@ from tiny import tiny_tokenizer
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from selfsteer.prompts import Prompts, turn_end
+from selfsteer.prompts import Prompts, assistant_turn
 from selfsteer.records import Message
 
 REFUSES_SYSTEM = (  # as Gemma's
@@ -175,7 +175,6 @@ TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | tr
     ("closed", "end"),
     [
         ("<end_of_turn>\n", "<end_of_turn>"),  # Gemma: its end token is <eos>
-        (" <eos>", "<eos>"),  # Llama-2: a space before it
         ("<end_of_turn>\n{% if loop.last and not add_generation_prompt %}<eos>{% endif %}", "<end_of_turn>"),  # Phi-3
         ("\n\n", "<eos>"),  # nothing but text: the end token
     ],
@@ -186,7 +185,7 @@ def test_a_finished_completion_ends_as_the_template_ends_a_turn(closed: str, end
     made.add_tokens([AddedToken("<end_of_turn>", special=special), AddedToken("<eos>", special=True)])
     made.eos_token = "<eos>"
     end_id = made.convert_tokens_to_ids(end)
-    assert turn_end(made) == end_id
+    assert assistant_turn(made).end_id == end_id
     plain = tuple(made("Because.", add_special_tokens=False)["input_ids"])
     assert Prompts(made).completion_ids("Because.", "stop") == (*plain, end_id)
     assert Prompts(made).completion_ids("Because.", "length") == plain

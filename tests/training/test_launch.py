@@ -94,7 +94,7 @@ def test_sharded_weights_train_as_one(job: TrainingJob, alone: TrainingJob, tmp_
     )
     assert command[-2:] == ["--module", "selfsteer.training.launch"]
     sharding = [*command[:-2], str(Path(__file__).parents[1] / "sharded.py")]
-    monkeypatch.setattr("selfsteer.training.launch.accelerate_command", lambda *_: sharding)
+    monkeypatch.setattr("selfsteer.training.parallel.accelerate_command", lambda *_: sharding)
     sharded = replace(job, output=str(tmp_path / "run"))
     result = launch(sharded, TWO)
     assert curve(sharded) == near(alone)
