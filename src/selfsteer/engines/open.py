@@ -58,7 +58,7 @@ def open_engine(
     if section.python is not None:
         fields["python"] = section.python
     settings = VllmSettings(**fields, adapters=tuple(adapters), arguments=arguments)
-    return VllmEngine(model.path, settings, decode=partial(_decode, prompts), end_ids=end_ids(model.path, prompts.tokenizer))
+    return VllmEngine(model.path, settings, decode=partial(_decode, prompts), end_ids=_ends(model, prompts))
 
 
 def check_engines(recipe: Recipe, policy: Checkpoint, prompts: Prompts) -> None:
@@ -81,7 +81,7 @@ def server(section: OpenAISection, base_url: str, model: str) -> Server:
 
 def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, adapters: Sequence[Adapter]) -> Engine:
     def connect(base_url: str, name: str) -> OpenAIEngine:
-        ends, where = end_ids(model.path, prompts.tokenizer), server(section, base_url, name)
+        ends, where = _ends(model, prompts), server(section, base_url, name)
         return OpenAIEngine(where, tokenize=lambda text: prompts.completion_ids(text, "length"), end_ids=ends)
 
     if section.serve is None:
@@ -91,6 +91,10 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, 
     command = f"{section.serve} {section.serve_adapters}" if adapters else section.serve
     serve = Serve(command=command, model_path=model.path, start_seconds=section.start_seconds, adapters=tuple(adapters))
     return ServedEngine(serve, connect)
+
+
+def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
+    return end_ids(model.path, prompts.tokenizer) | {prompts.end_id}
 
 
 def _decode(prompts: Prompts, token_ids: Iterable[int]) -> str:
