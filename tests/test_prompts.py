@@ -120,6 +120,7 @@ def test_a_finished_completion_ends_as_the_template_closes_a_turn():
     """As Gemma's: the tokenizer's end token (here 0) stands in no conversation; <|im_end|>, which is 2, closes turns."""
     made = tokenizer()
     made.eos_token = "<|pad|>"
+    assert Prompts(made).end_id == 2
     assert Prompts(made).completion_ids("Yes.", "stop", QUERY)[-1] == 2
     made.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     assert Prompts(made).completion_ids("Yes.", "stop", QUERY)[-1] == 0

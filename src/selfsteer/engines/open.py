@@ -75,7 +75,7 @@ def _vllm_engine(
     check_gpus(section)
     command = vllm_command(section, arguments, adapters)
     found = find_vllm(command[0])
-    ends = end_ids(model.path, prompts.tokenizer)
+    ends = _ends(model, prompts)
     # Also those that the model's configuration does not name.
     extra: dict[str, object] = {"stop_token_ids": sorted(ends)}
     if found.on_cpu:
@@ -113,7 +113,7 @@ def _vllm_engine(
 def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, adapters: Sequence[Adapter]) -> Engine:
     tokens = Tokens(
         encode=partial(_encode, prompts),
-        end_ids=end_ids(model.path, prompts.tokenizer),
+        end_ids=_ends(model, prompts),
         special_ids=prompts.special_ids,
     )
     if section.serve is None:
@@ -136,6 +136,10 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, 
         adapters=tuple(adapters),
     )
     return ServedEngine(serve, connect)
+
+
+def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
+    return end_ids(model.path, prompts.tokenizer) | {prompts.end_id}
 
 
 def _encode(prompts: Prompts, text: str) -> tuple[int, ...]:
