@@ -90,7 +90,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
     policy = resolve(recipe.policy)
     prompts_of(recipe, policy)
-    check_judging(recipe)
+    check_judging(recipe, principles=False)
     check_evaluation(recipe)
     next(read_pairs(pairs), None)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:

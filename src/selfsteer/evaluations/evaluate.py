@@ -8,7 +8,6 @@ An item that can't be asked (special tokens in its text, longer than the model's
 and is counted by its reason beside every figure. Left out on purpose: which judge, and where results are kept.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from selfsteer.engines.sampling import kept_open, request, response, sample, see
 from selfsteer.evaluations.asking import Answer, Ask, Asked, Choices, Score
 from selfsteer.evaluations.judged import JUDGED, JudgedTask, Verdicts
 from selfsteer.evaluations.results import Evaluation, TaskResult
-from selfsteer.models import end_ids, load_tokenizer, resolve
+from selfsteer.models import end_ids, load_configuration, load_tokenizer, position_limit, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import DTypeName, EngineSection, runs_already
 from selfsteer.recipe.sections import EvaluationSection, Policy, Training
@@ -79,16 +78,17 @@ def answering(policy: Policy, engine: EngineSection, *, name: str | None = None)
     model = resolve(policy)
     tokenizer = load_tokenizer(model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
     prompts = Prompts(tokenizer, system_role=policy.system_role)
+    configuration = load_configuration(model.path, trust_remote_code=policy.trust_remote_code)
     found = Answering(
-        name=name or policy.model, policy=policy, model=model, engine=engine, prompts=prompts, context=_context(model.path)
+        name=name or policy.model,
+        policy=policy,
+        model=model,
+        engine=engine,
+        prompts=prompts,
+        context=position_limit(configuration),
     )
     found.open()  # and never entered
     return found
-
-
-def _context(folder: str) -> int | None:
-    config = json.loads((Path(folder) / "config.json").read_bytes())
-    return config.get("text_config", config).get("max_position_embeddings")
 
 
 # --- answers and scores ----------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from selfsteer.recipe.gates import parse
 from selfsteer.recipe.sections import Recipe, load
 from selfsteer.records import Pair
 from selfsteer.stages.base import sealed
-from selfsteer.stages.quality import QUALITY, measured, read_contamination, read_reports
+from selfsteer.stages.passes import PASSES, read_answers
+from selfsteer.stages.quality import QUALITY, measured, read_checks, read_contamination, read_reports
 from selfsteer.stages.selection import SELECTION
 from selfsteer.stages.steering import POLICY_PAIRS
 from selfsteer.stages.training import BAD_GENERATOR, GOOD_GENERATOR, HISTORY, MEASURES, MODEL
@@ -136,7 +137,8 @@ def stage_names(recipe: Recipe, method: Method) -> tuple[str, ...]:
     *made, policy = STAGES[method]
     judged = [QUALITY] if measured(recipe, principles=method != "given") else []
     selected = [SELECTION] if recipe.selection.active else []
-    return (*made, *judged, *selected, policy)
+    answered = [PASSES] if recipe.quality.answers and method != "given" else []
+    return (*made, *judged, *selected, policy, *answered)
 
 
 def metrics(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:
@@ -223,13 +225,15 @@ def _round(folder: RunFolder, number: int, recipe: Recipe, method: Method, *, al
         found["selected"] = known.get("selected", [selected], lambda: measure(_pairs(stages[SELECTION])))
     if QUALITY in stages:
         _add_quality(found, stages[QUALITY])
+    if PASSES in stages:
+        found["answers"] = read_answers(stages[PASSES])
     for key, name in _TRAININGS:
         if name in stages:
             found[key] = _training(stages[name])
     return found
 
 
-_ALIGNING = (SELECTION, "6-policy")
+_ALIGNING = (SELECTION, "6-policy", PASSES)
 """What a round that does not align the policy leaves out."""
 
 _TRAININGS = (
@@ -244,6 +248,8 @@ def _add_quality(found: RoundMetrics, stage: Stage) -> None:
     for name, reports in read_reports(stage).items():
         for by, report in reports.items():
             found.setdefault(name, Measures())[by] = report
+    for name, report in read_checks(stage).items():
+        found.setdefault(name, Measures())["checks"] = report
     overlap = read_contamination(stage)
     if overlap is not None:
         found["contamination"] = overlap

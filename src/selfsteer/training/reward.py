@@ -36,8 +36,8 @@ from selfsteer.models import compute_dtype, pick_device
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.store.durable import digest, make_folder
 from selfsteer.training import checkpoints
-from selfsteer.training.train import whole_folder
-from selfsteer.training.trainer import Keeper, TrainingDiverged, truncate_history
+from selfsteer.training.export import whole_folder
+from selfsteer.training.trainer import Keeper, TrainingDiverged, history_of, write_history
 
 if TYPE_CHECKING:
     from trl.trainer.reward_config import RewardConfig
@@ -96,7 +96,7 @@ def train_reward(job: RewardJob, tokenizer: PreTrainedTokenizerBase, settings: R
     make_folder(job.output)
     resume = checkpoints.resume_point(job.output, job.identity)
     done = checkpoints.step_of(resume) if resume else 0
-    truncate_history(job.output / "history.jsonl", done)
+    write_history(job.output / "history.jsonl", history_of(resume) if resume else [])
     cache = job.output / ".cache"
     what = {"file": str(job.tokens), "identity": job.identity}
     data = Dataset.from_generator(_rows, gen_kwargs=what, cache_dir=str(cache))
