@@ -7,10 +7,11 @@ an fsync is not checked (a macOS drive, for one, may still hold it in its cache)
 import hashlib
 import json
 import os
-from collections.abc import Generator
+import stat
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 
 def canonical_json(value: object) -> bytes:
@@ -38,6 +39,59 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, 64 hex digits; memory stays flat."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SMALL = 16 * 2**20
+"""What a template, a list of principles or a configuration takes at most, in bytes."""
+
+
+def read_small(path: Path, *, at_most: int = SMALL) -> bytes:
+    """The bytes of a file that somebody named.
+
+    Raises ValueError for what is no regular file (one would wait for a FIFO and never finish with a device) or is larger,
+    OSError as `open` does.
+    """
+    # Without O_NONBLOCK, opening a FIFO that nobody writes to does not come back.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: not a regular file (a folder, a pipe or a device); name an ordinary file")
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise ValueError(f"{path}: larger than {at_most / 2**20:,.0f} MB, which no such file is; is it the right one?")
+    return content
+
+
+def read_small_text(path: Path, *, at_most: int = SMALL) -> str:
+    """The text of a file that somebody named; raises as `read_small`, and ValueError where it is not UTF-8."""
+    try:
+        return read_small(path, at_most=at_most).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
+
+
+def read_object(path: Path, *, at_most: int = SMALL) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError naming the file for anything else, and as `read_small`."""
+    try:
+        content = json.loads(read_small(path, at_most=at_most))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, it can't be read as JSON ({error}); fetch or make it again") from error
+    other = _NO_OBJECTS.get(type(content))
+    if other is not None:
+        raise ValueError(f"{path}: holds {other}, not a JSON object; fetch or make it again")
+    return cast("dict[str, Any]", content)
+
+
+_NO_OBJECTS = dict[type, str](
+    [
+        (list, "a list"),
+        (str, "a string"),
+        (int, "a number"),
+        (float, "a number"),
+        (bool, "a truth value"),
+        (type(None), "null"),
+    ]
+)
 
 
 def write_failed(error: OSError, path: Path) -> OSError:
@@ -87,3 +141,61 @@ def replacing(path: Path) -> Generator[BinaryIO]:
         raise write_failed(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# --- files that are read ---------------------------------------------------------------------------------------------------
+
+
+def regular_file(path: Path, way_out: str = "name an ordinary file") -> None:
+    """Raises ValueError, naming the path, unless there is an ordinary file behind it (links are followed).
+
+    Whoever opens a pipe waits, whoever reads a device never ends, and a folder, a loop of links or a name that no file
+    system takes would otherwise end in an error that names nothing.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no such file; {way_out}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; {way_out}") from error
+    except ValueError as error:  # a NUL in the name
+        raise ValueError(f"{path!r}: {error}; {way_out}") from error
+    if not stat.S_ISREG(mode):
+        kind = next((words for check, words in _KINDS if check(mode)), "no regular file")
+        raise ValueError(f"{path}: {kind}, no regular file; {way_out}")
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+OURS = 2**30
+"""No JSON file of a run folder comes near this, in bytes."""
+
+Shape = Mapping[str, type | tuple[type, ...]]
+"""Keys that an object must have, and of which types; it may have others."""
+
+
+def read_json(path: Path, shape: Shape, *, way_out: str) -> dict[str, Any]:
+    """The JSON object in a file of ours. Raises ValueError, with the way out, where it is missing, damaged or of another shape.
+
+    Emptied, cut off, overwritten: a file that a kill, a full disk or a hand has touched is told by its name.
+    """
+    regular_file(path, way_out)
+    try:
+        content = json.loads(read_small(path, at_most=OURS))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, no JSON ({error}); {way_out}") from error
+    found = _NO_OBJECTS.get(type(content))
+    if found is not None:
+        raise ValueError(f"{path}: damaged, it holds {found} instead of an object; {way_out}")
+    fields = cast("dict[str, Any]", content)
+    for key, kind in shape.items():
+        # JSON's true and false are no numbers.
+        if key not in fields or not isinstance(fields[key], kind) or (isinstance(fields[key], bool) and kind is not bool):
+            raise ValueError(f"{path}: damaged, its {key!r} is missing or not what was written; {way_out}")
+    return fields
