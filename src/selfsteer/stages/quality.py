@@ -6,7 +6,6 @@ Judged are the alignment pairs and, beside a generator, the policy's own pairs (
 each. Left out on purpose: how judges judge (`judges.py`, `self_judges.py`), and what follows (`gates.py`, `summary.py`).
 """
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +25,7 @@ from selfsteer.records import Message, PreferencePair, Query
 from selfsteer.stages.base import Round, Work, arithmetic, draw, held_out, inputs_of, kept, make_stage, policy_as_judge
 from selfsteer.stages.steering import POLICY_PAIRS
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, file_digest, replacing
+from selfsteer.store.durable import canonical_json, file_digest, read_json, replacing
 from selfsteer.store.folder import Contents, Origin, Stage
 
 log = logging.getLogger(__name__)
@@ -217,5 +216,6 @@ def read_contamination(stage: Stage) -> Contamination | None:
     path = stage.path / _CONTAMINATION
     if not path.exists():
         return None
-    found = json.loads(path.read_bytes())
+    way_out = f"delete {stage.path / 'MANIFEST.json'} and run the same command again"
+    found = read_json(path, {"share": dict, "files": dict}, way_out=way_out)
     return Contamination(share=Estimate(**found["share"]), files=cast("dict[str, int]", found["files"]))

@@ -201,11 +201,11 @@ def batches(path: Path, file: pq.ParquetFile, columns: list[str] | None = None) 
 
 @contextmanager
 def named(path: Path) -> Generator[None]:
-    """Turns what pyarrow raises for damaged bytes (an OSError without a number among it) into a ValueError naming the file."""
+    """Turns what pyarrow raises for damaged bytes (also an OSError without a number) into a ValueError naming the file."""
     try:
         yield
     except (pa.ArrowException, OSError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: not a readable Parquet file ({reason}). Bring it back from a copy, or make it again") from error
+        raise ValueError(f"{path}: not a readable Parquet file ({reason}); give another, or make it again") from error

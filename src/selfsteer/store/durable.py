@@ -181,7 +181,7 @@ Shape = Mapping[str, type | tuple[type, ...]]
 
 
 def read_json(path: Path, shape: Shape, *, way_out: str) -> dict[str, Any]:
-    """The JSON object in a file of ours. Raises ValueError, with the way out, where it is missing, damaged or of another shape.
+    """The JSON object in a file of ours. Raises ValueError, with the way out, where it is missing or damaged.
 
     Emptied, cut off, overwritten: a file that a kill, a full disk or a hand has touched is told by its name.
     """

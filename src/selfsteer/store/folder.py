@@ -45,7 +45,16 @@ import pyarrow as pa
 
 from selfsteer.records import Dropped
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, read_json, regular_file, replacing, sync
+from selfsteer.store.durable import (
+    canonical_json,
+    digest,
+    file_digest,
+    make_folder,
+    read_json,
+    regular_file,
+    replacing,
+    sync,
+)
 from selfsteer.store.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -281,7 +290,9 @@ class Stage:
             if not path.is_file():
                 raise StageDamaged(f"{path}: missing, though sealed. {_way_out(self.path / _MANIFEST)}")
             if file_digest(path) != expected:
-                raise StageDamaged(f"{path}: changed since it was sealed (sha256 differs). {_way_out(self.path / _MANIFEST)}")
+                raise StageDamaged(
+                    f"{path}: changed since it was sealed (sha256 differs). {_way_out(self.path / _MANIFEST)}"
+                )
         return manifest
 
     def reopen(self) -> None:
