@@ -197,9 +197,7 @@ def test_train_and_measure_pass_on_what_they_are_given(monkeypatch, capsys, pipe
 
 def test_export_passes_on_what_it_is_given(monkeypatch, capsys):
     given: list[object] = []
-    monkeypatch.setattr(
-        "selfsteer.data.exchange.export", lambda *arguments: given.append(arguments) or 1234
-    )
+    monkeypatch.setattr("selfsteer.data.exchange.export", lambda *arguments: given.append(arguments) or 1234)
     assert command(monkeypatch, "export", "runs/a", "--to", "out", "--format", "trl") == 0
     assert given == [(Path("runs/a"), Path("out"), "trl")]
     assert capsys.readouterr().out == "wrote 1,234 pairs to out\n"

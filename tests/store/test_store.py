@@ -544,7 +544,7 @@ def test_view_creates_nothing_and_needs_no_lock(tmp_path: Path):
 
 HOLD = """
 import sys, time
-from selfsteer.store import RunFolder
+from selfsteer.store.folder import RunFolder
 with RunFolder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

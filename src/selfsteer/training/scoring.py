@@ -8,15 +8,13 @@ With several processes each scores every n-th group, into parts of its own of th
 
     <stage>/scoring/groups.jsonl   what is to be scored: a key and its pairs a line
     <stage>/scoring/job.json       the model, and how it computes
-    <stage>/scoring/PARENT         locked while the parent lives and wants the scores
-    <stage>/scoring/GROUP          locked, by all of them, while one process of the group lives
+    <stage>/scoring/PARENT, GROUP  who lives (`parallel.py`)
 
 Nothing has to be agreed on, so nothing is: a process that is killed leaves what it had finished, and the same command
 scores the rest, with as many processes as the recipe then says. Left out on purpose: machines that do not see the folder of
 the run.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -44,7 +42,7 @@ from selfsteer.store.durable import canonical_json, digest, make_folder
 from selfsteer.store.journal import Journal, Record
 from selfsteer.training.logps import Packing, choose_packing, teach, to_device
 from selfsteer.training.packing import Rows, TokenPair, share_prompts
-from selfsteer.training.parallel import accelerate_command, held, run_processes, stop_when_free, wait_until_free
+from selfsteer.training.parallel import run_group, taking_part, wait_for_group
 
 KeyedPairs = tuple[str, Sequence[PreferencePair]]
 """The pairs of a query, under the key of their scores."""
@@ -146,9 +144,7 @@ def _numbers(pair: ScoredPair) -> list[float]:
     return [pair.chosen.logps, pair.chosen.tokens, pair.rejected.logps, pair.rejected.tokens]
 
 
-log = logging.getLogger(__name__)
-
-_FOLDER, _GROUPS, _SCORING_JOB, _PARENT, _GROUP = "scoring", "groups.jsonl", "job.json", "PARENT", "GROUP"
+_FOLDER, _GROUPS, _SCORING_JOB = "scoring", "groups.jsonl", "job.json"
 
 
 class Scoring(NamedTuple):
@@ -165,7 +161,7 @@ def settle(journal: Journal) -> None:
     folder = _folder(journal)
     if not folder.is_dir():
         return
-    wait_until_free(folder / _GROUP, lambda: log.info("%s: an earlier scoring is still ending; waiting for it", folder))
+    wait_for_group(folder)
     journal.reread()
     shutil.rmtree(folder)
 
@@ -187,11 +183,7 @@ def score_shared(groups: Iterable[KeyedPairs], journal: Journal, scoring: Scorin
         "parts": str(journal.folder),
     }
     (folder / _SCORING_JOB).write_bytes(canonical_json(job))
-    command = [*accelerate_command(launcher, "selfsteer.training.scoring"), str(folder)]
-    with held(folder / _PARENT) as let_go, (folder / _GROUP).open("ab") as group:
-        # Handed on to the launcher: processes that have not come to take the lock themselves are waited for, too.
-        fcntl.flock(group, fcntl.LOCK_SH)
-        status = run_processes(command, let_go, pass_fds=[group.fileno()])
+    status = run_group(launcher, "selfsteer.training.scoring", folder)
     settle(journal)
     if status and not runtime.stop_requested():
         raise ChildProcessError(
@@ -211,21 +203,23 @@ def main() -> None:
     """Score this process's share."""
     folder = Path(sys.argv[1])
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    job: dict[str, Any] = json.loads((folder / _SCORING_JOB).read_bytes())
+    try:
+        job: dict[str, Any] = json.loads((folder / _SCORING_JOB).read_bytes())
+    except FileNotFoundError:  # the launcher was killed before this process had begun, and the parent has cleared up
+        return
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     logging.getLogger("selfsteer").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     total = sum(1 for _ in _share(folder, rank, count))
     description = f"{job['description']} (1 of {count} processes)"
-    with runtime.graceful_stop(), (folder / _GROUP).open("ab") as group:
-        fcntl.flock(group, fcntl.LOCK_SH)
-        stop_when_free(folder / _PARENT)
+    policy, training = Policy.model_validate(job["policy"]), Training.model_validate(job["training"])
+    with (
+        runtime.graceful_stop(),
+        taking_part(folder),
         # What is asked for is what the parent did not find: the other parts need not be read.
-        with (
-            Journal(Path(job["parts"]), writer=f"main-{rank}", read=False) as journal,
-            progress(description, total, unit="queries") as advance,
-        ):
-            policy, training = Policy.model_validate(job["policy"]), Training.model_validate(job["training"])
-            score_into(journal, _share(folder, rank, count), (policy, training), advance)
+        Journal(Path(job["parts"]), writer=f"main-{rank}", read=False) as journal,
+        progress(description, total, unit="queries") as advance,
+    ):
+        score_into(journal, _share(folder, rank, count), (policy, training), advance)
 
 
 def _share(folder: Path, rank: int, count: int) -> Iterator[KeyedPairs]:
