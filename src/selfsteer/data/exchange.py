@@ -500,7 +500,7 @@ def _card(found: Found, result: Exported, format: ExportFormat, keep_truncated: 
         lines += ["", f"Dropped while they were made: {counted(manifest.dropped)}."]
     if keep_truncated:
         lines += ["", f"`{_FLAGS[0]}` and `{_FLAGS[1]}` say which responses were cut off by the length limit."]
-    lines += ["", "Train on them with", "", f"    {_command(format, Path('.'))}", ""]
+    lines += ["", "Read or train on them, from within this folder, with", "", "    " + _command(format, Path()), ""]
     return "\n".join(lines)
 
 
