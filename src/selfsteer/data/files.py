@@ -301,10 +301,12 @@ def _repeated(names: Sequence[str]) -> list[str]:
 
 def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     with parquet.opened(path) as file:
-        schema = file.schema_arrow
-        if repeated := _repeated(schema.names):
+        with parquet.named(path):  # names may be no UTF-8
+            schema = file.schema_arrow
+            names = list(schema.names)
+        if repeated := _repeated(names):
             raise ValueError(f"{path}: repeats the columns {repeated}; give each its own name")
-        taken = [name for name in schema.names if name in columns] if columns else _with_text(schema)
+        taken = [name for name in names if name in columns] if columns else _with_text(schema)
         number = 0
         for batch in parquet.batches(path, file, taken):
             for fields in _converted(batch, path, number):
@@ -312,7 +314,7 @@ def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
                 for key, value in fields.items():
                     if isinstance(value, float) and math.isnan(value):  # as in JSON
                         fields[key] = None
-                yield Row(f"{path}: row {number}", fields, schema.names)
+                yield Row(f"{path}: row {number}", fields, names)
 
 
 def _with_text(schema: Any) -> list[str]:
@@ -324,11 +326,11 @@ def _converted(batch: Any, path: Path, before: int) -> list[dict[str, object]]:
     """The rows as Python objects. Raises ValueError naming the first value that is none (no UTF-8, the year 10000)."""
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError, RecursionError, pyarrow.ArrowException):
+    except (ValueError, OverflowError, RecursionError, pyarrow.ArrowException) as error:
         for number in range(batch.num_rows):
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 _check_value(column[number], f"{path}: row {before + number + 1}, {name!r}")
-        raise
+        raise ValueError(f"{path}: the rows from {before + 1} on can't be read ({error}); make the file again") from error
 
 
 def _check_value(value: Any, place: str) -> None:

@@ -204,7 +204,7 @@ def named(path: Path) -> Generator[None]:
     """Turns what pyarrow raises for damaged bytes (also an OSError without a number) into a ValueError naming the file."""
     try:
         yield
-    except (pa.ArrowException, OSError, RecursionError) as error:
+    except (pa.ArrowException, OSError, RecursionError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())[:300]
