@@ -153,11 +153,13 @@ def scripted_scorer(*_: Any) -> Generator[None]:
 
 
 def scripted_scores(_: None, groups: Iterable[Sequence[Any]]) -> Iterator[list[Any]]:
-    from selfsteer.records import Scored, ScoredPair
+    from dataclasses import replace
 
-    scored = Scored(logps=-200.0, tokens=RESPONSE_WORDS)
+    def scored(side: Any) -> Any:
+        return replace(side, logps=-200.0, tokens=RESPONSE_WORDS)
+
     for group in groups:
-        yield [ScoredPair(scored, scored) for _ in group]
+        yield [replace(pair, chosen=scored(pair.chosen), rejected=scored(pair.rejected)) for pair in group]
 
 
 def scripted_training(job: Any, _: Any) -> Any:

@@ -7,9 +7,8 @@ anything is done.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 
 from selfsteer.cluster import cluster_of
 from selfsteer.data.queries import read_queries
@@ -18,7 +17,7 @@ from selfsteer.measures.metrics import GateResult, Method, Metrics
 from selfsteer.models import checkpoint, load_tokenizer, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, dump
-from selfsteer.records import Checkpoint, PairRow, Query
+from selfsteer.records import Checkpoint, Query
 from selfsteer.report.card import CardFacts, judged, write_model_card
 from selfsteer.report.page import pick_examples, write_page
 from selfsteer.report.tables import gates_table, table_text, write_metrics
@@ -31,6 +30,7 @@ from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import MODEL, generator_stage, policy_stage
+from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def may_align(round: Round, method: Method) -> bool:
 def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
     """Write metrics.json and report.html."""
     write_metrics(folder.path / "metrics.json", metrics)
-    pairs = cast("Iterator[PairRow]", folder.stage(len(metrics["rounds"]), "5-preferences").rows())
+    pairs = map(columns.pair, folder.stage(len(metrics["rounds"]), "5-preferences").rows())
     write_page(folder.path / "report.html", metrics, pick_examples(pairs, seed=seed))
 
 

@@ -6,16 +6,19 @@ from tiny import END_ID, tiny_model_dir
 from transformers import AutoModelForCausalLM
 
 from selfsteer.recipe.sections import Policy, Training
-from selfsteer.records import Message, PreferencePair
+from selfsteer.records import FinishReason, Message, Pair, side
 from selfsteer.training.scoring import open_scorer, score, tokenize
 
 FLOAT32 = Training(dtype="float32")
 
 
-def pair(number: int, **changes: str) -> PreferencePair:
-    given = {"chosen": f"Paris, said {number} times over.", "rejected": "No."} | changes
-    return PreferencePair(
-        query_id=str(number), kind="given", prompt=(Message(role="user", content=f"Question {number}?"),), **given
+def pair(number: int, *, chosen: str = "", rejected: str = "No.", finish: FinishReason = "stop") -> Pair:
+    return Pair(
+        query_id=str(number),
+        kind="given",
+        prompt=(Message(role="user", content=f"Question {number}?"),),
+        chosen=side(chosen or f"Paris, said {number} times over.", finish),
+        rejected=side(rejected, finish),
     )
 
 
@@ -29,7 +32,7 @@ def test_scores_are_the_models_own(policy: Policy):
     with open_scorer(policy, FLOAT32) as scorer:
         (scores,) = score(scorer, [[pair(7)]])
         tokens = tokenize(pair(7), scorer.prompts)
-    for scored, completion in zip(scores[0], (tokens.chosen, tokens.rejected), strict=True):
+    for scored, completion in ((scores[0].chosen, tokens.chosen), (scores[0].rejected, tokens.rejected)):
         ids = torch.tensor([tokens.prompt + completion])
         with torch.no_grad():
             logps = model(input_ids=ids).logits.log_softmax(-1)[0]
@@ -42,7 +45,7 @@ def test_scores_are_the_models_own(policy: Policy):
 
 def test_a_cut_off_completion_is_scored_without_end_token(policy: Policy):
     with open_scorer(policy, FLOAT32) as scorer:
-        assert tokenize(pair(1, chosen_finish="length"), scorer.prompts).chosen[-1] != END_ID
+        assert tokenize(pair(1, finish="length"), scorer.prompts).chosen[-1] != END_ID
 
 
 def test_order_and_micro_batches(policy: Policy):
@@ -80,4 +83,4 @@ def test_nothing_to_score(policy: Policy):
 
 def test_an_empty_response_is_refused(policy: Policy):
     with open_scorer(policy, FLOAT32) as scorer, pytest.raises(ValueError, match="query 3: an empty rejected response"):
-        list(score(scorer, [[pair(3, rejected="", rejected_finish="length")]]))
+        list(score(scorer, [[pair(3, rejected="", finish="length")]]))

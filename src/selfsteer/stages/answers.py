@@ -6,7 +6,6 @@
 Left out on purpose: benchmarks; and several answers a query.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 from selfsteer.engines import open as opening
@@ -16,14 +15,13 @@ from selfsteer.engines.sampling import request, response, sample, seed_for
 from selfsteer.judges.find import RecipeJudge, ask, find_judge
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.models import checkpoint
-from selfsteer.pairs import alignment_pair
+from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Dropped, PairRow, PreferencePair, Query
+from selfsteer.records import Dropped, Pair, Query
 from selfsteer.stages.base import Round, Work, held_out, inputs_of, make_stage
 from selfsteer.stages.quality import VERDICT_SCHEMA, VERDICTS, read_verdicts, reopen_unanswered, verdict_row
 from selfsteer.stages.training import MODEL
 from selfsteer.store import columns
-from selfsteer.store.columns import pair_row
 from selfsteer.store.folder import Contents, Origin, Stage
 
 ANSWERS = "7-answers"
@@ -83,22 +81,20 @@ def _answers(round: Round, work: Work, asked: _Asked, judge: RecipeJudge) -> Con
             total=len(work.journal) + len(asked.queries),
         )
     dropped: list[Dropped] = []
-    pairs: list[PreferencePair] = []
+    pairs: list[Pair] = []
     for query in asked.queries:
         after, before = (response(work.journal, asked.request(query, number)) for number in range(2))
         if isinstance(after, Failed) or isinstance(before, Failed):
             dropped.append(Dropped(id=query.id, reason="no answer"))
         else:
-            pairs.append(alignment_pair(query, after, before))
+            pairs.append(answer_pair(query, after, before))
 
     verdicts = ask(judge, lambda: pairs, work.journal, total=len(pairs))
     found = (verdict_row("alignment", "judge", verdict) for verdict in verdicts)
     columns.write_rows(work.stage.path / VERDICTS, found, VERDICT_SCHEMA)
 
-    def rows() -> Iterator[PairRow]:
-        return map(pair_row, pairs)
-
-    return Contents(wanted=len(asked.queries), rows=rows(), dropped=dropped, schema=columns.PAIRS, files=(VERDICTS,))
+    rows = map(columns.pair_row, pairs)
+    return Contents(wanted=len(asked.queries), rows=rows, dropped=dropped, schema=columns.PAIRS, files=(VERDICTS,))
 
 
 def win_verdicts(stage: Stage) -> list[Verdict]:

@@ -6,19 +6,17 @@ themselves (`data_stages.py`, `training_stages.py`) and their order (`pipeline.p
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from selfsteer.engines.sampling import seed_for
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, Training
-from selfsteer.records import Checkpoint, PairRow, Principles, Responses
-from selfsteer.store import columns
-from selfsteer.store.columns import Seeds
+from selfsteer.records import Checkpoint
 from selfsteer.store.folder import Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
 from selfsteer.store.journal import Journal
-from selfsteer.training.scoring import Group, Judge, scores
+from selfsteer.training.scoring import Judge
 
 log = logging.getLogger(__name__)
 
@@ -178,17 +176,3 @@ def share_of_round(round: Round, ids: Collection[str]) -> frozenset[str]:
     if len(others) < rounds:
         raise ValueError(f"queries.split_rounds: {len(others)} queries to train on are too few for {rounds} rounds.")
     return spared | set(others[round.number - 1 :: rounds])
-
-
-# --- shared ----------------------------------------------------------------------------------------------------------------
-
-
-def seeds_of(item: Responses) -> Seeds:
-    """Of the good and of the bad response."""
-    return Seeds(chosen=item.good.seed, rejected=item.bad.seed)
-
-
-def scored_rows(journal: Journal, group: Group, principles: Principles, seeds: Seeds) -> Iterator[PairRow]:
-    """The rows of a group's pairs, with the scores that the journal has of them."""
-    for pair, scored in zip(group.pairs, scores(journal, group), strict=True):
-        yield columns.scored_row(pair, scored, principles, seeds)

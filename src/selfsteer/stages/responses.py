@@ -28,6 +28,8 @@ from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.store.journal import Journal
 
+RESPONSES = "2-responses"
+
 # --- 2: responses ----------------------------------------------------------------------------------------------------------
 
 
@@ -48,7 +50,7 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
     elif round.held_out_only:
         settings["only"] = round.recipe.queries.holdout
     origin = Origin(settings=settings, inputs=inputs_of(round, principles=principles))
-    return make_stage(round, "2-responses", origin, lambda work: _responses(round, work, principles))
+    return make_stage(round, RESPONSES, origin, lambda work: _responses(round, work, principles))
 
 
 def _responses(round: Round, work: Work, principles: Stage) -> Contents:
@@ -64,7 +66,7 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row in principles.rows():
             if wanted_ids is None or row["query_id"] in wanted_ids:
-                yield row, requests_of(round, models, row)
+                yield row, requests_of(round, models, row, stage=RESPONSES)
 
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
@@ -113,10 +115,13 @@ def engine_of(round: Round, models: Mapping[str, Checkpoint]) -> Callable[[], En
 
 
 def requests_of(
-    round: Round, models: Mapping[str, Checkpoint], row: dict[str, Any], *, number: int = 0
+    round: Round, models: Mapping[str, Checkpoint], row: dict[str, Any], *, stage: str, number: int = 0
 ) -> dict[str, Request]:
-    """The prompts x+ (good), x- (bad) and x (original) of a query, each answered by its model for the `number`-th time."""
-    nth = (number,) if number else ()
+    """The prompts x+ (good), x- (bad) and x (original) of a query, each answered by its model for the `number`-th time.
+
+    Every stage draws from random numbers of its own: a generator that met those behind the very y+ that it was trained on
+    would be measured as more on-policy than it is.
+    """
     query, principles = columns.query(row), columns.principles(row)
     messages = {
         "good": round.prompts.steer(query.messages, principles.good),
@@ -131,7 +136,7 @@ def requests_of(
             messages[role],
             model_digest=sampler_digest(round.recipe.engine, model),
             sampling=sampling,
-            seed=seed_for(round.recipe.seed, round.number, query.id, role, *nth),
+            seed=seed_for(round.recipe.seed, round.number, stage, query.id, role, number),
         )
         found[role] = item if model.adapter is None else replace(item, adapter=model.adapter.name)
     return found

@@ -26,7 +26,7 @@ from selfsteer.measures.quality import compare, measure
 from selfsteer.models import hardware
 from selfsteer.recipe.gates import parse
 from selfsteer.recipe.sections import Recipe, load
-from selfsteer.records import PairRow
+from selfsteer.records import Pair
 from selfsteer.stages.base import sealed
 from selfsteer.stages.quality import QUALITY, measured, read_contamination, read_reports
 from selfsteer.stages.selection import SELECTION
@@ -214,9 +214,9 @@ def _round(folder: RunFolder, number: int, recipe: Recipe, method: Method, *, al
     if "3-steering" in stages:
         steering, own = manifests["3-steering"].digest, stages["3-steering"].path / POLICY_PAIRS
         found["steering"] = known.get("steering", [steering], lambda: measure(_pairs(stages["3-steering"])))
-        found["pbaa"] = known.get("policy pairs", [steering], lambda: measure(_rows(own)))
+        found["pbaa"] = known.get("policy pairs", [steering], lambda: measure(_pairs_of(own)))
         found["comparison"] = known.get(
-            "comparison", [preferences, steering], lambda: compare(_pairs(stages["5-preferences"]), _rows(own))
+            "comparison", [preferences, steering], lambda: compare(_pairs(stages["5-preferences"]), _pairs_of(own))
         )
     if SELECTION in stages:
         selected = manifests[SELECTION].digest
@@ -263,12 +263,12 @@ def _training(stage: Stage) -> TrainingSummary:
     )
 
 
-def _pairs(stage: Stage) -> Iterator[PairRow]:
-    return cast("Iterator[PairRow]", stage.rows())
+def _pairs(stage: Stage) -> Iterator[Pair]:
+    return map(columns.pair, stage.rows())
 
 
-def _rows(path: Path) -> Iterator[PairRow]:
-    return cast("Iterator[PairRow]", columns.file_rows(path))
+def _pairs_of(path: Path) -> Iterator[Pair]:
+    return map(columns.pair, columns.file_rows(path))
 
 
 # --- status ----------------------------------------------------------------------------------------------------------------

@@ -112,8 +112,8 @@ def _write_seconds(file: Path, seconds: float) -> None:
     unfinished.replace(file)
 
 
-SCHEMA_VERSION = 1
-"""Of the files in a run folder; a part of every fingerprint."""
+SCHEMA_VERSION = 2
+"""Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -207,9 +207,20 @@ class RunFolder:
         run = cls(path)
         if not (run.path / "run.json").is_file():
             raise ValueError(f"{path}: no run here (no run.json). Name the folder that the recipe's output gave.")
+        run._check_version()
         return run
 
+    def _check_version(self) -> None:
+        """Nothing of another version is read, not even by half."""
+        found = self._described().get("schema_version", 1)
+        if found != SCHEMA_VERSION:
+            raise ValueError(
+                f"{self.path}: a run of version {found}, and this selfsteer reads version {SCHEMA_VERSION}. Take another"
+                " folder with output=DIR, or go on with the selfsteer that began it."
+            )
+
     def __enter__(self) -> Self:
+        self._check_version()
         make_folder(self.path)
         lock_file = self.path / "LOCK"
         if os.path.lexists(lock_file):  # what is no file can't be locked, and reading the holder out of a pipe would wait
@@ -245,18 +256,21 @@ class RunFolder:
         with replacing(self.path / "recipe.yaml") as file:
             file.write(recipe_yaml.encode())
         with replacing(self.path / "run.json") as file:
-            file.write(_pretty({"sessions": sessions}))
+            file.write(_pretty({"schema_version": SCHEMA_VERSION, "sessions": sessions}))
 
     def sessions(self) -> list[dict[str, Any]]:
         """What run.json says of every session, oldest first."""
+        return self._described()["sessions"]
+
+    def _described(self) -> dict[str, Any]:
         path = self.path / "run.json"
         if not path.exists():
-            return []
+            return {"schema_version": SCHEMA_VERSION, "sessions": []}
         way_out = "move it away, the run continues without its history"
-        sessions = read_json(path, {"sessions": list}, way_out=way_out)["sessions"]
-        if not all(isinstance(session, dict) for session in sessions):
+        found = read_json(path, {"sessions": list}, way_out=way_out)
+        if not all(isinstance(session, dict) for session in found["sessions"]):
             raise ValueError(f"{path}: damaged, a session is no object; {way_out}")
-        return sessions
+        return found
 
     def stage(self, round: int, name: str) -> "Stage":
         """A stage such as (1, "2-responses"). The owner gets it ready for use: created, a broken-off reopening finished."""
@@ -408,7 +422,9 @@ def _read_manifest(path: Path) -> Manifest | None:
     if claimed != digest(fields):
         raise StageDamaged(f"{path}: not as it was written. {_way_out(path)}")
     if fields["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Use another output=DIR.")
+        raise ValueError(
+            f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another folder with output=DIR."
+        )
     names = [value for key in ("outputs", "inputs") for value in fields.get(key, {}).values()]
     if fields.keys() != Manifest.__dataclass_fields__.keys() or not all(isinstance(name, str) for name in names):
         raise StageDamaged(f"{path}: not written by this program. {_way_out(path)}")
