@@ -230,7 +230,7 @@ def _print_dropped(dropped: Mapping[str, int], kept: int) -> None:
     """Nothing is left out without a word."""
     if dropped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-        typer.echo(f"dropped {sum(dropped.values()):,} of {kept + sum(dropped.values()):,}: {reasons}")
+        log.warning("dropped %s of %s: %s", f"{sum(dropped.values()):,}", f"{kept + sum(dropped.values()):,}", reasons)
 
 
 def _count(number: int | None) -> str:
