@@ -239,6 +239,9 @@ class Training(Section):
     """Arithmetic of the forward pass; float32 master weights are kept. auto as in engine.dtype."""
     prefix_sharing: bool = True
     """Compute each prompt once for its completions; switched off by itself where a model does not allow it."""
+    save_dtype: Literal["auto", "float32", "policy"] = "auto"
+    """What the trained weights are saved in: float32, or the dtype of the policy. auto: that of the policy, unless rounding
+    would change the margin of the trained pairs by more than 5 %, as it does with small updates of bfloat16 weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     optimizer: str = "adamw_torch_fused"

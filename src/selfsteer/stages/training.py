@@ -163,7 +163,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         (unfinished / name).rename(work.stage.path / name)
     shutil.copyfile(unfinished / HISTORY, work.stage.path / HISTORY)
     reward = _what_training_did(round, work, pairs, section.beta)
-    measures = {"steps": result.steps, "reward": reward}
+    measures = {"steps": result.steps, "reward": reward, "saving": result.saving}
     with replacing(work.stage.path / MEASURES) as file:
         file.write(canonical_json(plain(measures)))
     return Contents(wanted=queries, files=(*folders, HISTORY, MEASURES))
