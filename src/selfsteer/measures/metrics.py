@@ -78,6 +78,8 @@ class Measures(TypedDict, total=False):
     """What `measure` found. Keys whose inputs were missing are absent."""
 
     pairs: int
+    dropped: dict[str, int]
+    """Rows of a file that could not be measured, by reason."""
     on_policy: OnPolicy
     margin: Margin
     length: Length

@@ -32,7 +32,7 @@ from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.records import Dropped, Message, Principles, Query
 from selfsteer.stages.base import Round, Work, inputs_of, make_stage, share_of_round
 from selfsteer.store import columns
-from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.durable import digest, file_digest, regular_file
 from selfsteer.store.folder import Contents, Origin, Stage
 
 _UNNAMED = "unnamed"
@@ -167,11 +167,10 @@ def _checks(fields: Mapping[str, object], place: str) -> tuple[str, ...]:
 
 
 def _read_file(path: Path) -> tuple[list[PrinciplePair], dict[str, PrinciplePair]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; set principles.path in the recipe")
+    regular_file(path, "set principles.path in the recipe")
     pairs: list[PrinciplePair] = []
     own: dict[str, PrinciplePair] = {}
-    for place, fields in jsonl_rows(path):
+    for place, fields, _ in jsonl_rows(path):
         if unknown := sorted(set(fields) - {"good", "bad", "quality", "query", "check", "checks"}):
             raise ValueError(f"{place}: unknown keys {unknown}; a row takes good, bad, quality, query and check (or checks)")
         good, bad = _text(fields, "good", place), _text(fields, "bad", place)

@@ -7,7 +7,6 @@ Judged are the alignment pairs and, beside a generator, the policy's own pairs (
 each; by checks the steering pairs, too. Left out on purpose: how judges judge (`judges/`), and what follows.
 """
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +30,7 @@ from selfsteer.stages.base import Round, Work, arithmetic, draw, held_out, input
 from selfsteer.stages.principles import concision_pairs, load_pool
 from selfsteer.stages.steering import POLICY_PAIRS
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, file_digest, replacing
+from selfsteer.store.durable import canonical_json, file_digest, read_json, replacing
 from selfsteer.store.folder import Contents, Origin, Stage
 
 log = logging.getLogger(__name__)
@@ -340,5 +339,6 @@ def read_contamination(stage: Stage) -> Contamination | None:
     path = stage.path / _CONTAMINATION
     if not path.exists():
         return None
-    found = json.loads(path.read_bytes())
+    way_out = f"delete {stage.path / 'MANIFEST.json'} and run the same command again"
+    found = read_json(path, {"share": dict, "files": dict}, way_out=way_out)
     return Contamination(share=Estimate(**found["share"]), files=cast("dict[str, int]", found["files"]))

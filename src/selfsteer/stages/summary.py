@@ -34,7 +34,7 @@ from selfsteer.stages.selection import SELECTION
 from selfsteer.stages.steering import POLICY_PAIRS
 from selfsteer.stages.training import BAD_GENERATOR, GOOD_GENERATOR, HISTORY, MEASURES, MODEL
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, digest, replacing
+from selfsteer.store.durable import canonical_json, digest, read_json, replacing
 from selfsteer.store.folder import RunFolder, Stage
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,14 @@ def _read_values(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_bytes())
-        values, claimed = cast("dict[str, Any]", content["values"]), content["sha256"]
-    except (ValueError, KeyError, TypeError):
-        values, claimed = {}, None
-    if claimed != digest(values):
+        content = read_json(path, {"values": dict, "sha256": str}, way_out="measuring again")
+    except ValueError as error:
+        log.warning("%s", error)
+        return {}
+    if content["sha256"] != digest(content["values"]):
         log.warning("%s: not as it was written; measuring again", path)
         return {}
-    return values
+    return content["values"]
 
 
 def _with_estimates(value: Any) -> Any:
@@ -257,7 +257,8 @@ def _add_quality(found: RoundMetrics, stage: Stage) -> None:
 
 def _training(stage: Stage) -> TrainingSummary:
     steps = [json.loads(line) for line in (stage.path / HISTORY).read_text().splitlines()]
-    measures = json.loads((stage.path / MEASURES).read_text())
+    way_out = f"delete {stage.path / 'MANIFEST.json'} and run the same command again"
+    measures = read_json(stage.path / MEASURES, {"steps": int, "reward": dict}, way_out=way_out)
     seconds = sum(step["seconds"] for step in steps)
     return TrainingSummary(
         steps=measures["steps"],
@@ -328,7 +329,7 @@ def _ended(folder: RunFolder) -> _Ended | None:
     found = folder.path / "metrics.json"
     if not found.exists() or found.stat().st_mtime_ns < (folder.path / "recipe.yaml").stat().st_mtime_ns:
         return None
-    metrics = json.loads(found.read_bytes())
+    metrics = read_json(found, {"run": dict, "rounds": list}, way_out="delete it; `selfsteer run` writes it again")
     reason = metrics["run"].get("ended")
     return None if reason is None else _Ended(len(metrics["rounds"]), reason)
 
