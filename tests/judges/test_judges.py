@@ -484,7 +484,7 @@ def test_a_stopped_run_keeps_its_answers(tmp_path: Path, monkeypatch: pytest.Mon
         raise Interrupted(15)
 
     with monkeypatch.context() as patch:
-        patch.setattr("selfsteer.judges.reward.raise_if_stopped", stopped)
+        patch.setattr("selfsteer.judges.llm.raise_if_stopped", stopped)
         with pytest.raises(Interrupted):
             judge_all([pair()], Scripted(lambda _: "A"), tmp_path)
     (verdict,) = judge_all([pair()], Scripted(lambda _: pytest.fail("asked again")), tmp_path)

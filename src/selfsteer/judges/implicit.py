@@ -75,33 +75,36 @@ def consistency_verdicts(
     all scores durable, when a signal asked to stop.
     """
 
-    def asked() -> Iterator[tuple[PreferencePair, Group | str]]:
-        """Every pair with its question, or with why it must not be asked."""
-        for item in items():
-            both = _under_both(item, judge.prompts)
-            yield item.pair, _refusal(both, judge.prompts) or judge.group(both)
+    refused: dict[int, str] = {}
 
-    groups = (group for _, group in asked() if isinstance(group, Group))
-    score_missing(judge, groups, journal, description="principle consistency", total=total)
-    for pair, group in asked():
-        if isinstance(group, str):
-            yield Consistency(failure(pair, group), failure(pair, group))
+    def asked() -> Iterator[Group]:
+        for number, item in enumerate(items()):
+            both = _under_both(item, judge.prompts)
+            reason = _refusal(both, judge.prompts)
+            if reason is None:
+                yield judge.group(both)
+            else:
+                refused[number] = reason
+
+    score_missing(judge, asked(), journal, description="principle consistency", total=total)
+    for number, item in enumerate(items()):
+        pair = item.pair
+        if number in refused:
+            yield Consistency(failure(pair, refused[number]), failure(pair, refused[number]))
             continue
-        plus, minus = scores(journal, group)
+        plus, minus = scores(journal, judge.group(_under_both(item, judge.prompts)))
         summed = [good.logps - bad.logps for good, bad in zip(plus, minus, strict=True)]
         per_token = [good.mean_logps - bad.mean_logps for good, bad in zip(plus, minus, strict=True)]
         yield Consistency(by_margin(pair, summed[0] - summed[1]), by_margin(pair, per_token[0] - per_token[1]))
 
 
-def _refusal(both: Iterable[PreferencePair], prompts: Prompts) -> str | None:
-    """Why these pairs must not be scored, or None."""
-    for pair in both:
-        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason((pair.chosen, pair.rejected), prompts)
-        if reason is not None:
-            return reason
-        if not pair.chosen.strip() or not pair.rejected.strip():
-            return "empty response"
-    return None
+def _refusal(both: tuple[PreferencePair, PreferencePair], prompts: Prompts) -> str | None:
+    """Why these pairs, which differ in their prompts, must not be scored, or None."""
+    plus, minus = both
+    reason = prompts.quarantine_reason(plus.prompt) or special_token_reason((plus.chosen, plus.rejected), prompts)
+    if reason is None and not (plus.chosen.strip() and plus.rejected.strip()):
+        reason = "empty response"
+    return reason or prompts.quarantine_reason(minus.prompt)
 
 
 def _under_both(item: Steered, prompts: Prompts) -> tuple[PreferencePair, PreferencePair]:

@@ -7,9 +7,7 @@ Left out on purpose: benchmarks; and several answers a query.
 """
 
 from collections.abc import Iterator
-from functools import partial
 
-from selfsteer.engines import open as opening
 from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import request, response, sample, seed_for
@@ -21,6 +19,7 @@ from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, PairRow, PreferencePair, Query
 from selfsteer.stages.base import Round, Work, held_out, inputs_of, make_stage
 from selfsteer.stages.quality import VERDICT_SCHEMA, VERDICTS, read_verdicts, reopen_unanswered, verdict_row
+from selfsteer.stages.responses import sampler_of
 from selfsteer.stages.training import MODEL
 from selfsteer.store import columns
 from selfsteer.store.columns import pair_row
@@ -70,13 +69,10 @@ class _Asked:
 
 
 def _answers(round: Round, work: Work, asked: _Asked, judge: RecipeJudge) -> Contents:
-    recipe = round.recipe
     for number, model in enumerate(asked.models):
         wanted = (asked.request(query, number) for query in asked.queries)
         sample(
-            partial(
-                opening.open_engine, recipe.engine, model, round.prompts, trust_remote_code=recipe.policy.trust_remote_code
-            ),
+            sampler_of(round, {"answer": model}),
             wanted,
             work.journal,
             description="answers of the aligned policy" if number == 0 else "answers of the first policy",

@@ -26,7 +26,7 @@ from selfsteer.stages.base import (
     scored_rows,
     seeds_of,
 )
-from selfsteer.stages.responses import answers_to, engine_of, requests_of
+from selfsteer.stages.responses import answers_to, requests_of, sampler_of
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
 from selfsteer.store.columns import NO_SEEDS
@@ -87,7 +87,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
         # One role after the other: the embedded engine switches adapters for all that it has under way.
         roles = ({role: model} for role, model in models.items())
         sample(
-            engine_of(round, models),
+            sampler_of(round, models),
             (
                 item
                 for role in roles
