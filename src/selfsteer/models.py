@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,11 @@ def resolve(policy: Policy) -> Checkpoint:
     return checkpoint(_from_hub(reference, policy.revision))
 
 
-def checkpoint(folder: Path) -> Checkpoint:
-    """The folder with the digest of everything in it that determines what the model computes."""
+def checkpoint(folder: Path, known: Mapping[str, str] | None = None) -> Checkpoint:
+    """The folder with the digest of everything in it that determines what the model computes.
+
+    known: digests of its files, by name, where they were taken already: weights take minutes to read.
+    """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; expected a model folder in Hugging Face format")
     if not list(folder.glob("*.safetensors")):
@@ -88,20 +92,20 @@ def checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: no .safetensors weights (pickled weights are refused); convert them with save_pretrained"
         )
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in _IDENTITY_SUFFIXES)
-    return Checkpoint(path=str(folder), digest=digest({f.name: _content_digest(f) for f in files}))
+    return Checkpoint(path=str(folder), digest=digest({f.name: _content_digest(f, known or {}) for f in files}))
 
 
 def adapted(base: Checkpoint, name: str, folder: Path) -> Checkpoint:
     """The base with the adapter in `folder` upon it, not merged."""
     settings = folder / "adapter_config.json"
-    files = {"settings": _content_digest(settings), "weights": file_digest(folder / "adapter_model.safetensors")}
+    files = {"settings": _content_digest(settings, {}), "weights": file_digest(folder / "adapter_model.safetensors")}
     adapter = Adapter(name=name, path=str(folder), rank=json.loads(settings.read_bytes())["r"])
     return Checkpoint(path=base.path, digest=digest({"base": base.digest, "adapter": files}), adapter=adapter)
 
 
-def _content_digest(file: Path) -> str:
+def _content_digest(file: Path, known: Mapping[str, str]) -> str:
     if file.name not in _CONFIGURATION:
-        return file_digest(file)
+        return known.get(file.name) or file_digest(file)
     content: dict[str, Any] = json.loads(file.read_bytes())
     return digest({key: value for key, value in content.items() if key not in _INCIDENTAL})
 

@@ -10,22 +10,24 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from selfsteer.measures.metrics import Form, Metrics, RoundMetrics, cell, find, plain
+from selfsteer.measures.metrics import Metrics, RoundMetrics, find, plain
 from selfsteer.measures.quality import reference_scores
 from selfsteer.records import PairRow
 from selfsteer.report import tables
-from selfsteer.report.tables import Table, duration
+from selfsteer.report.tables import Form, Table, cell, duration
 from selfsteer.store.durable import replacing
 
 EXAMPLES = 10
 
+T = TypeVar("T")
 
-def pick_examples(rows: Iterable[PairRow], *, n: int = EXAMPLES, seed: int = 0) -> list[PairRow]:
+
+def pick_examples(rows: Iterable[T], *, n: int = EXAMPLES, seed: int = 0) -> list[T]:
     """n rows drawn evenly from a stream (reservoir sampling, Vitter 1985), in its order."""
     rng = random.Random(seed)
-    kept: list[tuple[int, PairRow]] = []
+    kept: list[tuple[int, T]] = []
     for number, row in enumerate(rows):
         if number < n:
             kept.append((number, row))

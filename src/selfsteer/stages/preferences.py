@@ -4,12 +4,15 @@ Left out on purpose: how responses are sampled, pairs built and scored: the modu
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from selfsteer.data.exchange import read_pairs
 from selfsteer.engines.base import Request
 from selfsteer.engines.sampling import sample
+from selfsteer.measures.metrics import Comparison
+from selfsteer.measures.quality import compare
 from selfsteer.pairs import alignment_pair, item_key, reject_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import sampling_identity
@@ -22,11 +25,14 @@ from selfsteer.stages.base import (
     inputs_of,
     kept,
     make_stage,
+    measured,
     policy_as_judge,
     scored_rows,
     seeds_of,
+    taking,
 )
 from selfsteer.stages.responses import answers_to, requests_of, sampler_of
+from selfsteer.stages.steering import policy_pairs
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
 from selfsteer.store.columns import NO_SEEDS
@@ -37,8 +43,13 @@ from selfsteer.training.scoring import Group, score_missing, scores
 # --- 5: preference data ----------------------------------------------------------------------------------------------------
 
 
-def preferences_stage(round: Round, principles: Stage, responses: Stage, generators: Generators | None) -> Stage:
-    """Step 4: chosen and rejected for every bare query, from the generator; from the policy where there is none (PBAA)."""
+def preferences_stage(
+    round: Round, principles: Stage, responses: Stage, steering: Stage | None, generators: Generators | None
+) -> Stage:
+    """Step 4: chosen and rejected for every bare query, from the generator; from the policy where there is none (PBAA).
+
+    steering: holds the policy's own pairs, which those of the generator are compared with.
+    """
     recipe = round.recipe
     settings = {
         "responses": recipe.responses.model_dump(),
@@ -52,14 +63,26 @@ def preferences_stage(round: Round, principles: Stage, responses: Stage, generat
         settings["only"] = recipe.queries.holdout
     if recipe.selection.samples > 1:
         settings["samples"] = [recipe.selection.samples, recipe.queries.holdout]
-    if generators is None:
+    if generators is None or steering is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
         return make_stage(round, "5-preferences", origin, lambda work: _own_preferences(round, work, responses))
-    inputs = inputs_of(round, principles=principles, generator=generators.good)
+    inputs = inputs_of(round, principles=principles, steering=steering, generator=generators.good)
     if generators.bad != generators.good:
         inputs |= inputs_of(round, bad_generator=generators.bad)
     origin = Origin(settings=settings, inputs=inputs)
-    return make_stage(round, "5-preferences", origin, lambda work: _preferences(round, work, principles, generators))
+
+    def make(work: Work) -> Contents:
+        measures = taking(
+            pairs=lambda: measured(work.stage.written()), comparison=lambda: _compared(work.stage.written(), steering)
+        )
+        return replace(_preferences(round, work, principles, generators), measures=measures)
+
+    return make_stage(round, "5-preferences", origin, make)
+
+
+def _compared(rows: Iterator[dict[str, Any]], steering: Stage) -> Comparison:
+    """The generator's pairs with those of the policy."""
+    return compare(cast("Iterator[PairRow]", rows), cast("Iterator[PairRow]", policy_pairs(steering)))
 
 
 def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
@@ -137,7 +160,12 @@ def _preference_pairs(
             else:
                 yield from scored_rows(work.journal, group(item), item.principles, seeds_of(item))
 
-    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+    return _pairs(work, wanted=total, rows=rows(), dropped=dropped)
+
+
+def _pairs(work: Work, *, wanted: int, rows: Iterator[PairRow], dropped: list[Dropped]) -> Contents:
+    measures = taking(pairs=lambda: measured(work.stage.written()))
+    return Contents(wanted=wanted, rows=rows, dropped=dropped, schema=columns.PAIRS, measures=measures)
 
 
 def given_stage(round: Round, pairs: Path) -> Stage:
@@ -168,7 +196,7 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
                 [scored] = scores(work.journal, item)
                 yield columns.scored_row(item.pairs[0], scored, None, NO_SEEDS)
 
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+    return _pairs(work, wanted=wanted, rows=rows(), dropped=dropped)
 
 
 def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[PreferencePair | Dropped]:

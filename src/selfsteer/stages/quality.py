@@ -15,23 +15,33 @@ from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
 
-from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge
+from selfsteer.judges.find import RecipeJudge, ask
 from selfsteer.judges.implicit import Steered, consistency_verdicts
-from selfsteer.measures.contamination import check_files, contamination, overlaps, read_evaluation
+from selfsteer.measures.contamination import contamination, overlaps, read_evaluation
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.metrics import Contamination, plain
 from selfsteer.measures.verdicts import JudgeReport, Orders, Verdict, judge_report, unanswered
-from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Message, PreferencePair, Query
-from selfsteer.stages.base import Round, Work, arithmetic, draw, held_out, inputs_of, kept, make_stage, policy_as_judge
-from selfsteer.stages.steering import POLICY_PAIRS
+from selfsteer.stages.base import (
+    Round,
+    Work,
+    arithmetic,
+    draw,
+    held_out,
+    inputs_of,
+    kept,
+    make_stage,
+    policy_as_judge,
+    read_measures,
+    write_measures,
+)
+from selfsteer.stages.status import QUALITY, is_judged
+from selfsteer.stages.steering import policy_pairs
 from selfsteer.store import columns
 from selfsteer.store.durable import canonical_json, file_digest, replacing
 from selfsteer.store.folder import Contents, Origin, Stage
 
 log = logging.getLogger(__name__)
-
-QUALITY = "5-quality"
 
 VERDICTS, _CONTAMINATION = "verdicts.parquet", "contamination.json"
 
@@ -57,28 +67,14 @@ VERDICT_SCHEMA = pa.schema(
 )
 
 
-def measured(recipe: Recipe, *, principles: bool) -> bool:
-    """Whether the recipe asks for anything here. principles: the pairs come with the principles they were sampled under."""
-    consistency = recipe.quality.principle_consistency and principles
-    return consistency or recipe.judge.kind != "none" or bool(recipe.quality.evaluation_files)
-
-
-def check_judging(recipe: Recipe) -> None:
-    """Raises ValueError for a judge or an evaluation file that is not there, before anything is sampled."""
-    judge = find_judge(recipe.judge, recipe.policy)
-    if judge is not None:
-        check_judge(judge)
-    check_files([Path(file) for file in recipe.quality.evaluation_files])
-
-
 def quality_stage(
     round: Round, preferences: Stage, steering: Stage | None = None, *, principles: bool = True
 ) -> Stage | None:
     """Verdicts on the pairs of stage 5, and of stage 3 where there is one; None where the recipe asks for none."""
     recipe = round.recipe
-    if not measured(recipe, principles=principles):
+    if not is_judged(recipe, principles=principles):
         return None
-    judge = find_judge(recipe.judge, recipe.policy)
+    judge = round.judge
     files = {f"evaluation {number}": file_digest(Path(file)) for number, file in enumerate(recipe.quality.evaluation_files)}
     inputs = inputs_of(round, preferences=preferences) | files
     if steering is not None:
@@ -96,7 +92,7 @@ def quality_stage(
     # In stage 5 of a run without a generator stand the policy's own pairs.
     sets: dict[DataSet, Callable[[], Iterator[dict[str, Any]]]] = {}
     if steering is not None:
-        sets["pbaa"] = lambda: columns.file_rows(steering.path / POLICY_PAIRS)
+        sets["pbaa"] = lambda: policy_pairs(steering)
     sets["pbaa" if recipe.generator.kind == "none" and principles else "alignment"] = preferences.rows
     task = _Task(judge, bool(settings["principle_consistency"]), sets)
     origin = Origin(settings=settings, inputs=inputs)
@@ -109,7 +105,7 @@ def reopen_unanswered(stage: Stage, origin: Origin) -> None:
     if not stage.is_current(origin.fingerprint):
         return
     stage.verify()
-    if any(unanswered(verdicts) for judges in read_verdicts(stage).values() for verdicts in judges.values()):
+    if any(unanswered(report) for judges in read_reports(stage).values() for report in judges.values()):
         log.info("%s: the judge left pairs unanswered; it is asked again for those", stage.path.name)
         stage.reopen()
 
@@ -127,8 +123,7 @@ def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Conte
         for by, verdicts in _judged(round, work, rows, task)
         for verdict in verdicts
     )
-    columns.write_rows(work.stage.path / VERDICTS, found, VERDICT_SCHEMA)
-    files = [VERDICTS]
+    files = [*write_verdicts(work.stage, found)]
     if round.recipe.quality.evaluation_files:
         _write_contamination(work.stage.path / _CONTAMINATION, round.recipe.quality.evaluation_files, preferences)
         files.append(_CONTAMINATION)
@@ -178,6 +173,14 @@ def verdict_row(name: DataSet, by: JudgeName, verdict: Verdict) -> dict[str, Any
     }
 
 
+def write_verdicts(stage: Stage, rows: Iterator[dict[str, Any]]) -> tuple[str, ...]:
+    """The verdicts and what they say, as files to be sealed."""
+    columns.write_rows(stage.path / VERDICTS, rows, VERDICT_SCHEMA)
+    found = read_verdicts(stage).items()
+    reports = {name: {by: judge_report(verdicts) for by, verdicts in judges.items()} for name, judges in found}
+    return (VERDICTS, write_measures(stage, {"reports": reports}))
+
+
 def read_verdicts(stage: Stage) -> dict[DataSet, dict[JudgeName, list[Verdict]]]:
     """The sealed verdicts, by set of pairs and judge."""
     found: defaultdict[DataSet, defaultdict[JudgeName, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
@@ -190,10 +193,7 @@ def read_verdicts(stage: Stage) -> dict[DataSet, dict[JudgeName, list[Verdict]]]
 
 def read_reports(stage: Stage) -> dict[DataSet, dict[JudgeName, JudgeReport]]:
     """What the sealed verdicts say."""
-    return {
-        name: {by: judge_report(verdicts) for by, verdicts in judges.items()}
-        for name, judges in read_verdicts(stage).items()
-    }
+    return read_measures(stage)["reports"]
 
 
 # --- contamination ---------------------------------------------------------------------------------------------------------

@@ -11,15 +11,15 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
-from selfsteer.judges.find import RecipeJudge, ask, find_judge
+from selfsteer.judges.find import RecipeJudge, ask
 from selfsteer.measures.quality import reference_scores
 from selfsteer.measures.text import similarity, words
 from selfsteer.measures.verdicts import Verdict, by_margin
-from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Selection
 from selfsteer.records import Dropped, PairRow, ScoredPair
-from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, policy_as_judge
-from selfsteer.stages.training import MODEL, Generators
+from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, measured, policy_as_judge, taking
+from selfsteer.stages.status import SELECTION
+from selfsteer.stages.training import Generators, model_of
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, borrow
 from selfsteer.training.scoring import Group, score_missing, scores
@@ -151,9 +151,6 @@ def _length(row: PairRow, side: Literal["chosen", "rejected"]) -> int:
     return tokens[0] if side == "chosen" else tokens[1]
 
 
-SELECTION = "5-selection"
-
-
 class Candidates(NamedTuple):
     """A round's pairs, and what they can be scored with."""
 
@@ -178,7 +175,7 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
     }
     rank = _by_generator(round, candidates)
     if section.by == "judge":
-        judge = find_judge(round.recipe.judge, round.recipe.policy)
+        judge = round.judge
         assert judge is not None, "checked when the recipe was read"
         inputs |= judge.inputs()
         settings["judge"] = judge.settings()
@@ -219,7 +216,8 @@ def _selected(
                 yield item.row
 
     wanted = sum(1 for _ in _lessons(candidates.preferences, held_out(round)))
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+    measures = taking(pairs=lambda: measured(work.stage.written()))
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS, measures=measures)
 
 
 def _lessons(preferences: Stage, spared: frozenset[str]) -> Iterator[dict[str, Any]]:
@@ -243,7 +241,7 @@ def _by_generator(round: Round, candidates: Candidates) -> Rank:
 
     def rank(work: Work) -> Iterator[Ranked | Dropped]:
         assert candidates.generators is not None
-        model = checkpoint(candidates.generators.good.path / MODEL)
+        model = model_of(candidates.generators.good)
         judge = policy_as_judge(round)._replace(model=model)
         spared = held_out(round)
 

@@ -4,6 +4,7 @@ Left out on purpose: how pairs are built (`pairs.py`) and scored (`reference.py`
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from selfsteer.pairs import alignment_pair, item_key, steering_pairs, steering_reject_reason, usable
 from selfsteer.records import Dropped, PairRow, Responses
@@ -14,9 +15,11 @@ from selfsteer.stages.base import (
     inputs_of,
     kept,
     make_stage,
+    measured,
     policy_as_judge,
     scored_rows,
     seeds_of,
+    taking,
 )
 from selfsteer.store import columns
 from selfsteer.store.columns import NO_SEEDS
@@ -25,6 +28,11 @@ from selfsteer.training.scoring import Group, score_missing
 
 POLICY_PAIRS = "policy-pairs.parquet"
 """The policy's own responses as alignment pairs (PBAA), scored: what the generator's pairs are compared with."""
+
+
+def policy_pairs(stage: Stage) -> Iterator[dict[str, Any]]:
+    """Their rows."""
+    return columns.file_rows(stage.path / POLICY_PAIRS)
 
 
 def steering_stage(round: Round, responses: Stage) -> Stage:
@@ -70,5 +78,14 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
             else:
                 yield from scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
 
-    each = 2 if objective in ("sso", "equation_3") else 1
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS, rows_each=each, files=(POLICY_PAIRS,))
+    return Contents(
+        wanted=wanted,
+        rows=rows(),
+        dropped=dropped,
+        schema=columns.PAIRS,
+        rows_each=2 if objective in ("sso", "equation_3") else 1,
+        measures=taking(
+            pairs=lambda: measured(work.stage.written()), policy_pairs=lambda: measured(policy_pairs(work.stage))
+        ),
+        files=(POLICY_PAIRS,),
+    )

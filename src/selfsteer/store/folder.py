@@ -36,7 +36,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -100,6 +100,9 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
 
+MEASURES = "measures.json"
+"""What a stage seals beside its rows or its model: numbers about them."""
+
 # Rows of responses carry thousands of token ids each; as Python objects a group of this size stays below about 50 MB.
 _ROW_GROUP = 256
 
@@ -143,8 +146,12 @@ class Contents:
     """Columns of the rows, missing values null; inferred from the first 256 rows when absent."""
     rows_each: int = 1
     """Rows of one kept item: 2 where a query makes two pairs."""
+    measures: Callable[[], Mapping[str, Any]] | None = None
+    """Takes what MEASURES is to hold (JSON values), when the rows are written: they can be read with `Stage.written`."""
     files: tuple[str, ...] = ()
     """Files and folders that the stage wrote itself, relative to its folder; a folder counts with all it holds."""
+    known: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Digests of such files, by path relative to the stage, where they were taken already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,6 +325,10 @@ class Stage:
         if contents.rows is not None:
             names.append(_DATA)
             rows = _write_rows(self.path / _DATA, contents.rows, contents.schema)
+        if contents.measures is not None:
+            names.append(MEASURES)
+            with replacing(self.path / MEASURES) as file:
+                file.write(canonical_json(contents.measures()))
         reasons = _write_dropped(self.path / _DROPPED, contents.dropped)
         lost = reasons.total()
         kept = contents.wanted - lost
@@ -326,6 +337,7 @@ class Stage:
                 f"{self.path}: wanted {contents.wanted:,}, dropped {lost:,}, but wrote {rows:,} rows where"
                 f" {kept:,} x {contents.rows_each} were due. Every item must be kept or dropped with a reason."
             )
+        outputs = {path.relative_to(self.path).as_posix(): path for path in _files(self.path, names)}
         manifest = Manifest(
             stage=f"{self.path.parent.name}/{self.path.name}",
             schema_version=SCHEMA_VERSION,
@@ -335,7 +347,7 @@ class Stage:
             dropped=dict(reasons.most_common()),
             settings=dict(origin.settings),
             inputs=dict(origin.inputs),
-            outputs={path.relative_to(self.path).as_posix(): _settle(path) for path in _files(self.path, names)},
+            outputs={name: _settle(path, contents.known.get(name)) for name, path in outputs.items()},
             seconds=seconds,
             created=_now(),
         )
@@ -347,7 +359,24 @@ class Stage:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of a sealed stage, in order, a row group in memory at a time."""
         self._sealed()
+        return self.written()
+
+    def written(self) -> Iterator[dict[str, Any]]:
+        """The same rows for `Contents.measures`, just before the stage is sealed."""
         return _read_rows(self.path / _DATA)
+
+    def column(self, name: str) -> list[Any]:
+        """One column of the rows of a sealed stage; nothing else is read."""
+        self._sealed()
+        return pq.read_table(self.path / _DATA, columns=[name]).column(name).to_pylist()
+
+    def picked(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The rows with these numbers, which ascend; row groups without one are not read."""
+        self._sealed()
+        with pq.ParquetFile(self.path / _DATA) as file:
+            for group, some in groupby(numbers, lambda number: number // _ROW_GROUP):
+                rows = file.read_row_group(group).slice
+                yield from (rows(number % _ROW_GROUP, 1).to_pylist()[0] for number in some)
 
     def dropped(self) -> Iterator[Dropped]:
         """The items that a sealed stage did not keep."""
@@ -443,11 +472,11 @@ def _files(stage: Path, names: Iterable[str]) -> Iterator[Path]:
             yield path
 
 
-def _settle(path: Path) -> str:
+def _settle(path: Path, known: str | None) -> str:
     """Force an output to the disk, with its place in its folder; returns its digest."""
     sync(path)
     sync(path.parent)
-    return file_digest(path)
+    return known or file_digest(path)
 
 
 _PARTS = "parts"
