@@ -37,7 +37,9 @@ class Prompts:
     @cached_property
     def digest(self) -> str:
         """Digest of what determines the token ids of messages: with theirs, that of the ids."""
-        vocabulary = digest(self.tokenizer.get_vocab())
+        size, some = len(self.tokenizer), 4096
+        parts = (range(start, min(start + some, size)) for start in range(0, size, some))
+        vocabulary = [digest(self.tokenizer.convert_ids_to_tokens(list(ids))) for ids in parts]
         template = {"chat_template": self.tokenizer.chat_template, "system_role": self.system_role}
         return digest({**template, "vocabulary": vocabulary})
 
