@@ -142,9 +142,9 @@ class ScriptedEngine:
         from selfsteer.engines.base import Completion
 
         for request in requests:
-            ids = tuple(hashlib.shake_128(request.key.encode()).digest(RESPONSE_WORDS))
+            ids = tuple(1000 + byte for byte in hashlib.shake_128(request.key.encode()).digest(RESPONSE_WORDS))
             text = words(request.key, RESPONSE_WORDS)
-            yield Completion(key=request.key, text=text, token_ids=ids, finish_reason="stop")
+            yield Completion(key=request.key, text=text, token_ids=ids, finish_reason="stop", end_id=2)
 
 
 @contextmanager
@@ -153,11 +153,13 @@ def scripted_scorer(*_: Any) -> Generator[None]:
 
 
 def scripted_scores(_: None, groups: Iterable[Sequence[Any]]) -> Iterator[list[Any]]:
-    from selfsteer.records import Scored, ScoredPair
+    from dataclasses import replace
 
-    scored = Scored(logps=-200.0, tokens=RESPONSE_WORDS)
+    def scored(side: Any) -> Any:
+        return replace(side, logps=-200.0, tokens=RESPONSE_WORDS)
+
     for group in groups:
-        yield [ScoredPair(scored, scored) for _ in group]
+        yield [replace(pair, chosen=scored(pair.chosen), rejected=scored(pair.rejected)) for pair in group]
 
 
 def scripted_training(job: Any, _: Any) -> Any:

@@ -141,7 +141,7 @@ def texts(source: Path | None, count: int, prompts: Any) -> list[tuple[str, str,
 
 
 def steering(rows: list[tuple[str, str, str]], prompts: Any) -> list[list[Any]]:
-    from selfsteer.records import Message, PreferencePair
+    from selfsteer.records import Message, Pair, side
 
     groups = []
     for number, (query, good, bad) in enumerate(rows):
@@ -150,17 +150,17 @@ def steering(rows: list[tuple[str, str, str]], prompts: Any) -> list[list[Any]]:
         plus, minus = (prompts.steer(messages, principle) for principle in (GOOD, BAD))
         groups.append(
             [
-                PreferencePair(query_id=str(number), kind="l_plus", prompt=plus, chosen=good, rejected=bad),
-                PreferencePair(query_id=str(number), kind="l_minus", prompt=minus, chosen=original, rejected=good),
+                Pair(query_id=str(number), kind="l_plus", prompt=plus, chosen=side(good), rejected=side(bad)),
+                Pair(query_id=str(number), kind="l_minus", prompt=minus, chosen=side(original), rejected=side(good)),
             ]
         )
     return groups
 
 
 def pair_json(pair: Any) -> dict[str, Any]:
-    from dataclasses import asdict
+    from selfsteer.store import columns
 
-    return asdict(pair)
+    return columns.pair_row(pair)
 
 
 def compare(case: str, folder: Path, work: dict[str, float], repeats: int) -> None:
@@ -220,28 +220,23 @@ def run_selfsteer(folder: Path, dtype: str, lora: bool) -> dict[str, float]:
     import pyarrow.parquet as pq
 
     from selfsteer.recipe.sections import Lora, Policy, Training
-    from selfsteer.records import PreferencePair
-    from selfsteer.store.columns import pair_row
+    from selfsteer.store import columns
     from selfsteer.training.scoring import open_scorer, score
     from selfsteer.training.train import TrainingJob, train
     from selfsteer.training.trainer import read_history
 
     policy = Policy(model=(folder / "policy").read_text())
     training = Training(dtype=dtype, lora=Lora() if lora else None, save_steps=1000)
-    groups = [[PreferencePair(**pair) for pair in group] for group in json.loads((folder / "groups.json").read_text())]
+    groups = [[columns.pair(row) for row in group] for group in json.loads((folder / "groups.json").read_text())]
     pairs = folder / "pairs.parquet"
     seconds_file = folder / "seconds"
     if os.fork() == 0:
         rows = []
         with open_scorer(policy, training) as scorer:
             ends = [time.perf_counter()]
-            for group, scores in zip(groups, score(scorer, groups), strict=True):
+            for group in score(scorer, groups):
                 ends.append(time.perf_counter())
-                for pair, (chosen, rejected) in zip(group, scores, strict=True):
-                    counts = {"chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens}
-                    rows.append(
-                        pair_row(pair) | {"ref_chosen_logps": chosen.logps, "ref_rejected_logps": rejected.logps} | counts
-                    )
+                rows += map(columns.pair_row, group)
             # The first one includes the check that prompts may be shared, which a training pays once.
             first, *others = (end - start for start, end in itertools.pairwise(ends))
             reference = statistics.mean(others) * len(groups)
@@ -283,13 +278,7 @@ def run_trl(folder: Path, dtype: str, lora: bool, *, precompute: bool) -> dict[s
 
     policy = (folder / "policy").read_text()
     pairs = [pair for group in json.loads((folder / "groups.json").read_text()) for pair in group]
-    data = Dataset.from_list(
-        [
-            {"prompt": pair["prompt"]}
-            | {name: [{"role": "assistant", "content": pair[name]}] for name in ("chosen", "rejected")}
-            for pair in pairs
-        ]
-    )
+    data = Dataset.from_list([{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs])
     args = DPOConfig(
         output_dir=tempfile.mkdtemp(dir=folder),
         loss_type=["sigmoid", "sft"],

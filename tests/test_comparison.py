@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,17 @@ from selfsteer.compare import ARMS, ArmRun, arm_recipe, check_arms, query_values
 from selfsteer.measures.metrics import RoundMetrics
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.recipe.sections import Recipe
-from selfsteer.records import PairRow
+from selfsteer.records import Pair, side
 
 RecipeOf = Callable[..., dict[str, Any]]
 SERVER = {"kind": "openai", "base_url": "http://localhost:1/v1", "model": "large"}
 JUDGE = {"kind": "llm", "model": "somewhere"}
 
 
-def pair(query: str, chosen: float, rejected: float) -> PairRow:
+def pair(query: str, chosen: float, rejected: float) -> Pair:
     """A pair of two-token responses with these summed log-probabilities."""
-    return PairRow(
-        prompt=[],
-        chosen=[],
-        rejected=[],
-        query_id=query,
-        kind="alignment",
-        chosen_finish="stop",
-        rejected_finish="stop",
-        ref_chosen_logps=chosen,
-        ref_rejected_logps=rejected,
-        chosen_tokens=2,
-        rejected_tokens=2,
-    )
+    sides = [replace(side("Yes."), logps=logps, tokens=2) for logps in (chosen, rejected)]
+    return Pair(query_id=query, kind="alignment", prompt=(), chosen=sides[0], rejected=sides[1])
 
 
 def test_values_by_hand():

@@ -1,15 +1,17 @@
 """Pairs as literals (DESIGN section 1: the table of L_SSO), and every filter with texts that it must and must not drop."""
 
+from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from tiny import tiny_tokenizer
+from tiny import END_ID, START_ID, tiny_tokenizer
 
 from selfsteer import pairs
 from selfsteer.measures import text
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Filters
-from selfsteer.records import PreferencePair, Principles, Query, Response, Responses
+from selfsteer.records import Pair, Principles, Query, Response, Responses, Side, side
 from selfsteer.store import columns
 
 QUERY = Query(id="q1", messages=({"role": "user", "content": "What is the capital of France?"},))
@@ -26,7 +28,8 @@ X_MINUS = ({"role": "system", "content": PRINCIPLES.bad}, {"role": "user", "cont
 
 
 def response(text: str, *, tokens: int = 10, finish: Any = "stop", seed: int = 0) -> Response:
-    return Response(text=text, token_ids=tuple(range(tokens)), finish_reason=finish, seed=seed)
+    ids = tuple(range(10, 10 + tokens))
+    return Response(text=text, token_ids=ids, finish_reason=finish, seed=seed, end_id=END_ID if finish == "stop" else None)
 
 
 def answered(original: Response | None) -> Responses:
@@ -44,16 +47,13 @@ def prompts() -> Prompts:
     return Prompts(tiny_tokenizer())
 
 
-def pair(kind: Any, prompt: Any, chosen: tuple[str, Any], rejected: tuple[str, Any]) -> PreferencePair:
-    return PreferencePair(
-        query_id="q1",
-        kind=kind,
-        prompt=prompt,
-        chosen=chosen[0],
-        rejected=rejected[0],
-        chosen_finish=chosen[1],
-        rejected_finish=rejected[1],
-    )
+IDS = {"stop": (*range(10, 20), END_ID), "length": tuple(range(10, 20))}
+"""Of `response`: what ended it belongs to what was sampled."""
+
+
+def pair(kind: Any, prompt: Any, chosen: tuple[str, Any], rejected: tuple[str, Any]) -> Pair:
+    sides = [replace(side(*each), token_ids=IDS[each[1]], seed=0) for each in (chosen, rejected)]
+    return Pair(query_id="q1", kind=kind, prompt=prompt, chosen=sides[0], rejected=sides[1], principles=PRINCIPLES)
 
 
 GOOD, BAD, ORIGINAL = ("Paris is the capital.", "stop"), ("Some town, maybe.", "length"), ("It is Paris.", "stop")
@@ -73,7 +73,7 @@ L_MINUS = pair("l_minus", X_MINUS, ORIGINAL, GOOD)
         ("l_minus", (L_MINUS,)),
     ],
 )
-def test_steering_pairs(prompts: Prompts, objective: Any, expected: tuple[PreferencePair, ...]):
+def test_steering_pairs(prompts: Prompts, objective: Any, expected: tuple[Pair, ...]):
     """L+ is (x+, y+, y-); L- is (x-, y_o, y+), in equation 3 (x-, y-, y+)."""
     assert pairs.steering_pairs(answered(response("It is Paris.")), prompts, objective) == expected
 
@@ -85,28 +85,54 @@ def test_sso_is_the_objective_unless_another_is_named(prompts: Prompts):
 @pytest.mark.parametrize("objective", ["equation_3", "l_plus"])
 def test_the_original_response_is_not_needed_where_nothing_trains_on_it(prompts: Prompts, objective: Any):
     made = pairs.steering_pairs(answered(None), prompts, objective)
-    assert {text for each in made for text in (each.chosen, each.rejected)} == {GOOD[0], BAD[0]}
+    assert {each.text for pair in made for each in (pair.chosen, pair.rejected)} == {GOOD[0], BAD[0]}
 
 
 def test_the_alignment_pair_is_on_the_bare_query():
-    made = pairs.alignment_pair(QUERY, response("Paris."), response("Nice?", finish="length"))
-    assert made == pair("alignment", QUERY.messages, ("Paris.", "stop"), ("Nice?", "length"))
+    made = pairs.alignment_pair(answered(None))
+    assert made == pair("alignment", QUERY.messages, GOOD, BAD)
 
 
-def test_a_row_is_conversational():
-    row = columns.pair_row(L_MINUS)
-    assert row == {
-        "prompt": [
+def test_a_row_is_conversational_and_comes_back_as_the_pair():
+    made = replace(L_MINUS, chosen=replace(L_MINUS.chosen, logps=-3.5, tokens=4))
+    row = columns.pair_row(made)
+    assert [list(row[name]) for name in ("prompt", "chosen", "rejected")] == [
+        [
             {"role": "system", "content": PRINCIPLES.bad},
             {"role": "user", "content": "What is the capital of France?"},
         ],
-        "chosen": [{"role": "assistant", "content": "It is Paris."}],
-        "rejected": [{"role": "assistant", "content": "Paris is the capital."}],
-        "query_id": "q1",
-        "kind": "l_minus",
-        "chosen_finish": "stop",
-        "rejected_finish": "stop",
-    }
+        [{"role": "assistant", "content": "It is Paris."}],
+        [{"role": "assistant", "content": "Paris is the capital."}],
+    ]
+    table = pa.Table.from_pylist([row], schema=columns.PAIRS)
+    assert row.keys() == set(table.column_names)
+    [read] = map(columns.pair, table.to_pylist())
+    assert read == made
+
+
+@pytest.mark.parametrize(
+    ("finish", "end_id", "reencoded", "expected"),
+    [
+        ("stop", END_ID, False, (7, 8, END_ID)),
+        ("stop", 5, False, (7, 8, 5)),  # whichever of several end tokens it was
+        ("length", None, False, (7, 8)),
+        ("stop", None, False, None),  # what ended it is not known
+        ("stop", None, True, None),
+        ("length", None, True, None),
+    ],
+)
+def test_a_pair_carries_what_was_sampled(finish: Any, end_id: int | None, reencoded: bool, expected: Any):
+    sampled = Response(text="Yes.", token_ids=(7, 8), finish_reason=finish, seed=3, end_id=end_id, reencoded=reencoded)
+    made = pairs.answer_pair(QUERY, sampled, response("No."))
+    assert made.chosen == Side(
+        messages=({"role": "assistant", "content": "Yes."},), finish=finish, token_ids=expected, seed=3
+    )
+
+
+def test_special_tokens_in_the_middle_of_what_was_sampled_are_found_though_the_text_leaves_them_out(prompts: Prompts):
+    inner = replace(response("Paris."), token_ids=(10, START_ID, 11))
+    assert pairs.sampled_special_reason([response("Paris."), inner], prompts) == "special tokens in a response"
+    assert pairs.sampled_special_reason([response("Paris.")], prompts) is None
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------------

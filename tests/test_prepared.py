@@ -16,7 +16,7 @@ from selfsteer.engines.sampling import Sampler, request, sample
 from selfsteer.judges.llm import LLMJudge, judge_template, sampled_verdicts
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe
-from selfsteer.records import Message, PreferencePair
+from selfsteer.records import Message, Pair, side
 from selfsteer.stages import training
 from selfsteer.store import folder as store
 from selfsteer.store.folder import Stage
@@ -90,8 +90,12 @@ def test_a_judge_renders_what_it_sends(renderings: list[str], tmp_path: Path):
     """Two prompts a pair, each checked and sent as one rendering; with two retries of nonsense, four more; to read, two."""
     judge = LLMJudge(name="j", prompts=Prompts(tiny_tokenizer()), template=judge_template(), retries=2)
     pairs = [
-        PreferencePair(
-            query_id="q", kind="given", prompt=(Message(role="user", content="?"),), chosen="Yes.", rejected="No."
+        Pair(
+            query_id="q",
+            kind="given",
+            prompt=(Message(role="user", content="?"),),
+            chosen=side("Yes."),
+            rejected=side("No."),
         )
     ]
 

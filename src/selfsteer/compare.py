@@ -17,13 +17,13 @@ from selfsteer.cluster import cluster_of
 from selfsteer.engines.open import check_engines
 from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference
 from selfsteer.measures.metrics import RoundMetrics, TrainingSummary
-from selfsteer.measures.quality import reference_scores
+from selfsteer.measures.quality import scored
 from selfsteer.measures.verdicts import Verdict, judge_report, points
 from selfsteer.pipeline import Prepared, finish, first_round, log, make_data, prepare, write_report
 from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.recipe.text import Override, apply_override
-from selfsteer.records import PairRow
+from selfsteer.records import Pair
 from selfsteer.report.comparison import (
     BASELINE,
     ArmResult,
@@ -39,6 +39,7 @@ from selfsteer.stages.preferences import given_stage
 from selfsteer.stages.quality import JudgeName, quality_stage, read_verdicts
 from selfsteer.stages.status import method_of
 from selfsteer.stages.training import policy_stage
+from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder
 
 
@@ -139,25 +140,24 @@ class ArmRun(NamedTuple):
     """Of the aligned policy over the first one, on the held-out queries."""
 
 
-def query_values(rows: Iterator[PairRow], verdicts: Mapping[JudgeName, Sequence[Verdict]], only: frozenset[str]) -> Values:
+def query_values(pairs: Iterator[Pair], verdicts: Mapping[JudgeName, Sequence[Verdict]], only: frozenset[str]) -> Values:
     """Every measure of each held-out query; a query with several pairs counts with their mean."""
     gathered: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        query = row["query_id"]
-        scored = reference_scores(row)
-        if query not in only or scored is None:
+    for pair in pairs:
+        if pair.query_id not in only or not scored(pair):
             continue
-        chosen, rejected = (math.exp(side.mean_logps) for side in scored)
+        good, bad = pair.chosen.score, pair.rejected.score
+        chosen, rejected = math.exp(good.mean_logps), math.exp(bad.mean_logps)
         found = {
             "on_policy_chosen": chosen,
             "on_policy_rejected": rejected,
             "on_policy_all": (chosen + rejected) / 2,
-            "margin_per_token": scored.chosen.mean_logps - scored.rejected.mean_logps,
-            "length_chosen": float(scored.chosen.tokens),
-            "length_rejected": float(scored.rejected.tokens),
+            "margin_per_token": good.mean_logps - bad.mean_logps,
+            "length_chosen": float(good.tokens),
+            "length_rejected": float(bad.tokens),
         }
         for name, value in found.items():
-            gathered[name][query].append(value)
+            gathered[name][pair.query_id].append(value)
     judged: dict[JudgeName, str] = {"judge": "accuracy", "principle_consistency": "principle_consistency"}
     for by, name in judged.items():
         for verdict in verdicts.get(by, ()):
@@ -284,7 +284,7 @@ def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lenders: tuple[RunFo
         else:
             metrics = summary.unaligned(folder, recipe, method)
             write_report(folder, metrics, recipe.seed)
-        rows = cast("Iterator[PairRow]", preferences.rows())
+        pairs = map(columns.pair, preferences.rows())
         verdicts = {} if quality is None else read_verdicts(quality)
-        values = query_values(rows, verdicts.get("pbaa" if method == "pbaa" else "alignment", {}), held_out(round))
+        values = query_values(pairs, verdicts.get("pbaa" if method == "pbaa" else "alignment", {}), held_out(round))
         return ArmRun(values, metrics["rounds"][0], wins)

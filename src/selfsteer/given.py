@@ -9,20 +9,18 @@ from selfsteer.data.exchange import read_pairs
 from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
 from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
-from selfsteer.measures.quality import measure, reference_scores
+from selfsteer.measures.quality import measure, scored
 from selfsteer.measures.verdicts import JudgeReport, judge_report
 from selfsteer.models import load_tokenizer, resolve
 from selfsteer.pipeline import finish, first_round, may_align, prepare
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe, Training, dump
-from selfsteer.records import PairRow, PreferencePair
+from selfsteer.records import Pair
 from selfsteer.stages import summary
 from selfsteer.stages.preferences import given_stage, usable_pairs
 from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.training import policy_stage
-from selfsteer.store import columns
-from selfsteer.store.columns import NO_SEEDS
 from selfsteer.store.folder import RunFolder
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
@@ -37,13 +35,11 @@ def measure_given(path: Path, policy: str, trained: str | None = None) -> Measur
     training = Training() if trained is None else Training(dtype="float32")
     with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         before = _Scored(path, _scorer(policy, training), journal)
-        measures = measure(row for _, row in before.rows())
-        likely = ((pair, scored) for pair, row in before.rows() if (scored := reference_scores(row)) is not None)
-        measures["likelihood"] = judge_report(likelihood_verdicts(likely))
+        measures = measure(before.pairs())
+        measures["likelihood"] = judge_report(likelihood_verdicts(filter(scored, before.pairs())))
         if trained is not None:
             after = _Scored(path, _scorer(trained, training), journal)
-            scored = (found for _, row in after.rows() if (found := reference_scores(row)) is not None)
-            measures["implicit_reward"] = judge_report(implicit_verdicts(before.rows(), scored, beta=1.0))
+            measures["implicit_reward"] = judge_report(implicit_verdicts(before.pairs(), after.pairs(), beta=1.0))
         return measures
 
 
@@ -62,22 +58,21 @@ class _Scored:
 
     def _groups(self) -> Iterator[Group]:
         for item in usable_pairs(self._path, self._judge.prompts, None):
-            if isinstance(item, PreferencePair):
+            if isinstance(item, Pair):
                 yield self._judge.group((item,))
 
-    def rows(self) -> Iterator[tuple[PreferencePair, PairRow]]:
-        """Each pair with the columns of its log-probabilities."""
+    def pairs(self) -> Iterator[Pair]:
+        """Each pair with its log-probabilities."""
         for group in self._groups():
-            [scored] = scores(self._journal, group)
-            yield group.pairs[0], columns.scored_row(group.pairs[0], scored, None, NO_SEEDS)
+            yield from scores(self._journal, group)
 
 
 def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
     """What a judge says about a preference dataset; nothing is kept. policy: whose prompts decide which pairs are usable."""
     prompts = Prompts(load_tokenizer(resolve(policy).path))
 
-    def pairs() -> Iterator[PreferencePair]:
-        return (item for item in usable_pairs(path, prompts, None) if isinstance(item, PreferencePair))
+    def pairs() -> Iterator[Pair]:
+        return (item for item in usable_pairs(path, prompts, None) if isinstance(item, Pair))
 
     with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         return judge_report(ask(judge, pairs, journal, total=sum(1 for _ in pairs())))

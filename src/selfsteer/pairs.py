@@ -4,14 +4,15 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from selfsteer.measures.text import is_refusal, leaks_principle, similarity
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Filters, ObjectiveName
-from selfsteer.records import Message, PairKind, PreferencePair, Principles, Query, Response, Responses
+from selfsteer.records import Message, Pair, PairKind, Principles, Query, Response, Responses, Side, side
 
 
-def steering_pairs(responses: Responses, prompts: Prompts, objective: ObjectiveName = "sso") -> tuple[PreferencePair, ...]:
+def steering_pairs(responses: Responses, prompts: Prompts, objective: ObjectiveName = "sso") -> tuple[Pair, ...]:
     """The pairs whose summed losses are L_SSO (arXiv 2410.17131, equations 1, 2 and 4).
 
     prompt  chosen  rejected  teaches the data generator to
@@ -24,32 +25,41 @@ def steering_pairs(responses: Responses, prompts: Prompts, objective: ObjectiveN
     query, principles = responses.query, responses.principles
     good_prompt = prompts.steer(query.messages, principles.good)
     bad_prompt = prompts.steer(query.messages, principles.bad)
-    plus = _pair(query, "l_plus", good_prompt, (responses.good, responses.bad))
+    plus = _pair(responses, "l_plus", good_prompt, (responses.good, responses.bad))
     if objective == "l_plus":
         return (plus,)
     if objective == "equation_3":
-        return (plus, _pair(query, "l_minus", bad_prompt, (responses.bad, responses.good)))
+        return (plus, _pair(responses, "l_minus", bad_prompt, (responses.bad, responses.good)))
     assert responses.original is not None, "L- needs y_o"
-    minus = _pair(query, "l_minus", bad_prompt, (responses.original, responses.good))
+    minus = _pair(responses, "l_minus", bad_prompt, (responses.original, responses.good))
     return (minus,) if objective == "l_minus" else (plus, minus)
 
 
-def alignment_pair(query: Query, good: Response, bad: Response) -> PreferencePair:
+def alignment_pair(responses: Responses) -> Pair:
     """The bare query with the good-principle response above the bad-principle one: what the policy is aligned on."""
-    return _pair(query, "alignment", query.messages, (good, bad))
+    return _pair(responses, "alignment", responses.query.messages, (responses.good, responses.bad))
 
 
-def _pair(query: Query, kind: PairKind, prompt: tuple[Message, ...], ranked: tuple[Response, Response]) -> PreferencePair:
-    chosen, rejected = ranked
-    return PreferencePair(
-        query_id=query.id,
+def answer_pair(query: Query, answer: Response, other: Response) -> Pair:
+    """Two answers to the bare query, neither of them steered."""
+    chosen, rejected = _side(answer), _side(other)
+    return Pair(query_id=query.id, kind="alignment", prompt=query.messages, chosen=chosen, rejected=rejected)
+
+
+def _pair(responses: Responses, kind: PairKind, prompt: tuple[Message, ...], ranked: tuple[Response, Response]) -> Pair:
+    chosen, rejected = map(_side, ranked)
+    return Pair(
+        query_id=responses.query.id,
         kind=kind,
         prompt=prompt,
-        chosen=chosen.text,
-        rejected=rejected.text,
-        chosen_finish=chosen.finish_reason,
-        rejected_finish=rejected.finish_reason,
+        chosen=chosen,
+        rejected=rejected,
+        principles=responses.principles,
     )
+
+
+def _side(response: Response) -> Side:
+    return replace(side(response.text, response.finish_reason), token_ids=response.sampled, seed=response.seed)
 
 
 def reject_reason(good: Response, bad: Response, principles: Principles, filters: Filters) -> str | None:
@@ -85,7 +95,7 @@ def steering_reject_reason(responses: Responses, filters: Filters, prompts: Prom
         if responses.original.text.strip() == responses.good.text.strip():
             return "original identical to the good response"
     sampled = (responses.good, responses.bad, responses.original)
-    return special_token_reason((response.text for response in sampled if response is not None), prompts)
+    return sampled_special_reason((response for response in sampled if response is not None), prompts)
 
 
 def usable(
@@ -103,6 +113,16 @@ def usable(
 def item_key(item: Responses) -> tuple[str, int]:
     """The query and, since it may be answered several times, a seed of this time."""
     return item.query.id, item.good.seed
+
+
+def sampled_special_reason(responses: Iterable[Response], prompts: Prompts) -> str | None:
+    """The same of responses, whose text leaves out the special tokens that were sampled in the middle of them."""
+    for response in responses:
+        if not prompts.special_ids.isdisjoint(response.token_ids):
+            return "special tokens in a response"
+        if (reason := special_token_reason((response.text,), prompts)) is not None:
+            return reason
+    return None
 
 
 def special_token_reason(texts: Iterable[str], prompts: Prompts) -> str | None:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from selfsteer.cluster import cluster_of
 from selfsteer.data.queries import read_queries
@@ -21,7 +21,7 @@ from selfsteer.measures.metrics import GateResult, Method, Metrics, RoundMetrics
 from selfsteer.models import load_tokenizer, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, dump
-from selfsteer.records import Checkpoint, PairRow, Query
+from selfsteer.records import Checkpoint, Query
 from selfsteer.report.card import CardFacts, judged, write_model_card
 from selfsteer.report.page import pick_examples, write_page
 from selfsteer.report.tables import cell, gates_table, table_text, write_metrics
@@ -35,6 +35,7 @@ from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.status import method_of, record_end
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import MODEL, generator_stage, model_of, policy_stage
+from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
     write_metrics(folder.path / "metrics.json", metrics)
     pairs = folder.stage(len(metrics["rounds"]), "5-preferences")
     chosen = pick_examples(range(kept(pairs)), seed=seed)
-    write_page(folder.path / "report.html", metrics, cast("list[PairRow]", list(pairs.picked(chosen))))
+    write_page(folder.path / "report.html", metrics, list(map(columns.pair, pairs.picked(chosen))))
 
 
 def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:

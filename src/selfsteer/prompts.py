@@ -7,7 +7,7 @@ text is quarantined.
 
 import logging
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,41 @@ from selfsteer.store.durable import digest
 log = logging.getLogger(__name__)
 
 _HARMLESS = "a"
+_MARKER = "selfsteer-marker"
+
+
+class AssistantTurn(NamedTuple):
+    """What a chat template writes around what an assistant says."""
+
+    before: str
+    """White space between the header of an answer and its text (Llama 2's space); mostly none."""
+    behind: str
+    """Up to the first control token, which closes the turn; empty where the template writes none."""
+    end_id: int
+    """That control token; the tokenizer's end token where the template writes none."""
+
+
+def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
+    """How the chat template closes an assistant's turn.
+
+    Gemma's, for one, closes turns with <end_of_turn> while its end token is <eos>, which stands in no conversation.
+    """
+    asked = [{"role": "user", "content": _HARMLESS}]
+    answered = [*asked, {"role": "assistant", "content": _MARKER}]
+    try:
+        header = cast(str, tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        rendered = cast(str, tokenizer.apply_chat_template(answered, tokenize=False))
+    except TemplateError:  # what is wrong with it is told where it is first used
+        return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
+    start, marker, rest = rendered.rpartition(_MARKER)
+    before = start.removeprefix(header) if start.startswith(header) else ""
+    # Marked special or not: where the template puts an added token behind a turn, it is to end it.
+    controls = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+    found = [(at, len(text), text) for text in controls if marker and (at := rest.find(text)) >= 0]
+    if not found:
+        return AssistantTurn(before if before.isspace() else "", "", cast(int, tokenizer.eos_token_id))
+    at, length, closing = min(found, key=lambda each: (each[0], -each[1]))
+    return AssistantTurn(before if before.isspace() else "", rest[: at + length], controls[closing])
 
 
 class Prompts:
@@ -30,7 +65,7 @@ class Prompts:
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
-        self._end_id = cast(int, tokenizer.eos_token_id)
+        self._turn = assistant_turn(tokenizer)
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
         self._expected_specials: dict[tuple[str, ...], list[int]] = {}
 
@@ -76,9 +111,19 @@ class Prompts:
         length = len(self._ids(text))
         return length if length > limit else None
 
-    def completion_ids(self, text: str, finish: FinishReason) -> tuple[int, ...]:
-        """A completion as token ids, with the end token when the model had finished it."""
-        return (*self._ids(text), self._end_id) if finish == "stop" else self._ids(text)
+    def completion_ids(self, text: str, finish: FinishReason, prompt: tuple[Message, ...] | None = None) -> tuple[int, ...]:
+        """The ids of a response of which only the text is known, as it stands behind its prompt; else behind any prompt.
+
+        Prompt and response are encoded as one string, with what the template writes around an assistant's turn, and the
+        response is what follows the prompt's own ids. Where a token straddles the boundary, the response is encoded by
+        itself: a model that is asked with this prompt could never sample that token, and the completions of a prompt must
+        stand behind the same ids.
+        """
+        header = self._render(prompt or (Message(role="user", content=_HARMLESS),))
+        response = self._turn.before + text + (self._turn.behind if finish == "stop" else "")
+        asked, whole = self._ids(header), self._ids(header + response)
+        ids = whole[len(asked) :] if whole[: len(asked)] == asked else self._ids(response)
+        return (*ids, self._turn.end_id) if finish == "stop" and not self._turn.behind else ids
 
     def checked_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...] | str:
         """`prompt_ids`, or why this conversation must not be rendered (its text contains special tokens)."""
@@ -112,9 +157,8 @@ class Prompts:
         return [token_id for token_id in ids if token_id in self.special_ids]
 
     def _detect_system_role(self) -> Literal["system", "user"]:
-        marker = "selfsteer-marker"
         try:
-            text = self._render((Message(role="system", content=marker), Message(role="user", content=_HARMLESS)))
+            text = self._render((Message(role="system", content=_MARKER), Message(role="user", content=_HARMLESS)))
         except TemplateSyntaxError as error:
             raise ValueError(
                 f"policy.chat_template: line {error.lineno} of the template can't be read: {error.message}. Mend it, or "
@@ -122,7 +166,7 @@ class Prompts:
             ) from error
         except TemplateError:
             text = ""
-        if marker in text:
+        if _MARKER in text:
             return "system"
         log.warning("the chat template knows no system role: principles go before the user's first turn")
         return "user"

@@ -3,8 +3,8 @@
 Left out on purpose: behaviour. How records become prompts is in `prompts.py`, how they become pairs in `pairs.py`.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, NotRequired, Self, TypedDict
 
 
 class Message(TypedDict):
@@ -74,6 +74,19 @@ class Response:
     """The sampled tokens, without the end token."""
     finish_reason: FinishReason
     seed: int
+    end_id: int | None = None
+    """The end token that was sampled; None of a response that was cut off, and where the engine did not tell."""
+    reencoded: bool = False
+    """The engine told only the text; `token_ids` is that text encoded again."""
+
+    @property
+    def sampled(self) -> tuple[int, ...] | None:
+        """All that was sampled, with the end token; None where the engine did not tell all of it."""
+        if self.reencoded:
+            return None
+        if self.finish_reason == "length":
+            return self.token_ids
+        return None if self.end_id is None else (*self.token_ids, self.end_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,22 +103,7 @@ class Responses:
     """y_o, sampled from the bare query; None where the recipe trains no generator on it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreferencePair:
-    """A prompt with a better and a worse completion: what every preference trainer of the field reads."""
-
-    query_id: str
-    kind: PairKind
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    chosen_finish: FinishReason = "stop"
-    """With "length", the completion was cut off: it is trained without an end token."""
-    rejected_finish: FinishReason = "stop"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class Scored(NamedTuple):
     """The log-probability of one completion under one model."""
 
     logps: float
@@ -116,6 +114,63 @@ class Scored:
     def mean_logps(self) -> float:
         """Per-token mean over the completion only; its exponential is the on-policy probability."""
         return self.logps / self.tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the two responses of a pair: what was said, what it was sampled as, how probable the policy finds it."""
+
+    messages: tuple[Message, ...]
+    """The assistant's turn."""
+    finish: FinishReason = "stop"
+    """With "length", the response was cut off: it is trained without an end token."""
+    token_ids: tuple[int, ...] | None = None
+    """What was sampled, with the end token: what is scored, trained and measured. None where only the text is known."""
+    logps: float | None = None
+    """Summed log-probability under the policy to be aligned; None as long as nobody has scored the pair."""
+    tokens: int | None = None
+    """How many tokens that sum is over."""
+    seed: int | None = None
+    """That it was sampled with; None of a response made elsewhere."""
+
+    @property
+    def text(self) -> str:
+        """What the assistant says."""
+        return self.messages[-1]["content"]
+
+    @property
+    def score(self) -> Scored:
+        """Of a response that is scored; `Pair.scored` says whether it is."""
+        assert self.logps is not None, "not scored"
+        assert self.tokens is not None, "not scored"
+        return Scored(self.logps, self.tokens)
+
+
+def side(text: str, finish: FinishReason = "stop") -> Side:
+    """A response of which nothing but the text is known."""
+    return Side(messages=(Message(role="assistant", content=text),), finish=finish)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A prompt with a better and a worse response: the one shape of a pair, whoever made it and whatever it trains."""
+
+    query_id: str
+    kind: PairKind
+    prompt: tuple[Message, ...]
+    chosen: Side
+    rejected: Side
+    principles: Principles | None = None
+    """Those that the responses were sampled under; None of a pair made elsewhere."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether both responses carry their log-probability."""
+        return None not in (self.chosen.logps, self.chosen.tokens, self.rejected.logps, self.rejected.tokens)
+
+    def turned(self) -> Self:
+        """Chosen and rejected exchanged. The principles stay: the good one still names what has now been rejected."""
+        return replace(self, chosen=self.rejected, rejected=self.chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,10 +194,7 @@ class Checkpoint:
 
 
 class PairRow(TypedDict):
-    """One row of a sealed pairs file (Parquet); the first three columns are what TRL reads.
-
-    Rows of one query stand together, in the order of `pairs.steering_pairs`.
-    """
+    """A pair as files made elsewhere and exports have it; the first three columns are what TRL reads."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -155,10 +207,3 @@ class PairRow(TypedDict):
     ref_rejected_logps: NotRequired[float | None]
     chosen_tokens: NotRequired[int | None]
     rejected_tokens: NotRequired[int | None]
-
-
-class ScoredPair(NamedTuple):
-    """Both completions of a pair under one model."""
-
-    chosen: Scored
-    rejected: Scored

@@ -99,7 +99,9 @@ def misbehave_for(prompt: str, reply: Reply, *, times: int = 10**6) -> Callable[
 def test_chat_request_and_completion():
     with MisbehavingServer(echo) as server:
         outcomes = answered(server, requests("one"))
-    assert outcomes == {"one": Completion(key="key of one", text="ONE", token_ids=(79, 78, 69), finish_reason="stop")}
+    assert outcomes == {
+        "one": Completion(key="key of one", text="ONE", token_ids=(79, 78, 69), finish_reason="stop", reencoded=True)
+    }
     (call,) = server.calls
     assert call.path == "/v1/chat/completions"
     assert "authorization" not in call.headers
@@ -125,9 +127,9 @@ def test_token_ids_request_keeps_the_servers_ids_without_the_end_token():
 
     with MisbehavingServer(script) as server:
         outcomes = answered(server, requests("a", "b"), send="token_ids")
-    assert {k: (c.token_ids, c.finish_reason) for k, c in outcomes.items() if isinstance(c, Completion)} == {
-        "a": ((7, 8), "stop"),
-        "b": ((7, 8, 2), "length"),
+    assert {k: (c.token_ids, c.end_id, c.reencoded) for k, c in outcomes.items() if isinstance(c, Completion)} == {
+        "a": ((7, 8), 2, False),
+        "b": ((7, 8, 2), None, False),
     }
     assert {call.path for call in server.calls} == {"/v1/completions"}
     assert all(call.body["return_token_ids"] is True and "messages" not in call.body for call in server.calls)

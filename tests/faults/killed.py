@@ -44,8 +44,12 @@ def until_sealed(recipe: Path, stage: str, begun: int) -> None:
 
     is_current, verify, seal = Stage.is_current, Stage.verify, Stage.seal
 
+    told = False
+
     def begins(self: Stage, fingerprint: str) -> bool:
-        if self.path.name == stage:
+        nonlocal told
+        if self.path.name == stage and not told:
+            told = True
             os.write(begun, b".")
         return is_current(self, fingerprint)
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from selfsteer.engines.base import Completion, Failed, Request, Sampling, TokenLogp
 from selfsteer.engines.openai import OpenAIEngine, Server
-from selfsteer.judges.implicit import Steered, consistency_verdicts, implicit_verdicts, steered
+from selfsteer.judges.implicit import consistency_verdicts, implicit_verdicts
 from selfsteer.judges.llm import (
     EmbeddedJudge,
     LLMJudge,
@@ -33,18 +34,15 @@ from selfsteer.models import checkpoint, load_tokenizer
 from selfsteer.pairs import alignment_pair
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Training
-from selfsteer.records import Message, PairRow, PreferencePair, Principles, Query, Response, Responses, Scored, ScoredPair
+from selfsteer.records import Message, Pair, Principles, Query, Response, Responses, side
 from selfsteer.runtime import Interrupted
-from selfsteer.store.columns import pair_row
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Judge
 
 
-def pair(
-    number: int = 0, *, chosen: str = "Paris, of course.", rejected: str = "No idea.", prompt: str = ""
-) -> PreferencePair:
+def pair(number: int = 0, *, chosen: str = "Paris, of course.", rejected: str = "No idea.", prompt: str = "") -> Pair:
     message = Message(role="user", content=prompt or f"Question {number}?")
-    return PreferencePair(query_id=str(number), kind="given", prompt=(message,), chosen=chosen, rejected=rejected)
+    return Pair(query_id=str(number), kind="given", prompt=(message,), chosen=side(chosen), rejected=side(rejected))
 
 
 # --- verdicts and reports --------------------------------------------------------------------------------------------------
@@ -252,7 +250,7 @@ def responses_shown(request: Request) -> tuple[str, str]:
 JUDGE = LLMJudge(name="judge", prompts=None, template=judge_template())
 
 
-def judge_all(pairs: list[PreferencePair], engine: Scripted, folder: Path, *, judge: LLMJudge = JUDGE) -> list[Verdict]:
+def judge_all(pairs: list[Pair], engine: Scripted, folder: Path, *, judge: LLMJudge = JUDGE) -> list[Verdict]:
     with Journal(folder) as journal:
         return list(sampled_verdicts(judge, lambda: pairs, lambda: engine, journal, total=len(pairs)))
 
@@ -462,7 +460,7 @@ def test_a_judge_on_a_server(tmp_path: Path):
         top = [{"token": likely, "logprob": math.log(0.8)}, {"token": other, "logprob": math.log(0.2), "bytes": [66]}]
         return chat("Hm", logprobs={"content": [{"token": "Hm", "logprob": -3, "top_logprobs": top}]})
 
-    def judged(pairs: list[PreferencePair], server: MisbehavingServer) -> list[Verdict]:
+    def judged(pairs: list[Pair], server: MisbehavingServer) -> list[Verdict]:
         settings = Server(base_url=server.base_url, model="m", tries=2, first_pause=0.01)
         with Journal(tmp_path) as journal:
             engine = OpenAIEngine(settings, tokenize=lambda _: [])
@@ -541,8 +539,9 @@ def test_embedded_verdicts_are_the_models_own_probabilities(scoring: Judge, tiny
         verdicts = list(embedded_verdicts(judge, lambda: pairs, journal, total=3))
         assert len(journal) == 2
     for each, verdict in zip(pairs[:2], verdicts, strict=False):
-        a, b = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, each.chosen, each.rejected))
-        c, d = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, each.rejected, each.chosen))
+        chosen, rejected = each.chosen.text, each.rejected.text
+        a, b = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, chosen, rejected))
+        c, d = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, rejected, chosen))
         assert verdict.orders == pytest.approx((a / (a + b), d / (c + d)), rel=1e-4)
         assert verdict.mass == pytest.approx((a + b + c + d) / 2, rel=1e-4)
     assert verdicts[2].error == "too long for the judge"
@@ -560,21 +559,17 @@ def test_embedded_verdicts_are_read_back_without_the_model(scoring: Judge, tmp_p
 # --- self judges -----------------------------------------------------------------------------------------------------------
 
 
-def scored(chosen: float, rejected: float) -> ScoredPair:
-    return ScoredPair(Scored(logps=chosen, tokens=4), Scored(logps=rejected, tokens=2))
+def scored(number: int, chosen: float, rejected: float) -> Pair:
+    made = pair(number)
+    sides = replace(made.chosen, logps=chosen, tokens=4), replace(made.rejected, logps=rejected, tokens=2)
+    return replace(made, chosen=sides[0], rejected=sides[1])
 
 
 def test_implicit_reward_by_hand():
     """Rewards 0.1 * (-8 + 10) = 0.2 for chosen and 0.1 * (-5 + 4) = -0.1 for rejected: margin 0.3."""
-    row: PairRow = {
-        **pair_row(pair(1)),
-        "ref_chosen_logps": -10.0,
-        "ref_rejected_logps": -4.0,
-        "chosen_tokens": 4,
-        "rejected_tokens": 2,
-    }
-    rows = [(pair(1), row), (pair(2), pair_row(pair(2))), (pair(3), row)]
-    first, second, third = implicit_verdicts(rows, [scored(-8, -5), scored(-1, -1), scored(-12, -4)], beta=0.1)
+    before = [scored(1, -10, -4), pair(2), scored(3, -10, -4)]
+    after = [scored(1, -8, -5), scored(2, -1, -1), scored(3, -12, -4)]
+    first, second, third = implicit_verdicts(before, after, beta=0.1)
     assert first.margin == pytest.approx(0.3)
     assert first.preferred == "chosen"
     assert second.error == "no reference log-probabilities"
@@ -600,12 +595,9 @@ def test_consistency_is_the_difference_of_log_odds(scoring: Judge, tiny_folder: 
         Response(text=text, token_ids=(1,), finish_reason="stop", seed=0)
         for text in ("Sunlight passes through drops of water.", "Dunno.")
     )
-    items = [
-        steered(Responses(query=query, principles=PRINCIPLES, good=good, bad=bad, original=None)),
-        Steered(alignment_pair(query, bad, good), PRINCIPLES),
-        Steered(pair(chosen="<|im_end|>"), PRINCIPLES),
-        Steered(pair(chosen=" "), PRINCIPLES),
-    ]
+    steered = alignment_pair(Responses(query=query, principles=PRINCIPLES, good=good, bad=bad, original=None))
+    others = [replace(pair(chosen=text), principles=PRINCIPLES) for text in ("<|im_end|>", " ")]
+    items = [steered, steered.turned(), *others]
     with Journal(tmp_path) as journal:
         found = list(consistency_verdicts(scoring, lambda: items, journal, total=len(items)))
         assert len(journal) == 2

@@ -21,7 +21,7 @@ from selfsteer.judges.reward import (
 from selfsteer.measures.verdicts import judge_report
 from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Policy
-from selfsteer.records import Message, PreferencePair
+from selfsteer.records import Message, Pair, side
 from selfsteer.store.journal import Journal
 
 
@@ -123,7 +123,7 @@ def test_reward_verdicts(model: RewardModel, tmp_path: Path):
     texts = [(best, worst), (worst, best), (best, best), ("<|im_end|>", worst), (best, "word " * 300)]
     prompt = conversation("")[:1]
     pairs = [
-        PreferencePair(query_id=str(n), kind="given", prompt=prompt, chosen=chosen, rejected=rejected)
+        Pair(query_id=str(n), kind="given", prompt=prompt, chosen=side(chosen), rejected=side(rejected))
         for n, (chosen, rejected) in enumerate(texts)
     ]
     with Journal(tmp_path) as journal:
@@ -138,7 +138,7 @@ def test_reward_verdicts(model: RewardModel, tmp_path: Path):
 
 def test_a_reward_that_is_no_number_costs_its_pair(model: RewardModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reward, "score_batch", lambda _, rows: [float("nan")] * len(rows))
-    pairs = [PreferencePair(query_id="1", kind="given", prompt=conversation("")[:1], chosen="Yes.", rejected="No.")]
+    pairs = [Pair(query_id="1", kind="given", prompt=conversation("")[:1], chosen=side("Yes."), rejected=side("No."))]
     with Journal(tmp_path) as journal:
         (verdict,) = reward_verdicts(model, lambda: pairs, journal, total=1)
     assert verdict.error == "reward is not finite"

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,33 +7,18 @@ import pytest
 from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference, share_estimate
 from selfsteer.measures.quality import compare, implicit_reward, measure
 from selfsteer.measures.text import HASHES, near_repeats, ngram_hashes, script_mismatch, signature, words
-from selfsteer.records import Message, PairRow, Scored, ScoredPair
+from selfsteer.records import Message, Pair, PairKind, Side, side
 
 
-def pair(chosen: str, rejected: str, *, query_id: str = "q", **columns: object) -> PairRow:
-    row = PairRow(
-        prompt=[Message(role="user", content="Why?")],
-        chosen=[Message(role="assistant", content=chosen)],
-        rejected=[Message(role="assistant", content=rejected)],
-        query_id=query_id,
-        kind="alignment",
-        chosen_finish="stop",
-        rejected_finish="stop",
-    )
-    row.update(columns)  # type: ignore[typeddict-item]
-    return row
+def pair(chosen: str | Side, rejected: str | Side, *, query: str = "Why?", kind: PairKind = "alignment") -> Pair:
+    sides = [each if isinstance(each, Side) else side(each) for each in (chosen, rejected)]
+    prompt = (Message(role="user", content=query),)
+    return Pair(query_id="q", kind=kind, prompt=prompt, chosen=sides[0], rejected=sides[1])
 
 
-def scored(chosen: tuple[float, int], rejected: tuple[float, int], query_id: str = "q") -> PairRow:
-    return pair(
-        "a good answer",
-        "a bad one",
-        query_id=query_id,
-        ref_chosen_logps=chosen[0],
-        chosen_tokens=chosen[1],
-        ref_rejected_logps=rejected[0],
-        rejected_tokens=rejected[1],
-    )
+def scored(chosen: tuple[float, int], rejected: tuple[float, int], query_id: str = "q") -> Pair:
+    good = replace(side("a good answer"), logps=chosen[0], tokens=chosen[1])
+    return replace(pair(good, replace(side("a bad one"), logps=rejected[0], tokens=rejected[1])), query_id=query_id)
 
 
 def test_on_policy_probability_by_hand():
@@ -103,11 +89,7 @@ def test_distinct_n_is_taken_over_equally_many_words():
 def test_overlap_duplicates_and_dirt():
     rows = [
         pair("the same four words", "the same four words!"),
-        pair(
-            "I'm sorry, I cannot help with that.",
-            "As instructed by the guidelines: no.",
-            chosen_finish="length",
-        ),
+        pair(side("I'm sorry, I cannot help with that.", "length"), "As instructed by the guidelines: no."),
         pair("the same four words", "quite another text here"),
         pair("the same four words", "quite another text here"),
     ]
@@ -146,7 +128,7 @@ def test_implicit_reward_by_hand():
 
     Before, chosen was the less probable one (margin -1); after, the more probable one (margin 4).
     """
-    after = [ScoredPair(Scored(logps=-8.0, tokens=2), Scored(logps=-12.0, tokens=3))]
+    after = [scored((-8.0, 2), (-12.0, 3))]
     found = implicit_reward([scored((-10.0, 2), (-9.0, 3))], after, beta=0.5)
     assert (found["reward"]["chosen"].mean, found["reward"]["rejected"].mean) == (1.0, -1.5)
     assert found["reward"]["margin"].mean == 2.5
@@ -164,7 +146,7 @@ def test_implicit_reward_refuses_scores_of_other_rows():
 def test_compare_pairs_by_query():
     """q1: 0.5 - 0.25; q2 in the first set only; q3: mean(0.8, 0.6) - 0.6. Mean (0.25 + 0.1) / 2 = 0.175."""
 
-    def row(query_id: str, probability: float) -> PairRow:
+    def row(query_id: str, probability: float) -> Pair:
         return scored((math.log(probability), 1), (math.log(0.1), 1), query_id)
 
     found = compare(
@@ -306,8 +288,8 @@ def test_script_mismatch(query: str, response: str, mismatch: bool | None):
 
 def test_language_mismatch_counts_the_rows_that_can_be_told():
     rows = [
-        pair("It rises in the east.", RUSSIAN, prompt=[Message(role="user", content=ENGLISH)]),
-        pair("It rises in the east.", "42", prompt=[Message(role="user", content=ENGLISH)]),
+        pair("It rises in the east.", RUSSIAN, query=ENGLISH),
+        pair("It rises in the east.", "42", query=ENGLISH),
     ]
     found = measure(rows)["language_mismatch"]
     assert (found["chosen"].mean, found["chosen"].n) == (0.0, 2)

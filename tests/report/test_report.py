@@ -2,6 +2,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,35 +12,31 @@ from rich.console import Console
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.metrics import Metrics
 from selfsteer.measures.quality import compare, implicit_reward, measure
-from selfsteer.records import Message, PairRow, Scored, ScoredPair
+from selfsteer.records import Message, Pair, Principles, side
 from selfsteer.report.page import pick_examples, write_page
 from selfsteer.report.tables import closing_line, duration, print_measures, print_summary, write_metrics
 
 HOSTILE = '</div><script>alert("x")</script> $name ${facts} & [bold]'
 
 
-def pairs(logps: float) -> list[PairRow]:
-    return [
-        PairRow(
-            prompt=[Message(role="user", content=f"{HOSTILE} {number}")],
-            chosen=[Message(role="assistant", content=f"{HOSTILE} chosen {number}")],
-            rejected=[Message(role="assistant", content=f"{HOSTILE} rejected {number}")],
-            query_id=str(number),
-            kind="alignment",
-            chosen_finish="stop",
-            rejected_finish="length",
-            ref_chosen_logps=logps - number / 8,
-            ref_rejected_logps=2 * logps - number / 4,
-            chosen_tokens=8,
-            rejected_tokens=10 + number,
-        )
-        for number in range(20)
-    ]
+def pair(number: int, chosen: float, rejected: float) -> Pair:
+    """With these summed log-probabilities."""
+    return Pair(
+        query_id=str(number),
+        kind="alignment",
+        prompt=(Message(role="user", content=f"{HOSTILE} {number}"),),
+        chosen=replace(side(f"{HOSTILE} chosen {number}"), logps=chosen, tokens=8),
+        rejected=replace(side(f"{HOSTILE} rejected {number}", "length"), logps=rejected, tokens=10 + number),
+    )
+
+
+def pairs(logps: float) -> list[Pair]:
+    return [pair(number, logps - number / 8, 2 * logps - number / 4) for number in range(20)]
 
 
 def metrics() -> Metrics:
     pbaa, generator = pairs(-6.0), pairs(-4.0)
-    after = [ScoredPair(Scored(logps=-3.0, tokens=8), Scored(logps=-15.0, tokens=10)) for _ in generator]
+    after = [pair(number, -3.0, -15.0) for number in range(len(generator))]
     curve = [{"step": float(step), "loss": 0.69 / step} for step in range(1, 6)]
     return {
         "run": {
@@ -182,7 +179,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def page(path: Path, found: Metrics, examples: list[PairRow]) -> Reader:
+def page(path: Path, found: Metrics, examples: list[Pair]) -> Reader:
     write_page(path, found, examples)
     reader = Reader()
     reader.feed(path.read_text(encoding="utf-8"))
@@ -221,9 +218,8 @@ def test_page_without_matplotlib_says_how_to_get_plots(tmp_path: Path, monkeypat
 
 
 def test_page_shows_principles_and_what_was_cut_off(tmp_path: Path):
-    row = pairs(-4.0)[0]
-    row["principles"] = {"good": "Be <exact>.", "bad": "Be vague."}  # type: ignore[typeddict-unknown-key]
-    reader = page(tmp_path / "report.html", metrics(), [row])
+    principles = Principles(good="Be <exact>.", bad="Be vague.", quality="accuracy", source="library")
+    reader = page(tmp_path / "report.html", metrics(), [replace(pairs(-4.0)[0], principles=principles)])
     assert "good principleBe <exact>." in reader.text
     assert "rejected · 10 tokens, on-policy probability 0.449 · cut off" in reader.text
 
@@ -235,7 +231,7 @@ def test_page_of_a_run_without_measures(tmp_path: Path):
 
 def test_examples_are_drawn_evenly_and_kept_in_order():
     rows = pairs(-4.0)
-    drawn = [[row["query_id"] for row in pick_examples(rows, n=5, seed=seed)] for seed in range(400)]
+    drawn = [[pair.query_id for pair in pick_examples(rows, n=5, seed=seed)] for seed in range(400)]
     assert all(ids == sorted(ids, key=int) and len(set(ids)) == 5 for ids in drawn)
     counts = [sum(str(number) in ids for ids in drawn) for number in range(20)]
     # Each of 20 rows is among 5 in a quarter of 400 draws: 100, give or take 9.

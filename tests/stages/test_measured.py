@@ -16,6 +16,7 @@ from selfsteer.measures.quality import compare, measure
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages.base import read_measures
 from selfsteer.stages.status import read_end, record_end
+from selfsteer.store import columns
 from selfsteer.store.durable import canonical_json
 from selfsteer.store.folder import Origin, RunFolder, Stage, StageDamaged
 
@@ -42,7 +43,7 @@ def finished(recipe_of: Callable[..., dict[str, Any]], tmp_path_factory: pytest.
 
 def test_the_sealed_measures_are_those_of_the_sealed_pairs(finished: Path):
     def rows(file: str) -> Any:
-        return pq.read_table(finished / "round-1" / file).to_pylist()
+        return list(map(columns.pair, pq.read_table(finished / "round-1" / file).to_pylist()))
 
     own, made = rows("3-steering/policy-pairs.parquet"), rows("5-preferences/data.parquet")
     steering = read_measures(Stage(finished / "round-1/3-steering"))

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from selfsteer.measures.verdicts import Orders, by_orders, failure
 from selfsteer.recipe.sections import Selection
-from selfsteer.records import Message, PairRow, PreferencePair
+from selfsteer.records import Message, Pair, Principles, Side, side
 from selfsteer.stages.selection import (
     Picked,
     Ranked,
@@ -14,26 +16,17 @@ from selfsteer.stages.selection import (
     reject_reason,
     reversed_reason,
     top_share,
-    turned,
 )
-from selfsteer.store.columns import pair_row
+
+LONG, SHORT = side("a longer answer", "length"), side("short")
 
 
-def pair(query_id: str = "q", chosen: str = "a longer answer", rejected: str = "short") -> PreferencePair:
-    return PreferencePair(
-        query_id=query_id,
-        kind="alignment",
-        prompt=(Message(role="user", content="Why?"),),
-        chosen=chosen,
-        rejected=rejected,
-        chosen_finish="length",
-    )
+def pair(chosen: Side = LONG, rejected: Side = SHORT) -> Pair:
+    prompt = (Message(role="user", content="Why?"),)
+    return Pair(query_id="q", kind="alignment", prompt=prompt, chosen=chosen, rejected=rejected, principles=PRINCIPLES)
 
 
-def row(query_id: str = "q", **columns: object) -> PairRow:
-    made = pair_row(pair(query_id))
-    made.update(columns)  # type: ignore[typeddict-item]
-    return made
+PRINCIPLES = Principles(good="Be thorough.", bad="Be curt.", quality="detail", source="library")
 
 
 def test_pairs_that_the_judge_reverses_are_dropped_with_the_reason():
@@ -49,7 +42,7 @@ def test_pairs_that_the_judge_reverses_are_dropped_with_the_reason():
 
 def test_why_a_pair_is_not_selected():
     """An LLM's probabilities 0.2 and 0.1 make a margin of 2 * 0.15 - 1 = -0.7; within 0.7, the lengths decide instead."""
-    ranked = Ranked(row(), by_orders(pair(), Orders(0.2, 0.1)))
+    ranked = Ranked(pair(), by_orders(pair(), Orders(0.2, 0.1)))
     assert ranked.margin == pytest.approx(-0.7)
     assert reject_reason(ranked, Selection(drop_reversed=True), None) == "order reversed"
     assert reject_reason(ranked, Selection(), None) is None
@@ -58,7 +51,7 @@ def test_why_a_pair_is_not_selected():
     assert not is_near(ranked, Selection(shorter_within=0.69))
     assert reject_reason(ranked, Selection(min_margin=-0.8), -0.8) is None
     assert reject_reason(ranked, Selection(min_margin=0.0), 0.0) == "small margin"
-    unjudged = Ranked(row(), failure(pair(), "unreadable"))
+    unjudged = Ranked(pair(), failure(pair(), "unreadable"))
     assert reject_reason(unjudged, Selection(drop_reversed=True), None) is None
     assert reject_reason(unjudged, Selection(min_margin=0.0), 0.0) == "no verdict"
 
@@ -83,25 +76,15 @@ def test_impossible_shares_are_refused(margins: list[float], share: float):
         top_share(margins, share)
 
 
-def test_turning_exchanges_every_column_of_the_responses():
-    made = row(
-        ref_chosen_logps=-1.0, ref_rejected_logps=-2.0, chosen_tokens=9, rejected_tokens=3, chosen_seed=7, rejected_seed=8
-    )
-    found = turned(made)
-    assert (found["chosen"][0]["content"], found["rejected"][0]["content"]) == ("short", "a longer answer")
-    assert (found["chosen_finish"], found["rejected_finish"]) == ("stop", "length")
-    assert (found["ref_chosen_logps"], found["ref_rejected_logps"]) == (-2.0, -1.0)
-    assert (found["chosen_tokens"], found["rejected_tokens"]) == (3, 9)
-    assert (found["chosen_seed"], found["rejected_seed"]) == (8, 7)  # type: ignore[typeddict-item]
-    assert (found["prompt"], found["query_id"], found["kind"]) == (made["prompt"], "q", "alignment")
-    assert turned(found) == made
-    assert list(found) == list(made)
+def test_turning_exchanges_the_responses_and_nothing_else():
+    made = pair(replace(LONG, logps=-1.0, tokens=9, seed=7), replace(SHORT, logps=-2.0, tokens=3, seed=8))
+    assert made.turned() == pair(made.rejected, made.chosen)
+    assert made.turned().turned() == made
 
 
 def test_the_shorter_of_near_equal_responses_is_chosen():
-    made = row()
-    assert prefer_shorter(made)["chosen"][0]["content"] == "short"
-    in_tokens = row(chosen_tokens=2, rejected_tokens=5)
+    assert prefer_shorter(pair()).chosen == SHORT
+    in_tokens = pair(replace(LONG, tokens=2), replace(SHORT, tokens=5))
     assert prefer_shorter(in_tokens) == in_tokens
 
 

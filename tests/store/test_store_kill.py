@@ -16,7 +16,7 @@ ORIGIN = Origin(settings={}, inputs={})
 # Appends batch after batch, says which are durable, and seals and reopens the stage after every fifth.
 WORK = """
 import itertools, sys
-from selfsteer.store import Contents, Origin, RunFolder
+from selfsteer.store.folder import Contents, Origin, RunFolder
 
 with RunFolder(sys.argv[1]) as run:
     stage = run.stage(1, "2-responses")
@@ -65,7 +65,7 @@ import os, signal, sys
 from pathlib import Path
 import pyarrow as pa
 from selfsteer.records import Dropped
-from selfsteer.store import Contents, Origin, RunFolder
+from selfsteer.store.folder import Contents, Origin, RunFolder
 
 steps = 0
 

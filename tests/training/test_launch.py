@@ -18,9 +18,8 @@ from waiting import stop_amid_training, until
 
 from selfsteer.recipe.sections import Launcher, Lora
 from selfsteer.training import checkpoints
-from selfsteer.training import parallel as launching
 from selfsteer.training.launch import launch
-from selfsteer.training.parallel import is_free
+from selfsteer.training.parallel import accelerate_command, is_free
 from selfsteer.training.train import TrainingJob, train
 from selfsteer.training.trainer import TrainingDiverged, read_history
 
@@ -90,12 +89,12 @@ num_processes: 2
 def test_sharded_weights_train_as_one(job: TrainingJob, alone: TrainingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """FSDP2 through an accelerate configuration file: torch shards on a CPU, accelerate has to be made to (sharded.py)."""
     (tmp_path / "fsdp.yaml").write_text(SHARDED)
-    command = launching.accelerate_command(
-        Launcher(kind="accelerate", config=str(tmp_path / "fsdp.yaml")), "selfsteer.launch"
+    command = accelerate_command(
+        Launcher(kind="accelerate", config=str(tmp_path / "fsdp.yaml")), "selfsteer.training.launch"
     )
-    assert command[-2:] == ["--module", "selfsteer.launch"]
+    assert command[-2:] == ["--module", "selfsteer.training.launch"]
     sharding = [*command[:-2], str(Path(__file__).parents[1] / "sharded.py")]
-    monkeypatch.setattr(launching, "accelerate_command", lambda *_: sharding)
+    monkeypatch.setattr("selfsteer.training.parallel.accelerate_command", lambda *_: sharding)
     sharded = replace(job, output=str(tmp_path / "run"))
     result = launch(sharded, TWO)
     assert curve(sharded) == near(alone)
@@ -145,7 +144,7 @@ def test_a_killed_parent_takes_its_group_along(base: TrainingJob, tmp_path: Path
     long = replace(base, output=str(tmp_path / "run"), max_steps=60, learning_rate=1e-5)
     output = Path(long.output)
     program = (
-        "import json, sys; from selfsteer.launch import *; from selfsteer.recipe import Launcher;"
+        "import json, sys; from selfsteer.training.launch import *; from selfsteer.recipe.sections import Launcher;"
         "launch(TrainingJob.from_json(json.load(open(sys.argv[1]))), Launcher(kind='accelerate', processes=2))"
     )
     given = tmp_path / "given.json"

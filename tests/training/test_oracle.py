@@ -140,8 +140,8 @@ def pairs_file(path: Path, objective: Any) -> Path:
         for pair in steering_pairs(records(item), Prompts(tiny_tokenizer()), objective):
             prompt = rendered(pair.prompt[0]["content"], item.query)
             with torch.no_grad():
-                chosen, chosen_tokens = log_pi(reference, prompt, pair.chosen)
-                rejected, rejected_tokens = log_pi(reference, prompt, pair.rejected)
+                chosen, chosen_tokens = log_pi(reference, prompt, pair.chosen.text)
+                rejected, rejected_tokens = log_pi(reference, prompt, pair.rejected.text)
             rows.append(
                 {
                     **pair_row(pair),

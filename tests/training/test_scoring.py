@@ -1,21 +1,28 @@
 """Scores of pairs: equal to the model's own log-probabilities, in order, whatever the grouping."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import END_ID, tiny_model_dir
+from tiny import END_ID, START_ID, tiny_model_dir
 from transformers import AutoModelForCausalLM
 
+from selfsteer.models import load_tokenizer
+from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Training
-from selfsteer.records import Message, PreferencePair
-from selfsteer.training.scoring import open_scorer, score, tokenize
+from selfsteer.records import Checkpoint, FinishReason, Message, Pair, side
+from selfsteer.training.scoring import Judge, open_scorer, score, tokenize
 
 FLOAT32 = Training(dtype="float32")
 
 
-def pair(number: int, **changes: str) -> PreferencePair:
-    given = {"chosen": f"Paris, said {number} times over.", "rejected": "No."} | changes
-    return PreferencePair(
-        query_id=str(number), kind="given", prompt=(Message(role="user", content=f"Question {number}?"),), **given
+def pair(number: int, *, chosen: str = "", rejected: str = "No.", finish: FinishReason = "stop") -> Pair:
+    return Pair(
+        query_id=str(number),
+        kind="given",
+        prompt=(Message(role="user", content=f"Question {number}?"),),
+        chosen=side(chosen or f"Paris, said {number} times over.", finish),
+        rejected=side(rejected, finish),
     )
 
 
@@ -29,7 +36,7 @@ def test_scores_are_the_models_own(policy: Policy):
     with open_scorer(policy, FLOAT32) as scorer:
         (scores,) = score(scorer, [[pair(7)]])
         tokens = tokenize(pair(7), scorer.prompts)
-    for scored, completion in zip(scores[0], (tokens.chosen, tokens.rejected), strict=True):
+    for scored, completion in ((scores[0].chosen, tokens.chosen), (scores[0].rejected, tokens.rejected)):
         ids = torch.tensor([tokens.prompt + completion])
         with torch.no_grad():
             logps = model(input_ids=ids).logits.log_softmax(-1)[0]
@@ -40,9 +47,29 @@ def test_scores_are_the_models_own(policy: Policy):
         assert completion[-1] == END_ID
 
 
+def test_sampled_ids_are_scored_as_they_are(policy: Policy):
+    """Ids that no text is encoded as ("Paris" in single letters), ended by another token than the tokenizer's."""
+    with open_scorer(policy, FLOAT32) as scorer:
+        letters = tuple(scorer.prompts.tokenizer.convert_tokens_to_ids(list("Paris")))
+        sampled = replace(side("Paris"), token_ids=(*letters, START_ID))
+        tokens = tokenize(replace(pair(7), chosen=sampled), scorer.prompts)
+    assert tokens.chosen == (*letters, START_ID)
+    assert tokens.rejected == tokenize(pair(7), scorer.prompts).rejected
+
+
+def test_the_key_of_a_score_is_over_what_is_scored(policy: Policy):
+    """Ids that differ are another question; a seed, an earlier score and whose query it is are not."""
+    judge = Judge(Checkpoint(path=policy.model, digest="d"), policy, Prompts(load_tokenizer(policy.model)), FLOAT32)
+    sampled = replace(pair(1), chosen=replace(side("Paris"), token_ids=(5, 6)))
+    other = replace(sampled, chosen=replace(sampled.chosen, token_ids=(5, 7)))
+    scored = replace(sampled, query_id="2", chosen=replace(sampled.chosen, seed=3, logps=-1.0, tokens=2))
+    assert judge.group([sampled]).key == judge.group([scored]).key
+    assert len({judge.group([each]).key for each in (sampled, other, pair(1), pair(1, finish="length"))}) == 4
+
+
 def test_a_cut_off_completion_is_scored_without_end_token(policy: Policy):
     with open_scorer(policy, FLOAT32) as scorer:
-        assert tokenize(pair(1, chosen_finish="length"), scorer.prompts).chosen[-1] != END_ID
+        assert tokenize(pair(1, finish="length"), scorer.prompts).chosen[-1] != END_ID
 
 
 def test_order_and_micro_batches(policy: Policy):
@@ -80,4 +107,4 @@ def test_nothing_to_score(policy: Policy):
 
 def test_an_empty_response_is_refused(policy: Policy):
     with open_scorer(policy, FLOAT32) as scorer, pytest.raises(ValueError, match="query 3: an empty rejected response"):
-        list(score(scorer, [[pair(3, rejected="", rejected_finish="length")]]))
+        list(score(scorer, [[pair(3, rejected="", finish="length")]]))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer import runtime
 from selfsteer.recipe.sections import Lora, Policy, Training
-from selfsteer.records import Message, PreferencePair
+from selfsteer.records import Message, Pair, side
 from selfsteer.store.columns import pair_row
 from selfsteer.training import checkpoints
 from selfsteer.training.scoring import open_scorer, score, tokenize
@@ -31,24 +31,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed
 FLOAT32 = Training(dtype="float32", scheduler="constant", warmup_ratio=0.0, save_steps=2)
 
 
-def steering_group(number: int) -> list[PreferencePair]:
-    def pair(kind: Any, principle: str, chosen: str, rejected: str) -> PreferencePair:
+def steering_group(number: int) -> list[Pair]:
+    def pair(kind: Any, principle: str, chosen: str, rejected: str) -> Pair:
         prompt = (Message(role="system", content=principle), Message(role="user", content=f"Question {number}?"))
-        return PreferencePair(query_id=str(number), kind=kind, prompt=prompt, chosen=chosen, rejected=rejected)
+        return Pair(query_id=str(number), kind=kind, prompt=prompt, chosen=side(chosen), rejected=side(rejected))
 
     good, bad, original = f"Paris, said {number} times." + " Yes." * number, "No idea.", f"Perhaps {number}."
     return [pair("l_plus", "Be accurate.", good, bad), pair("l_minus", "Be vague.", original, good)]
 
 
-def write_pairs(path: Path, policy: Policy, training: Training, groups: list[list[PreferencePair]]) -> Path:
-    rows: list[dict[str, Any]] = []
+def write_pairs(path: Path, policy: Policy, training: Training, groups: list[list[Pair]]) -> Path:
     with open_scorer(policy, training) as scorer:
-        for group, scores in zip(groups, score(scorer, groups), strict=True):
-            for pair, (chosen, rejected) in zip(group, scores, strict=True):
-                references = {"ref_chosen_logps": chosen.logps, "ref_rejected_logps": rejected.logps}
-                rows.append(
-                    {**pair_row(pair), **references, "chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens}
-                )
+        rows = [pair_row(pair) for group in score(scorer, groups) for pair in group]
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
@@ -85,12 +79,12 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def groups() -> list[list[PreferencePair]]:
+def groups() -> list[list[Pair]]:
     return [steering_group(number) for number in range(6)]
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory, policy: Policy, groups: list[list[PreferencePair]]) -> Path:
+def pairs(tmp_path_factory: pytest.TempPathFactory, policy: Policy, groups: list[list[Pair]]) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet", policy, FLOAT32, groups)
 
 
@@ -268,7 +262,7 @@ def test_stopped_and_continued_is_the_same_training(
 
 
 def test_only_complete_checkpoints_count(job: TrainingJob, caplog: pytest.LogCaptureFixture):
-    """After six steps, 4 and 6 are kept. 6 loses its marker, then a byte of 4 changes: each is removed in its turn."""
+    """After six steps, 4 and 6 are kept. 6 loses its marker, then all lose a byte of their weights: none of them counts."""
     train(job)
     output = Path(job.output)
     whole = curve(job)
@@ -281,12 +275,23 @@ def test_only_complete_checkpoints_count(job: TrainingJob, caplog: pytest.LogCap
     assert curve(job) == whole
     for folder in output.glob("checkpoint-*"):
         weights = folder / "model.safetensors"
-        content = bytearray(weights.read_bytes())
-        content[-1] ^= 1
-        weights.write_bytes(content)
+        weights.write_bytes(weights.read_bytes()[:-1])
     assert checkpoints.latest(output) is None
     train(job)
     assert curve(job) == whole
+
+
+@pytest.mark.parametrize("marker", ["", "null", "[]", '{"training": "a"', '{"sizes": 3}'])
+def test_a_damaged_marker_marks_nothing(tmp_path: Path, marker: str):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"12345")
+    checkpoints.seal(folder, "a")
+    assert (folder / "COMPLETE").read_text() == '{"sizes":{"model.safetensors":5},"training":"a"}'
+    assert checkpoints.latest(tmp_path) == folder
+    (folder / "COMPLETE").write_text(marker)
+    assert checkpoints.latest(tmp_path) is None
+    assert checkpoints.resume_point(tmp_path, "a") is None
 
 
 def test_checkpoints_of_other_settings_are_not_continued(job: TrainingJob, caplog: pytest.LogCaptureFixture):

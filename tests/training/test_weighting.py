@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from selfsteer.recipe.sections import Lora, Policy
-from selfsteer.records import PreferencePair
+from selfsteer.records import Pair
 from selfsteer.training.objective import PairLogps, expected_logps, objective, pair_weights, response_weights
 from selfsteer.training.scoring import open_scorer, tokenize
 from selfsteer.training.train import TrainingJob, train
@@ -95,7 +95,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
     )
 
 
-def oracle(job: TrainingJob, model: Any, reference: Any, groups: list[list[PreferencePair]]) -> tuple[Tensor, Tensor]:
+def oracle(job: TrainingJob, model: Any, reference: Any, groups: list[list[Pair]]) -> tuple[Tensor, Tensor]:
     """Equation 2 of the paper from softmax and sums over the whole vocabulary: mean loss and mean weight of the pairs."""
     with open_scorer(job.policy, FLOAT32) as scorer:
         pairs = [tokenize(pair, scorer.prompts) for group in groups for pair in group]

@@ -53,8 +53,12 @@ class Completion:
     key: str
     text: str
     token_ids: tuple[int, ...]
-    """Without the end token."""
+    """As they were sampled, without the end token."""
     finish_reason: FinishReason
+    end_id: int | None = None
+    """The end token that was sampled; None of a response that was cut off, and where an engine does not tell."""
+    reencoded: bool = False
+    """The engine was told only the text: `token_ids` is that text encoded again, good for its length and nothing else."""
     logps: tuple[float, ...] | None = None
     """Log-probability of each sampled token before temperature and top-p, the end token's last; from engines that are
     asked for it."""

@@ -46,6 +46,8 @@ class _Sequence:
     uniforms: list[float]
     """The random number of each token."""
     tokens: list[int] = field(default_factory=list[int])
+    end: int | None = None
+    """The end token, once it was drawn."""
 
     @property
     def length(self) -> int:
@@ -118,6 +120,7 @@ class TransformersEngine:
                     text=self._decoded(sequence.tokens),
                     token_ids=tuple(sequence.tokens),
                     finish_reason=reason,
+                    end_id=sequence.end,
                 )
 
     def _apply(self, adapter: str | None) -> None:
@@ -272,6 +275,7 @@ def _sample_in_batches(model: PreTrainedModel, waiting: _Waiting, batch_size: in
 def _extended(sequence: _Sequence, token: int, ends: frozenset[int]) -> FinishReason | None:
     """Append the token and say why the sequence is finished, if it is."""
     if token in ends:
+        sequence.end = token
         return "stop"
     sequence.tokens.append(token)
     return "length" if len(sequence.tokens) == sequence.request.sampling.max_new_tokens else None

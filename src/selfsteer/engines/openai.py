@@ -387,11 +387,20 @@ class OpenAIEngine:
             yield outcome
             return
         # Here and not in the loop's thread: tokenizers must not be used by two threads at once.
+        reencoded = outcome.token_ids is None
         ids = tuple(self._tokenize(outcome.text)) if outcome.token_ids is None else outcome.token_ids
+        end = None
         if outcome.finish_reason == "stop" and ids and ids[-1] in self._end_ids:
-            ids = ids[:-1]
+            *others, last = ids
+            ids, end = tuple(others), None if reencoded else last
         yield Completion(
-            key=key, text=outcome.text, token_ids=ids, finish_reason=outcome.finish_reason, first_logps=outcome.first_logps
+            key=key,
+            text=outcome.text,
+            token_ids=ids,
+            finish_reason=outcome.finish_reason,
+            end_id=end,
+            reencoded=reencoded,
+            first_logps=outcome.first_logps,
         )
 
     async def _outcome(self, request: Request) -> Answer | Failed | None:

@@ -15,10 +15,8 @@ from selfsteer.prompts import Prompts
 from selfsteer.records import Message, Response
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.store.durable import digest
+from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
-
-SCHEMA = 1
-"""Version of the journalled samples; part of every key."""
 
 _DURABLE_EVERY = 16
 """Completions appended to the journal at once: one fdatasync for so many."""
@@ -33,7 +31,7 @@ def request(prompts: Prompts, messages: tuple[Message, ...], *, model_digest: st
     """A request whose key is the content that determines its completion (no paths, times or endpoints); not yet rendered."""
     key = digest(
         {
-            "schema": SCHEMA,
+            "schema": SCHEMA_VERSION,
             "model": model_digest,
             "messages": messages,
             "prompts": prompts.digest,
@@ -105,7 +103,12 @@ def response(journal: Journal, wanted: Request) -> Response | Failed:
     if "failed" in data:
         return Failed(key=wanted.key, reason=data["failed"], detail=data["detail"])
     return Response(
-        text=data["text"], token_ids=tuple(data["token_ids"]), finish_reason=data["finish_reason"], seed=wanted.seed
+        text=data["text"],
+        token_ids=tuple(data["token_ids"]),
+        finish_reason=data["finish_reason"],
+        seed=wanted.seed,
+        end_id=data["end_id"],
+        reencoded=data["reencoded"],
     )
 
 
@@ -130,5 +133,11 @@ def _append(journal: Journal, batch: list[Completion | Failed]) -> None:
 def _data(item: Completion | Failed) -> dict[str, object]:
     if isinstance(item, Failed):
         return {"failed": item.reason, "detail": item.detail}
-    data: dict[str, object] = {"text": item.text, "token_ids": list(item.token_ids), "finish_reason": item.finish_reason}
+    data: dict[str, object] = {
+        "text": item.text,
+        "token_ids": list(item.token_ids),
+        "finish_reason": item.finish_reason,
+        "end_id": item.end_id,
+        "reencoded": item.reencoded,
+    }
     return data if item.logps is None else data | {"logps": list(item.logps)}

@@ -180,13 +180,13 @@ class VllmEngine:
             )
         ids: list[int] = message["token_ids"]
         logps: list[float] | None = message["logps"]
-        if reason == "stop" and ids and ids[-1] in self._end_ids:
-            ids = ids[:-1]
+        end = ids.pop() if reason == "stop" and ids and ids[-1] in self._end_ids else None
         return Completion(
             key=key,
             text=self._decode(ids),
             token_ids=tuple(ids),
             finish_reason=reason,
+            end_id=end,
             logps=None if logps is None else tuple(logps),
             first_logps=self._first(message.get("first_logps")),  # only there where it was asked for
         )

@@ -15,48 +15,33 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from selfsteer.measures.quality import reference_scores
+from selfsteer.measures.quality import rewards_of, scored
 from selfsteer.measures.verdicts import Verdict, by_margin, failure
-from selfsteer.pairs import alignment_pair, special_token_reason
+from selfsteer.pairs import special_token_reason
 from selfsteer.prompts import Prompts
-from selfsteer.records import PairRow, PreferencePair, Principles, Responses, ScoredPair
+from selfsteer.records import Pair
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
 
 
-def implicit_verdicts(
-    rows: Iterable[tuple[PreferencePair, PairRow]], after: Iterable[ScoredPair], *, beta: float
-) -> Iterator[Verdict]:
+def implicit_verdicts(before: Iterable[Pair], after: Iterable[Pair], *, beta: float) -> Iterator[Verdict]:
     """The response whose log-probability training has raised more.
 
-    rows: the pairs with the columns of their reference log-probabilities; after: their scores under the trained model, one
-    each in the same order. ValueError when the lengths differ.
+    before: the pairs with their reference log-probabilities; after: the same with those of the trained model, in the same
+    order. ValueError when the lengths differ.
     """
-    for (pair, row), trained in zip(rows, after, strict=True):
-        before = reference_scores(row)
-        if before is None:
-            yield failure(pair, "no reference log-probabilities")
+    for reference, trained in zip(before, after, strict=True):
+        if not scored(reference):
+            yield failure(reference, "no reference log-probabilities")
             continue
-        rewards = [beta * (now.logps - then.logps) for now, then in zip(trained, before, strict=True)]
-        yield by_margin(pair, rewards[0] - rewards[1])
+        rewards = rewards_of(reference, trained, beta=beta)
+        yield by_margin(reference, rewards.chosen - rewards.rejected)
 
 
-def likelihood_verdicts(pairs: Iterable[tuple[PreferencePair, ScoredPair]]) -> Iterator[Verdict]:
+def likelihood_verdicts(pairs: Iterable[Pair]) -> Iterator[Verdict]:
     """The response of which the policy is surer, token by token: what probability alone knows, without any training."""
-    for pair, scored in pairs:
-        yield by_margin(pair, scored.chosen.mean_logps - scored.rejected.mean_logps)
-
-
-class Steered(NamedTuple):
-    """A pair under its bare query, and the principles that its responses were sampled under."""
-
-    pair: PreferencePair
-    principles: Principles
-
-
-def steered(responses: Responses) -> Steered:
-    """The good and the bad response of a query (stage 2)."""
-    return Steered(alignment_pair(responses.query, responses.good, responses.bad), responses.principles)
+    for pair in pairs:
+        yield by_margin(pair, pair.chosen.score.mean_logps - pair.rejected.score.mean_logps)
 
 
 class Consistency(NamedTuple):
@@ -67,19 +52,19 @@ class Consistency(NamedTuple):
 
 
 def consistency_verdicts(
-    judge: Judge, items: Callable[[], Iterable[Steered]], journal: Journal, *, total: int
+    judge: Judge, pairs: Callable[[], Iterable[Pair]], journal: Journal, *, total: int
 ) -> Iterator[Consistency]:
     """Does log pi(y|x+) - log pi(y|x-) rank chosen above rejected? One forward pass a query, journalled.
 
-    items: the pairs, each time from the beginning; total, their number, is for the progress bar. Raises Interrupted, with
-    all scores durable, when a signal asked to stop.
+    pairs: with the principles that they were sampled under, each time from the beginning; total, their number, is for the
+    progress bar. Raises Interrupted, with all scores durable, when a signal asked to stop.
     """
 
     refused: dict[int, str] = {}
 
     def asked() -> Iterator[Group]:
-        for number, item in enumerate(items()):
-            both = _under_both(item, judge.prompts)
+        for number, pair in enumerate(pairs()):
+            both = _under_both(pair, judge.prompts)
             reason = _refusal(both, judge.prompts)
             if reason is None:
                 yield judge.group(both)
@@ -87,28 +72,29 @@ def consistency_verdicts(
                 refused[number] = reason
 
     score_missing(judge, asked(), journal, description="principle consistency", total=total)
-    for number, item in enumerate(items()):
-        pair = item.pair
+    for number, pair in enumerate(pairs()):
         if number in refused:
             yield Consistency(failure(pair, refused[number]), failure(pair, refused[number]))
             continue
-        plus, minus = scores(journal, judge.group(_under_both(item, judge.prompts)))
-        summed = [good.logps - bad.logps for good, bad in zip(plus, minus, strict=True)]
-        per_token = [good.mean_logps - bad.mean_logps for good, bad in zip(plus, minus, strict=True)]
+        plus, minus = scores(journal, judge.group(_under_both(pair, judge.prompts)))
+        sides = ((plus.chosen.score, minus.chosen.score), (plus.rejected.score, minus.rejected.score))
+        summed = [good.logps - bad.logps for good, bad in sides]
+        per_token = [good.mean_logps - bad.mean_logps for good, bad in sides]
         yield Consistency(by_margin(pair, summed[0] - summed[1]), by_margin(pair, per_token[0] - per_token[1]))
 
 
-def _refusal(both: tuple[PreferencePair, PreferencePair], prompts: Prompts) -> str | None:
+def _refusal(both: tuple[Pair, Pair], prompts: Prompts) -> str | None:
     """Why these pairs, which differ in their prompts, must not be scored, or None."""
     plus, minus = both
-    reason = prompts.quarantine_reason(plus.prompt) or special_token_reason((plus.chosen, plus.rejected), prompts)
-    if reason is None and not (plus.chosen.strip() and plus.rejected.strip()):
+    texts = plus.chosen.text, plus.rejected.text
+    reason = prompts.quarantine_reason(plus.prompt) or special_token_reason(texts, prompts)
+    if reason is None and not all(text.strip() for text in texts):
         reason = "empty response"
     return reason or prompts.quarantine_reason(minus.prompt)
 
 
-def _under_both(item: Steered, prompts: Prompts) -> tuple[PreferencePair, PreferencePair]:
+def _under_both(pair: Pair, prompts: Prompts) -> tuple[Pair, Pair]:
     """Both responses under x+, and under x-: two rows with a shared prompt each."""
-    pair, principles = item
-    plus, minus = (prompts.steer(pair.prompt, principle) for principle in (principles.good, principles.bad))
+    assert pair.principles is not None, "pairs made elsewhere are not asked"
+    plus, minus = (prompts.steer(pair.prompt, which) for which in (pair.principles.good, pair.principles.bad))
     return (replace(pair, prompt=plus), replace(pair, prompt=minus))

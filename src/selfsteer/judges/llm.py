@@ -28,9 +28,10 @@ from typing import NamedTuple
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.measures.verdicts import Orders, Verdict, by_orders, failure, no_answer
 from selfsteer.prompts import Prompts
-from selfsteer.records import Message, PreferencePair, ScoredPair
+from selfsteer.records import Message, Pair, side
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.store.durable import digest
+from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
 
@@ -100,11 +101,11 @@ class BothOrders(NamedTuple):
     chosen_second: tuple[Message, ...]
 
 
-def questions(template: str, pair: PreferencePair) -> BothOrders:
+def questions(template: str, pair: Pair) -> BothOrders:
     """The judge's prompts for a pair."""
     return BothOrders(
-        judge_messages(template, pair.prompt, pair.chosen, pair.rejected),
-        judge_messages(template, pair.prompt, pair.rejected, pair.chosen),
+        judge_messages(template, pair.prompt, pair.chosen.text, pair.rejected.text),
+        judge_messages(template, pair.prompt, pair.rejected.text, pair.chosen.text),
     )
 
 
@@ -127,10 +128,7 @@ def rendered(asked: BothOrders, prompts: Prompts, limit: int) -> Rendered | str:
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
-"""Version of the journalled answers; part of every key."""
-
-Pairs = Callable[[], Iterable[PreferencePair]]
+Pairs = Callable[[], Iterable[Pair]]
 """The pairs to be judged, each time from the beginning: once to ask, once to read the verdicts."""
 
 _SPACES = " \t\r\n\u2581\u0120\u010a"
@@ -173,7 +171,7 @@ class LLMJudge:
         if attempt and sampling.temperature == 0:
             sampling = replace(sampling, temperature=_RETRY_TEMPERATURE)
         content = {
-            "schema": SCHEMA,
+            "schema": SCHEMA_VERSION,
             "judge": self.name,
             "messages": list(messages),
             "prompts": None if self.prompts is None else self.prompts.digest,
@@ -259,9 +257,7 @@ def sampled_verdicts(
             yield _verdict(judge, pair, journal, failures.reasons)
 
 
-def _lacking(
-    judge: LLMJudge, pairs: Iterable[PreferencePair], journal: Journal, refused: dict[int, str]
-) -> Iterator[Request]:
+def _lacking(judge: LLMJudge, pairs: Iterable[Pair], journal: Journal, refused: dict[int, str]) -> Iterator[Request]:
     """The first tries that have no answer, each once; notes why a pair, by its number, must not be asked about.
 
     This is where all questions are rendered, once, to be checked and to be sent.
@@ -280,7 +276,7 @@ def _lacking(
                 yield replace(request, prompt_ids=prompt_ids)
 
 
-def _unread(judge: LLMJudge, pairs: Iterable[PreferencePair], attempt: int, journal: Journal) -> Iterator[Request]:
+def _unread(judge: LLMJudge, pairs: Iterable[Pair], attempt: int, journal: Journal) -> Iterator[Request]:
     """The questions that were answered unreadably in every earlier try and have no answer to this one, each once."""
     asked: set[str] = set()
     for pair in pairs:
@@ -352,7 +348,7 @@ def _read(journal: Journal, key: str) -> Answer | None:
     return None if letter is None else Answer(float(letter == FIRST))
 
 
-def _verdict(judge: LLMJudge, pair: PreferencePair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
+def _verdict(judge: LLMJudge, pair: Pair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
     said: list[Answer] = []
     for messages in questions(judge.template, pair):
         tries = [judge.request(messages, attempt).key for attempt in range(1 + judge.retries)]
@@ -366,7 +362,7 @@ def _verdict(judge: LLMJudge, pair: PreferencePair, journal: Journal, failed: Ma
     return _by_answers(pair, said)
 
 
-def _by_answers(pair: PreferencePair, said: Sequence[Answer]) -> Verdict:
+def _by_answers(pair: Pair, said: Sequence[Answer]) -> Verdict:
     """Of the answers with the chosen response first, and with it second."""
     chosen_first, chosen_second = said
     masses = [answer.mass for answer in said if answer.mass is not None]
@@ -399,7 +395,7 @@ def embedded_verdicts(judge: EmbeddedJudge, pairs: Pairs, journal: Journal, *, t
     scoring = judge.scoring
     refused: dict[int, str] = {}
 
-    def group(pair: PreferencePair, both: BothOrders) -> Group:
+    def group(pair: Pair, both: BothOrders) -> Group:
         return scoring.group([_letters(pair, messages) for messages in both])
 
     def asked() -> Iterator[Group]:
@@ -419,21 +415,14 @@ def embedded_verdicts(judge: EmbeddedJudge, pairs: Pairs, journal: Journal, *, t
             yield _embedded_verdict(pair, scores(journal, group(pair, questions(judge.template, pair))))
 
 
-def _embedded_verdict(pair: PreferencePair, scores: Sequence[ScoredPair]) -> Verdict:
-    said = [letter_probability({FIRST: scored.chosen.logps, SECOND: scored.rejected.logps}) for scored in scores]
+def _embedded_verdict(pair: Pair, both: Sequence[Pair]) -> Verdict:
+    said = [letter_probability({FIRST: one.chosen.score.logps, SECOND: one.rejected.score.logps}) for one in both]
     if None in said:
         return failure(pair, "unreadable answer")
     return _by_answers(pair, [answer for answer in said if answer is not None])
 
 
-def _letters(pair: PreferencePair, question: tuple[Message, ...]) -> PreferencePair:
+def _letters(pair: Pair, question: tuple[Message, ...]) -> Pair:
     """The two answers as completions of the judge's prompt, without an end token: their probability is the letters' own."""
-    return PreferencePair(
-        query_id=pair.query_id,
-        kind="given",
-        prompt=question,
-        chosen=FIRST,
-        rejected=SECOND,
-        chosen_finish="length",
-        rejected_finish="length",
-    )
+    first, second = side(FIRST, "length"), side(SECOND, "length")
+    return Pair(query_id=pair.query_id, kind="given", prompt=question, chosen=first, rejected=second)

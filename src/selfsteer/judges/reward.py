@@ -23,13 +23,11 @@ from selfsteer.models import compute_dtype, load_tokenizer, pick_device
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
-from selfsteer.records import Checkpoint, Message, PreferencePair
+from selfsteer.records import Checkpoint, Message, Pair
 from selfsteer.runtime import progress, raise_if_stopped, stop_requested
 from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal, Record
-
-SCHEMA = 1
-"""Version of the journalled rewards; part of every key."""
 
 _WINDOW = 128
 """Conversations sorted by length among themselves, and made durable at once."""
@@ -57,7 +55,7 @@ class RewardModel:
         """Of what determines the reward."""
         template = self.policy.chat_template
         content = {
-            "schema": SCHEMA,
+            "schema": SCHEMA_VERSION,
             "reward_model": self.model.digest,
             "chat_template": None if template is None else file_digest(Path(template)),
             "dtype": str(compute_dtype(self.dtype, pick_device())),
@@ -219,6 +217,5 @@ def reward_verdicts(judge: RewardModel, pairs: Pairs, journal: Journal, *, total
             yield by_margin(pair, chosen - rejected)
 
 
-def _conversations(pair: PreferencePair) -> tuple[Conversation, ...]:
-    responses = (pair.chosen, pair.rejected)
-    return tuple((*pair.prompt, Message(role="assistant", content=response)) for response in responses)
+def _conversations(pair: Pair) -> tuple[Conversation, ...]:
+    return tuple((*pair.prompt, *side.messages) for side in (pair.chosen, pair.rejected))

@@ -14,6 +14,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,7 +43,7 @@ from selfsteer.measures.text import (
     similarity,
     words,
 )
-from selfsteer.records import PairRow, Scored, ScoredPair
+from selfsteer.records import Pair, Scored, Side
 
 NEAR_IDENTICAL = 0.9
 """Word 3-gram Jaccard overlap above which two responses hardly differ."""
@@ -57,7 +58,7 @@ BINS = 24
 
 
 @dataclass(slots=True)
-class _Side:
+class _Responses:
     """What is gathered about the chosen, or about the rejected responses, one number a row."""
 
     words: "array[float]" = field(default_factory=lambda: array("d"))
@@ -75,12 +76,13 @@ class _Side:
     """Responses whose writing system could be compared with the query's."""
     mismatches: int = 0
 
-    def add(self, text: str, query: str, *, tokens: int | None, finish: str, vocabulary: dict[str, int]) -> None:
+    def add(self, side: Side, query: str, vocabulary: dict[str, int]) -> None:
         """Take in one response; `vocabulary` numbers the words and grows."""
+        text = side.text
         text_words = words(text)
         self.words.append(len(text_words))
-        if tokens is not None:
-            self.tokens.append(tokens)
+        if side.tokens is not None:
+            self.tokens.append(side.tokens)
         trigrams = list(zip(text_words, text_words[1:], text_words[2:], strict=False))
         if trigrams:
             self.repetition.append(1 - len(set(trigrams)) / len(trigrams))
@@ -93,7 +95,7 @@ class _Side:
         mismatch = script_mismatch(query, text)
         self.scripts += mismatch is not None
         self.mismatches += mismatch is True
-        self.truncated += finish == "length"
+        self.truncated += side.finish == "length"
         self.refusals += is_refusal(text)
         self.leaks += leaks_principle(text)
 
@@ -117,23 +119,21 @@ class _Scores:
         self.length_difference.append(chosen.tokens - rejected.tokens)
 
 
-def measure(rows: Iterable[PairRow]) -> Measures:
-    """Every measure that the rows allow. ValueError, naming the query, where a log-probability is not finite."""
-    chosen, rejected, scores = _Side(), _Side(), _Scores()
+def measure(pairs: Iterable[Pair]) -> Measures:
+    """Every measure that the pairs allow. ValueError, naming the query, where a log-probability is not finite."""
+    chosen, rejected, scores = _Responses(), _Responses(), _Scores()
     vocabulary: dict[str, int] = {}
     overlaps, digests = array("d"), array("Q")
     sampled = 0
-    for row in rows:
-        good, bad = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-        query = row["prompt"][-1]["content"]
-        chosen.add(good, query, tokens=row.get("chosen_tokens"), finish=row["chosen_finish"], vocabulary=vocabulary)
-        rejected.add(bad, query, tokens=row.get("rejected_tokens"), finish=row["rejected_finish"], vocabulary=vocabulary)
-        sampled += row["kind"] != "given"
-        overlaps.append(similarity(good, bad))
-        digests.append(_digest(json.dumps([row["prompt"], good, bad])))
-        scored = reference_scores(row)
-        if scored is not None:
-            scores.add(scored.chosen, scored.rejected)
+    for pair in pairs:
+        query = pair.prompt[-1]["content"]
+        chosen.add(pair.chosen, query, vocabulary)
+        rejected.add(pair.rejected, query, vocabulary)
+        sampled += pair.kind != "given"
+        overlaps.append(similarity(pair.chosen.text, pair.rejected.text))
+        digests.append(_digest(json.dumps([pair.prompt, pair.chosen.text, pair.rejected.text])))
+        if scored(pair):
+            scores.add(pair.chosen.score, pair.rejected.score)
     if not digests:
         return Measures(pairs=0)
 
@@ -170,35 +170,47 @@ def measure(rows: Iterable[PairRow]) -> Measures:
     return measures
 
 
-def reference_scores(row: PairRow) -> ScoredPair | None:
-    """The log-probabilities that the row carries; None where one is missing. ValueError where one cannot be."""
-    logps = (row.get("ref_chosen_logps"), row.get("ref_rejected_logps"))
-    tokens = (row.get("chosen_tokens"), row.get("rejected_tokens"))
-    if logps[0] is None or logps[1] is None or tokens[0] is None or tokens[1] is None:
-        return None
-    if not all(map(math.isfinite, (logps[0], logps[1]))) or min(tokens[0], tokens[1]) < 1:
-        raise ValueError(
-            f"query {row['query_id']}: log-probabilities {logps} over {tokens} tokens are no measure; "
-            "delete the scores of these pairs and let them be computed again."
-        )
-    return ScoredPair(Scored(logps=logps[0], tokens=tokens[0]), Scored(logps=logps[1], tokens=tokens[1]))
+def scored(pair: Pair) -> bool:
+    """Whether the pair carries log-probabilities. ValueError where they cannot be any."""
+    if not pair.scored:
+        return False
+    for side in (pair.chosen, pair.rejected):
+        if not math.isfinite(side.score.logps) or side.score.tokens < 1:
+            raise ValueError(
+                f"query {pair.query_id}: a log-probability of {side.logps} over {side.tokens} tokens is no measure; "
+                "delete the scores of these pairs and let them be computed again."
+            )
+    return True
 
 
-def implicit_reward(rows: Iterable[PairRow], after: Iterable[ScoredPair], *, beta: float) -> ImplicitReward:
-    """Compare the reference's log-probabilities in `rows` with the trained model's, `after`, one for each row in order.
+class Rewards(NamedTuple):
+    """beta * (log pi - log pi_ref) of both responses (arXiv 2305.18290)."""
 
-    Rows without reference log-probabilities are left out; `pairs` counts the others. ValueError when the lengths differ.
+    chosen: float
+    rejected: float
+
+
+def rewards_of(reference: Pair, trained: Pair, *, beta: float) -> Rewards:
+    """The implicit rewards of a pair that both models have scored."""
+    chosen = trained.chosen.score.logps - reference.chosen.score.logps
+    return Rewards(beta * chosen, beta * (trained.rejected.score.logps - reference.rejected.score.logps))
+
+
+def implicit_reward(before: Iterable[Pair], after: Iterable[Pair], *, beta: float) -> ImplicitReward:
+    """Compare the reference's log-probabilities, `before`, with the trained model's of the same pairs in the same order.
+
+    Pairs without reference log-probabilities are left out; `pairs` counts the others. ValueError when the lengths differ.
     """
     before_scores, after_scores = _Scores(), _Scores()
     rewards = array("d"), array("d")
-    for row, trained in zip(rows, after, strict=True):
-        reference = reference_scores(row)
-        if reference is None:
+    for reference, trained in zip(before, after, strict=True):
+        if not scored(reference):
             continue
-        before_scores.add(reference.chosen, reference.rejected)
-        after_scores.add(trained.chosen, trained.rejected)
-        rewards[0].append(beta * (trained.chosen.logps - reference.chosen.logps))
-        rewards[1].append(beta * (trained.rejected.logps - reference.rejected.logps))
+        before_scores.add(reference.chosen.score, reference.rejected.score)
+        after_scores.add(trained.chosen.score, trained.rejected.score)
+        found = rewards_of(reference, trained, beta=beta)
+        rewards[0].append(found.chosen)
+        rewards[1].append(found.rejected)
     n = len(before_scores.margin)
     if n == 0:
         return ImplicitReward(pairs=0, beta=beta)
@@ -217,9 +229,9 @@ def implicit_reward(rows: Iterable[PairRow], after: Iterable[ScoredPair], *, bet
     )
 
 
-def compare(rows: Iterable[PairRow], baseline: Iterable[PairRow], *, seed: int = 0) -> Comparison:
-    """How much more on-policy `rows` are than `baseline` (PBAA, say), query by query; rows without scores are left out."""
-    first, second = _by_query(rows), _by_query(baseline)
+def compare(pairs: Iterable[Pair], baseline: Iterable[Pair], *, seed: int = 0) -> Comparison:
+    """How much more on-policy `pairs` are than `baseline` (PBAA, say), query by query; those without scores are left out."""
+    first, second = _by_query(pairs), _by_query(baseline)
     comparison = Comparison(queries=len(first.keys() & second.keys()))
     for index, name in enumerate(("chosen", "rejected", "all", "margin_per_token")):
         difference = paired_difference(
@@ -232,15 +244,14 @@ def compare(rows: Iterable[PairRow], baseline: Iterable[PairRow], *, seed: int =
     return comparison
 
 
-def _by_query(rows: Iterable[PairRow]) -> dict[str, NDArray[np.float64]]:
-    """On-policy probability of chosen, rejected and both, the margin per token, shape (4,), averaged over a query's rows."""
+def _by_query(pairs: Iterable[Pair]) -> dict[str, NDArray[np.float64]]:
+    """On-policy probability of chosen, rejected and both, margin per token, shape (4,): the mean over a query's pairs."""
     gathered: defaultdict[str, list[tuple[float, ...]]] = defaultdict(list)
-    for row in rows:
-        scored = reference_scores(row)
-        if scored is not None:
-            chosen, rejected = (math.exp(side.mean_logps) for side in scored)
-            margin = scored.chosen.mean_logps - scored.rejected.mean_logps
-            gathered[row["query_id"]].append((chosen, rejected, (chosen + rejected) / 2, margin))
+    for pair in pairs:
+        if scored(pair):
+            means = pair.chosen.score.mean_logps, pair.rejected.score.mean_logps
+            chosen, rejected = map(math.exp, means)
+            gathered[pair.query_id].append((chosen, rejected, (chosen + rejected) / 2, means[0] - means[1]))
     return {query: np.mean(values, axis=0) for query, values in gathered.items()}
 
 
@@ -261,7 +272,7 @@ def _margin(scores: _Scores) -> Margin:
     return margin
 
 
-def _length(chosen: _Side, rejected: _Side) -> tuple[Length, Distribution]:
+def _length(chosen: _Responses, rejected: _Responses) -> tuple[Length, Distribution]:
     n = len(chosen.words)
     in_tokens = len(chosen.tokens) == len(rejected.tokens) == n
     sides = (chosen.tokens, rejected.tokens) if in_tokens else (chosen.words, rejected.words)
@@ -279,7 +290,7 @@ def _length(chosen: _Side, rejected: _Side) -> tuple[Length, Distribution]:
     return length, _distribution(chosen=good, rejected=bad)
 
 
-def _variety(chosen: _Side, rejected: _Side) -> tuple[dict[str, Variety], int]:
+def _variety(chosen: _Responses, rejected: _Responses) -> tuple[dict[str, Variety], int]:
     ids = {"chosen": np.asarray(chosen.vocabulary_ids), "rejected": np.asarray(rejected.vocabulary_ids)}
     size = min(WORD_BUDGET, *(int((side >= 0).sum()) for side in ids.values()))
     varieties: dict[str, Variety] = {}
@@ -332,7 +343,7 @@ def _above_zero(values: "array[float]") -> Estimate:
     return _share(sum(value > 0 for value in values), len(values))
 
 
-def _near_repeats(side: _Side) -> Estimate:
+def _near_repeats(side: _Responses) -> Estimate:
     signatures = bytes(side.signatures)
     return _share(near_repeats(signatures, NEAR_IDENTICAL), len(signatures) // HASHES)
 

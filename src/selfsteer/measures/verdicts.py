@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict
 
 from selfsteer.measures.estimates import Estimate, mean_estimate, share_estimate
-from selfsteer.records import PreferencePair
+from selfsteer.records import Pair
 
-Side = Literal["chosen", "rejected"]
+Name = Literal["chosen", "rejected"]
+"""Of a side of a pair."""
 
 
 class Orders(NamedTuple):
@@ -30,9 +31,9 @@ class Verdict:
     """How a judge orders one pair; `by_orders`, `by_margin` and `failure` make it."""
 
     query_id: str
-    preferred: Side | Literal["tie"] | None
+    preferred: Name | Literal["tie"] | None
     """None is an error."""
-    longer: Side | None
+    longer: Name | None
     """The response with more characters; None where both have equally many."""
     orders: Orders | None = None
     """Of judges that see both responses at once."""
@@ -49,9 +50,9 @@ class Verdict:
         return None if self.orders is None else sum(self.orders) / 2
 
 
-def by_orders(pair: PreferencePair, orders: Orders, *, mass: float | None = None) -> Verdict:
+def by_orders(pair: Pair, orders: Orders, *, mass: float | None = None) -> Verdict:
     """The response that both orders prefer; a tie where they disagree or one of them prefers neither."""
-    preferred: Side | Literal["tie"] = "tie"
+    preferred: Name | Literal["tie"] = "tie"
     if min(orders) > 0.5:
         preferred = "chosen"
     elif max(orders) < 0.5:
@@ -59,7 +60,7 @@ def by_orders(pair: PreferencePair, orders: Orders, *, mass: float | None = None
     return Verdict(query_id=pair.query_id, preferred=preferred, longer=_longer(pair), orders=orders, mass=mass)
 
 
-def by_margin(pair: PreferencePair, margin: float) -> Verdict:
+def by_margin(pair: Pair, margin: float) -> Verdict:
     """Chosen above zero, rejected below, a tie at zero; no verdict of a margin that is not finite."""
     if not math.isfinite(margin):
         return failure(pair, "margin is not finite")
@@ -67,7 +68,7 @@ def by_margin(pair: PreferencePair, margin: float) -> Verdict:
     return Verdict(query_id=pair.query_id, preferred=preferred, longer=_longer(pair), margin=margin)
 
 
-def failure(pair: PreferencePair, reason: str) -> Verdict:
+def failure(pair: Pair, reason: str) -> Verdict:
     """No verdict, for this reason."""
     return Verdict(query_id=pair.query_id, preferred=None, longer=_longer(pair), error=reason)
 
@@ -80,8 +81,8 @@ def no_answer(reason: str | None = None) -> str:
     return f"{_NO_ANSWER} ({reason})" if reason else _NO_ANSWER
 
 
-def _longer(pair: PreferencePair) -> Side | None:
-    chosen, rejected = len(pair.chosen), len(pair.rejected)
+def _longer(pair: Pair) -> Name | None:
+    chosen, rejected = len(pair.chosen.text), len(pair.rejected.text)
     return "chosen" if chosen > rejected else "rejected" if rejected > chosen else None
 
 

@@ -13,8 +13,8 @@ from string import Template
 from typing import Any, TypeVar, cast
 
 from selfsteer.measures.metrics import Metrics, RoundMetrics, find, plain
-from selfsteer.measures.quality import reference_scores
-from selfsteer.records import PairRow
+from selfsteer.measures.quality import scored
+from selfsteer.records import Pair
 from selfsteer.report import tables
 from selfsteer.report.tables import Form, Table, cell, duration
 from selfsteer.store.durable import replacing
@@ -24,19 +24,19 @@ EXAMPLES = 10
 T = TypeVar("T")
 
 
-def pick_examples(rows: Iterable[T], *, n: int = EXAMPLES, seed: int = 0) -> list[T]:
-    """n rows drawn evenly from a stream (reservoir sampling, Vitter 1985), in its order."""
+def pick_examples(pairs: Iterable[T], *, n: int = EXAMPLES, seed: int = 0) -> list[T]:
+    """n pairs (or their numbers) drawn evenly from a stream (reservoir sampling, Vitter 1985), in its order."""
     rng = random.Random(seed)
     kept: list[tuple[int, T]] = []
-    for number, row in enumerate(rows):
+    for number, pair in enumerate(pairs):
         if number < n:
-            kept.append((number, row))
+            kept.append((number, pair))
         elif (place := rng.randrange(number + 1)) < n:
-            kept[place] = (number, row)
-    return [row for _, row in sorted(kept, key=lambda item: item[0])]
+            kept[place] = (number, pair)
+    return [pair for _, pair in sorted(kept, key=lambda item: item[0])]
 
 
-def write_page(path: Path, metrics: Metrics, examples: Sequence[PairRow] = ()) -> None:
+def write_page(path: Path, metrics: Metrics, examples: Sequence[Pair] = ()) -> None:
     """Write report.html, whole or not at all; without matplotlib, without plots."""
     run = metrics["run"]
     facts = [f"from {run['model']}", f"seed {run['seed']}", duration(run["seconds"]), run.get("hardware", "")]
@@ -105,32 +105,30 @@ def _plots(metrics: Metrics) -> Iterable[str]:
             yield f"<figure>{plot.svg}<figcaption>{escape(plot.caption)}</figcaption></figure>"
 
 
-def _examples(rows: Sequence[PairRow]) -> str:
-    if not rows:
+def _examples(pairs: Sequence[Pair]) -> str:
+    if not pairs:
         return ""
-    drawn = "\n".join(map(_example, rows))
-    return f"<section><h2>Pairs to read</h2><p>{len(rows)} preference pairs, drawn at random.</p>{drawn}</section>"
+    drawn = "\n".join(map(_example, pairs))
+    return f"<section><h2>Pairs to read</h2><p>{len(pairs)} preference pairs, drawn at random.</p>{drawn}</section>"
 
 
-def _example(row: PairRow) -> str:
-    scored = reference_scores(row)
+def _example(pair: Pair) -> str:
+    counts = scored(pair)
     sides: list[str] = []
-    for index, side in enumerate(("chosen", "rejected")):
-        facts = [side]
-        if scored is not None:
-            score = scored[index]
-            facts.append(f"{score.tokens:,} tokens, on-policy probability {math.exp(score.mean_logps):.3f}")
-        if (row["chosen_finish"], row["rejected_finish"])[index] == "length":
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        facts = [name]
+        if counts:
+            facts.append(f"{side.score.tokens:,} tokens, on-policy probability {math.exp(side.score.mean_logps):.3f}")
+        if side.finish == "length":
             facts.append("cut off")
-        text = row["chosen"][-1]["content"] if side == "chosen" else row["rejected"][-1]["content"]
-        sides.append(f'<div class="{side}"><h3>{escape(" · ".join(facts))}</h3><div class="text">{escape(text)}</div></div>')
+        text = f'<div class="text">{escape(side.text)}</div>'
+        sides.append(f'<div class="{name}"><h3>{escape(" · ".join(facts))}</h3>{text}</div>')
     prompt = "".join(
         f'<div class="turn"><h3>{escape(turn["role"])}</h3><div class="text">{escape(turn["content"])}</div></div>'
-        for turn in row["prompt"]
+        for turn in pair.prompt
     )
-    # A column of the run's own pairs, beyond PairRow's.
-    principles = cast("dict[str, Any]", row).get("principles") or {}
-    extra = "".join(
-        f"<dt>{side} principle</dt><dd>{escape(principles[side])}</dd>" for side in ("good", "bad") if side in principles
-    )
+    extra = ""
+    if pair.principles is not None:
+        named = (("good", pair.principles.good), ("bad", pair.principles.bad))
+        extra = "".join(f"<dt>{name} principle</dt><dd>{escape(text)}</dd>" for name, text in named)
     return f'<article>{prompt}{f"<dl>{extra}</dl>" if extra else ""}<div class="pair">{"".join(sides)}</div></article>'

@@ -6,22 +6,19 @@
 Left out on purpose: benchmarks; and several answers a query.
 """
 
-from collections.abc import Iterator
-
 from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import request, response, sample, seed_for
 from selfsteer.judges.find import RecipeJudge, ask
 from selfsteer.measures.verdicts import Verdict
-from selfsteer.pairs import alignment_pair
+from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Dropped, PairRow, PreferencePair, Query
+from selfsteer.records import Dropped, Pair, Query
 from selfsteer.stages.base import Round, Work, held_out, inputs_of, make_stage
 from selfsteer.stages.quality import read_verdicts, reopen_unanswered, verdict_row, write_verdicts
 from selfsteer.stages.responses import sampler_of
 from selfsteer.stages.training import model_of
 from selfsteer.store import columns
-from selfsteer.store.columns import pair_row
 from selfsteer.store.folder import Contents, Origin, Stage
 
 ANSWERS = "7-answers"
@@ -78,22 +75,20 @@ def _answers(round: Round, work: Work, asked: _Asked, judge: RecipeJudge) -> Con
             total=len(work.journal) + len(asked.queries),
         )
     dropped: list[Dropped] = []
-    pairs: list[PreferencePair] = []
+    pairs: list[Pair] = []
     for query in asked.queries:
         after, before = (response(work.journal, asked.request(query, number)) for number in range(2))
         if isinstance(after, Failed) or isinstance(before, Failed):
             dropped.append(Dropped(id=query.id, reason="no answer"))
         else:
-            pairs.append(alignment_pair(query, after, before))
+            pairs.append(answer_pair(query, after, before))
 
     verdicts = ask(judge, lambda: pairs, work.journal, total=len(pairs))
     found = (verdict_row("alignment", "judge", verdict) for verdict in verdicts)
     files = write_verdicts(work.stage, found)
 
-    def rows() -> Iterator[PairRow]:
-        return map(pair_row, pairs)
-
-    return Contents(wanted=len(asked.queries), rows=rows(), dropped=dropped, schema=columns.PAIRS, files=files)
+    rows = map(columns.pair_row, pairs)
+    return Contents(wanted=len(asked.queries), rows=rows, dropped=dropped, schema=columns.PAIRS, files=files)
 
 
 def win_verdicts(stage: Stage) -> list[Verdict]:

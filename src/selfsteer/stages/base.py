@@ -7,10 +7,10 @@ themselves (`data_stages.py`, `training_stages.py`) and their order (`pipeline.p
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from selfsteer.engines.sampling import seed_for
 from selfsteer.judges.find import RecipeJudge
@@ -18,13 +18,12 @@ from selfsteer.measures.metrics import Measures, from_plain, plain
 from selfsteer.measures.quality import measure
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, Training
-from selfsteer.records import Checkpoint, PairRow, Principles, Responses
+from selfsteer.records import Checkpoint
 from selfsteer.store import columns
-from selfsteer.store.columns import Seeds
 from selfsteer.store.durable import canonical_json, replacing
 from selfsteer.store.folder import MEASURES, Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
 from selfsteer.store.journal import Journal
-from selfsteer.training.scoring import Group, Judge, scores
+from selfsteer.training.scoring import Judge
 
 log = logging.getLogger(__name__)
 
@@ -205,12 +204,7 @@ def share_of_round(round: Round, ids: Collection[str]) -> frozenset[str]:
     return spared | set(others[round.number - 1 :: rounds])
 
 
-# --- shared ----------------------------------------------------------------------------------------------------------------
-
-
-def seeds_of(item: Responses) -> Seeds:
-    """Of the good and of the bad response."""
-    return Seeds(chosen=item.good.seed, rejected=item.bad.seed)
+# --- measures --------------------------------------------------------------------------------------------------------------
 
 
 def taking(**measures: Callable[[], object]) -> Callable[[], dict[str, Any]]:
@@ -218,12 +212,6 @@ def taking(**measures: Callable[[], object]) -> Callable[[], dict[str, Any]]:
     return lambda: {name: plain(take()) for name, take in measures.items()}
 
 
-def measured(rows: Iterable[dict[str, Any]]) -> Measures:
+def measured(rows: Iterable[Mapping[str, Any]]) -> Measures:
     """The measures of a stage's pairs."""
-    return measure(cast("Iterable[PairRow]", rows))
-
-
-def scored_rows(journal: Journal, group: Group, principles: Principles, seeds: Seeds) -> Iterator[PairRow]:
-    """The rows of a group's pairs, with the scores that the journal has of them."""
-    for pair, scored in zip(group.pairs, scores(journal, group), strict=True):
-        yield columns.scored_row(pair, scored, principles, seeds)
+    return measure(map(columns.pair, rows))

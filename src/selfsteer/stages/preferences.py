@@ -3,20 +3,21 @@
 Left out on purpose: how responses are sampled, pairs built and scored: the modules of that name.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from selfsteer.data.exchange import read_pairs
 from selfsteer.engines.base import Request
 from selfsteer.engines.sampling import sample
 from selfsteer.measures.metrics import Comparison
 from selfsteer.measures.quality import compare
-from selfsteer.pairs import alignment_pair, item_key, reject_reason, special_token_reason, usable
+from selfsteer.pairs import alignment_pair, item_key, reject_reason, sampled_special_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Dropped, PairRow, PreferencePair, Responses
+from selfsteer.records import Dropped, Pair, Responses
 from selfsteer.stages.base import (
     Round,
     Work,
@@ -27,18 +28,19 @@ from selfsteer.stages.base import (
     make_stage,
     measured,
     policy_as_judge,
-    scored_rows,
-    seeds_of,
     taking,
 )
-from selfsteer.stages.responses import answers_to, requests_of, sampler_of
+from selfsteer.stages.responses import answers_to, note_texts, requests_of, sampler_of
 from selfsteer.stages.steering import policy_pairs
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
-from selfsteer.store.columns import NO_SEEDS
 from selfsteer.store.durable import file_digest
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.training.scoring import Group, score_missing, scores
+
+log = logging.getLogger(__name__)
+
+PREFERENCES = "5-preferences"
 
 # --- 5: preference data ----------------------------------------------------------------------------------------------------
 
@@ -65,7 +67,7 @@ def preferences_stage(
         settings["samples"] = [recipe.selection.samples, recipe.queries.holdout]
     if generators is None or steering is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
-        return make_stage(round, "5-preferences", origin, lambda work: _own_preferences(round, work, responses))
+        return make_stage(round, PREFERENCES, origin, lambda work: _own_preferences(round, work, responses))
     inputs = inputs_of(round, principles=principles, steering=steering, generator=generators.good)
     if generators.bad != generators.good:
         inputs |= inputs_of(round, bad_generator=generators.bad)
@@ -77,12 +79,12 @@ def preferences_stage(
         )
         return replace(_preferences(round, work, principles, generators), measures=measures)
 
-    return make_stage(round, "5-preferences", origin, make)
+    return make_stage(round, PREFERENCES, origin, make)
 
 
 def _compared(rows: Iterator[dict[str, Any]], steering: Stage) -> Comparison:
     """The generator's pairs with those of the policy."""
-    return compare(cast("Iterator[PairRow]", rows), cast("Iterator[PairRow]", policy_pairs(steering)))
+    return compare(map(columns.pair, rows), map(columns.pair, policy_pairs(steering)))
 
 
 def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
@@ -103,7 +105,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row, number in wanted():
-            asked_for = (requests_of(round, models, row, number=number) for models in groups)
+            asked_for = (requests_of(round, models, row, stage=PREFERENCES, number=number) for models in groups)
             yield row, {role: item for requests in asked_for for role, item in requests.items()}
 
     for models in groups:
@@ -115,7 +117,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
                 item
                 for role in roles
                 for row, number in wanted()
-                for item in requests_of(round, role, row, number=number).values()
+                for item in requests_of(round, role, row, stage=PREFERENCES, number=number).values()
             ),
             work.journal,
             description="responses of the generator",
@@ -143,27 +145,30 @@ def _preference_pairs(
 
     def reason(item: Responses) -> str | None:
         found = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
-        return found or special_token_reason((item.good.text, item.bad.text), round.prompts)
+        return found or sampled_special_reason((item.good, item.bad), round.prompts)
 
     def group(item: Responses) -> Group:
-        return judge.group((alignment_pair(item.query, item.good, item.bad),))
+        return judge.group((alignment_pair(item),))
 
     every_group = map(group, usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
-    def rows() -> Iterator[PairRow]:
+    def rows() -> Iterator[dict[str, Any]]:
+        texts = 0
         for item in answered():
             if isinstance(item, Dropped):
                 dropped.append(item)
             elif item_key(item) in reasons:
                 dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
             else:
-                yield from scored_rows(work.journal, group(item), item.principles, seeds_of(item))
+                texts += item.good.reencoded + item.bad.reencoded
+                yield from map(columns.pair_row, scores(work.journal, group(item)))
+        note_texts(log, texts)
 
     return _pairs(work, wanted=total, rows=rows(), dropped=dropped)
 
 
-def _pairs(work: Work, *, wanted: int, rows: Iterator[PairRow], dropped: list[Dropped]) -> Contents:
+def _pairs(work: Work, *, wanted: int, rows: Iterator[dict[str, Any]], dropped: list[Dropped]) -> Contents:
     measures = taking(pairs=lambda: measured(work.stage.written()))
     return Contents(wanted=wanted, rows=rows, dropped=dropped, schema=columns.PAIRS, measures=measures)
 
@@ -172,7 +177,7 @@ def given_stage(round: Round, pairs: Path) -> Stage:
     """Stage 5 filled from a file: checked pairs with their reference log-probabilities under the policy."""
     settings = {"max_prompt_tokens": round.recipe.queries.max_prompt_tokens, **arithmetic(round.recipe.training)}
     origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": file_digest(pairs)})
-    return make_stage(round, "5-preferences", origin, lambda work: _given(round, work, pairs))
+    return make_stage(round, PREFERENCES, origin, lambda work: _given(round, work, pairs))
 
 
 def _given(round: Round, work: Work, path: Path) -> Contents:
@@ -188,18 +193,17 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
     to_score = (group for group in groups() if isinstance(group, Group))
     score_missing(judge, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
 
-    def rows() -> Iterator[PairRow]:
+    def rows() -> Iterator[dict[str, Any]]:
         for item in groups():
             if isinstance(item, Dropped):
                 dropped.append(item)
             else:
-                [scored] = scores(work.journal, item)
-                yield columns.scored_row(item.pairs[0], scored, None, NO_SEEDS)
+                yield from map(columns.pair_row, scores(work.journal, item))
 
     return _pairs(work, wanted=wanted, rows=rows(), dropped=dropped)
 
 
-def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[PreferencePair | Dropped]:
+def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[Pair | Dropped]:
     """The pairs of a file that can be tokenised as they are, and the others with the reason why not.
 
     Raises ValueError, naming file and row, for a malformed file.
@@ -209,8 +213,10 @@ def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) ->
         if isinstance(row, Dropped):
             yield row
             continue
-        pair = columns.pair(cast(dict[str, Any], row))
-        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason((pair.chosen, pair.rejected), prompts)
+        pair = columns.pair(row)
+        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason(
+            (pair.chosen.text, pair.rejected.text), prompts
+        )
         if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
             reason = "prompt too long"
         yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)

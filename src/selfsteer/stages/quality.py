@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple, cast
 import pyarrow as pa
 
 from selfsteer.judges.find import RecipeJudge, ask
-from selfsteer.judges.implicit import Steered, consistency_verdicts
+from selfsteer.judges.implicit import consistency_verdicts
 from selfsteer.measures.contamination import contamination, overlaps, read_evaluation
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.metrics import Contamination, plain
 from selfsteer.measures.verdicts import JudgeReport, Orders, Verdict, judge_report, unanswered
-from selfsteer.records import Message, PreferencePair, Query
+from selfsteer.records import Pair, Query
 from selfsteer.stages.base import (
     Round,
     Work,
@@ -141,16 +141,12 @@ def _judged(
     def chosen() -> Iterator[dict[str, Any]]:
         return (row for row in rows() if row["query_id"] in drawn)
 
-    def pairs() -> Iterator[PreferencePair]:
+    def pairs() -> Iterator[Pair]:
         return map(columns.pair, chosen())
 
     total = sum(1 for _ in chosen())
     if task.consistency:
-
-        def steered() -> Iterator[Steered]:
-            return (Steered(columns.pair(row), columns.principles(row)) for row in chosen())
-
-        both = consistency_verdicts(policy_as_judge(round), steered, work.journal, total=total)
+        both = consistency_verdicts(policy_as_judge(round), pairs, work.journal, total=total)
         yield "principle_consistency", (each.summed for each in both)
     if task.judge is not None:
         yield "judge", ask(task.judge, pairs, work.journal, total=total)
@@ -201,10 +197,8 @@ def read_reports(stage: Stage) -> dict[DataSet, dict[JudgeName, JudgeReport]]:
 
 def _write_contamination(path: Path, files: Iterable[str], preferences: Stage) -> None:
     evaluation = read_evaluation([Path(file) for file in files])
-    rows = (
-        Query(id=row["query_id"], messages=tuple(Message(**turn) for turn in row["prompt"])) for row in preferences.rows()
-    )
-    found = [list(overlaps(query, evaluation)) for query in rows]
+    pairs = map(columns.pair, preferences.rows())
+    found = [list(overlaps(Query(id=pair.query_id, messages=pair.prompt), evaluation)) for pair in pairs]
     measure = contamination(found)
     assert measure is not None, "a sealed stage 5 has rows"
     rows_named = [overlap._asdict() for each in found for overlap in each]

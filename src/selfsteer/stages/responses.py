@@ -3,6 +3,7 @@
 Left out on purpose: how prompts are rendered and responses sampled: the modules of that name.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,10 @@ from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.store.journal import Journal
 
+log = logging.getLogger(__name__)
+
+RESPONSES = "2-responses"
+
 # --- 2: responses ----------------------------------------------------------------------------------------------------------
 
 
@@ -48,7 +53,7 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
     elif round.held_out_only:
         settings["only"] = round.recipe.queries.holdout
     origin = Origin(settings=settings, inputs=inputs_of(round, principles=principles))
-    return make_stage(round, "2-responses", origin, lambda work: _responses(round, work, principles))
+    return make_stage(round, RESPONSES, origin, lambda work: _responses(round, work, principles))
 
 
 def _responses(round: Round, work: Work, principles: Stage) -> Contents:
@@ -64,7 +69,7 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row in principles.rows():
             if wanted_ids is None or row["query_id"] in wanted_ids:
-                yield row, requests_of(round, models, row)
+                yield row, requests_of(round, models, row, stage=RESPONSES)
 
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
@@ -77,16 +82,29 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
     dropped: list[Dropped] = []
 
     def rows() -> Iterator[dict[str, Any]]:
+        texts = 0
         for row, requests in asked():
             answers = answers_to(work.journal, row["query_id"], requests)
             if isinstance(answers, Dropped):
                 dropped.append(answers)
             else:
+                texts += sum(answer.reencoded for answer in answers.values())
                 yield {**row, "original": None} | {
                     role: columns.response_columns(answer) for role, answer in answers.items()
                 }
+        note_texts(log, texts)
 
     return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.RESPONSES)
+
+
+def note_texts(log: logging.Logger, texts: int) -> None:
+    """Say that responses came without ids, where some did."""
+    if texts:
+        log.warning(
+            "%s responses came as text alone: they are scored and trained as that text is encoded behind its prompt, which"
+            " may be other tokens than were sampled. Take engine.send=token_ids where the server can do that.",
+            f"{texts:,}",
+        )
 
 
 def answers_to(journal: Journal, query_id: str, requests: dict[str, Request]) -> dict[str, Response] | Dropped:
@@ -114,10 +132,13 @@ def sampler_of(round: Round, models: Mapping[str, Checkpoint]) -> Sampler:
 
 
 def requests_of(
-    round: Round, models: Mapping[str, Checkpoint], row: dict[str, Any], *, number: int = 0
+    round: Round, models: Mapping[str, Checkpoint], row: dict[str, Any], *, stage: str, number: int = 0
 ) -> dict[str, Request]:
-    """The prompts x+ (good), x- (bad) and x (original) of a query, each answered by its model for the `number`-th time."""
-    nth = (number,) if number else ()
+    """The prompts x+ (good), x- (bad) and x (original) of a query, each answered by its model for the `number`-th time.
+
+    Every stage draws from random numbers of its own: a generator that met those behind the very y+ that it was trained on
+    would be measured as more on-policy than it is.
+    """
     query, principles = columns.query(row), columns.principles(row)
     messages = {
         "good": round.prompts.steer(query.messages, principles.good),
@@ -132,7 +153,7 @@ def requests_of(
             messages[role],
             model_digest=sampler_digest(round.recipe.engine, model),
             sampling=sampling,
-            seed=seed_for(round.recipe.seed, round.number, query.id, role, *nth),
+            seed=seed_for(round.recipe.seed, round.number, stage, query.id, role, number),
         )
         found[role] = item if model.adapter is None else replace(item, adapter=model.adapter.name)
     return found

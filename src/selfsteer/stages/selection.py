@@ -6,17 +6,18 @@ Wanted are the pairs of stage 5 that are not held out. Left out on purpose: the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from selfsteer.judges.find import RecipeJudge, ask
-from selfsteer.measures.quality import reference_scores
+from selfsteer.measures.quality import Rewards, rewards_of
 from selfsteer.measures.text import similarity, words
 from selfsteer.measures.verdicts import Verdict, by_margin
 from selfsteer.recipe.sections import Selection
-from selfsteer.records import Dropped, PairRow, ScoredPair
+from selfsteer.records import Dropped, Pair
 from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, measured, policy_as_judge, taking
 from selfsteer.stages.status import SELECTION
 from selfsteer.stages.training import Generators, model_of
@@ -28,7 +29,7 @@ from selfsteer.training.scoring import Group, score_missing, scores
 class Ranked(NamedTuple):
     """A pair, and how its responses were scored."""
 
-    row: PairRow
+    pair: Pair
     verdict: Verdict
 
     @property
@@ -85,25 +86,18 @@ def top_share(margins: Sequence[float], share: float) -> float:
     return sorted(margins, reverse=True)[kept - 1]
 
 
-def prefer_shorter(row: PairRow) -> PairRow:
-    """The row of two responses with close scores, turned round where the rejected one is the shorter one.
+def prefer_shorter(pair: Pair) -> Pair:
+    """A pair of two responses with close scores, turned round where the rejected one is the shorter one.
 
     The length control of Meta-Rewarding (arXiv 2407.19594): of close responses the shorter one is chosen. Lengths are tokens
-    where the row knows them, else words. In a turned row everything about the two responses has changed sides; its
-    principles have not: the good one still names the steering of what is now rejected.
+    where the pair knows them, else words.
     """
-    return turned(row) if _length(row, "rejected") < _length(row, "chosen") else row
-
-
-def turned(row: PairRow) -> PairRow:
-    """The pair with chosen and rejected exchanged, in all columns that are about either."""
-    sides = {"chosen": "rejected", "rejected": "chosen"}
-
-    def counterpart(key: str) -> str:
-        return "_".join(sides.get(part, part) for part in key.split("_"))
-
-    values = cast("dict[str, Any]", row)
-    return cast(PairRow, {key: values[counterpart(key)] for key in values})
+    chosen, rejected = pair.chosen, pair.rejected
+    if chosen.tokens is None or rejected.tokens is None:
+        shorter = len(words(rejected.text)) < len(words(chosen.text))
+    else:
+        shorter = rejected.tokens < chosen.tokens
+    return pair.turned() if shorter else pair
 
 
 class Sample(NamedTuple):
@@ -142,13 +136,6 @@ def best_and_near_worst(
         chosen=min(near_best, key=lambda index: good[index].tokens),
         rejected=min(lower, key=lambda index: abs(scores[index] - target)),
     )
-
-
-def _length(row: PairRow, side: Literal["chosen", "rejected"]) -> int:
-    tokens = (row.get("chosen_tokens"), row.get("rejected_tokens"))
-    if tokens[0] is None or tokens[1] is None:
-        return len(words(row[side][-1]["content"]))
-    return tokens[0] if side == "chosen" else tokens[1]
 
 
 class Candidates(NamedTuple):
@@ -204,34 +191,34 @@ def _selected(
         bound = top_share(margins, section.top_share) if margins else None
     dropped: list[Dropped] = []
 
-    def rows() -> Iterator[PairRow]:
+    def rows() -> Iterator[dict[str, Any]]:
         for item in ranked():
             if isinstance(item, Dropped):
                 dropped.append(item)
             elif (reason := reject_reason(item, section, bound)) is not None:
-                dropped.append(Dropped(id=item.row["query_id"], reason=reason))
+                dropped.append(Dropped(id=item.pair.query_id, reason=reason))
             elif is_near(item, section):
-                yield prefer_shorter(item.row)
+                yield columns.pair_row(prefer_shorter(item.pair))
             else:
-                yield item.row
+                yield columns.pair_row(item.pair)
 
     wanted = sum(1 for _ in _lessons(candidates.preferences, held_out(round)))
     measures = taking(pairs=lambda: measured(work.stage.written()))
     return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS, measures=measures)
 
 
-def _lessons(preferences: Stage, spared: frozenset[str]) -> Iterator[dict[str, Any]]:
-    return (row for row in preferences.rows() if row["query_id"] not in spared)
+def _lessons(preferences: Stage, spared: frozenset[str]) -> Iterator[Pair]:
+    return (pair for pair in map(columns.pair, preferences.rows()) if pair.query_id not in spared)
 
 
 def _by_judge(candidates: Candidates, judge: RecipeJudge, spared: frozenset[str]) -> Rank:
-    def lessons() -> Iterator[dict[str, Any]]:
+    def lessons() -> Iterator[Pair]:
         return _lessons(candidates.preferences, spared)
 
     def rank(work: Work) -> Iterator[Ranked]:
         total = sum(1 for _ in lessons())
-        verdicts = ask(judge, lambda: map(columns.pair, lessons()), work.journal, total=total)
-        return (Ranked(cast(PairRow, row), verdict) for row, verdict in zip(lessons(), verdicts, strict=True))
+        verdicts = ask(judge, lessons, work.journal, total=total)
+        return (Ranked(pair, verdict) for pair, verdict in zip(lessons(), verdicts, strict=True))
 
     return rank
 
@@ -245,74 +232,53 @@ def _by_generator(round: Round, candidates: Candidates) -> Rank:
         judge = policy_as_judge(round)._replace(model=model)
         spared = held_out(round)
 
-        def groups() -> Iterator[tuple[list[PairRow], Group]]:
-            for _, each in groupby(_lessons(candidates.preferences, spared), key=lambda row: row["query_id"]):
-                rows = list(each)
-                yield cast("list[PairRow]", rows), judge.group([columns.pair(row) for row in rows])
+        def groups() -> Iterator[Group]:
+            for _, each in groupby(_lessons(candidates.preferences, spared), key=lambda pair: pair.query_id):
+                yield judge.group(list(each))
 
-        total = len({row["query_id"] for row in _lessons(candidates.preferences, spared)})
-        every_group = (group for _, group in groups())
-        score_missing(judge, every_group, work.journal, description="implicit rewards of the generator", total=total)
-        for rows, group in groups():
-            found = [_rewards(row, after, round.recipe.generator.beta) for row, after in _scored(rows, work, group)]
+        total = len({pair.query_id for pair in _lessons(candidates.preferences, spared)})
+        score_missing(judge, groups(), work.journal, description="implicit rewards of the generator", total=total)
+        for group in groups():
+            # Stage 5 has scored its pairs.
+            both = zip(group.pairs, scores(work.journal, group), strict=True)
+            found = [rewards_of(pair, after, beta=round.recipe.generator.beta) for pair, after in both]
             if round.recipe.selection.samples > 1:
-                yield from _of_samples(round, rows, found)
+                yield from _of_samples(round, group.pairs, found)
             else:
-                for row, rewards in zip(rows, found, strict=True):
-                    yield _ranked(row, rewards.chosen - rewards.rejected)
+                for pair, rewards in zip(group.pairs, found, strict=True):
+                    yield _ranked(pair, rewards.chosen - rewards.rejected)
 
     return rank
 
 
-def _scored(rows: list[PairRow], work: Work, group: Group) -> Iterator[tuple[PairRow, ScoredPair]]:
-    return zip(rows, scores(work.journal, group), strict=True)
+def _ranked(pair: Pair, margin: float) -> Ranked:
+    return Ranked(pair, by_margin(pair, margin))
 
 
-class _Rewards(NamedTuple):
-    chosen: float
-    rejected: float
-
-
-def _rewards(row: PairRow, after: ScoredPair, beta: float) -> _Rewards:
-    before = reference_scores(row)
-    assert before is not None, "stage 5 has scored its pairs"
-    return _Rewards(*(beta * (now.logps - then.logps) for now, then in zip(after, before, strict=True)))
-
-
-def _ranked(row: PairRow, margin: float) -> Ranked:
-    return Ranked(row, by_margin(columns.pair(cast("dict[str, Any]", row)), margin))
-
-
-def _of_samples(round: Round, rows: list[PairRow], rewards: list[_Rewards]) -> Iterator[Ranked | Dropped]:
+def _of_samples(round: Round, pairs: Sequence[Pair], rewards: Sequence[Rewards]) -> Iterator[Ranked | Dropped]:
     """The one pair of a query's samples, and a drop for each of the others."""
-    query = rows[0]["query_id"]
+    query = pairs[0].query_id
     within = round.recipe.selection.shorter_within or 0.0
-    good = [Sample(each.chosen, row.get("chosen_tokens") or 0) for row, each in zip(rows, rewards, strict=True)]
-    bad = [Sample(each.rejected, row.get("rejected_tokens") or 0) for row, each in zip(rows, rewards, strict=True)]
+    good = [Sample(each.chosen, pair.chosen.score.tokens) for pair, each in zip(pairs, rewards, strict=True)]
+    bad = [Sample(each.rejected, pair.rejected.score.tokens) for pair, each in zip(pairs, rewards, strict=True)]
     picked = best_and_near_worst(good, bad, within=within)
     if picked is None:
         reason = "no bad sample scores below the good ones"
     else:
-        row = _joined(rows[picked.chosen], rows[picked.rejected])
-        reason = _misfit(round, row)
+        pair = replace(pairs[picked.chosen], rejected=pairs[picked.rejected].rejected)
+        reason = _misfit(round, pair)
         if reason is None:
-            yield _ranked(row, good[picked.chosen].score - bad[picked.rejected].score)
+            yield _ranked(pair, good[picked.chosen].score - bad[picked.rejected].score)
     lost = "other samples were taken" if reason is None else reason
-    for _ in rows if reason is not None else rows[1:]:
+    for _ in pairs if reason is not None else pairs[1:]:
         yield Dropped(id=query, reason=lost)
 
 
-def _joined(chosen: PairRow, rejected: PairRow) -> PairRow:
-    """The chosen response of one pair and the rejected one of another."""
-    values, others = cast("dict[str, Any]", chosen), cast("dict[str, Any]", rejected)
-    return cast(PairRow, {key: others[key] if "rejected" in key else value for key, value in values.items()})
-
-
-def _misfit(round: Round, row: PairRow) -> str | None:
+def _misfit(round: Round, pair: Pair) -> str | None:
     """What the filters have against these two together; each of them they have let pass."""
     filters = round.recipe.filters
-    shorter, longer = sorted((row.get("chosen_tokens") or 1, row.get("rejected_tokens") or 1))
+    shorter, longer = sorted((pair.chosen.score.tokens, pair.rejected.score.tokens))
     if longer > filters.max_length_ratio * shorter:
         return "length ratio"
-    texts = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-    return "near-identical responses" if similarity(*texts) >= filters.near_identical else None
+    overlap = similarity(pair.chosen.text, pair.rejected.text)
+    return "near-identical responses" if overlap >= filters.near_identical else None

@@ -1,13 +1,13 @@
 """Stage 3: the pairs that train the data generator, and those that it is compared with.
 
-Left out on purpose: how pairs are built (`pairs.py`) and scored (`reference.py`).
+Left out on purpose: how pairs are built (`pairs.py`) and scored (`training/scoring.py`).
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from selfsteer.pairs import alignment_pair, item_key, steering_pairs, steering_reject_reason, usable
-from selfsteer.records import Dropped, PairRow, Responses
+from selfsteer.records import Dropped, Responses
 from selfsteer.stages.base import (
     Round,
     Work,
@@ -17,14 +17,11 @@ from selfsteer.stages.base import (
     make_stage,
     measured,
     policy_as_judge,
-    scored_rows,
-    seeds_of,
     taking,
 )
 from selfsteer.store import columns
-from selfsteer.store.columns import NO_SEEDS
 from selfsteer.store.folder import Contents, Origin, Stage
-from selfsteer.training.scoring import Group, score_missing
+from selfsteer.training.scoring import Group, score_missing, scores
 
 POLICY_PAIRS = "policy-pairs.parquet"
 """The policy's own responses as alignment pairs (PBAA), scored: what the generator's pairs are compared with."""
@@ -56,27 +53,26 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         return map(columns.responses, responses.rows())
 
     def groups(item: Responses) -> tuple[Group, Group]:
-        own = alignment_pair(item.query, item.good, item.bad)
-        return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((own,))
+        return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((alignment_pair(item),))
 
     wanted = kept(responses)
     good = usable(answered(), lambda item: steering_reject_reason(item, round.recipe.filters, round.prompts), reasons)
     every_group = (group for item in good for group in groups(item))
     score_missing(judge, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
     own = (
-        row
+        columns.pair_row(pair)
         for item in answered()
         if item_key(item) not in reasons
-        for row in scored_rows(work.journal, groups(item)[1], item.principles, seeds_of(item))
+        for pair in scores(work.journal, groups(item)[1])
     )
     columns.write_rows(work.stage.path / POLICY_PAIRS, own, columns.PAIRS)
 
-    def rows() -> Iterator[PairRow]:
+    def rows() -> Iterator[dict[str, Any]]:
         for item in answered():
             if item_key(item) in reasons:
                 dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
             else:
-                yield from scored_rows(work.journal, groups(item)[0], item.principles, NO_SEEDS)
+                yield from map(columns.pair_row, scores(work.journal, groups(item)[0]))
 
     return Contents(
         wanted=wanted,

@@ -9,14 +9,14 @@ Left out on purpose: the trainer (`training.py`); files are the contract: sealed
 import shutil
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from selfsteer.measures.metrics import ImplicitReward
 from selfsteer.measures.quality import implicit_reward
 from selfsteer.models import adapted, checkpoint
 from selfsteer.recipe.engines import takes_adapters
 from selfsteer.recipe.sections import Alignment, Generator
-from selfsteer.records import Checkpoint, PairRow
+from selfsteer.records import Checkpoint, Pair
 from selfsteer.stages.base import (
     Round,
     Work,
@@ -112,11 +112,12 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
     return stage
 
 
-def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
-    """The rows that this stage trains on: all of them, or a generator's half, and none that is held out."""
+def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[Pair]:
+    """The pairs that this stage trains on: all of them, or a generator's half, and none that is held out."""
     half = _HALVES.get(work.stage.path.name)
     spared = _spared(round, work)
-    return (row for row in pairs.rows() if (half is None or row["kind"] == half) and row["query_id"] not in spared)
+    every_pair = map(columns.pair, pairs.rows())
+    return (pair for pair in every_pair if (half is None or pair.kind == half) and pair.query_id not in spared)
 
 
 def _spared(round: Round, work: Work) -> frozenset[str]:
@@ -124,25 +125,22 @@ def _spared(round: Round, work: Work) -> frozenset[str]:
     return held_out(round) if work.stage.path.name == "6-policy" else frozenset()
 
 
-def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[dict[str, Any]]:
+def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[Pair]:
     """The same with the reference log-probabilities of the policy that the run began with."""
     judge = policy_as_judge(round)._replace(model=round.first)
 
-    def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
+    def groups() -> Iterator[Group]:
         return _groups(judge, _lessons(round, work, pairs))
 
-    every_group = (group for _, group in groups())
-    score_missing(judge, every_group, work.journal, description="log-probabilities of the first policy", total=kept(pairs))
-    for rows, group in groups():
-        for row, scored in zip(rows, scores(work.journal, group), strict=True):
-            yield {**row, "ref_chosen_logps": scored.chosen.logps, "ref_rejected_logps": scored.rejected.logps}
+    score_missing(judge, groups(), work.journal, description="log-probabilities of the first policy", total=kept(pairs))
+    for group in groups():
+        yield from scores(work.journal, group)
 
 
-def _groups(judge: Judge, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], Group]]:
-    """The rows of each query, and their pairs to be scored together."""
-    for _, each in groupby(rows, key=lambda row: row["query_id"]):
-        of_query = list(each)
-        yield of_query, judge.group([columns.pair(row) for row in of_query])
+def _groups(judge: Judge, pairs: Iterator[Pair]) -> Iterator[Group]:
+    """The pairs of each query, to be scored together."""
+    for _, of_query in groupby(pairs, key=lambda pair: pair.query_id):
+        yield judge.group(list(of_query))
 
 
 def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignment) -> Contents:
@@ -156,7 +154,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         make_folder(unfinished)
         data = unfinished / "pairs.parquet"
         lessons = _anchored(round, work, pairs) if anchored else _lessons(round, work, pairs)
-        queries = columns.write_rows(data, lessons, columns.PAIRS)
+        queries = columns.write_rows(data, map(columns.pair_row, lessons), columns.PAIRS)
         if queries == 0:
             raise ValueError(f"{work.stage.path}: every pair is held out; lower queries.holdout.")
     job = TrainingJob(
@@ -199,13 +197,12 @@ def _what_training_did(round: Round, work: Work, pairs: Stage, trained: Checkpoi
     drawn = draw_queries(round, pairs, round.recipe.quality.sample, without=_spared(round, work))
     judge = policy_as_judge(round)._replace(model=trained)
 
-    def groups() -> Iterator[tuple[list[dict[str, Any]], Group]]:
-        rows = (row for row in _lessons(round, work, pairs) if drawn is None or row["query_id"] in drawn)
-        return _groups(judge, rows)
+    def groups() -> Iterator[Group]:
+        lessons = _lessons(round, work, pairs)
+        return _groups(judge, (pair for pair in lessons if drawn is None or pair.query_id in drawn))
 
     total = kept(pairs) if drawn is None else len(drawn)
-    every_group = (group for _, group in groups())
-    score_missing(judge, every_group, work.journal, description="margins after training", total=total)
-    before = (cast(PairRow, row) for rows, _ in groups() for row in rows)
-    after = (pair for _, group in groups() for pair in scores(work.journal, group))
+    score_missing(judge, groups(), work.journal, description="margins after training", total=total)
+    before = (pair for group in groups() for pair in group.pairs)
+    after = (pair for group in groups() for pair in scores(work.journal, group))
     return implicit_reward(before, after, beta=beta)

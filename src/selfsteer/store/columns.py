@@ -1,29 +1,17 @@
 """The columns of the sealed Parquet files, and records back from their rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfsteer.records import Message, PairRow, PreferencePair, Principles, Query, Response, Responses, ScoredPair
+from selfsteer.records import Message, Pair, Principles, Query, Response, Responses, Side
 
-
-def pair_row(pair: PreferencePair) -> PairRow:
-    """The pair in the conversational form that TRL reads, as a row of a sealed Parquet file."""
-    return PairRow(
-        prompt=list(pair.prompt),
-        chosen=[Message(role="assistant", content=pair.chosen)],
-        rejected=[Message(role="assistant", content=pair.rejected)],
-        query_id=pair.query_id,
-        kind=pair.kind,
-        chosen_finish=pair.chosen_finish,
-        rejected_finish=pair.rejected_finish,
-    )
-
+_IDS = pa.list_(pa.int32())
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -39,7 +27,14 @@ _PRINCIPLES = pa.struct(
 )
 
 _RESPONSE = pa.struct(
-    [("text", pa.string()), ("token_ids", pa.list_(pa.int32())), ("finish_reason", pa.string()), ("seed", pa.int64())]
+    [
+        ("text", pa.string()),
+        ("token_ids", _IDS),
+        ("finish_reason", pa.string()),
+        ("seed", pa.int64()),
+        ("end_id", pa.int32()),
+        ("reencoded", pa.bool_()),
+    ]
 )
 
 PRINCIPLES = pa.schema([("query_id", pa.string()), ("messages", _MESSAGES), ("principles", _PRINCIPLES)])
@@ -57,6 +52,8 @@ PAIRS = pa.schema(
         ("kind", pa.string()),
         ("chosen_finish", pa.string()),
         ("rejected_finish", pa.string()),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),
         ("ref_chosen_logps", pa.float64()),
         ("ref_rejected_logps", pa.float64()),
         ("chosen_tokens", pa.int64()),
@@ -66,25 +63,15 @@ PAIRS = pa.schema(
         ("rejected_seed", pa.int64()),
     ]
 )
-"""Stages 3 and 5: `records.PairRow` with where it came from; principles and seeds are null for pairs made elsewhere."""
-
-
-class Seeds(NamedTuple):
-    """The seeds that a pair's responses were sampled with; none for pairs made elsewhere."""
-
-    chosen: int | None = None
-    rejected: int | None = None
-
-
-NO_SEEDS = Seeds()
+"""Stages 3 and 5: `records.Pair`; ids, principles and seeds are null for pairs made elsewhere."""
 
 
 def query(row: dict[str, Any]) -> Query:
     """The query of a stage-1 or stage-2 row."""
-    return Query(id=row["query_id"], messages=tuple(Message(**message) for message in row["messages"]))
+    return Query(id=row["query_id"], messages=_messages(row["messages"]))
 
 
-def principles(row: dict[str, Any]) -> Principles:
+def principles(row: Mapping[str, Any]) -> Principles:
     """The principles of a row."""
     return Principles(**row["principles"])
 
@@ -105,6 +92,8 @@ def _response(fields: dict[str, Any] | None) -> Response | None:
         token_ids=tuple(fields["token_ids"]),
         finish_reason=fields["finish_reason"],
         seed=fields["seed"],
+        end_id=fields["end_id"],
+        reencoded=fields["reencoded"],
     )
 
 
@@ -113,31 +102,55 @@ def response_columns(item: Response) -> dict[str, Any]:
     return {name: getattr(item, name) for name in Response.__dataclass_fields__}
 
 
-def pair(row: dict[str, Any]) -> PreferencePair:
-    """The pair of a stage-3 or stage-5 row."""
-    return PreferencePair(
+def pair_row(pair: Pair) -> dict[str, Any]:
+    """A row of a sealed pairs file; its first columns are those that TRL reads. Rows of one query stand together."""
+    chosen, rejected = pair.chosen, pair.rejected
+    return {
+        "prompt": pair.prompt,
+        "chosen": chosen.messages,
+        "rejected": rejected.messages,
+        "query_id": pair.query_id,
+        "kind": pair.kind,
+        "chosen_finish": chosen.finish,
+        "rejected_finish": rejected.finish,
+        "chosen_ids": chosen.token_ids,
+        "rejected_ids": rejected.token_ids,
+        "ref_chosen_logps": chosen.logps,
+        "ref_rejected_logps": rejected.logps,
+        "chosen_tokens": chosen.tokens,
+        "rejected_tokens": rejected.tokens,
+        "principles": None if pair.principles is None else asdict(pair.principles),
+        "chosen_seed": chosen.seed,
+        "rejected_seed": rejected.seed,
+    }
+
+
+def pair(row: Mapping[str, Any]) -> Pair:
+    """The pair of such a row, or of a row made elsewhere, which lacks the later columns."""
+    return Pair(
         query_id=row["query_id"],
         kind=row["kind"],
-        prompt=tuple(Message(**message) for message in row["prompt"]),
-        chosen=row["chosen"][-1]["content"],
-        rejected=row["rejected"][-1]["content"],
-        chosen_finish=row["chosen_finish"],
-        rejected_finish=row["rejected_finish"],
+        prompt=_messages(row["prompt"]),
+        chosen=_side(row, "chosen"),
+        rejected=_side(row, "rejected"),
+        principles=None if row.get("principles") is None else principles(row),
     )
 
 
-def scored_row(pair: PreferencePair, scored: ScoredPair, principles: Principles | None, seeds: Seeds) -> PairRow:
-    """A stage-3 or stage-5 row: the pair, its log-probabilities under the policy, and where it came from."""
-    columns = {
-        "ref_chosen_logps": scored.chosen.logps,
-        "ref_rejected_logps": scored.rejected.logps,
-        "chosen_tokens": scored.chosen.tokens,
-        "rejected_tokens": scored.rejected.tokens,
-        "principles": None if principles is None else asdict(principles),
-        "chosen_seed": seeds.chosen,
-        "rejected_seed": seeds.rejected,
-    }
-    return cast(PairRow, {**pair_row(pair), **columns})
+def _side(row: Mapping[str, Any], name: str) -> Side:
+    ids = row.get(f"{name}_ids")
+    return Side(
+        messages=_messages(row[name]),
+        finish=row[f"{name}_finish"],
+        token_ids=None if ids is None else tuple(ids),
+        logps=row.get(f"ref_{name}_logps"),
+        tokens=row.get(f"{name}_tokens"),
+        seed=row.get(f"{name}_seed"),
+    )
+
+
+def _messages(turns: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
+    return tuple(Message(role=turn["role"], content=turn["content"]) for turn in turns)
 
 
 _ROWS = 1024

@@ -93,8 +93,8 @@ def _write_seconds(file: Path, seconds: float) -> None:
     unfinished.replace(file)
 
 
-SCHEMA_VERSION = 1
-"""Of the files in a run folder; a part of every fingerprint."""
+SCHEMA_VERSION = 2
+"""Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -198,9 +198,20 @@ class RunFolder:
         run = cls(path)
         if not (run.path / "run.json").is_file():
             raise ValueError(f"{path}: no run here (no run.json). Name the folder that the recipe's output gave.")
+        run._check_version()
         return run
 
+    def _check_version(self) -> None:
+        """Nothing of another version is read, not even by half."""
+        found = self._described().get("schema_version", 1)
+        if found != SCHEMA_VERSION:
+            raise ValueError(
+                f"{self.path}: a run of version {found}, and this selfsteer reads version {SCHEMA_VERSION}. Take another"
+                " folder with output=DIR, or go on with the selfsteer that began it."
+            )
+
     def __enter__(self) -> Self:
+        self._check_version()
         make_folder(self.path)
         lock = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -233,17 +244,22 @@ class RunFolder:
         with replacing(self.path / "recipe.yaml") as file:
             file.write(recipe_yaml.encode())
         with replacing(self.path / "run.json") as file:
-            file.write(_pretty({"sessions": sessions}))
+            file.write(_pretty({"schema_version": SCHEMA_VERSION, "sessions": sessions}))
 
     def sessions(self) -> list[dict[str, Any]]:
         """What run.json says of every session, oldest first."""
+        return self._described()["sessions"]
+
+    def _described(self) -> dict[str, Any]:
         path = self.path / "run.json"
         if not path.exists():
-            return []
+            return {"schema_version": SCHEMA_VERSION, "sessions": []}
         try:
-            return json.loads(path.read_bytes())["sessions"]
-        except (ValueError, KeyError) as error:
+            found = json.loads(path.read_bytes())
+            found["sessions"]
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged ({error}). Move it away; the run continues without its history.") from error
+        return found
 
     def stage(self, round: int, name: str) -> "Stage":
         """A stage such as (1, "2-responses"). The owner gets it ready for use: created, a broken-off reopening finished."""
@@ -416,7 +432,9 @@ def _read_manifest(path: Path) -> Manifest | None:
     if fields is None or claimed != digest(fields):
         raise StageDamaged(f"{path}: not as it was written. {_way_out(path.parent)}")
     if fields["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Use another output=DIR.")
+        raise ValueError(
+            f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another folder with output=DIR."
+        )
     manifest = Manifest(**fields)
     # Reopening deletes by these names, and a run folder may come from a stranger.
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in manifest.outputs):

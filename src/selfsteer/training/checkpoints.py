@@ -1,9 +1,11 @@
 """Checkpoints that count only when they are whole.
 
     output/checkpoint-N/        as transformers writes it: weights or adapter, optimizer, schedule, random states
-    output/checkpoint-N/COMPLETE   written last: the sha256 of every file, and the digest of the training it belongs to
+    output/checkpoint-N/COMPLETE   written last: the size of every file, and the digest of the training it belongs to
 
-A kill while a checkpoint is written leaves no COMPLETE, and the one before is still there.
+A kill while a checkpoint is written leaves no COMPLETE, and the one before is still there. Sizes, not digests: every file
+was forced to the disk before the marker, and hashing a checkpoint of an 8B model with AdamW would read 128 GB again at each
+save. Left on purpose: what a disk turns afterwards; the model that training ends with is sealed by its digest.
 """
 
 import errno
@@ -14,10 +16,11 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError
 
-from selfsteer.store.durable import canonical_json, file_digest, replacing, sync, write_failed
+from selfsteer.store.durable import canonical_json, replacing, sync, write_failed
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +50,28 @@ def seal(folder: Path, training: str) -> None:
         sync(file)
     for inner in {file.parent for file in files}:
         sync(inner)
-    content = {"training": training, "files": {str(file.relative_to(folder)): file_digest(file) for file in files}}
     with replacing(folder / MARKER) as marker:
-        marker.write(canonical_json(content))
+        marker.write(canonical_json({"training": training, "sizes": _sizes(folder)}))
     sync(folder.parent)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint is whole: marked, and every file as it was when it was marked."""
+    """Whether a checkpoint is whole: marked, and every file as long as it was when it was marked."""
+    return _marker(folder).get("sizes") == _sizes(folder)
+
+
+def _marker(folder: Path) -> dict[str, Any]:
+    """What the marker says; nothing where there is none, or none that can be read."""
     try:
         content = json.loads((folder / MARKER).read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    recorded: dict[str, str] = content["files"]
-    return recorded == {str(file.relative_to(folder)): file_digest(file) for file in _files(folder)}
+    except (FileNotFoundError, ValueError):
+        return {}
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file, by its place in the checkpoint."""
+    return {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
 
 
 def latest(output: Path) -> Path | None:
@@ -74,7 +85,7 @@ def resume_point(output: Path, training: str) -> Path | None:
         if not is_complete(folder):
             log.warning("removing %s: it is incomplete", folder)
             shutil.rmtree(folder)
-        elif json.loads((folder / MARKER).read_bytes())["training"] != training:
+        elif _marker(folder).get("training") != training:
             log.warning("removing %s: it was trained with other settings or data", folder)
             shutil.rmtree(folder)
     return next(iter(_newest_first(output)), None)

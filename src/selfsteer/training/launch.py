@@ -4,11 +4,9 @@ Files are the contract:
 
     output/job.json       the training (`TrainingJob.as_json`)
     output/outcome.json   what the first process says at the end: its result, or why there is none
-    output/PARENT         locked while the parent lives and wants the training: when the lock goes (a signal, kill -9), the
-                          group saves a complete checkpoint and ends
-    output/GROUP          locked while a group trains here: the next parent waits until it is gone
+    output/PARENT, GROUP  who lives (`parallel.py`); a group that nobody wants any more saves a complete checkpoint and ends
 
-The parent writes the job and waits; `python -m selfsteer.training.launch JOB` is one process of a group that accelerate
+The parent writes the job and waits; `python -m selfsteer.training.launch OUTPUT` is one process of a group that accelerate
 starts. On a Ray cluster, Ray Train's TorchTrainer runs the same function: Ray places the processes, connects them (gloo on
 CPUs, nccl on GPUs), and starts the group again when it has lost one; the training itself goes on from its last complete
 checkpoint, never from one of Ray's.
@@ -17,7 +15,6 @@ Left out on purpose: the training (`train.py`); machines: an accelerate configur
 folder of the run has to be on storage that all of them see; sharded weights on Ray.
 """
 
-import fcntl
 import importlib
 import json
 import logging
@@ -25,7 +22,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,18 +32,54 @@ from selfsteer.cluster import SharedFolder, check_room, joined, launcher_plan, l
 from selfsteer.recipe.sections import Launcher
 from selfsteer.store.durable import make_folder, replacing
 from selfsteer.training import parallel
-from selfsteer.training.parallel import (
-    LOOK_SECONDS,
-    accelerate_command,
-    held,
-    run_processes,
-    stop_when_free,
-    wait_until_free,
-)
+from selfsteer.training.parallel import LOOK_SECONDS
 from selfsteer.training.train import TrainingJob, TrainingResult, train
 from selfsteer.training.trainer import TrainingDiverged
 
-JOB, OUTCOME, PARENT, GROUP = "job.json", "outcome.json", "PARENT", "GROUP"
+log = logging.getLogger(__name__)
+
+JOB, OUTCOME = "job.json", "outcome.json"
+
+
+def launch(job: TrainingJob, launcher: Launcher) -> TrainingResult:
+    """Run a training as the recipe's launcher says; what it raises, `training.train` explains.
+
+    Raises ChildProcessError when the processes ended without a word, killed for memory for example.
+    """
+    if launcher.kind == "local":
+        return train(job)
+    output = Path(job.output)
+    make_folder(output)
+    with replacing(output / JOB) as file:
+        file.write(json.dumps(job.as_json()).encode())
+    parallel.wait_for_group(output)
+    (output / OUTCOME).unlink(missing_ok=True)
+    if launcher.kind == "ray":
+        how = _run_on_ray(job, launcher)
+    else:
+        how = f"status {parallel.run_group(launcher, 'selfsteer.training.launch', output)}"
+    return _read_outcome(output, how)
+
+
+def _read_outcome(output: Path, how: str) -> TrainingResult:
+    try:
+        outcome: dict[str, Any] = json.loads((output / OUTCOME).read_bytes())
+    except FileNotFoundError:
+        outcome = {}
+    if "result" in outcome:
+        return TrainingResult(**outcome["result"])
+    runtime.raise_if_stopped()
+    if "diverged" in outcome:
+        raise TrainingDiverged(outcome["diverged"])
+    if "refused" in outcome:
+        raise ValueError(outcome["refused"])
+    raise ChildProcessError(
+        f"{output}: the processes of the training ended early ({how}); what they said is above. The same command"
+        " continues from the last complete checkpoint."
+    )
+
+
+# --- one process of the group ----------------------------------------------------------------------------------------------
 
 
 def speaks() -> bool:
@@ -58,11 +90,8 @@ def speaks() -> bool:
 def take_part(job: TrainingJob) -> None:
     """Train; the first process leaves the outcome. Raises ValueError, in every process, for a job that can't be done."""
     output, first = Path(job.output), speaks()
-    with (output / GROUP).open("ab") as group:
-        if first:
-            fcntl.flock(group, fcntl.LOCK_EX)
-            stop_when_free(output / PARENT)
-        # Agreed on by all parallel, these end without torch's report of a failed process.
+    with parallel.taking_part(output):
+        # Agreed on by all processes, these end without torch's report of a failed process.
         try:
             outcome: dict[str, Any] = {"result": train(job)._asdict()}
         except runtime.Interrupted:
@@ -83,16 +112,15 @@ def _say(output: Path, outcome: dict[str, Any]) -> None:
         file.write(json.dumps(outcome).encode())
 
 
-log = logging.getLogger(__name__)
+# --- on a Ray cluster ------------------------------------------------------------------------------------------------------
 
 _OWN_FILES = ".ray"
 """What Ray Train writes about the training, below its output; nothing of it is read."""
 
 
-def _run_on_ray(job: TrainingJob, launcher: Launcher, let_go: Callable[[], None]) -> str:
+def _run_on_ray(job: TrainingJob, launcher: Launcher) -> str:
     """Train on the cluster; returns how it ended, in Ray's words where it failed.
 
-    let_go: called, perhaps more than once, when a signal asks this process to stop.
     Raises ValueError for a cluster that is refused.
     """
     load_ray()
@@ -119,7 +147,7 @@ def _run_on_ray(job: TrainingJob, launcher: Launcher, let_go: Callable[[], None]
             ),
         )
         # In a thread: in the main one Ray would take SIGINT for itself.
-        with ThreadPoolExecutor(1) as executor:
+        with parallel.wanted(output) as let_go, ThreadPoolExecutor(1) as executor:
             fitting = executor.submit(trainer.fit)
             while not fitting.done():
                 if runtime.stop_requested():
@@ -145,56 +173,9 @@ def _take_part(config: dict[str, Any]) -> None:
         take_part(job)
 
 
-def launch(job: TrainingJob, launcher: Launcher) -> TrainingResult:
-    """Run a training as the recipe's launcher says; what it raises, `training.train` explains.
-
-    Raises ChildProcessError when the processes ended without a word, killed for memory for example.
-    """
-    if launcher.kind == "local":
-        return train(job)
-    output = Path(job.output)
-    make_folder(output)
-    with replacing(output / JOB) as file:
-        file.write(json.dumps(job.as_json()).encode())
-    # A parent that was killed leaves a group behind that is still saving.
-    wait_until_free(output / GROUP, lambda: log.info("%s: an earlier training is still ending; waiting for it", output))
-    (output / OUTCOME).unlink(missing_ok=True)
-    with held(output / PARENT) as let_go:
-        run_group = _run_on_ray if launcher.kind == "ray" else _run_with_accelerate
-        how = run_group(job, launcher, let_go)
-    return _read_outcome(output, how)
-
-
-def _run_with_accelerate(job: TrainingJob, launcher: Launcher, let_go: Callable[[], None]) -> str:
-    """Through accelerate; returns how it ended."""
-    status = run_processes([*accelerate_command(launcher, "selfsteer.training.launch"), str(Path(job.output) / JOB)], let_go)
-    return f"status {status}"
-
-
-def _read_outcome(output: Path, how: str) -> TrainingResult:
-    try:
-        outcome: dict[str, Any] = json.loads((output / OUTCOME).read_bytes())
-    except FileNotFoundError:
-        outcome = {}
-    if "result" in outcome:
-        return TrainingResult(**outcome["result"])
-    runtime.raise_if_stopped()
-    if "diverged" in outcome:
-        raise TrainingDiverged(outcome["diverged"])
-    if "refused" in outcome:
-        raise ValueError(outcome["refused"])
-    raise ChildProcessError(
-        f"{output}: the processes of the training ended early ({how}); what they said is above. The same command"
-        " continues from the last complete checkpoint."
-    )
-
-
-# --- one process of the group, as accelerate starts it -----------------------------------------------------------------
-
-
 def main() -> None:
-    """Train as one process of a group."""
-    job = TrainingJob.from_json(json.loads(Path(sys.argv[1]).read_bytes()))
+    """Train as one process of a group that accelerate starts."""
+    job = TrainingJob.from_json(json.loads((Path(sys.argv[1]) / JOB).read_bytes()))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     logging.getLogger("selfsteer").setLevel(logging.INFO if speaks() else logging.ERROR)
     with runtime.graceful_stop():

@@ -1,10 +1,16 @@
-"""What processes that work on one thing together know of each other: kernel locks, agreement, starting and ending them.
+"""Several processes on one job: how they are started, how they know of each other's life, what they agree on.
+
+    job/PARENT   locked while the parent lives and wants the job done: when the lock goes (a signal, kill -9), its processes
+                 make durable what they have and end
+    job/GROUP    locked, by all of them, while one of the processes lives: the next parent waits until it is gone
 
 A lock ends with its holder, kill -9 included, so there is nothing stale to clean up. Where there is only one process,
-nothing is asked. Left out on purpose: gradients, which accelerate and torch synchronise.
+nothing is asked. Left out on purpose: gradients, which accelerate and torch synchronise; and what the job is (`launch.py`
+trains, `scoring.py` scores).
 """
 
 import fcntl
+import logging
 import subprocess
 import sys
 import threading
@@ -21,7 +27,58 @@ from torch import distributed
 from selfsteer import runtime
 from selfsteer.recipe.sections import Launcher
 
+log = logging.getLogger(__name__)
+
 LOOK_SECONDS = 0.2
+
+PARENT, GROUP = "PARENT", "GROUP"
+
+
+# --- the parent ------------------------------------------------------------------------------------------------------------
+
+
+def wait_for_group(job: Path) -> None:
+    """Wait for processes that a killed parent left at this job. Raises Interrupted when asked to stop."""
+    said = False
+    while not is_free(job / GROUP):
+        runtime.raise_if_stopped()
+        if not said:
+            log.info("%s: earlier processes are still ending; waiting for them", job)
+            said = True
+        time.sleep(LOOK_SECONDS)
+
+
+@contextmanager
+def wanted(job: Path) -> Generator[Callable[[], None]]:
+    """While the block runs the job is wanted; yields what says earlier that it is not."""
+    with held(job / PARENT) as let_go:
+        yield let_go
+
+
+def run_group(launcher: Launcher, module: str, job: Path) -> int:
+    """Run `module` with the job's folder in the launcher's processes, to their end; returns the exit status.
+
+    A signal that asks this process to stop is handed on.
+    """
+    with wanted(job) as let_go, (job / GROUP).open("ab") as group:
+        # Handed on to the launcher: processes that have not come to take the lock themselves are waited for, too.
+        fcntl.flock(group, fcntl.LOCK_SH)
+        return run_processes([*accelerate_command(launcher, module), str(job)], let_go, pass_fds=[group.fileno()])
+
+
+# --- one of the processes --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def taking_part(job: Path) -> Generator[None]:
+    """This process is one of the group while the block runs, and is asked to stop when nobody wants the job any more."""
+    with (job / GROUP).open("ab") as group:
+        fcntl.flock(group, fcntl.LOCK_SH)
+        stop_when_free(job / PARENT)
+        yield
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -42,17 +99,6 @@ def is_free(path: Path) -> bool:
     return True
 
 
-def wait_until_free(path: Path, say: Callable[[], None]) -> None:
-    """Wait for whoever holds the lock; say is called once, if there is someone. Raises Interrupted when asked to stop."""
-    said = False
-    while not is_free(path):
-        runtime.raise_if_stopped()
-        if not said:
-            say()
-            said = True
-        time.sleep(LOOK_SECONDS)
-
-
 def stop_when_free(path: Path) -> None:
     """Ask this process to stop when the holder of the lock lets it go, or is gone."""
 
@@ -63,6 +109,8 @@ def stop_when_free(path: Path) -> None:
 
     threading.Thread(target=wait, daemon=True).start()
 
+
+# --- agreement -------------------------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
 
@@ -112,6 +160,9 @@ def end() -> None:
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
+
+
+# --- starting --------------------------------------------------------------------------------------------------------------
 
 
 def run_processes(command: Sequence[str], let_go: Callable[[], None], *, pass_fds: Sequence[int] = ()) -> int:

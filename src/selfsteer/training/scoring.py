@@ -8,15 +8,13 @@ With several processes each scores every n-th group, into parts of its own of th
 
     <stage>/scoring/groups.jsonl   what is to be scored: a key and its pairs a line
     <stage>/scoring/job.json       the model, and how it computes
-    <stage>/scoring/PARENT         locked while the parent lives and wants the scores
-    <stage>/scoring/GROUP          locked, by all of them, while one process of the group lives
+    <stage>/scoring/PARENT, GROUP  who lives (`parallel.py`)
 
 Nothing has to be agreed on, so nothing is: a process that is killed leaves what it had finished, and the same command
 scores the rest, with as many processes as the recipe then says. Left out on purpose: machines that do not see the folder of
 the run.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -25,6 +23,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,17 +35,18 @@ from selfsteer import runtime
 from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy, Training
-from selfsteer.records import Checkpoint, PreferencePair, Scored, ScoredPair
+from selfsteer.records import Checkpoint, Pair
 from selfsteer.runtime import progress, raise_if_stopped, stop_requested
 from selfsteer.store import columns
 from selfsteer.store.columns import pair_row
 from selfsteer.store.durable import canonical_json, digest, make_folder
+from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal, Record
 from selfsteer.training.logps import Packing, choose_packing, teach, to_device
 from selfsteer.training.packing import Rows, TokenPair, share_prompts
-from selfsteer.training.parallel import accelerate_command, held, run_processes, stop_when_free, wait_until_free
+from selfsteer.training.parallel import run_group, taking_part, wait_for_group
 
-KeyedPairs = tuple[str, Sequence[PreferencePair]]
+KeyedPairs = tuple[str, Sequence[Pair]]
 """The pairs of a query, under the key of their scores."""
 
 _DURABLE_EVERY = 16
@@ -63,10 +63,15 @@ class Scorer(NamedTuple):
     """The mechanics that training will use, so that both compute alike."""
 
 
-def tokenize(pair: PreferencePair, prompts: Prompts) -> TokenPair:
-    """The pair as token ids. Raises ValueError for a completion without a single token."""
-    chosen = prompts.completion_ids(pair.chosen, pair.chosen_finish)
-    rejected = prompts.completion_ids(pair.rejected, pair.rejected_finish)
+def tokenize(pair: Pair, prompts: Prompts) -> TokenPair:
+    """The pair as token ids: those that were sampled, else those of the text behind its prompt.
+
+    Raises ValueError for a completion without a single token.
+    """
+    chosen, rejected = (
+        prompts.completion_ids(side.text, side.finish, pair.prompt) if side.token_ids is None else side.token_ids
+        for side in (pair.chosen, pair.rejected)
+    )
     if not chosen or not rejected:
         raise ValueError(
             f"query {pair.query_id}: an empty {'rejected' if chosen else 'chosen'} response can't be scored; drop it"
@@ -85,33 +90,56 @@ def open_scorer(policy: Policy, training: Training) -> Generator[Scorer]:
     yield Scorer(model, Prompts(tokenizer, system_role=policy.system_role), training)
 
 
-def score(scorer: Scorer, groups: Iterable[Sequence[PreferencePair]]) -> Iterator[list[ScoredPair]]:
-    """The pairs of each query, in order; one query after the other is read, computed and yielded.
+def score(scorer: Scorer, groups: Iterable[Sequence[Pair]]) -> Iterator[list[Pair]]:
+    """The pairs of each query with their log-probabilities, in order; one query after the other is read and computed.
 
     groups: the pairs of a query together, as they are trained. `training.micro_batch_size` queries share a forward pass;
     above one, training (which shuffles) repeats the numbers only up to rounding.
     """
     model, prompts, training = scorer
-    token_groups = (share_prompts([tokenize(pair, prompts) for pair in group]) for group in groups)
-    first = next(token_groups, None)
+    tokens = ((pairs, share_prompts([tokenize(pair, prompts) for pair in pairs])) for pairs in groups)
+    first = next(tokens, None)
     if first is None:
         return
-    packing = choose_packing(model, first.rows, sharing=training.prefix_sharing)
-    remaining = chain([first], token_groups)
+    packing = choose_packing(model, first[1].rows, sharing=training.prefix_sharing)
+    remaining = chain([first], tokens)
     while batch := list(islice(remaining, training.micro_batch_size)):
         yield from _score_batch(model, batch, packing)
 
 
-def _score_batch(model: PreTrainedModel, groups: Sequence[Rows], packing: Packing) -> Iterator[list[ScoredPair]]:
-    batch = to_device(packing([row for group in groups for row in group.rows]), model.device)
+def _score_batch(
+    model: PreTrainedModel, groups: Sequence[tuple[Sequence[Pair], Rows]], packing: Packing
+) -> Iterator[list[Pair]]:
+    batch = to_device(packing([row for _, group in groups for row in group.rows]), model.device)
     with torch.no_grad():
         logps: list[float] = model(**batch).tolist()
-    scored = [Scored(logps=value, tokens=count) for value, count in zip(logps, batch["layout"].tokens, strict=True)]
+    numbers = list(zip(logps, batch["layout"].tokens, strict=True))
     start = 0
-    for group in groups:
-        pairs = zip(group.chosen, group.rejected, strict=True)
-        yield [ScoredPair(scored[start + chosen], scored[start + rejected]) for chosen, rejected in pairs]
+    for pairs, group in groups:
+        yield [
+            _scored(pair, (*numbers[start + chosen], *numbers[start + rejected]))
+            for pair, chosen, rejected in zip(pairs, group.chosen, group.rejected, strict=True)
+        ]
         start += sum(len(row.completions) for row in group.rows)
+
+
+Numbers = tuple[float, int, float, int]
+"""What the journal keeps of a scored pair: log-probability and tokens of the chosen response, and of the rejected one."""
+
+
+def _numbers(pair: Pair) -> Numbers:
+    chosen, rejected = pair.chosen.score, pair.rejected.score
+    return chosen.logps, chosen.tokens, rejected.logps, rejected.tokens
+
+
+def _scored(pair: Pair, numbers: Numbers) -> Pair:
+    """The pair with these numbers, in place of any that it had."""
+    chosen, chosen_tokens, rejected, rejected_tokens = numbers
+    return replace(
+        pair,
+        chosen=replace(pair.chosen, logps=chosen, tokens=chosen_tokens),
+        rejected=replace(pair.rejected, logps=rejected, tokens=rejected_tokens),
+    )
 
 
 def score_into(
@@ -133,7 +161,7 @@ def score_into(
             advance(len(batch))
 
 
-def _until_stopped(groups: Iterable[KeyedPairs], keys: deque[str]) -> Iterator[Sequence[PreferencePair]]:
+def _until_stopped(groups: Iterable[KeyedPairs], keys: deque[str]) -> Iterator[Sequence[Pair]]:
     """The pairs of each group; keys notes whose turn it is, because scoring may read ahead."""
     for key, pairs in groups:
         if stop_requested():
@@ -142,13 +170,7 @@ def _until_stopped(groups: Iterable[KeyedPairs], keys: deque[str]) -> Iterator[S
         yield pairs
 
 
-def _numbers(pair: ScoredPair) -> list[float]:
-    return [pair.chosen.logps, pair.chosen.tokens, pair.rejected.logps, pair.rejected.tokens]
-
-
-log = logging.getLogger(__name__)
-
-_FOLDER, _GROUPS, _SCORING_JOB, _PARENT, _GROUP = "scoring", "groups.jsonl", "job.json", "PARENT", "GROUP"
+_FOLDER, _GROUPS, _SCORING_JOB = "scoring", "groups.jsonl", "job.json"
 
 
 class Scoring(NamedTuple):
@@ -165,7 +187,7 @@ def settle(journal: Journal) -> None:
     folder = _folder(journal)
     if not folder.is_dir():
         return
-    wait_until_free(folder / _GROUP, lambda: log.info("%s: an earlier scoring is still ending; waiting for it", folder))
+    wait_for_group(folder)
     journal.reread()
     shutil.rmtree(folder)
 
@@ -187,11 +209,7 @@ def score_shared(groups: Iterable[KeyedPairs], journal: Journal, scoring: Scorin
         "parts": str(journal.folder),
     }
     (folder / _SCORING_JOB).write_bytes(canonical_json(job))
-    command = [*accelerate_command(launcher, "selfsteer.training.scoring"), str(folder)]
-    with held(folder / _PARENT) as let_go, (folder / _GROUP).open("ab") as group:
-        # Handed on to the launcher: processes that have not come to take the lock themselves are waited for, too.
-        fcntl.flock(group, fcntl.LOCK_SH)
-        status = run_processes(command, let_go, pass_fds=[group.fileno()])
+    status = run_group(launcher, "selfsteer.training.scoring", folder)
     settle(journal)
     if status and not runtime.stop_requested():
         raise ChildProcessError(
@@ -211,21 +229,23 @@ def main() -> None:
     """Score this process's share."""
     folder = Path(sys.argv[1])
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    job: dict[str, Any] = json.loads((folder / _SCORING_JOB).read_bytes())
+    try:
+        job: dict[str, Any] = json.loads((folder / _SCORING_JOB).read_bytes())
+    except FileNotFoundError:  # the launcher was killed before this process had begun, and the parent has cleared up
+        return
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     logging.getLogger("selfsteer").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     total = sum(1 for _ in _share(folder, rank, count))
     description = f"{job['description']} (1 of {count} processes)"
-    with runtime.graceful_stop(), (folder / _GROUP).open("ab") as group:
-        fcntl.flock(group, fcntl.LOCK_SH)
-        stop_when_free(folder / _PARENT)
+    policy, training = Policy.model_validate(job["policy"]), Training.model_validate(job["training"])
+    with (
+        runtime.graceful_stop(),
+        taking_part(folder),
         # What is asked for is what the parent did not find: the other parts need not be read.
-        with (
-            Journal(Path(job["parts"]), writer=f"main-{rank}", read=False) as journal,
-            progress(description, total, unit="queries") as advance,
-        ):
-            policy, training = Policy.model_validate(job["policy"]), Training.model_validate(job["training"])
-            score_into(journal, _share(folder, rank, count), (policy, training), advance)
+        Journal(Path(job["parts"]), writer=f"main-{rank}", read=False) as journal,
+        progress(description, total, unit="queries") as advance,
+    ):
+        score_into(journal, _share(folder, rank, count), (policy, training), advance)
 
 
 def _share(folder: Path, rank: int, count: int) -> Iterator[KeyedPairs]:
@@ -239,15 +259,21 @@ def _share(folder: Path, rank: int, count: int) -> Iterator[KeyedPairs]:
 if __name__ == "__main__":
     main()
 
-SCHEMA = 1
-"""Version of the journalled scores; part of every key."""
-
 
 class Group(NamedTuple):
     """The pairs of one query that are computed together, as training will compute them."""
 
     key: str
-    pairs: Sequence[PreferencePair]
+    pairs: Sequence[Pair]
+
+
+def _identity(pair: Pair) -> dict[str, Any]:
+    """What of a pair determines its log-probabilities."""
+    sides = (
+        {"text": side.text, "finish": side.finish} if side.token_ids is None else {"ids": side.token_ids}
+        for side in (pair.chosen, pair.rejected)
+    )
+    return {"prompt": pair.prompt, "responses": list(sides)}
 
 
 class Judge(NamedTuple):
@@ -261,15 +287,15 @@ class Judge(NamedTuple):
     launcher: Launcher = Launcher()
     """Whose processes score."""
 
-    def group(self, pairs: Sequence[PreferencePair]) -> Group:
+    def group(self, pairs: Sequence[Pair]) -> Group:
         """The pairs under a key of what determines their log-probabilities."""
         content = {
-            "schema": SCHEMA,
+            "schema": SCHEMA_VERSION,
             "model": self.model.digest,
             "prompts": self.prompts.digest,
             "dtype": str(compute_dtype(self.training.dtype, pick_device())),
             "prefix_sharing": self.training.prefix_sharing,
-            "pairs": [pair_row(pair) for pair in pairs],
+            "pairs": [_identity(pair) for pair in pairs],
         }
         return Group(key=digest(content), pairs=pairs)
 
@@ -302,9 +328,7 @@ def _each_once(groups: Iterable[Group]) -> Iterator[Group]:
             yield group
 
 
-def scores(journal: Journal, group: Group) -> list[ScoredPair]:
-    """The journalled scores of a group's pairs, in their order."""
-    return [
-        ScoredPair(Scored(logps=chosen, tokens=chosen_tokens), Scored(logps=rejected, tokens=rejected_tokens))
-        for chosen, chosen_tokens, rejected, rejected_tokens in journal.get(group.key)["scores"]
-    ]
+def scores(journal: Journal, group: Group) -> list[Pair]:
+    """The group's pairs with the journalled log-probabilities, in their order."""
+    found = journal.get(group.key)["scores"]
+    return [_scored(pair, numbers) for pair, numbers in zip(group.pairs, found, strict=True)]

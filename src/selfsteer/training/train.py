@@ -61,7 +61,7 @@ class TrainingJob:
     policy: Policy
     """The model to start from; `policy.model` is a local folder."""
     pairs: str
-    """Parquet with the columns of `PairRow`, the rows of one query together."""
+    """Parquet with the columns of `columns.PAIRS`, the rows of one query together."""
     output: str
     loss: LossName
     beta: float

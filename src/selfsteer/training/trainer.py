@@ -22,7 +22,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from selfsteer.prompts import Prompts
-from selfsteer.records import PairRow, PreferencePair
+from selfsteer.records import Pair
+from selfsteer.store import columns
 from selfsteer.training import checkpoints, parallel
 from selfsteer.training.logps import Packing
 from selfsteer.training.objective import PairLogps, pair_weights, sft
@@ -31,7 +32,7 @@ from selfsteer.training.scoring import tokenize
 
 _REQUIRED = ("prompt", "chosen", "rejected", "query_id", "kind", "chosen_finish", "rejected_finish")
 
-_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
+_MORE = ("chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
 
 _IDS = pa.list_(pa.int32())
 
@@ -102,7 +103,7 @@ class Order(Sampler[int]):
 
 
 def token_groups(path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool) -> TokenGroups:
-    """Tokenise a pairs file (Parquet with the columns of `PairRow`, rows of one query together).
+    """Tokenise a pairs file (Parquet with the columns of `columns.PAIRS`, rows of one query together).
 
     scratch: where the first process makes the file of token ids, for all; it is gone once they have it open.
     Raises ValueError for missing columns, for missing reference log-probabilities where they are needed, and for reference
@@ -120,44 +121,33 @@ def token_groups(path: Path, prompts: Prompts, scratch: Path, *, needs_reference
 
 def _write(path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool) -> Path:
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        for rows in _query_rows(path):
-            tokens = [_token_row(row, prompts, path, needs_reference=needs_reference) for row in rows]
+        for pairs in _query_pairs(path):
+            tokens = [_token_row(pair, prompts, path, needs_reference=needs_reference) for pair in pairs]
             writer.write_batch(pa.RecordBatch.from_pylist(tokens, schema=_SCHEMA))
     return scratch
 
 
-def _query_rows(path: Path) -> Iterator[Sequence[PairRow]]:
+def _query_pairs(path: Path) -> Iterator[Sequence[Pair]]:
     file = pq.ParquetFile(path)
     found = file.schema_arrow.names
     missing = [name for name in _REQUIRED if name not in found]
     if missing:
         raise ValueError(f"{path}: the columns {missing} are missing; found {found}. Expected the columns of a pairs file.")
-    columns = [*_REQUIRED, *(name for name in _REFERENCE if name in found)]
-    rows = (
-        row for batch in file.iter_batches(batch_size=256, columns=columns) for row in cast(list[PairRow], batch.to_pylist())
-    )
-    for _, group in groupby(rows, key=lambda row: row["query_id"]):
+    names = [*_REQUIRED, *(name for name in _MORE if name in found)]
+    pairs = (columns.pair(row) for batch in file.iter_batches(batch_size=256, columns=names) for row in batch.to_pylist())
+    for _, group in groupby(pairs, key=lambda pair: pair.query_id):
         yield list(group)
 
 
-def _token_row(row: PairRow, prompts: Prompts, path: Path, *, needs_reference: bool) -> dict[str, Any]:
-    pair = PreferencePair(
-        query_id=row["query_id"],
-        kind=cast(Any, row["kind"]),
-        prompt=tuple(row["prompt"]),
-        chosen=row["chosen"][-1]["content"],
-        rejected=row["rejected"][-1]["content"],
-        chosen_finish=cast(Any, row["chosen_finish"]),
-        rejected_finish=cast(Any, row["rejected_finish"]),
-    )
+def _token_row(pair: Pair, prompts: Prompts, path: Path, *, needs_reference: bool) -> dict[str, Any]:
     tokens = tokenize(pair, prompts)
-    references = (row.get("ref_chosen_logps"), row.get("ref_rejected_logps"))
+    references = (pair.chosen.logps, pair.rejected.logps)
     if needs_reference and None in references:
         raise ValueError(
             f"{path}: query {pair.query_id} has no reference log-probabilities (ref_chosen_logps, ref_rejected_logps). "
             "Score the pairs first, or take a loss without a reference (simpo, orpo)."
         )
-    recorded = (row.get("chosen_tokens"), row.get("rejected_tokens"))
+    recorded = (pair.chosen.tokens, pair.rejected.tokens)
     if None not in recorded and recorded != (len(tokens.chosen), len(tokens.rejected)):
         raise ValueError(
             f"{path}: query {pair.query_id} was scored with {recorded} completion tokens, this tokenizer gives "
