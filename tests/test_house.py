@@ -9,7 +9,8 @@ import selfsteer
 HOUSE = Path(selfsteer.__file__).parent
 FLOORS = (
     {"runtime", "records", "recipe"},
-    {"store", "cluster"},
+    {"store", "cluster", "llamacpp"},
+    {"weights"},
     {"data", "models", "prompts"},
     {"engines", "training", "measures"},
     {"pairs"},

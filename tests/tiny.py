@@ -1,8 +1,10 @@
 """A chat model small enough for every test: random weights, its own tokenizer, no downloads."""
 
+import json
 from pathlib import Path
 
 import torch
+from gguf import GGUFWriter
 from peft import LoraConfig, get_peft_model
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -89,3 +91,69 @@ def tiny_model_dir(folder: Path, *, seed: int = 0, max_positions: int = 512) -> 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def tiny_gguf(file: Path, *, pre: str | None = "smollm", **changes: object) -> str:
+    """The tiny model as llama.cpp would store it; changes: entries of its metadata in place of the right ones, or None."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    spelled = {number: token for token, number in tokenizer.get_vocab().items()}
+    entries: dict[str, object] = {
+        "llama.context_length": 512,
+        "llama.embedding_length": 32,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 64,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-6,
+        "llama.rope.freq_base": 10000.0,
+        "llama.rope.dimension_count": 8,
+        "llama.vocab_size": len(spelled),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [spelled[number] for number in range(len(spelled))],
+        "tokenizer.ggml.token_type": [
+            3 if number in tokenizer.added_tokens_decoder else 1 for number in range(len(spelled))
+        ],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in backend["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": START_ID,
+        "tokenizer.ggml.eos_token_id": END_ID,
+        "tokenizer.ggml.padding_token_id": PAD_ID,
+        "tokenizer.chat_template": tokenizer.chat_template,
+    } | changes
+    writer = GGUFWriter(str(file), "llama")
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    for key, value in entries.items():
+        if value is not None:
+            add[type(value)](key, value)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":  # tied
+            continue
+        if ".q_proj." in name or ".k_proj." in name:  # llama.cpp rotates neighbours, transformers halves
+            heads = 4 if ".q_proj." in name else 2
+            weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        for theirs, ours in _GGUF_NAMES:
+            name = name.replace(theirs, ours)
+        writer.add_tensor(name, weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(file)
+
+
+_GGUF_NAMES = (
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("model.layers", "blk"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+)

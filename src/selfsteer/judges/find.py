@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Engine, Sampling
-from selfsteer.engines.open import sampler_digest, server
-from selfsteer.engines.openai import OpenAIEngine
+from selfsteer.engines.open import sampler_digest
+from selfsteer.engines.openai import OpenAIEngine, Tokens
 from selfsteer.judges.llm import EmbeddedJudge, LLMJudge, Pairs, embedded_verdicts, judge_template, sampled_verdicts
 from selfsteer.judges.reward import RewardModel, reward_verdicts
 from selfsteer.measures.verdicts import Verdict
@@ -63,12 +63,14 @@ class RecipeJudge:
 
 
 def find_judge(section: JudgeSection, policy: Policy, known: Mapping[str, Checkpoint] | None = None) -> RecipeJudge | None:
-    """The recipe's judge, None where it names none. policy: says whether code that comes with a model may run.
+    """The recipe's judge, None where it names none, or code (`judges/checks.py`).
+
+    policy: says whether code that comes with a model may run.
 
     known: models that were resolved already, by their references. Raises ValueError for a model that is not there or has no
     chat template, and for a template without its places.
     """
-    if section.kind == "none":
+    if section.kind in ("none", "checks"):
         return None
     template = judge_template(None if section.template is None else Path(section.template))
     model = None
@@ -122,6 +124,10 @@ def read_judge(reference: str) -> JudgeSection:
         raise RecipeError(mistakes) from None
     if section.kind == "none":
         raise RecipeError(f"{path}: names no judge; expected a section judge with a kind, and with a model or an engine")
+    if section.kind == "checks":
+        raise RecipeError(
+            f"{path}: judge.kind: checks needs principles, which a file of pairs lacks; name an LLM or reward model"
+        )
     return section
 
 
@@ -168,7 +174,5 @@ def _open(judge: RecipeJudge) -> Engine:
         assert judge.prompts is not None
         return opening.open_engine(engine, judge.model, judge.prompts, trust_remote_code=judge.trust_remote_code)
     assert engine.kind == "openai"
-    assert engine.base_url is not None
-    assert engine.model is not None
     # Nobody looks at the token ids of a verdict.
-    return OpenAIEngine(server(engine, engine.base_url, engine.model), tokenize=lambda _text: ())
+    return OpenAIEngine(engine, Tokens(encode=lambda _text: ()))

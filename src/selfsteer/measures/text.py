@@ -98,7 +98,7 @@ _ASCII_LETTERS = string.ascii_letters.encode()
 
 def script_mismatch(query: str, response: str) -> bool | None:
     """Whether the response has left the query's script; None where the query mixes scripts or either has too few letters."""
-    asked, answered = _scripts(query), _scripts(response)
+    asked, answered = letters_by_script(query), letters_by_script(response)
     if asked.total() < LETTERS or answered.total() < LETTERS:
         return None
     [(script, letters)] = asked.most_common(1)
@@ -108,8 +108,8 @@ def script_mismatch(query: str, response: str) -> bool | None:
 
 
 @lru_cache(maxsize=16)  # the query is asked about once for each of its responses
-def _scripts(text: str) -> Counter[str]:
-    """Letters of the text by script."""
+def letters_by_script(text: str) -> Counter[str]:
+    """Letters of the text by script, kana taking the Chinese characters beside them; not to be changed."""
     found: Counter[str] = Counter()
     if text.isascii():  # most are, and counting bytes is fast
         letters = len(text) - len(text.encode().translate(None, _ASCII_LETTERS))
@@ -117,14 +117,14 @@ def _scripts(text: str) -> Counter[str]:
     # Full-width and mathematical letters count as what they look like. Each character is looked up once: texts are long.
     for character, count in Counter(unicodedata.normalize("NFKC", text)).items():
         if character.isalpha():
-            found[_script(character)] += count
+            found[script_of(character)] += count
     if "KANA" in found:  # Japanese is written in both; without kana the characters are Chinese
         found["KANA"] += found.pop("CJK", 0)
     return found
 
 
 @lru_cache(maxsize=2**16)
-def _script(character: str) -> str:
+def script_of(character: str) -> str:
     """The script by the character's name, as in LATIN SMALL LETTER A or CJK UNIFIED IDEOGRAPH-4E00."""
     first = unicodedata.name(character, "UNKNOWN").split(" ")[0].split("-")[0]
     return "KANA" if first in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else first

@@ -30,9 +30,17 @@ _ORDER = {
     "length rejected": "length_rejected",
 }
 
+_PASSING = {"before alignment": "passes_before", "after": "passes_after", "told to": "passes_prompted"}
+
+_GROUPS = (
+    ("On-policy probability", _ON_POLICY),
+    ("Order and length in tokens", _ORDER),
+    ("Held-out answers that pass the checks of their principle", _PASSING),
+)
+
 _JUDGED = {"accuracy": "accuracy", "principle consistency": "principle_consistency"}
 
-SHARES = frozenset(_JUDGED.values())
+SHARES = frozenset((*_JUDGED.values(), *_PASSING.values()))
 """Measures that are shares."""
 
 
@@ -82,13 +90,15 @@ def comparison_tables(result: ComparisonResult) -> Iterator[Table]:
     """The arms as rows: measures, differences from PBAA, trainings and win rates."""
     arms = {name: arm for name, arm in result["arms"].items() if "measures" in arm}
     about = f"On {result['holdout']:,} held-out queries, seeds {', '.join(map(str, result['seeds']))}. {METHOD}"
-    for title, columns in (("On-policy probability", _ON_POLICY), ("Order and length in tokens", _ORDER)):
-        yield _measures(title, arms, columns, "measures", about)
+    for title, columns in _GROUPS:
+        if any(measure in cast(Any, arm)["measures"] for measure in columns.values() for arm in arms.values()):
+            yield _measures(title, arms, columns, "measures", about)
     compared = {name: arm for name, arm in arms.items() if "difference" in arm}
     if compared:
         about = "Per query, over the held-out queries that both arms have; several seeds are averaged within a query."
-        for title, columns in (("On-policy probability", _ON_POLICY), ("Order and length in tokens", _ORDER)):
-            yield _measures(f"{title}: difference from {BASELINE}", compared, columns, "difference", about)
+        for title, columns in _GROUPS:
+            if any(measure in cast(Any, arm)["difference"] for measure in columns.values() for arm in compared.values()):
+                yield _measures(f"{title}: difference from {BASELINE}", compared, columns, "difference", about)
         yield from _seed_tables(compared, result["seeds"])
     yield _trainings(arms)
 

@@ -16,7 +16,7 @@ from selfsteer.store.folder import RunFolder, Stage
 GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
 """Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
 
-QUALITY, SELECTION = "5-quality", "5-selection"
+QUALITY, SELECTION, PASSES = "5-quality", "5-selection", "7-checks"
 
 STAGES: dict[Method, tuple[str, ...]] = {
     "sso": ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy"),
@@ -34,7 +34,7 @@ STAGES: dict[Method, tuple[str, ...]] = {
 }
 """What a run consists of, by where its pairs come from; `stage_names` adds the judgement of the pairs."""
 
-_ALIGNING = (SELECTION, "6-policy")
+_ALIGNING = (SELECTION, "6-policy", PASSES)
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -46,7 +46,13 @@ def method_of(recipe: Recipe) -> Method:
 def is_judged(recipe: Recipe, *, principles: bool) -> bool:
     """Whether the recipe asks for stage 5-quality. principles: the pairs come with those they were sampled under."""
     consistency = recipe.quality.principle_consistency and principles
-    return consistency or recipe.judge.kind != "none" or bool(recipe.quality.evaluation_files)
+    judged = recipe.judge.kind not in ("none", "checks") or by_checks(recipe, principles=principles)
+    return consistency or judged or bool(recipe.quality.evaluation_files)
+
+
+def by_checks(recipe: Recipe, *, principles: bool = True) -> bool:
+    """Whether code judges the pairs; those made elsewhere have no principles to hold them against."""
+    return recipe.judge.kind == "checks" and principles
 
 
 def stage_names(recipe: Recipe, method: Method, *, aligned: bool = True) -> tuple[str, ...]:
@@ -54,7 +60,8 @@ def stage_names(recipe: Recipe, method: Method, *, aligned: bool = True) -> tupl
     *made, policy = STAGES[method]
     judged = [QUALITY] if is_judged(recipe, principles=method != "given") else []
     selected = [SELECTION] if recipe.selection.active else []
-    return tuple(name for name in (*made, *judged, *selected, policy) if aligned or name not in _ALIGNING)
+    answered = [PASSES] if recipe.quality.answers and method != "given" else []
+    return tuple(name for name in (*made, *judged, *selected, policy, *answered) if aligned or name not in _ALIGNING)
 
 
 class StageStatus(TypedDict):

@@ -14,8 +14,8 @@ from selfsteer.models import hardware
 from selfsteer.recipe.gates import parse
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages.base import read_measures, sealed
-from selfsteer.stages.quality import read_contamination, read_reports
-from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR, QUALITY, SELECTION, stage_names
+from selfsteer.stages.quality import read_checks, read_contamination, read_reports
+from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR, PASSES, QUALITY, SELECTION, stage_names
 from selfsteer.stages.training import HISTORY, MODEL
 from selfsteer.store.folder import RunFolder, Stage
 
@@ -111,6 +111,8 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
         found["selected"] = read_measures(stages[SELECTION])["pairs"]
     if QUALITY in stages:
         _add_quality(found, stages[QUALITY])
+    if PASSES in stages:
+        found["answers"] = read_measures(stages[PASSES])["answers"]
     for key, name in _TRAININGS:
         if name in stages:
             found[key] = _training(stages[name])
@@ -129,6 +131,8 @@ def _add_quality(found: RoundMetrics, stage: Stage) -> None:
     for name, reports in read_reports(stage).items():
         for by, report in reports.items():
             found.setdefault(name, Measures())[by] = report
+    for name, report in read_checks(stage).items():
+        found.setdefault(name, Measures())["checks"] = report
     overlap = read_contamination(stage)
     if overlap is not None:
         found["contamination"] = overlap

@@ -181,7 +181,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     known = {file.name: file_digest(file) for file in (work.stage.path / MODEL).iterdir() if file.is_file()}
     trained = checkpoint(work.stage.path / MODEL, known)
     reward = _what_training_did(round, work, pairs, trained, section.beta)
-    measures = write_measures(work.stage, {"steps": result.steps, "reward": reward})
+    measures = write_measures(work.stage, {"steps": result.steps, "reward": reward, "saving": result.saving})
     return Contents(
         wanted=queries,
         files=(*folders, HISTORY, measures),

@@ -23,6 +23,7 @@ _PRINCIPLES = pa.struct(
         ("source", pa.string()),
         ("concision", pa.bool_()),
         ("fallback", pa.string()),
+        ("checks", pa.list_(pa.string())),
     ]
 )
 
@@ -42,6 +43,18 @@ PRINCIPLES = pa.schema([("query_id", pa.string()), ("messages", _MESSAGES), ("pr
 
 RESPONSES = pa.schema([*PRINCIPLES, ("good", _RESPONSE), ("bad", _RESPONSE), ("original", _RESPONSE)])
 """Stage 2: the three responses of a query a row."""
+
+_WHICH = ("before", "after", "prompted")
+
+ANSWERS = pa.schema(
+    [
+        *PRINCIPLES,
+        *((which, _RESPONSE) for which in _WHICH),
+        *((f"{which}_why_not", pa.list_(pa.string())) for which in _WHICH),
+    ]
+)
+"""Stage 7: three answers to a held-out query a row, and for each check of its principle why it does not pass, null where
+it does."""
 
 PAIRS = pa.schema(
     [
@@ -73,7 +86,9 @@ def query(row: dict[str, Any]) -> Query:
 
 def principles(row: Mapping[str, Any]) -> Principles:
     """The principles of a row."""
-    return Principles(**row["principles"])
+    fields: dict[str, Any] = {**row["principles"]}
+    fields["checks"] = tuple(fields.get("checks") or ())
+    return Principles(**fields)
 
 
 def responses(row: dict[str, Any]) -> Responses:

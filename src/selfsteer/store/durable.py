@@ -7,10 +7,11 @@ an fsync is not checked (a macOS drive, for one, may still hold it in its cache)
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 
 def canonical_json(value: object) -> bytes:
@@ -38,6 +39,59 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, 64 hex digits; memory stays flat."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SMALL = 16 * 2**20
+"""What a template, a list of principles or a configuration takes at most, in bytes."""
+
+
+def read_small(path: Path, *, at_most: int = SMALL) -> bytes:
+    """The bytes of a file that somebody named.
+
+    Raises ValueError for what is no regular file (one would wait for a FIFO and never finish with a device) or is larger,
+    OSError as `open` does.
+    """
+    # Without O_NONBLOCK, opening a FIFO that nobody writes to does not come back.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: not a regular file (a folder, a pipe or a device); name an ordinary file")
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise ValueError(f"{path}: larger than {at_most / 2**20:,.0f} MB, which no such file is; is it the right one?")
+    return content
+
+
+def read_small_text(path: Path, *, at_most: int = SMALL) -> str:
+    """The text of a file that somebody named; raises as `read_small`, and ValueError where it is not UTF-8."""
+    try:
+        return read_small(path, at_most=at_most).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
+
+
+def read_object(path: Path, *, at_most: int = SMALL) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError naming the file for anything else, and as `read_small`."""
+    try:
+        content = json.loads(read_small(path, at_most=at_most))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, it can't be read as JSON ({error}); fetch or make it again") from error
+    other = _NO_OBJECTS.get(type(content))
+    if other is not None:
+        raise ValueError(f"{path}: holds {other}, not a JSON object; fetch or make it again")
+    return cast("dict[str, Any]", content)
+
+
+_NO_OBJECTS = dict[type, str](
+    [
+        (list, "a list"),
+        (str, "a string"),
+        (int, "a number"),
+        (float, "a number"),
+        (bool, "a truth value"),
+        (type(None), "null"),
+    ]
+)
 
 
 def write_failed(error: OSError, path: Path) -> OSError:

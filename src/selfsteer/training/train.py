@@ -6,7 +6,7 @@ log-probabilities come with the pairs; no reference model is loaded.
 
     output/checkpoint-N/   complete or not there (checkpoints.py); a stopped training continues from the newest
     output/history.jsonl   one line an optimizer step
-    output/model/          the result, an ordinary Hugging Face folder (adapter merged)
+    output/model/          the result, an ordinary Hugging Face folder (adapter merged); see export.py
     output/adapter/        with training.lora, the adapter itself, in peft's format
 
 Left out on purpose: evaluation during training; the stages measure before and after.
@@ -15,24 +15,26 @@ Left out on purpose: evaluation during training; the stages measure before and a
 import logging
 import math
 import os
-import shutil
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from selfsteer import runtime
-from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device
+from selfsteer.models import compute_dtype, load_configuration, load_model, load_tokenizer, pick_device
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Lora, LossName, Policy, Training, Weighting
 from selfsteer.runtime import progress
-from selfsteer.store.durable import digest, file_digest, make_folder, sync
+from selfsteer.store.durable import digest, file_digest, make_folder
 from selfsteer.training import checkpoints, parallel
+from selfsteer.training.export import Delivery, Margin, Saving, deliver
 from selfsteer.training.logps import Packing, choose_packing, teach
 from selfsteer.training.objective import REFERENCE_FREE, objective
 from selfsteer.training.packing import pack, share_prompts
@@ -43,14 +45,16 @@ from selfsteer.training.trainer import (
     PreferenceTrainer,
     Step,
     TokenGroups,
+    history_of,
+    margins,
     read_history,
     token_groups,
-    truncate_history,
+    write_history,
 )
 
 log = logging.getLogger(__name__)
 
-_MECHANICS = {"micro_batch_size", "prefix_sharing", "gradient_checkpointing", "save_steps", "report_to"}
+_MECHANICS = {"micro_batch_size", "prefix_sharing", "gradient_checkpointing", "save_steps", "save_dtype", "report_to"}
 """Of the training section, what may change between a stop and its continuation."""
 
 
@@ -111,6 +115,8 @@ class TrainingResult(NamedTuple):
     """Prompts were computed once for their completions."""
     first: Step
     last: Step
+    saving: Saving | None
+    """What saving cost; None in a process of a group that is not the first."""
 
 
 def train(job: TrainingJob) -> TrainingResult:
@@ -132,6 +138,9 @@ def train(job: TrainingJob) -> TrainingResult:
     data = token_groups(Path(job.pairs), prompts, output / ".tokens", needs_reference=needs_reference)
     set_seed(job.seed)
     model, packing = _prepare_model(job, data)
+    pairs = margins(data, Collator(packing), beta=job.beta, weighted=job.weighting != "none")
+    # With a reference the margins begin at zero by themselves.
+    at_first = 0.0 if needs_reference else pairs(model)
     planned = round(len(data) * job.epochs) if job.max_steps is None else job.max_steps * job.batch_size
     with _progress(max(1, planned - done * job.batch_size)) as advance:
         parts = JobParts(
@@ -149,17 +158,17 @@ def train(job: TrainingJob) -> TrainingResult:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stopped := parallel.stop_signal():
         raise runtime.Interrupted(stopped)
-    folder = output / "model"
-    _export(trainer, tokenizer, job, folder)
+    saving = _export(trainer, tokenizer, job, lambda trained: pairs(trained) - at_first)
     history = read_history(output / "history.jsonl")
     return TrainingResult(
-        model=str(folder),
+        model=str(output / "model"),
         history=str(output / "history.jsonl"),
         steps=trainer.state.global_step,
         queries=len(data),
         shared=packing is pack,
         first=history[0],
         last=history[-1],
+        saving=saving,
     )
 
 
@@ -167,7 +176,7 @@ def _starting_point(job: TrainingJob, output: Path) -> tuple[str, Path | None]:
     """The digest of the job, and the checkpoint that it goes on from; later steps are forgotten."""
     identity = job.digest()
     resume = checkpoints.resume_point(output, identity)
-    truncate_history(output / "history.jsonl", checkpoints.step_of(resume) if resume else 0)
+    write_history(output / "history.jsonl", history_of(resume) if resume else [])
     return identity, resume
 
 
@@ -186,10 +195,33 @@ def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel
     packing = choose_packing(model, rows, sharing=training.prefix_sharing)
     if training.lora is None:
         return model, packing
+    tied = _shared_weights(model)
     adapted = _adapted(model, training.lora)
+    _refuse_tied(model, tied)
     if type(model.get_output_embeddings()) is not torch.nn.Linear:
         raise ValueError("training.lora.target_modules: the output layer can't carry an adapter; leave it out")
     return adapted, packing
+
+
+def _shared_weights(model: PreTrainedModel) -> set[int]:
+    """The weights that more than one module has; of most small models the embedding's, which is the output layer's too."""
+    counts = Counter(id(weights) for module in model.modules() for weights in module.parameters(recurse=False))
+    return {weights for weights, count in counts.items() if count > 1}
+
+
+def _refuse_tied(model: PreTrainedModel, tied: set[int]) -> None:
+    """An adapter on one module of several with the same weights would be merged into all of them."""
+    wrong = sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and any(id(weights) in tied for weights in module.get_base_layer().parameters(recurse=False))
+    )
+    if wrong:
+        raise ValueError(
+            f"training.lora.target_modules: {', '.join(wrong)} shares its weights with another layer (tie_word_embeddings), "
+            "and merging would change that one as well. Leave it out, or untie the model before."
+        )
 
 
 def _adapted(model: PreTrainedModel, lora: Lora) -> PeftModel:
@@ -245,53 +277,26 @@ def _arguments(job: TrainingJob) -> TrainingArguments:
     return args
 
 
-def _export(trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainingJob, folder: Path) -> None:
-    """An ordinary Hugging Face folder in the dtype of the policy, there as a whole or not at all; before it the adapter."""
+def _export(
+    trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainingJob, margin: Margin
+) -> Saving | None:
+    """What the first process delivers; None in the others."""
     model = _whole_model(trainer, job)
     if model is None:
-        return
-    if isinstance(model, PeftModel):
-        with _whole_folder(folder.with_name("adapter")) as unfinished:
-            _save_adapter(model, unfinished)
-    plain = cast(PreTrainedModel, model.merge_and_unload()) if isinstance(model, PeftModel) else model
-    given = AutoConfig.from_pretrained(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
-    cast(torch.nn.Module, plain).to(given.dtype or torch.float32)
-    plain.config.use_cache = given.use_cache  # switched off for training
-    with _whole_folder(folder) as unfinished:
-        plain.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+        return None
+    given = load_configuration(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
+    to = Delivery(Path(job.output) / "model", given, job.training.save_dtype, tokenizer)
+    return deliver(model, to, None if _is_sharded(trainer) else margin)
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
-    """In peft's format, and the same files wherever it was trained: no path of the base, names in order."""
-    for settings in model.peft_config.values():
-        assert isinstance(settings, LoraConfig)
-        settings.base_model_name_or_path = ""
-        if isinstance(settings.target_modules, set):
-            settings.target_modules = sorted(settings.target_modules)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink()
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Generator[Path]:
-    """A folder to fill, which takes the place of `folder` when the block ends."""
-    unfinished = folder.with_name(f".{folder.name}-unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with checkpoints.writing(unfinished):
-        yield unfinished
-    for file in unfinished.iterdir():
-        sync(file)
-    sync(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-    sync(folder.parent)
+def _is_sharded(trainer: PreferenceTrainer) -> bool:
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def _whole_model(trainer: PreferenceTrainer, job: TrainingJob) -> PreTrainedModel | PeftModel | None:
     """The trained model with all its weights in the first process; None in the others."""
     accelerator = trainer.accelerator
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if not _is_sharded(trainer):
         model = accelerator.unwrap_model(cast(torch.nn.Module, trainer.model))
         return cast(PreTrainedModel | PeftModel, model) if parallel.is_first() else None
     weights = accelerator.get_state_dict(trainer.model_wrapped)

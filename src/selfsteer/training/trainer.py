@@ -1,10 +1,11 @@
 """The one trainer: L_base + gamma * L_sft over the pairs of each query, on `transformers.Trainer`.
 
 The loss of an optimizer step is the mean over its queries of the sum over each query's pairs, whatever the micro-batches.
-Overridden is only the loss, its normaliser, and what is logged.
+Overridden are only the loss, its normaliser, what is logged, and steps that transformers takes at rate 0 or too many.
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +19,21 @@ import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from selfsteer.prompts import Prompts
 from selfsteer.records import Pair
 from selfsteer.store import columns
+from selfsteer.store.durable import read_object, replacing
 from selfsteer.training import checkpoints, parallel
-from selfsteer.training.logps import Packing
+from selfsteer.training.logps import Packing, to_device
 from selfsteer.training.objective import PairLogps, pair_weights, sft
 from selfsteer.training.packing import Batch, TokenPair, share_prompts
 from selfsteer.training.scoring import tokenize
+
+log = logging.getLogger(__name__)
 
 _REQUIRED = ("prompt", "chosen", "rejected", "query_id", "kind", "chosen_finish", "rejected_finish")
 
@@ -310,6 +315,32 @@ class PreferenceTrainer(Trainer):
             + "Lower the learning rate, or compute in float32 (training.dtype)."
         )
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As transformers, whose warm-up begins with a step at rate 0; here it reaches the full rate a step earlier."""
+        made = cast(Any, self.lr_scheduler)
+        if made is not None:
+            return made
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if not isinstance(scheduler, LambdaLR) or scheduler.lr_lambdas[0](0) > 0:
+            return scheduler
+        rates = [_without_zero(rate, max(1, warmup)) for rate in scheduler.lr_lambdas]
+        self.lr_scheduler = LambdaLR(scheduler.optimizer, rates)
+        if 3 * warmup > num_training_steps and parallel.is_first():
+            log.warning(
+                "the learning rate rises in %d of %d steps (training.warmup_ratio); take more queries or epochs, or a"
+                " smaller batch",
+                *(warmup, num_training_steps),
+            )
+        return self.lr_scheduler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A training that was stopped behind its last step has nothing left to do; transformers would go on with a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """As transformers does; a full disk is told like everywhere else."""
         with checkpoints.writing(Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
@@ -328,6 +359,37 @@ class PreferenceTrainer(Trainer):
             self._sums.zero_()
             self._since = now
         super().log(logs, start_time)
+
+
+def _without_zero(rate: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    return lambda step: (step + 1) / warmup if step < warmup else rate(step)
+
+
+_SAMPLE = 32
+"""Queries whose margins are taken when a model is saved."""
+
+
+def margins(data: TokenGroups, collator: Collator, *, beta: float, weighted: bool) -> Callable[[torch.nn.Module], float]:
+    """The mean margin of the pairs of a few queries, spread over the data, under a taught model; without dropout."""
+    indices = range(0, len(data), -(-len(data) // _SAMPLE))
+
+    def mean(model: torch.nn.Module) -> float:
+        training = model.training
+        model.eval()
+        gaps: list[Tensor] = []
+        device = next(model.parameters()).device
+        for index in indices:
+            batch = collator([data[index]])
+            with torch.no_grad():
+                found: Tensor = model(
+                    **to_device(cast(Batch, {name: batch[name] for name in Batch.__annotations__}), device)
+                )
+            logps = (found[0] if weighted else found).double().cpu()
+            gaps.append(logps[batch["chosen"]] - batch["ref_chosen"] - logps[batch["rejected"]] + batch["ref_rejected"])
+        model.train(training)
+        return beta * torch.cat(gaps).mean().item()
+
+    return mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +418,7 @@ class Keeper(TrainerCallback):
         """Append the step to the history."""
         logs = kwargs["logs"]
         if state.is_world_process_zero and "loss" in logs:
-            line = {"step": state.global_step} | {name: logs[name] for name in Step.__annotations__ if name in logs}
+            line = _step({"step": state.global_step, **logs})
             path = self._output / "history.jsonl"
             with checkpoints.writing(path), path.open("a", encoding="utf-8") as history:
                 history.write(json.dumps(line) + "\n")
@@ -381,6 +443,22 @@ class Keeper(TrainerCallback):
             control.should_save = state.global_step > self._saved
 
 
+def _step(logs: dict[str, Any]) -> Step:
+    return cast(Step, {name: logs[name] for name in Step.__annotations__ if name in logs})
+
+
+_LARGEST_STATE = 2**30
+
+
+def history_of(checkpoint: Path) -> list[Step]:
+    """The steps up to a complete checkpoint; transformers keeps what was logged in its own state as well.
+
+    So a history that was damaged since then is made again.
+    """
+    state = read_object(checkpoint / "trainer_state.json", at_most=_LARGEST_STATE)
+    return [_step(logs) for logs in cast("list[dict[str, Any]]", state["log_history"]) if "loss" in logs]
+
+
 def read_history(path: Path) -> list[Step]:
     """The steps of a training, oldest first; a torn last line is left out."""
     if not path.exists():
@@ -389,7 +467,7 @@ def read_history(path: Path) -> list[Step]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def truncate_history(path: Path, steps: int) -> None:
-    """Forget the steps that will be trained again."""
-    kept = [step for step in read_history(path) if step["step"] <= steps]
-    path.write_text("".join(json.dumps(step) + "\n" for step in kept), encoding="utf-8")
+def write_history(path: Path, steps: Sequence[Step]) -> None:
+    """The history of a training up to the checkpoint that it goes on from."""
+    with replacing(path) as file:
+        file.write("".join(json.dumps(step) + "\n" for step in steps).encode())

@@ -1,0 +1,162 @@
+"""What a training delivers: an ordinary Hugging Face folder, with training.lora the adapter too, and what saving cost.
+
+    output/model/     adapter merged; in the dtype of the policy, or in float32 where rounding would undo the training
+    output/adapter/   in peft's format
+
+An update of 5e-7 lies below the grid of bfloat16: a policy that is stored so would be delivered as it was before, whatever
+its history says. So the margin of a few pairs is taken from what was trained and from what is delivered, every time.
+Left out on purpose: margins of sharded weights; with save_dtype auto these are kept in float32.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from selfsteer.models import restore_dropout
+from selfsteer.store.durable import sync
+from selfsteer.training import checkpoints
+
+log = logging.getLogger(__name__)
+
+LOST = 0.05
+"""Of the margin; where saving changes it by more, auto keeps float32, and a warning says it."""
+
+Margin = Callable[[torch.nn.Module], float]
+"""The mean reward margin of a few training pairs under a model, over what it was before the training."""
+
+SaveDType = Literal["auto", "float32", "policy"]
+
+
+class Saving(TypedDict):
+    """What saving cost; margins are beta * (chosen log-ratio - rejected log-ratio), in the arithmetic of the training."""
+
+    dtype: str
+    """In which the weights are delivered."""
+    trained: float | None
+    """Mean margin of a few training pairs after the last step; None of sharded weights."""
+    delivered: float | None
+    """The same of what is delivered."""
+    rounded: float | None
+    """The same in the dtype of the policy, where that was tried and left."""
+
+
+class Delivery(NamedTuple):
+    """Where a model goes, and how."""
+
+    folder: Path
+    given: PreTrainedConfig
+    """The configuration of the policy that was trained."""
+    save_dtype: SaveDType
+    tokenizer: PreTrainedTokenizerBase
+
+
+def deliver(model: PreTrainedModel | PeftModel, to: Delivery, margin: Margin | None) -> Saving:
+    """Write the trained model, and its adapter before it; each is there as a whole or not at all.
+
+    margin: None where it can't be taken.
+    """
+    trained = None if margin is None else margin(model)
+    if isinstance(model, PeftModel):
+        with _whole_folder(to.folder.with_name("adapter")) as unfinished:
+            _save_adapter(model, unfinished)
+        plain = cast(PreTrainedModel, model.merge_and_unload())
+    else:
+        plain = model
+    saving = _in_its_dtype(plain, to, trained, margin, merged=plain is not model)
+    plain.config.use_cache = to.given.use_cache  # switched off for training
+    restore_dropout(plain.config, to.given)
+    with _whole_folder(to.folder) as unfinished:
+        plain.save_pretrained(unfinished)
+        to.tokenizer.save_pretrained(unfinished)
+    return saving
+
+
+def _in_its_dtype(
+    plain: PreTrainedModel, to: Delivery, trained: float | None, margin: Margin | None, *, merged: bool
+) -> Saving:
+    """Bring the weights into the dtype that they are delivered in."""
+    own = cast("torch.dtype | None", to.given.dtype) or torch.float32
+    dtype = torch.float32 if to.save_dtype == "float32" or (to.save_dtype == "auto" and margin is None) else own
+    rounded = delivered = None
+    if margin is not None:
+        assert trained is not None
+        before = _round(plain, dtype) if dtype != torch.float32 else {}
+        delivered = margin(plain) if before or merged else trained
+        if before and to.save_dtype == "auto" and lost(trained, delivered) > LOST:
+            with torch.no_grad():
+                for name, weights in plain.named_parameters():
+                    weights.copy_(before[name])
+            rounded, dtype = delivered, torch.float32
+            delivered = margin(plain) if merged else trained
+    cast(torch.nn.Module, plain).to(dtype)
+    saving = Saving(dtype=str(dtype).removeprefix("torch."), trained=trained, delivered=delivered, rounded=rounded)
+    _tell(saving, own)
+    return saving
+
+
+def lost(trained: float, delivered: float) -> float:
+    """The share of the margin by which saving changed it."""
+    return 0.0 if trained == delivered else abs(trained - delivered) / max(abs(trained), 1e-12)
+
+
+def _round(plain: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Round the weights, which stay in float32, to what a dtype can hold; returns them as they were."""
+    before = {name: weights.detach().to("cpu", copy=True) for name, weights in plain.named_parameters()}
+    with torch.no_grad():
+        for weights in plain.parameters():
+            weights.copy_(weights.to(dtype))
+    return before
+
+
+def _tell(saving: Saving, own: torch.dtype) -> None:
+    trained, delivered = saving["trained"], saving["delivered"]
+    policy = str(own).removeprefix("torch.")
+    if trained is None or delivered is None:
+        if saving["dtype"] != policy:
+            log.info("the model is saved in float32: what rounding to %s costs is not measured on sharded weights", policy)
+        return
+    if saving["rounded"] is not None:
+        log.info(
+            "the model is saved in float32: in %s, the dtype of the policy, its margin would be %.3f instead of %.3f",
+            *(policy, saving["rounded"], trained),
+        )
+    if lost(trained, delivered) > LOST:
+        log.warning(
+            "update lost in saving: the margin is %.3f in training and %.3f in the model as it is delivered (%s). Raise the"
+            " learning rate, set training.save_dtype: float32, compute in float32 (training.dtype), or use the adapter",
+            *(trained, delivered, saving["dtype"]),
+        )
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    """In peft's format, and the same files wherever it was trained: no path of the base, names in order."""
+    for settings in model.peft_config.values():
+        assert isinstance(settings, LoraConfig)
+        settings.base_model_name_or_path = ""
+        if isinstance(settings.target_modules, set):
+            settings.target_modules = sorted(settings.target_modules)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink()
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Generator[Path]:
+    """A folder to fill, which takes the place of `folder` when the block ends."""
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with checkpoints.writing(unfinished):
+        yield unfinished
+    for file in unfinished.iterdir():
+        sync(file)
+    sync(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    sync(folder.parent)

@@ -1,0 +1,104 @@
+"""Whether the files of a model folder are whole, and whether they are the weights that its configuration speaks of.
+
+transformers fills what a file lacks with random numbers and goes on; here everything missing, superfluous or of another
+shape is refused with its name. Headers only: the weights themselves are not read.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from safetensors import SafetensorError, safe_open
+
+from selfsteer.store.durable import read_object
+
+_POINTER = b"version https://git-lfs"
+_SHOWN = 4
+"""Names in a message, of each kind."""
+
+
+class Stored(NamedTuple):
+    """What the files of a folder hold."""
+
+    tensors: int
+    elements: int
+
+
+def check_files(folder: Path) -> Stored:
+    """The weights of a model folder, by the headers of their files.
+
+    Raises ValueError, with the file, for what is damaged, cut off, missing or was not fetched.
+    """
+    tensors = elements = 0
+    for file in _files(folder):
+        refuse_pointer(file)
+        for shape in _shapes(file):
+            tensors += 1
+            elements += math.prod(shape)
+    return Stored(tensors, elements)
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises ValueError for what Git leaves in place of a large file that it was not asked to fetch."""
+    with file.open("rb") as content:
+        if content.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{file}: only a Git LFS pointer to the file; fetch the file itself (git lfs pull)")
+
+
+def check_fit(path: str, information: Mapping[str, Any], *, said_by: str = "config.json") -> None:
+    """What transformers tells about loading: raises ValueError with the names that do not fit what `said_by` says."""
+    shapes = [
+        f"{name} ({_shape(file)} in the file, {_shape(said)} by {said_by})"
+        for name, file, said in cast("Collection[tuple[str, Any, Any]]", information["mismatched_keys"])
+    ]
+    found = [
+        _named("missing", cast("Collection[str]", information["missing_keys"])),
+        _named("not of this model", cast("Collection[str]", information["unexpected_keys"])),
+        _named("of another shape", shapes),
+    ]
+    if any(found):
+        what = "; ".join(part for part in found if part)
+        raise ValueError(
+            f"{path}: the weights do not fit the {said_by}. {what}. Save the model again "
+            f"with save_pretrained, or take the {said_by} that belongs to these weights."
+        )
+
+
+def _named(what: str, names: Collection[str]) -> str:
+    if not names:
+        return ""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return f"{len(ordered)} {what}: {', '.join(ordered[:_SHOWN])}{more}"
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that transformers will read."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(
+            f"{folder}: no .safetensors weights (pickled weights are refused); convert them with save_pretrained"
+        )
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in cast("dict[str, Any]", shards).values()):
+        raise ValueError(f"{index}: 'weight_map' names no files; fetch or make it again")
+    names = sorted(set(cast("dict[str, str]", shards).values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{index}: names {name!r}, which is not in the folder; fetch the missing file")
+    return [folder / name for name in names]
+
+
+def _shapes(file: Path) -> list[list[int]]:
+    try:
+        with safe_open(file, framework="numpy") as content:
+            return [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118 (it is no dictionary)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{file}: damaged or cut off ({error}); fetch it again") from error

@@ -1,0 +1,249 @@
+"""Folders of strangers: damaged files, weights of another model, adapters, code. One line, and no random numbers."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_adapter, tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers import AddedToken, AutoConfig, AutoTokenizer, GPT2Config
+
+from selfsteer.models import (
+    checkpoint,
+    end_ids,
+    load_model,
+    load_tokenizer,
+    position_limit,
+    resolve,
+    untrained_ids,
+)
+from selfsteer.recipe.sections import Policy
+from selfsteer.store.durable import read_small
+
+
+@pytest.fixture
+def folder(tiny_folder: str, tmp_path: Path) -> Path:
+    """The tiny model, to be spoilt."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def use(folder: Path) -> None:
+    """What every command does with a model."""
+    path = resolve(Policy(model=str(folder))).path
+    end_ids(path, load_tokenizer(path))
+    load_model(path, dtype=torch.float32)
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def reweigh(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    weights = {name: weight.clone() for name, weight in load_file(file).items()}
+    save_file(change(weights), file, metadata={"format": "pt"})
+
+
+# --- weights that do not fit -----------------------------------------------------------------------------------------------
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda w: {f"_orig_mod.{n}": v for n, v in w.items()},
+            r"21 missing: lm_head.*; 20 not of this model: _orig_mod\.",
+        ),
+        (lambda w: {n: v for n, v in w.items() if n != Q}, rf"\. 1 missing: {Q}\. Save"),
+        (
+            lambda w: w | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)},
+            r"\. 1 not of this model: .*q_proj\.bias\. Save",
+        ),
+        (lambda w: w | {Q: torch.zeros(16, 32)}, r"\. 1 of another shape: .* \(16x32 in the file, 32x32 by config\.json\)"),
+        (lambda w: {}, r"speaks of 2 layers, the files hold 0 tensors"),
+    ],
+    ids=["prefix", "one missing", "one too many", "another shape", "none"],
+)
+def test_weights_under_other_names(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], why: str, folder: Path):
+    reweigh(folder, change)
+    with pytest.raises(ValueError, match=why):
+        use(folder)
+
+
+def test_a_head_that_is_missing(folder: Path):
+    """Saved tied, and the configuration says untied: the head would be drawn at random."""
+    edit(folder / "config.json", tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight"):
+        use(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"hidden_size": 64},
+            r"of another shape: model\.embed_tokens\.weight \(400x32 in the file, 400x64 by config\.json\)",
+        ),
+        ({"vocab_size": 464}, r"of another shape: .*\(400x32 in the file, 464x32 by config\.json\)"),
+        ({"num_hidden_layers": 3}, r"9 missing: model\.layers\.2"),
+        ({"num_hidden_layers": 1}, r"9 not of this model: model\.layers\.1"),
+        ({"num_hidden_layers": 10**9}, r"speaks of 1,000,000,000 layers, the files hold 20 tensors"),
+        ({"intermediate_size": 10**9}, r"speaks of [\d,]+ weights, the files hold 31,392"),
+        ({"hidden_size": "wide"}, r"config\.json can't be used"),
+        ({"num_attention_heads": 0}, r"config\.json"),
+        ({"model_type": "no-such-model"}, r"config\.json can't be used"),
+        ({"model_type": None}, r"config\.json can't be used"),
+        ({"rope_parameters": 7}, r"config\.json"),
+    ],
+)
+def test_a_configuration_of_another_model(changes: dict[str, object], why: str, folder: Path):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(ValueError, match=why) as error:
+        use(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_one_token_more_than_the_embedding(folder: Path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"401 ids \(the last one is '<\|turn\|>'\).*400 rows.*tokenizer\.json"):
+        use(folder)
+
+
+# --- damaged files ---------------------------------------------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 123\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_in_place_of_the_file(name: str, folder: Path):
+    (folder / name).write_bytes(POINTER)
+    with pytest.raises(ValueError, match=rf"{name}: only a Git LFS pointer.*git lfs pull"):
+        use(folder)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[:-1],
+        lambda content: content[:1000],
+        lambda content: content[:4],
+        lambda content: b"",
+        lambda content: b"\xff" * 8 + content[8:],
+        lambda content: content[:8] + b"[" + content[9:],
+        lambda content: content.replace(b'"shape":[400,32]', b'"shape":[999,32]'),
+        lambda content: content.replace(b'"dtype":"F32"', b'"dtype":"F99"', 1),
+    ],
+)
+def test_damaged_weights(spoil: Callable[[bytes], bytes], folder: Path):
+    file = folder / "model.safetensors"
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged or cut off .*fetch it again"):
+        use(folder)
+
+
+def test_a_shard_that_is_missing(folder: Path):
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {name: f"model-0000{1 + (name == names[0])}-of-00002.safetensors" for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=r"index\.json: names 'model-00002-of-00002\.safetensors', which is not in the folder"
+    ):
+        use(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    with pytest.raises(ValueError, match=r"index\.json: names '\.\./\.\./secret"):
+        use(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "7", '"text"', "{", ""])
+def test_files_of_another_shape(name: str, content: str, folder: Path):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}: (holds .*not a JSON object|damaged, it can't be read as JSON)"):
+        use(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"model": null}'),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": [], "merges": 3}}'),
+        ("generation_config.json", '{"eos_token_id": {"a": 1}}'),
+        ("generation_config.json", '{"eos_token_id": ["2"]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+    ],
+)
+def test_contents_of_another_shape(name: str, content: str, folder: Path):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=str(folder)) as error:
+        use(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_beside_its_base(folder: Path, tmp_path: Path):
+    """transformers would put it on without being asked."""
+    tiny_adapter(tmp_path / "trained", str(folder), seed=1)
+    for file in (tmp_path / "trained" / "adapter").iterdir():
+        shutil.copy(file, folder)
+    with pytest.raises(ValueError, match=r"adapter lies beside the model.*merge_and_unload.*take the adapter's files away"):
+        use(folder)
+
+
+def test_code_is_part_of_the_digest(folder: Path):
+    (folder / "modeling_mine.py").write_text("# not named by any configuration\n")
+    unnamed = checkpoint(folder)
+    (folder / "modeling_mine.py").write_text("# changed\n")
+    assert checkpoint(folder) == unnamed
+    edit(folder / "config.json", auto_map={"AutoConfig": "modeling_mine.MineConfig"})
+    named = checkpoint(folder)
+    (folder / "modeling_mine.py").write_text("# changed again\n")
+    assert checkpoint(folder).digest != named.digest
+
+
+# --- files that are none ---------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_or_a_device_is_no_file(folder: Path, tmp_path: Path):
+    """A pipe would be waited for and a device read for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        with pytest.raises((ValueError, IsADirectoryError), match=r"not a regular file|Is a directory"):
+            read_small(path)
+    with pytest.raises(ValueError, match=r"pipe: not a regular file"):
+        load_tokenizer(str(folder), chat_template=str(pipe))
+    large = tmp_path / "large"
+    large.write_bytes(b"a" * 11)
+    assert read_small(large, at_most=11) == b"a" * 11
+    with pytest.raises(ValueError, match=r"large: larger than"):
+        read_small(large, at_most=10)
+    large.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"large: not UTF-8"):
+        load_tokenizer(str(folder), chat_template=str(large))
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_positions_of_a_model(folder: Path):
+    assert position_limit(AutoConfig.from_pretrained(folder)) == 2048
+    assert position_limit(GPT2Config(n_positions=64)) == 64
+    assert position_limit(AutoConfig.for_model("bloom")) is None
+
+
+def test_ids_that_no_token_has():
+    tokenizer = tiny_tokenizer()
+    assert len(tokenizer) == 400
+    assert untrained_ids(tokenizer, tiny_model().config.vocab_size) == []
+    assert untrained_ids(tokenizer, 403) == [400, 401, 402]
