@@ -69,6 +69,11 @@ class Prompts:
         self._expected_specials: dict[tuple[str, ...], list[int]] = {}
 
     @property
+    def end_id(self) -> int:
+        """The token that closes an assistant's turn; an engine has to stop at it, whatever end tokens the model names."""
+        return self._turn.end_id
+
+    @property
     def digest(self) -> str:
         """Digest of what, beside the tokenizer, determines a rendered prompt."""
         return digest({"chat_template": self.tokenizer.chat_template, "system_role": self.system_role})

@@ -49,6 +49,7 @@ def open_engine(
             device=device,
             trust_remote_code=trust_remote_code,
             adapters=adapters,
+            end_ids=(prompts.end_id,),
         )
     arguments = _vllm_arguments(section) | {
         "dtype": str(dtype).removeprefix("torch."),
@@ -58,7 +59,12 @@ def open_engine(
     if section.python is not None:
         fields["python"] = section.python
     settings = VllmSettings(**fields, adapters=tuple(adapters), arguments=arguments)
-    return VllmEngine(model.path, settings, decode=partial(_decode, prompts), end_ids=end_ids(model.path, prompts.tokenizer))
+    return VllmEngine(model.path, settings, decode=partial(_decode, prompts), end_ids=_ends(model, prompts))
+
+
+def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
+    """What ends an answer: the end tokens that the model folder names, and what closes a turn in the chat template."""
+    return end_ids(model.path, prompts.tokenizer) | {prompts.end_id}
 
 
 def check_engines(recipe: Recipe, policy: Checkpoint, prompts: Prompts) -> None:
@@ -81,7 +87,7 @@ def server(section: OpenAISection, base_url: str, model: str) -> Server:
 
 def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, adapters: Sequence[Adapter]) -> Engine:
     def connect(base_url: str, name: str) -> OpenAIEngine:
-        ends, where = end_ids(model.path, prompts.tokenizer), server(section, base_url, name)
+        ends, where = _ends(model, prompts), server(section, base_url, name)
         return OpenAIEngine(where, tokenize=lambda text: prompts.completion_ids(text, "length"), end_ids=ends)
 
     if section.serve is None:
