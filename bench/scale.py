@@ -142,9 +142,9 @@ class ScriptedEngine:
         from selfsteer.engines.base import Completion
 
         for request in requests:
-            ids = tuple(hashlib.shake_128(request.key.encode()).digest(RESPONSE_WORDS))
+            ids = tuple(1000 + byte for byte in hashlib.shake_128(request.key.encode()).digest(RESPONSE_WORDS))
             text = words(request.key, RESPONSE_WORDS)
-            yield Completion(key=request.key, text=text, token_ids=ids, finish_reason="stop")
+            yield Completion(key=request.key, text=text, token_ids=ids, finish_reason="stop", end_id=2)
 
 
 @contextmanager

@@ -147,14 +147,30 @@ def test_preferences_are_the_generator_s_on_the_bare_query(finished: Path):
     assert any(row["chosen"][0]["content"] != policy[row["query_id"]] for row in found), "sampled from the generator"
 
 
+def test_what_was_sampled_is_what_is_scored(finished: Path):
+    """The very ids of stage 2, and the end token behind those that the model finished; random numbers are used once."""
+    answered = {row["query_id"]: row for row in rows(finished, "2-responses")}
+    found = pq.read_table(finished / "round-1/3-steering/policy-pairs.parquet").to_pylist()
+    assert found
+    for row in found:
+        for side, role in (("chosen", "good"), ("rejected", "bad")):
+            response = answered[row["query_id"]][role]
+            ended = [response["end_id"]] if response["finish_reason"] == "stop" else []
+            assert None not in ended
+            assert row[f"{side}_ids"] == response["token_ids"] + ended
+            assert row[f"{side}_tokens"] == len(row[f"{side}_ids"])
+    policy = {row[role]["seed"] for row in answered.values() for role in ("good", "bad", "original")}
+    generator = {row[f"{side}_seed"] for row in rows(finished, "5-preferences") for side in ("chosen", "rejected")}
+    assert generator
+    assert policy.isdisjoint(generator)
+
+
 def plain_logps(folder: str, row: dict[str, Any], side: str) -> tuple[float, int]:
     """log pi(response | bare query) by one forward and a loop."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(row[side][0]["content"], add_special_tokens=False)["input_ids"]
-    if row[f"{side}_finish"] == "stop":
-        ids = [*ids, tokenizer.eos_token_id]
+    ids = row[f"{side}_ids"]
     with torch.no_grad():
         log_probs = model(torch.tensor([prompt_ids + ids])).logits[0].log_softmax(-1)
     return sum(log_probs[len(prompt_ids) + i - 1, token].item() for i, token in enumerate(ids)), len(ids)

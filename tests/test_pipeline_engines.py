@@ -1,4 +1,4 @@
-"""The whole pipeline through the other engines: a scripted vLLM worker and a scripted server in place of the real ones."""
+"""The whole pipeline through the other engines: a scripted vLLM and a scripted server in place of the real ones."""
 
 import json
 import shlex
@@ -11,27 +11,43 @@ import pyarrow.parquet as pq
 import pytest
 
 import selfsteer
-from selfsteer.engines import vllm
-from selfsteer.engines.vllm import WorkerError
+from selfsteer.engines.openai import ServerError
 from selfsteer.recipe.sections import Recipe
 
 RecipeOf = Callable[..., dict[str, Any]]
 
-WORKER = """
-import json, os, pathlib, sys
-start = json.loads(sys.stdin.readline())
-log = pathlib.Path(LOG)
+VLLM = """#!PYTHON
+import sys
+if sys.argv[1] == "-c":
+    print("vllm-is-there 0.0 0")
+    sys.exit()
+import json, os, pathlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+log, arguments = pathlib.Path(LOG), sys.argv[1:]
+model = arguments[arguments.index("--model") + 1]
 with log.open("a") as file:
-    print("start", start["engine"]["model"], file=file)
-print(json.dumps({"ready": {"version": "0", "seeded": True}}), flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    with log.open("a") as file:
-        print(request["id"], file=file)
-    if log.read_text().count("\\n") == DIES_AFTER:
-        os.kill(os.getpid(), 9)
-    ids = [10 + (request["seed"] >> shift) % 300 for shift in range(0, 24, 3)]
-    print(json.dumps({"id": request["id"], "token_ids": [*ids, 2], "finish_reason": "stop", "logps": None}), flush=True)
+    print("start", model, file=file)
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, body):
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def do_GET(self):
+        self.answer({"data": [{"id": "m"}]})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with log.open("a") as file:
+            print(json.dumps([model, asked["prompt"], asked["seed"]]), file=file)
+        if log.read_text().count("\\n") == DIES_AFTER:
+            os.kill(os.getpid(), 9)
+        ids = [10 + (asked["seed"] >> shift) % 300 for shift in range(0, 24, 3)]
+        self.answer({"choices": [{"text": "", "token_ids": [*ids, 2], "finish_reason": "stop"}]})
+    def log_message(self, *_):
+        pass
+ThreadingHTTPServer(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
 """
 
 SERVER = """
@@ -67,34 +83,42 @@ def run(recipe: dict[str, Any]) -> Any:
     return selfsteer.run(Recipe.model_validate(recipe))
 
 
-def put_worker(folder: Path, monkeypatch: pytest.MonkeyPatch, *, dies_after: int = -1) -> Path:
-    log, script = folder / "worker.log", folder / "worker.py"
-    script.write_text(WORKER.replace("LOG", repr(str(log))).replace("DIES_AFTER", str(dies_after)), encoding="utf-8")
-    monkeypatch.setattr(vllm, "WORKER", script)
-    return log
+def put_vllm(folder: Path, *, dies_after: int = -1) -> tuple[str, Path]:
+    """An interpreter with a scripted vLLM, and the log of what it is asked."""
+    log, script = folder / "vllm.log", folder / "python"
+    filled = VLLM.replace("PYTHON", sys.executable).replace("LOG", repr(str(log))).replace("DIES_AFTER", str(dies_after))
+    script.write_text(filled, encoding="utf-8")
+    script.chmod(0o755)
+    return str(script), log
 
 
-def test_a_run_on_vllm_whose_worker_is_killed_continues(
-    recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def durable_tokens(folder: Path) -> list[tuple[int, ...]]:
+    parts = sorted((folder / "parts").glob("*.jsonl"))
+    return [tuple(json.loads(line)["data"]["token_ids"]) for part in parts for line in part.read_text().splitlines()]
+
+
+def test_a_run_on_vllm_whose_server_is_killed_continues(recipe_of: RecipeOf, tmp_path: Path):
     """The stage ends with an error; the same command asks for no sample that is durable."""
     output = tmp_path / "run"
-    recipe = recipe_of(output, {"engine.kind": "vllm", "engine.max_num_seqs": 2})
-    log = put_worker(tmp_path, monkeypatch, dies_after=9)
-    with pytest.raises(WorkerError, match="SIGKILL"):
+    python, log = put_vllm(tmp_path, dies_after=9)
+    recipe = recipe_of(output, {"engine.kind": "vllm", "engine.max_num_seqs": 2, "engine.python": python})
+    with pytest.raises(ServerError, match="SIGKILL"):
         run(recipe)
-    parts = (output / "round-1/2-responses/parts").glob("*.jsonl")
-    durable = {json.loads(line)["key"] for part in parts for line in part.read_text().splitlines()}
-    assert durable, "what was finished when the worker died is kept"
+    durable = durable_tokens(output / "round-1/2-responses")
+    assert durable, "what was finished when the server died is kept"
+    asked_before = [line for line in log.read_text().splitlines() if not line.startswith("start ")]
     log.unlink()
-    put_worker(tmp_path, monkeypatch)
+    put_vllm(tmp_path)
     run(recipe)
     lines = log.read_text().splitlines()
-    assert durable.isdisjoint(lines)
     models = [line.removeprefix("start ") for line in lines if line.startswith("start ")]
     assert models == [recipe["policy"]["model"], str(output / "round-1/4-generator/model")]
     asked = [line for line in lines if not line.startswith("start ")]
     assert len(set(asked)) == len(asked)
+    again = set(asked) & set(asked_before)
+    assert len(again) <= len(asked_before) - len(durable), "only what was not finished is asked for again"
+    sampled = durable_tokens(output / "round-1/2-responses")
+    assert sampled[: len(durable)] == durable
     rows = pq.read_table(output / "round-1/5-preferences/data.parquet").to_pylist()
     assert rows
 
@@ -133,12 +157,16 @@ def test_a_dual_generator_is_served_as_two_adapters_of_one_model(recipe_of: Reci
     assert keys[0] == keys[1]
 
 
-def test_principles_are_asked_for_again_from_the_same_engine(
-    recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """What the worker writes never parses, so each of the six queries is asked three times, by one worker."""
-    log = put_worker(tmp_path, monkeypatch)
-    changes = {"engine.kind": "vllm", "principles.source": "generate", "generator.kind": "none", "alignment.max_steps": 1}
+def test_principles_are_asked_for_again_from_the_same_engine(recipe_of: RecipeOf, tmp_path: Path):
+    """What vLLM writes never parses, so each of the six queries is asked three times, by one server."""
+    python, log = put_vllm(tmp_path)
+    changes = {
+        "engine.kind": "vllm",
+        "engine.python": python,
+        "principles.source": "generate",
+        "generator.kind": "none",
+        "alignment.max_steps": 1,
+    }
     run(recipe_of(tmp_path / "run", changes))
     lines = log.read_text().splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith("start")]
@@ -149,6 +177,7 @@ def test_what_an_engine_lacks_is_said_before_anything_is_written(recipe_of: Reci
     output = tmp_path / "run"
     for engine, lacks in (
         ({"kind": "vllm", "python": "/no/python"}, "no Python interpreter"),
+        ({"kind": "vllm", "python": "false"}, "has no vLLM that can be used"),
         ({"kind": "openai", "serve": "/no/vllm serve {model} --port {port}"}, "no program '/no/vllm'"),
     ):
         with pytest.raises(ValueError, match=lacks):

@@ -3,8 +3,8 @@
 import pytest
 from jinja2 import TemplateError
 from tiny import tiny_tokenizer
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from selfsteer.prompts import Prompts, assistant_turn
 from selfsteer.records import Message
@@ -114,6 +114,62 @@ def test_no_second_beginning_of_sequence():
 
 
 # --- completions -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_completion_ends_as_the_template_closes_a_turn():
+    """As Gemma's: the tokenizer's end token (here 0) stands in no conversation; <|im_end|>, which is 2, closes turns."""
+    made = tokenizer()
+    made.eos_token = "<|pad|>"
+    assert Prompts(made).completion_ids("Yes.", "stop", QUERY)[-1] == 2
+    made.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    assert Prompts(made).completion_ids("Yes.", "stop", QUERY)[-1] == 0
+
+
+def test_spaces_that_the_template_writes_around_an_answer_belong_to_it():
+    """As Llama 2's."""
+    made = tokenizer(
+        "{% for message in messages %}{% if message['role'] == 'user' %}<|im_start|>{{ message['content'] }}[/INST]"
+        "{% else %} {{ message['content'] }} <|im_end|>{% endif %}{% endfor %}"
+    )
+    assert made.decode(list(Prompts(made).completion_ids("Yes.", "stop", QUERY))) == " Yes. <|im_end|>"
+    assert made.decode(list(Prompts(made).completion_ids("Yes.", "length", QUERY))) == " Yes."
+
+
+def sentencepiece_like() -> PreTrainedTokenizerBase:
+    """As Llama 2's: a space becomes U+2581, and one is put before every text."""
+    pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    specials = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["▁Paris", "Paris", "▁user", "▁assistant", "Why?"] * 3
+    pieces.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False))
+    template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces, unk_token="<unk>", eos_token="</s>", pad_token="<unk>", chat_template=template
+    )
+
+
+@pytest.mark.parametrize("prompt", [None, QUERY])
+def test_a_text_is_encoded_as_it_stands_behind_the_prompt(prompt: tuple[Message, ...] | None):
+    made = sentencepiece_like()
+    assert made.convert_ids_to_tokens(made("Paris", add_special_tokens=False)["input_ids"]) == ["▁Paris"]
+    ids = Prompts(made).completion_ids("Paris", "stop", prompt)
+    assert made.convert_ids_to_tokens(list(ids)) == ["Paris", "</s>"]
+
+
+def test_where_a_token_straddles_the_boundary_the_prompt_keeps_its_ids():
+    """The header ends in " bro" and "wn fox" follows: as one text, " brown" is one token, which no model could sample."""
+    made = tokenizer(
+        "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}The quick bro{% endif %}"
+    )
+    prompts = Prompts(made)
+    asked, ids = prompts.prompt_ids(QUERY), prompts.completion_ids("wn fox", "length", QUERY)
+    text = "Why?<|im_end|>The quick brown fox"
+    assert tuple(made(text, add_special_tokens=False)["input_ids"])[: len(asked)] != asked
+    assert made.decode([*asked, *ids]) == text
 
 
 def test_the_end_token_belongs_to_finished_completions_only():

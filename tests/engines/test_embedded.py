@@ -110,6 +110,7 @@ def test_finish_reasons_and_text(model_dir: str):
         (ended,) = engine.generate([request])
     first = free.token_ids.index(free.token_ids[6])
     assert (ended.finish_reason, ended.token_ids) == ("stop", free.token_ids[:first])
+    assert (ended.end_id, free.end_id) == (free.token_ids[6], None)
 
 
 def test_end_tokens_come_from_the_generation_configuration_and_the_tokenizer(tmp_path: Path):

@@ -1,7 +1,10 @@
 """The openai engine against a server that misbehaves in every way of the issue; see misbehaving.py."""
 
+import base64
 import json
 import logging
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,19 +21,25 @@ from selfsteer.engines.openai import (
     Answer,
     OpenAIEngine,
     RefusedError,
-    Server,
     ServerError,
+    Tokens,
     TryError,
     excerpt,
     read_answer,
     read_error,
     read_retry_after,
+    reveals,
 )
+from selfsteer.recipe.engines import OpenAISection
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, max_new_tokens=64)
 SECRET = "sk-4f8a1c-never-shown"
 PROBE = "Hello"
 """What a one-token request of the engine asks."""
+
+
+TOKENS = Tokens(encode=lambda text: tuple(ord(c) for c in text), end_ids={2}, special_ids={ord("\u00a7")})
+"""A tokenizer of letters, in which the section sign is a special token."""
 
 
 def requests(*prompts: str) -> list[Request]:
@@ -52,8 +61,8 @@ def many(count: int) -> list[Request]:
 
 def engine_for(server: MisbehavingServer, **settings: Any) -> OpenAIEngine:
     quick = {"concurrency": 4, "tries": 3, "first_pause": 0.01, "total_seconds": 5.0, "idle_seconds": 2.0}
-    tokenize: Callable[[str], list[int]] = lambda text: [ord(c) for c in text]  # noqa: E731
-    return OpenAIEngine(Server(base_url=server.base_url, model="m", **(quick | settings)), tokenize=tokenize, end_ids={2})
+    section = OpenAISection(kind="openai", base_url=server.base_url, model="m", **(quick | settings))
+    return OpenAIEngine(section, TOKENS)
 
 
 def answered(server: MisbehavingServer, wanted: list[Request], **settings: Any) -> dict[str, Completion | Failed]:
@@ -99,7 +108,8 @@ def misbehave_for(prompt: str, reply: Reply, *, times: int = 10**6) -> Callable[
 def test_chat_request_and_completion():
     with MisbehavingServer(echo) as server:
         outcomes = answered(server, requests("one"))
-    assert outcomes == {"one": Completion(key="key of one", text="ONE", token_ids=(79, 78, 69), finish_reason="stop")}
+    answer = Completion(key="key of one", text="ONE", token_ids=(79, 78, 69), finish_reason="stop", reencoded=True)
+    assert outcomes == {"one": answer}
     (call,) = server.calls
     assert call.path == "/v1/chat/completions"
     assert "authorization" not in call.headers
@@ -125,9 +135,9 @@ def test_token_ids_request_keeps_the_servers_ids_without_the_end_token():
 
     with MisbehavingServer(script) as server:
         outcomes = answered(server, requests("a", "b"), send="token_ids")
-    assert {k: (c.token_ids, c.finish_reason) for k, c in outcomes.items() if isinstance(c, Completion)} == {
-        "a": ((7, 8), "stop"),
-        "b": ((7, 8, 2), "length"),
+    assert {k: (c.token_ids, c.end_id, c.reencoded) for k, c in outcomes.items() if isinstance(c, Completion)} == {
+        "a": ((7, 8), 2, False),
+        "b": ((7, 8, 2), None, False),
     }
     assert {call.path for call in server.calls} == {"/v1/completions"}
     assert all(call.body["return_token_ids"] is True and "messages" not in call.body for call in server.calls)
@@ -360,6 +370,78 @@ def test_other_finish_reasons_fail_at_once(finish: str):
     assert len(server.calls) == 3
 
 
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        *((name, "stop") for name in ("eos_token", "stop_sequence", "end_turn", "STOP", "COMPLETE")),
+        *((name, "length") for name in ("max_tokens", "MAX_TOKENS", "model_length")),
+    ],
+)
+def test_finish_reasons_by_other_names(said: str, meant: str):
+    assert read_answer(chat("yes", finish=said).body).finish_reason == meant
+
+
+def test_a_finish_reason_that_nobody_knows_ends_the_run_after_four():
+    """All that is finished bears it, so it is the server's word for that; the 46 others are never paid for."""
+    with (
+        MisbehavingServer(lambda call: chat("x", finish="length" if call.number % 2 else "fini")) as server,
+        pytest.raises(ServerError, match=r"finish reason 'fini', which is none that says finished \(.*eos_token"),
+    ):
+        answered(server, many(50), concurrency=1)
+    assert len(server.calls) == 8
+
+
+def test_a_finish_reason_that_nobody_knows_costs_its_row_where_others_end_well():
+    script: Callable[[Call], Reply] = lambda call: chat("x", finish="stop" if call.number % 2 else "fini")  # noqa: E731
+    with MisbehavingServer(script) as server:
+        outcomes = answered(server, many(20), concurrency=1)
+    assert failed(outcomes) == {f"p{i}": "finish reason fini" for i in range(1, 20, 2)}
+    assert len(server.calls) == 20
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        {"message": {"content": None, "reasoning_content": "Hm"}, "finish": "length"},
+        {"message": {"content": "", "reasoning": "Hm"}, "finish": "length"},
+        {"message": {"content": None, "reasoning": "Hm"}, "finish": "stop"},
+        {"message": {"content": None}, "finish": "max_tokens"},
+    ],
+)
+def test_a_thought_without_a_text_costs_its_row(thought: dict[str, Any]):
+    """One call for each such row: asking again brings the same, and the server is well."""
+    body = json.dumps({"choices": [{"finish_reason": thought["finish"], "message": thought["message"]}]}).encode()
+    with MisbehavingServer(lambda call: Reply(body=body) if call.prompt in ("p0", "p1", "p5") else echo(call)) as server:
+        outcomes = answered(server, many(8), concurrency=1)
+    assert failed(outcomes) == dict.fromkeys(("p0", "p1", "p5"), "no text beside a thought")
+    assert len(server.calls) == 8
+
+
+def test_a_server_that_thinks_first_is_well():
+    """p1 always fails. The probe's one token is of a thought, and shows that the server generates."""
+
+    def script(call: Call) -> Reply:
+        if call.prompt == PROBE:
+            return chat(None, finish="length")
+        return error(400) if call.prompt == "p0" else echo(call)
+
+    with MisbehavingServer(script) as server:
+        outcomes = answered(server, many(4), concurrency=1)
+    assert failed(outcomes) == {"p0": "refused by the server"}
+    assert server.count(PROBE) == 1
+
+
+def test_an_answer_that_spells_special_tokens_is_no_answer():
+    """Encoded here, its text would be other tokens than were sampled. Where the ids came along, they count."""
+    with MisbehavingServer(lambda call: chat("\u00a7 end" if call.prompt == "p1" else "fine")) as server:
+        outcomes = answered(server, many(3))
+    assert failed(outcomes) == {"p1": "special tokens in the server's answer"}
+    choice = {"text": "\u00a7", "finish_reason": "stop", "token_ids": [7, 2]}
+    with MisbehavingServer(lambda _: Reply(body=json.dumps({"choices": [choice]}).encode())) as server:
+        outcomes = answered(server, requests("a"), send="token_ids")
+    assert texts(outcomes) == {"a": "\u00a7"}
+
+
 def test_an_empty_answer_that_ended_is_an_answer():
     """The model said its end token first: what becomes of that is a filter's to say."""
     with MisbehavingServer(lambda _: chat("")) as server:
@@ -521,6 +603,113 @@ def test_the_key_is_sent_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, caplo
     assert SECRET not in "\n".join(shown)
 
 
+def spellings(secret: str) -> dict[str, str]:
+    """The secret as a server or a proxy may write it."""
+    hexed = secret.encode().hex()
+    return {
+        "plain": secret,
+        "spaces": " ".join(secret),
+        "lines": "\r\n\t".join(secret),
+        "nulls": "\0".join(secret),
+        "twenty of its characters": secret[:20],
+        "its end": secret[-9:],
+        "percent": "".join(f"%{ord(c):02x}" for c in secret),
+        "percent twice": "".join(f"%25{ord(c):02x}" for c in secret),
+        "json": "".join(f"\\u{ord(c):04x}" for c in secret),
+        "bytes": "".join(f"\\x{ord(c):02x}" for c in secret),
+        "html": "".join(f"&#{ord(c)};" for c in secret),
+        "base64": base64.b64encode(secret.encode()).decode(),
+        "base64 of the header": base64.b64encode(f"Bearer {secret}".encode()).decode(),
+        "base64 of user and key": base64.urlsafe_b64encode(f"me:{secret}".encode()).decode(),
+        "hexadecimal": hexed,
+        "hexadecimal pairs": " ".join(hexed[i : i + 2] for i in range(0, len(hexed), 2)),
+        "capitals": secret.upper(),
+        "wide letters": "".join(chr(ord(c) + 0xFEE0) for c in secret),
+    }
+
+
+@pytest.mark.parametrize("form", spellings("any"))
+def test_no_spelling_of_the_key_passes(form: str):
+    said = f"Incorrect API key provided: {spellings(SECRET)[form]}. Find yours at https://example.org"
+    shown = excerpt(said.encode(), SECRET)
+    assert shown in (said.replace(SECRET, "[key]"), "[withheld: it repeats the API key, or a part of it]")
+    assert not reveals(shown, SECRET)
+
+
+def test_other_words_are_no_key():
+    """Fewer than eight of its letters in a row are nobody's secret; of a short key all of it is."""
+    said = "sk-4f8a1: never say never, was shown to 4f8a and 1c (never)"
+    assert excerpt(said.encode(), SECRET) == said
+    assert excerpt(b"the body is empty", "EMPTY-1") == "the body is empty"
+    assert "withheld" in excerpt(b"E M P T Y 1", "EMPTY-1")
+    assert excerpt(b"xyz", "x") == "[key]yz"
+
+
+def malformed(server_says: bytes) -> Iterator[str]:
+    """A base_url at which a server says just this to everything."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(server_says)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+KEY_IN = {
+    "status line": b"HTTP/1.1 2%s OK\r\n\r\n",
+    "no status line": b"%s\r\n\r\n",
+    "reason phrase": b"HTTP/1.1 500 %s\r\nContent-Length: 0\r\n\r\n",
+    "header line": b"HTTP/1.1 200 OK\r\n%s\r\n\r\n",
+    "header name": b"HTTP/1.1 200 OK\r\nX \0 %s: 1\r\n\r\n",
+    "length": b"HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n",
+    "encoding": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\n",
+    "chunk header": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",
+    "location": b"HTTP/1.1 302 Found\r\nLocation: http://h/%s\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("place", KEY_IN)
+@pytest.mark.parametrize("form", ["plain", "twenty of its characters", "spaces", "nulls", "percent"])
+def test_no_malformed_answer_tells_the_key(
+    place: str, form: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """HTTP libraries quote what they can't read; all loggers are on."""
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    caplog.set_level(logging.DEBUG)
+    quick = {"tries": 1, "first_pause": 0.01, "total_seconds": 5.0, "idle_seconds": 2.0, "concurrency": 1}
+    for base_url in malformed(KEY_IN[place] % spellings(SECRET)[form].encode()):
+        section = OpenAISection(kind="openai", base_url=base_url, model="m", api_key_env="TEST_KEY", **quick)  # type: ignore[arg-type]
+        with OpenAIEngine(section, TOKENS) as engine, pytest.raises(ServerError) as raised:
+            list(engine.generate(many(1)))
+    assert not reveals(str(raised.value), SECRET)
+    assert not reveals(caplog.text, SECRET)
+
+
+def test_no_answer_holds_the_key(monkeypatch: pytest.MonkeyPatch):
+    """Neither its finish reason nor its text, which would be written into the run folder."""
+    monkeypatch.setenv("TEST_KEY", SECRET)
+
+    def script(call: Call) -> Reply:
+        return {"p1": chat("a", finish=f"no {' '.join(SECRET)}"), "p2": chat(f"It is {SECRET}.")}.get(
+            call.prompt, echo(call)
+        )
+
+    with MisbehavingServer(script) as server:
+        outcomes = answered(server, many(4), api_key_env="TEST_KEY")
+    assert failed(outcomes).keys() == {"p1", "p2"}
+    assert failed(outcomes)["p2"] == "the API key in the answer"
+    assert not reveals(repr(outcomes), SECRET)
+
+
 @pytest.mark.parametrize("value", [None, "", "  ", "two words", "line\nbreak", "naïve"])
 def test_an_unusable_key_is_refused_without_being_shown(value: str | None, monkeypatch: pytest.MonkeyPatch):
     if value is None:
@@ -528,24 +717,24 @@ def test_an_unusable_key_is_refused_without_being_shown(value: str | None, monke
     else:
         monkeypatch.setenv("TEST_KEY", value)
     with pytest.raises(ValueError, match=r"variable TEST_KEY,.* holds no usable key") as raised:
-        OpenAIEngine(Server(base_url="http://h/v1", model="m", api_key_env="TEST_KEY"), tokenize=lambda _: ())
+        OpenAIEngine(OpenAISection(kind="openai", base_url="http://h/v1", model="m", api_key_env="TEST_KEY"), TOKENS)
     assert value is None or not value.strip() or value not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000/v1", "ftp://h/v1", "http://u:pw@h/v1", "http://h/v1?api_key=pw", "http:///v1"]
+    "url", ["localhost:8000/v1", "ftp://h/v1", "http://u:pw@h/v1", "http://h/v1?api_key=pw", "http:///v1", "http://[pw/v1"]
 )
 def test_base_url_is_checked_without_being_shown(url: str):
     with pytest.raises(ValueError, match="base_url must be") as raised:
-        Server(base_url=url, model="m")
+        OpenAISection(kind="openai", base_url=url, model="m")
     assert "pw" not in str(raised.value)
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="concurrency is 0"):
-        Server(base_url="http://h/v1", model="m", concurrency=0)
+    with pytest.raises(ValueError, match="concurrency"):
+        OpenAISection(kind="openai", base_url="http://h/v1", model="m", concurrency=0)
     with pytest.raises(ValueError, match=r"\['temperature'\]"):
-        Server(base_url="http://h/v1", model="m", extra={"temperature": 2, "seed": None})
+        OpenAISection(kind="openai", base_url="http://h/v1", model="m", extra={"temperature": 2, "seed": None})
 
 
 def test_warnings_are_few(caplog: pytest.LogCaptureFixture):
@@ -612,6 +801,11 @@ def test_read_error():
         ("Wed, 21 Oct 2026 07:28:30 -0000", 30.0),
         ("Wed, 21 Oct 2026 07:27:00 GMT", 0.0),
         ("-1", None),
+        ("Wed, 21 Oct 2026 07:28:30 +9999999999999", None),
+        ("Wed, 21 Oct 2026 07:28:30 +9959", None),
+        ("Wed, 21 Oct 99999 07:28:30 GMT", None),
+        ("Mon, 01 Jan 0001 00:00:00 +2359", 0.0),
+        ("9" * 5000, None),
         ("nan", None),
         ("inf", None),
         ("soon", None),

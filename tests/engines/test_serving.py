@@ -12,8 +12,9 @@ import pytest
 from waiting import alive, until
 
 from selfsteer.engines.base import Completion, Request, Sampling
-from selfsteer.engines.openai import OpenAIEngine, Server, ServerError
-from selfsteer.engines.serving import KEEPER, Serve, ServedEngine
+from selfsteer.engines.openai import OpenAIEngine, ServerError, Tokens
+from selfsteer.engines.serving import KEEPER, Address, Serve, ServedEngine
+from selfsteer.recipe.engines import OpenAISection
 from selfsteer.records import Adapter
 
 SERVER = """
@@ -41,6 +42,11 @@ ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
 """
 
 
+def connect(address: Address) -> OpenAIEngine:
+    section = OpenAISection(kind="openai", base_url=address.base_url, model=address.model)
+    return OpenAIEngine(section, Tokens(encode=lambda text: (len(text),)))
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Callable[..., ServedEngine]:
     script = tmp_path / "server.py"
@@ -48,10 +54,8 @@ def served(tmp_path: Path) -> Callable[..., ServedEngine]:
 
     def build(command: str | None = None, *, start_seconds: float = 60) -> ServedEngine:
         command = command or f"{shlex.quote(sys.executable)} {shlex.quote(str(script))} {{model}} {{port}}"
-        serve = Serve(command=command, model_path="/models/the generator", start_seconds=start_seconds)
-        return ServedEngine(
-            serve, lambda url, name: OpenAIEngine(Server(base_url=url, model=name), tokenize=lambda text: [len(text)])
-        )
+        serve = Serve(command=shlex.split(command), model_path="/models/the {port}", start_seconds=start_seconds)
+        return ServedEngine(serve, connect)
 
     return build
 
@@ -62,7 +66,7 @@ def test_the_stage_is_answered_by_a_server_of_its_model_which_ends_with_it(serve
         (answer,) = engine.generate([request])
         assert isinstance(answer, Completion)
         name, _, pid = answer.text.partition(", ")
-        assert name == "served the generator", "the folder's name has a space: no shell has split it"
+        assert name == "served the {port}", "the folder's name has a space and looks like a place: it is passed as it is"
         assert alive(int(pid))
     assert not alive(int(pid))
     with pytest.raises(ValueError, match="closed"):
@@ -75,7 +79,7 @@ def test_adapters_are_words_of_the_command_and_models_of_the_server(tmp_path: Pa
     script.write_text(SERVER.replace("model, port = sys.argv[1:]", f"model, port = sys.argv[1:3]\n{said}"), encoding="utf-8")
     adapters = (Adapter(name="good", path="/runs/an adapter", rank=8), Adapter(name="bad", path="/runs/b", rank=8))
     serve = Serve(
-        command=shlex.join([sys.executable, str(script)]) + " {model} {port} --lora-modules {adapters}",
+        command=[sys.executable, str(script), "{model}", "{port}", "--lora-modules", "{adapters}"],
         model_path="/models/m",
         start_seconds=60,
         adapters=adapters,
@@ -83,9 +87,7 @@ def test_adapters_are_words_of_the_command_and_models_of_the_server(tmp_path: Pa
     request = Request(
         key="k", messages=({"role": "user", "content": "?"},), prompt_ids=(1,), sampling=Sampling(), seed=0, adapter="bad"
     )
-    with ServedEngine(
-        serve, lambda url, name: OpenAIEngine(Server(base_url=url, model=name), tokenize=lambda text: [len(text)])
-    ) as engine:
+    with ServedEngine(serve, connect) as engine:
         (answer,) = engine.generate([request])
     assert words.read_text() == "['--lora-modules', 'good=/runs/an adapter', 'bad=/runs/b']"
     assert isinstance(answer, Completion)
@@ -94,7 +96,7 @@ def test_adapters_are_words_of_the_command_and_models_of_the_server(tmp_path: Pa
 
 def test_a_server_that_ends_says_why(served: Callable[..., ServedEngine]):
     command = f"{sys.executable} -c \"import sys; sys.exit('no memory for {{model}} at {{port}}')\""
-    with pytest.raises(ServerError, match=r"ended with status 1 .*\n.*no memory for /models/the generator"), served(command):
+    with pytest.raises(ServerError, match=r"ended with status 1 .*\n.*no memory for /models/the {port}"), served(command):
         pass
 
 

@@ -32,7 +32,9 @@ def answer(request: Request) -> Completion:
     text = " ".join(WORDS[number % len(WORDS)] for number in numbers[:12])
     if "You write two system messages" in request.messages[0]["content"] and numbers[0] % 4:
         text = f"Bad: Say little about {text}.\nGood: Say enough about {text}."
-    return Completion(key=request.key, text=text, token_ids=tuple(numbers[:12]), finish_reason="stop")
+    return Completion(
+        key=request.key, text=text, token_ids=tuple(10 + number for number in numbers[:12]), finish_reason="stop"
+    )
 
 
 class ScriptedEngine:

@@ -16,7 +16,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from selfsteer.engines.base import Completion, Failed, Request, Sampling, TokenLogp
-from selfsteer.engines.openai import OpenAIEngine, Server
+from selfsteer.engines.openai import OpenAIEngine, Tokens
 from selfsteer.judges.implicit import consistency_verdicts, implicit_verdicts
 from selfsteer.judges.llm import (
     EmbeddedJudge,
@@ -33,6 +33,7 @@ from selfsteer.measures.verdicts import Orders, Verdict, by_margin, by_orders, f
 from selfsteer.models import checkpoint, load_tokenizer
 from selfsteer.pairs import alignment_pair
 from selfsteer.prompts import Prompts
+from selfsteer.recipe.engines import OpenAISection
 from selfsteer.recipe.sections import Policy, Training
 from selfsteer.records import Message, Pair, Principles, Query, Response, Responses, side
 from selfsteer.runtime import Interrupted
@@ -198,6 +199,12 @@ def test_own_template(tmp_path: Path):
         ("", None),
         ("AB", None),
         ("The answer is A", None),
+        ("<think>B is longer. B</think>\n\nA", "A"),
+        ("B is longer.</think>B\n", "B"),
+        ("[THINK]A?[/THINK]B", "B"),
+        ("<think>A</think> Neither </think> B", "B"),
+        ("<think>A</think>", None),
+        ("<think>B", None),
     ],
 )
 def test_answers_are_parsed_strictly(text: str, answer: str | None):
@@ -358,6 +365,28 @@ def test_without_a_letter_among_the_likely_tokens_the_text_is_read(tmp_path: Pat
     assert verdict.mass is None
 
 
+@pytest.mark.parametrize(
+    ("said", "first", "better"),
+    [
+        ("B", [("Okay", -0.01), ("A", -11.0), ("B", -13.0)], "B"),  # the server keeps the thought apart
+        ("B", [("A", math.log(0.2)), ("The", math.log(0.5))], "B"),  # "A good answer ..." may begin a thought
+        ("<think>A</think>B", [("A", math.log(0.9)), ("B", math.log(0.1))], "B"),
+        ("Hm. B...", [("Hm", -0.01), ("A", -9.0), ("B", -11.0)], None),  # cut off within the thought
+        ("B", [], "B"),
+    ],
+)
+def test_first_tokens_of_a_thought_are_no_answer(
+    said: str, first: list[tuple[str, float]], better: str | None, tmp_path: Path
+):
+    """The letters among them are tails; their ratio, renormalised, would be a verdict all the same."""
+    (verdict,) = judge_all([pair()], Scripted(lambda _: said, lambda _: first), tmp_path)
+    assert verdict.mass is None
+    if better is None:
+        assert verdict.error == "unreadable answer"
+    else:
+        assert verdict.orders == ((1.0, 0.0) if better == "A" else (0.0, 1.0))
+
+
 def test_an_engine_that_does_not_start_costs_verdicts_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     def no_engine() -> Scripted:
         raise OSError("no GPU left")
@@ -461,9 +490,9 @@ def test_a_judge_on_a_server(tmp_path: Path):
         return chat("Hm", logprobs={"content": [{"token": "Hm", "logprob": -3, "top_logprobs": top}]})
 
     def judged(pairs: list[Pair], server: MisbehavingServer) -> list[Verdict]:
-        settings = Server(base_url=server.base_url, model="m", tries=2, first_pause=0.01)
+        settings = OpenAISection(kind="openai", base_url=server.base_url, model="m", tries=2, first_pause=0.01)
         with Journal(tmp_path) as journal:
-            engine = OpenAIEngine(settings, tokenize=lambda _: [])
+            engine = OpenAIEngine(settings, Tokens(encode=lambda _: ()))
             return list(sampled_verdicts(JUDGE, lambda: pairs, lambda: engine, journal, total=len(pairs)))
 
     with MisbehavingServer(answer) as server:
@@ -539,10 +568,9 @@ def test_embedded_verdicts_are_the_models_own_probabilities(scoring: Judge, tiny
         verdicts = list(embedded_verdicts(judge, lambda: pairs, journal, total=3))
         assert len(journal) == 2
     for each, verdict in zip(pairs[:2], verdicts, strict=False):
-        a, b = letter_probabilities(
-            tiny_folder, judge_messages(judge.template, each.prompt, each.chosen.text, each.rejected.text)
-        )
-        c, d = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, each.rejected, each.chosen))
+        chosen, rejected = each.chosen.text, each.rejected.text
+        a, b = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, chosen, rejected))
+        c, d = letter_probabilities(tiny_folder, judge_messages(judge.template, each.prompt, rejected, chosen))
         assert verdict.orders == pytest.approx((a / (a + b), d / (c + d)), rel=1e-4)
         assert verdict.mass == pytest.approx((a + b + c + d) / 2, rel=1e-4)
     assert verdicts[2].error == "too long for the judge"

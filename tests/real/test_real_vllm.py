@@ -1,7 +1,7 @@
 """The vllm and openai engines against a real vLLM, on CPUs too: `make test-engines` builds its environment and runs this.
 
 Greedily, they give the tokens of the embedded engine, up to ties within rounding. A vLLM takes half a minute to start on a
-quiet machine and minutes on a busy one, so one engine and one server serve most tests; the last one kills that engine.
+quiet machine and minutes on a busy one, so one server, of the vllm engine, serves most tests; the last one kills it.
 """
 
 import json
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +23,8 @@ from peft import LoraConfig, get_peft_model
 
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.engines.open import open_engine
-from selfsteer.engines.serving import Serve, start_server
-from selfsteer.engines.vllm import VllmEngine, WorkerError
+from selfsteer.engines.openai import ServerError
+from selfsteer.engines.serving import ServedEngine
 from selfsteer.models import checkpoint, load_model, load_tokenizer, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import EngineSection, OpenAISection, TransformersSection, VllmSection
@@ -45,7 +45,7 @@ START_SECONDS, END_SECONDS = 1200, 120
 CACHE_BYTES = 2**28
 SERVER = (
     f"{shlex.quote(VLLM_PYTHON)} -m vllm.entrypoints.openai.api_server --model {{model}} --port {{port}}"
-    f" --host 127.0.0.1 --generation-config vllm --dtype float32 --max-model-len {LIMIT} --max-num-seqs 16 --enforce-eager"
+    f" --host 127.0.0.1 --dtype float32 --max-model-len {LIMIT} --max-num-seqs 16 --enforce-eager"
     f" --gpu-memory-utilization 0.1 --kv-cache-memory-bytes {CACHE_BYTES}"
 )
 CACHE = {"kv_cache_memory_bytes": CACHE_BYTES}
@@ -173,69 +173,80 @@ def merged(
 
 
 @pytest.fixture(scope="module")
-def engine(policy: Checkpoint, adapted: dict[str, Adapted], prompts: Prompts) -> Iterator[VllmEngine]:
+def engine(policy: Checkpoint, adapted: dict[str, Adapted], prompts: Prompts) -> Iterator[ServedEngine]:
     """A vLLM that holds the policy and both adapters."""
-    section = VllmSection(kind="vllm", python=VLLM_PYTHON, dtype="float32", logps=True, extra=CACHE, **SMALL)
+    section = VllmSection(
+        kind="vllm", python=VLLM_PYTHON, dtype="float32", start_seconds=START_SECONDS, extra=CACHE, **SMALL
+    )
     adapters = [adapter for adapter, _ in adapted.values()]
     with open_engine(section, policy, prompts, trust_remote_code=False, adapters=adapters) as engine:
-        assert isinstance(engine, VllmEngine)
+        assert isinstance(engine, ServedEngine)
         yield engine
 
 
-@pytest.fixture(scope="module")
-def server(policy: Checkpoint, adapted: dict[str, Adapted]) -> Iterator[tuple[str, str]]:
-    """base_url of a server that holds the policy and both adapters, and the policy's name there."""
-    command = f"{SERVER} --enable-lora --max-loras 2 --max-lora-rank 8 --lora-modules {{adapters}}"
-    adapters = tuple(adapter for adapter, _ in adapted.values())
-    with ExitStack() as stack:
-        serve = Serve(command=command, model_path=policy.path, start_seconds=START_SECONDS, adapters=adapters)
-        yield start_server(serve, stack)
-
-
-@pytest.mark.parametrize("send", ["messages", "token_ids"])
-def test_a_real_server_answers_like_the_embedded_engine(
-    send: str,
-    server: tuple[str, str],
+def test_a_real_server_answers_messages_like_the_embedded_engine(
+    engine: ServedEngine,
     policy: Checkpoint,
     prompts: Prompts,
     wanted: list[Request],
     embedded: dict[str, Completion],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    base_url, name = server
-    section = OpenAISection(kind="openai", base_url=base_url, model=name, send=send, extra={"seed": None})  # type: ignore[arg-type]
+    """As a server that runs already, which renders the prompts itself."""
+    assert engine.started is not None
+    base_url, name, key = engine.started.address
+    assert key is not None
+    monkeypatch.setenv("TEST_VLLM_KEY", key)
+    section = OpenAISection(kind="openai", base_url=base_url, model=name, api_key_env="TEST_VLLM_KEY", extra={"seed": None})
     with opened(section, policy, prompts) as client:
         assert share(embedded, answers(client, wanted)) >= 0.8
 
 
-def test_a_real_server_serves_adapters_beside_its_model(
-    server: tuple[str, str],
-    policy: Checkpoint,
-    prompts: Prompts,
-    wanted: list[Request],
-    merged: dict[str, Completion],
+def test_nobody_else_is_answered(engine: ServedEngine, policy: Checkpoint, prompts: Prompts, wanted: list[Request]):
+    """Others on this machine have no key."""
+    assert engine.started is not None
+    base_url, name, _ = engine.started.address
+    section = OpenAISection(kind="openai", base_url=base_url, model=name)
+    with opened(section, policy, prompts) as client, pytest.raises(ServerError, match="HTTP 401"):
+        list(client.generate(wanted))
+
+
+def test_vllm_answers_like_the_embedded_engine(
+    engine: ServedEngine, prompts: Prompts, wanted: list[Request], embedded: dict[str, Completion]
 ):
-    section = OpenAISection(kind="openai", base_url=server[0], model=server[1], send="token_ids", extra={"seed": None})
-    with opened(section, policy, prompts) as client:
-        assert share(merged, answers(client, for_adapter(wanted, "good") + for_adapter(wanted, "bad"))) >= 0.8
-
-
-def test_vllm_answers_like_the_embedded_engine(engine: VllmEngine, wanted: list[Request], embedded: dict[str, Completion]):
     too_long = Request(key="long", messages=(), prompt_ids=(1,) * LIMIT, sampling=Sampling(), seed=0)
     (refused,) = engine.generate([too_long])
     assert isinstance(refused, Failed)
-    assert refused.reason == "refused by vLLM"
+    assert refused.reason == "refused by the server"
     found = answers(engine, wanted)
     assert share(embedded, found) >= 0.8
     for answer in found.values():
         ended = answer.finish_reason == "stop"
         assert ended or len(answer.token_ids) == NEW_TOKENS
-        assert answer.logps is not None
-        assert len(answer.logps) == len(answer.token_ids) + ended
-        assert max(answer.logps) <= 0
+        assert answer.end_id == (prompts.tokenizer.eos_token_id if ended else None)
+
+
+def test_a_response_that_meets_the_model_s_limit_is_cut_off(engine: ServedEngine, wanted: list[Request]):
+    """Ten tokens of room, and more asked for: ten come, or fewer that end."""
+    prompt = (wanted[0].prompt_ids * LIMIT)[: LIMIT - 10]
+    request = replace(wanted[0], prompt_ids=prompt, sampling=Sampling(temperature=0.0, top_p=1.0, max_new_tokens=LIMIT))
+    (answer,) = engine.generate([request])
+    assert isinstance(answer, Completion)
+    assert (len(answer.token_ids), answer.finish_reason) == (10, "length") or answer.finish_reason == "stop"
+
+
+def test_likely_first_tokens_are_told(engine: ServedEngine, wanted: list[Request], embedded: dict[str, Completion]):
+    """Greedily the likeliest of them is the token that was sampled."""
+    (answer,) = engine.generate([replace(wanted[0], top_logps=5)])
+    assert isinstance(answer, Completion)
+    assert answer.first_logps is not None
+    assert len(answer.first_logps) >= 4  # of tokens with one text, one is told
+    likeliest = max(answer.first_logps, key=lambda token: token.logp)
+    assert answer.text.startswith(likeliest.text)
 
 
 def test_vllm_applies_two_adapters_in_one_batch_without_merging(
-    engine: VllmEngine, wanted: list[Request], merged: dict[str, Completion]
+    engine: ServedEngine, wanted: list[Request], merged: dict[str, Completion]
 ):
     both = [item for pair in zip(for_adapter(wanted, "good"), for_adapter(wanted, "bad"), strict=True) for item in pair]
     assert share(merged, answers(engine, both)) >= 0.8
@@ -244,31 +255,26 @@ def test_vllm_applies_two_adapters_in_one_batch_without_merging(
 # --- ends that nobody planned ----------------------------------------------------------------------------------------------
 
 OWNER = """
-import json, sys, threading, time
+import sys, threading, time
 from contextlib import ExitStack
 from selfsteer.engines.serving import Serve, start_server
-from selfsteer.engines.vllm import VllmEngine, VllmSettings
-kind, python, model, command, seconds, settings = sys.argv[1:]
-if kind == "openai":
-    stack = ExitStack()
-    start_server(Serve(command=command, model_path=model, start_seconds=float(seconds)), stack)
+kind, model, command, seconds = sys.argv[1:]
+serve = Serve(command=command.split(), model_path=model, start_seconds=float(seconds), key_env="VLLM_API_KEY")
+start = threading.Thread(target=start_server, args=(serve, ExitStack()), daemon=True)
+start.start()
+if kind == "ready":
+    start.join()
 else:
-    engine = VllmEngine(model, VllmSettings(python=python, arguments=json.loads(settings)), decode=str, end_ids={0})
-    if kind == "vllm":
-        engine.__enter__()
-    else:
-        threading.Thread(target=engine.__enter__, daemon=True).start()
-        while not engine._workers:
-            time.sleep(0.1)
+    time.sleep(5)
 print("open", flush=True)
 time.sleep(3600)
 """
 
 
-@pytest.mark.parametrize("kind", ["vllm while it starts", "vllm", "openai"])
+@pytest.mark.parametrize("kind", ["while it starts", "ready"])
 def test_no_vllm_outlives_an_owner_that_is_killed(kind: str, policy: Checkpoint):
-    """kill -9 of the process of the run: its worker, or its server with all its processes, ends by itself."""
-    arguments = [kind, VLLM_PYTHON, policy.path, SERVER, str(START_SECONDS), json.dumps(SMALL | CACHE)]
+    """kill -9 of the process of the run: its server, with all its processes, ends by itself."""
+    arguments = [kind, policy.path, SERVER, str(START_SECONDS)]
     with subprocess.Popen([sys.executable, "-c", OWNER, *arguments], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "open\n"
@@ -282,15 +288,15 @@ def test_no_vllm_outlives_an_owner_that_is_killed(kind: str, policy: Checkpoint)
     print(f"{kind}: {len(started)} processes were gone after {time.monotonic() - began:.1f} s")
 
 
-def test_a_killed_vllm_is_an_error_after_what_is_finished(engine: VllmEngine, wanted: list[Request]):
-    """kill -9 of the worker while it samples. Last in this file: the engine is of no use after it."""
+def test_a_killed_vllm_is_an_error_after_what_is_finished(engine: ServedEngine, wanted: list[Request]):
+    """kill -9 of the server while it samples. Last in this file: the engine is of no use after it."""
     first, others = wanted[:4], wanted[4:]
     quick = [replace(item, sampling=replace(item.sampling, max_new_tokens=1)) for item in first]
     stream = engine.generate([*quick, *(replace(item, sampling=Sampling(max_new_tokens=200)) for item in others)])
     finished = [next(stream).key]
-    (worker,) = (pid for pid in below(os.getpid()) if "vllm_worker.py" in Path(f"/proc/{pid}/cmdline").read_text())
-    os.kill(worker, signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"has ended \(SIGKILL\). What is finished is kept; the same command continues"):
+    servers = [pid for pid in below(os.getpid()) if b"\0vllm.entrypoints" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(max(servers), signal.SIGKILL)  # the keeper, which has the same words, is the older one
+    with pytest.raises(ServerError, match=r"has ended \(status 137, SIGKILL\).* the same command continues"):
         finished.extend(answer.key for answer in stream)
     assert set(finished) <= {item.key for item in first}
 

@@ -250,7 +250,7 @@ def test_an_engine_is_a_section_of_its_kind_and_loads_back(tmp_path: Path, secti
             "{kind: vllm, batch_size: 3}",
             ".batch_size: not a key of kind vllm (of transformers); its keys are kind, python, replicas,"
             " tensor_parallel_size, dtype, max_num_seqs, max_model_len, gpu_memory_utilization, enable_prefix_caching,"
-            " enforce_eager, logps, extra",
+            " enforce_eager, start_seconds, extra",
         ),
         ("{kind: vllm, replicaz: 2}", ".replicaz: unknown key; did you mean {}.replicas?"),
         ("{kind: ray, replica: {batch_siz: 3}}", ".replica.batch_siz: unknown key; did you mean {}.replica.batch_size?"),

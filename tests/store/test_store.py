@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from selfsteer.records import Dropped
 from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder
-from selfsteer.store.folder import Contents, Origin, RunFolder, RunFolderBusy, Stage, StageDamaged
+from selfsteer.store.folder import SCHEMA_VERSION, Contents, Origin, RunFolder, RunFolderBusy, Stage, StageDamaged
 from selfsteer.store.journal import Journal
 
 ORIGIN = Origin(settings={"temperature": 0.7}, inputs={"queries": "ab" * 32})
@@ -525,6 +525,21 @@ def test_sessions_add_up(tmp_path: Path):
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: damaged"):
         view.sessions()
+
+
+def test_a_run_of_another_version_is_refused_and_left_as_it_is(tmp_path: Path):
+    folder = tmp_path / "run"
+    with RunFolder(folder) as run:
+        run.describe("seed: 0\n", {})
+    described = json.loads((folder / "run.json").read_text())
+    assert described.pop("schema_version") == SCHEMA_VERSION
+    (folder / "run.json").write_text(json.dumps(described))  # as the first version wrote it
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match=rf"run: a run of version 1, and this selfsteer reads version {SCHEMA_VERSION}"):
+        RunFolder(folder).__enter__()
+    with pytest.raises(ValueError, match="of version 1"):
+        RunFolder.view(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_view_of_nothing(tmp_path: Path):

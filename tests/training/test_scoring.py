@@ -1,13 +1,17 @@
 """Scores of pairs: equal to the model's own log-probabilities, in order, whatever the grouping."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import END_ID, tiny_model_dir
+from tiny import END_ID, START_ID, tiny_model_dir
 from transformers import AutoModelForCausalLM
 
+from selfsteer.models import load_tokenizer
+from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Training
-from selfsteer.records import FinishReason, Message, Pair, side
-from selfsteer.training.scoring import open_scorer, score, tokenize
+from selfsteer.records import Checkpoint, FinishReason, Message, Pair, side
+from selfsteer.training.scoring import Judge, open_scorer, score, tokenize
 
 FLOAT32 = Training(dtype="float32")
 
@@ -41,6 +45,26 @@ def test_scores_are_the_models_own(policy: Policy):
         assert scored.logps == pytest.approx(expected, rel=1e-5)
         assert scored.tokens == len(completion)
         assert completion[-1] == END_ID
+
+
+def test_sampled_ids_are_scored_as_they_are(policy: Policy):
+    """Ids that no text is encoded as ("Paris" in single letters), ended by another token than the tokenizer's."""
+    with open_scorer(policy, FLOAT32) as scorer:
+        letters = tuple(scorer.prompts.tokenizer.convert_tokens_to_ids(list("Paris")))
+        sampled = replace(side("Paris"), token_ids=(*letters, START_ID))
+        tokens = tokenize(replace(pair(7), chosen=sampled), scorer.prompts)
+    assert tokens.chosen == (*letters, START_ID)
+    assert tokens.rejected == tokenize(pair(7), scorer.prompts).rejected
+
+
+def test_the_key_of_a_score_is_over_what_is_scored(policy: Policy):
+    """Ids that differ are another question; a seed, an earlier score and whose query it is are not."""
+    judge = Judge(Checkpoint(path=policy.model, digest="d"), policy, Prompts(load_tokenizer(policy.model)), FLOAT32)
+    sampled = replace(pair(1), chosen=replace(side("Paris"), token_ids=(5, 6)))
+    other = replace(sampled, chosen=replace(sampled.chosen, token_ids=(5, 7)))
+    scored = replace(sampled, query_id="2", chosen=replace(sampled.chosen, seed=3, logps=-1.0, tokens=2))
+    assert judge.group([sampled]).key == judge.group([scored]).key
+    assert len({judge.group([each]).key for each in (sampled, other, pair(1), pair(1, finish="length"))}) == 4
 
 
 def test_a_cut_off_completion_is_scored_without_end_token(policy: Policy):

@@ -1,23 +1,29 @@
 """From a recipe's engine section to the engine, checked before anything is started."""
 
+import logging
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from selfsteer.engines.base import Engine
 from selfsteer.engines.embedded import TransformersEngine
-from selfsteer.engines.openai import OpenAIEngine, Server
+from selfsteer.engines.openai import OpenAIEngine, Tokens
 from selfsteer.engines.ray import RayEngine
-from selfsteer.engines.serving import Serve, ServedEngine
-from selfsteer.engines.vllm import VllmEngine, VllmSettings
+from selfsteer.engines.serving import VLLM_KEY, Address, Serve, ServedEngine, check_gpus, find_vllm, vllm_command
 from selfsteer.models import compute_dtype, end_ids, pick_device
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import EngineSection, OpenAISection, VllmSection, runs_already, sampling_identity
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Adapter, Checkpoint
 from selfsteer.store.durable import digest
+
+log = logging.getLogger(__name__)
+
+_NO_LIMIT = 7 * 86400.0
+"""Seconds: a vLLM of our own is as slow as it is, and its end ends what is asked of it."""
 
 
 def open_engine(
@@ -51,15 +57,10 @@ def open_engine(
             adapters=adapters,
             end_ids=(prompts.end_id,),
         )
-    arguments = _vllm_arguments(section) | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "trust_remote_code": trust_remote_code,
-    }
-    fields = section.model_dump(include={"replicas", "max_num_seqs", "tensor_parallel_size", "logps"})
-    if section.python is not None:
-        fields["python"] = section.python
-    settings = VllmSettings(**fields, adapters=tuple(adapters), arguments=arguments)
-    return VllmEngine(model.path, settings, decode=partial(_decode, prompts), end_ids=_ends(model, prompts))
+    arguments: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
+    if trust_remote_code:
+        arguments["trust_remote_code"] = True
+    return _vllm_engine(section, model, prompts, adapters, arguments)
 
 
 def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
@@ -74,29 +75,77 @@ def check_engines(recipe: Recipe, policy: Checkpoint, prompts: Prompts) -> None:
         open_engine(section, policy, prompts, trust_remote_code=recipe.policy.trust_remote_code)  # and never entered
 
 
-def _vllm_arguments(section: VllmSection) -> dict[str, Any]:
-    names = {"max_model_len", "gpu_memory_utilization", "enable_prefix_caching", "enforce_eager"}
-    return section.model_dump(include=names, exclude_none=True) | section.extra
+def _vllm_engine(
+    section: VllmSection, model: Checkpoint, prompts: Prompts, adapters: Sequence[Adapter], arguments: dict[str, object]
+) -> Engine:
+    check_gpus(section)
+    command = vllm_command(section, arguments, adapters)
+    found = find_vllm(command[0])
+    ends = _ends(model, prompts)
+    # Also those that the model's configuration does not name.
+    extra: dict[str, object] = {"stop_token_ids": sorted(ends)}
+    if found.on_cpu:
+        log.warning(
+            "vLLM %s on a CPU takes no seed of a request's own: the same request is answered otherwise", found.version
+        )
+        extra["seed"] = None
+    # A few more than are sampled, so that the server has something to start while we are busy.
+    in_flight = section.replicas * (section.max_num_seqs + max(1, section.max_num_seqs // 4))
+    tokens = Tokens(encode=partial(_encode, prompts), decode=partial(_decode, prompts), end_ids=ends)
 
+    def connect(address: Address) -> OpenAIEngine:
+        client = OpenAISection(
+            kind="openai",
+            base_url=address.base_url,
+            model=address.model,
+            send="token_ids",
+            concurrency=in_flight,
+            tries=3,
+            total_seconds=_NO_LIMIT,
+            extra=extra,
+        )
+        return OpenAIEngine(client, tokens, key=address.key)
 
-def server(section: OpenAISection, base_url: str, model: str) -> Server:
-    """Where the section's requests go. model: its name on the server, where the section names none."""
-    same = set(type(section).model_fields) - {"kind", "base_url", "model", "serve", "serve_adapters", "start_seconds"}
-    return Server(base_url=base_url, model=section.model or model, **section.model_dump(include=same))
+    serve = Serve(
+        command=command,
+        model_path=model.path,
+        start_seconds=section.start_seconds,
+        adapters=tuple(adapters),
+        key_env=VLLM_KEY,
+    )
+    return ServedEngine(serve, connect)
 
 
 def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, adapters: Sequence[Adapter]) -> Engine:
-    def connect(base_url: str, name: str) -> OpenAIEngine:
-        ends, where = _ends(model, prompts), server(section, base_url, name)
-        return OpenAIEngine(where, tokenize=lambda text: prompts.completion_ids(text, "length"), end_ids=ends)
-
+    tokens = Tokens(
+        encode=partial(_encode, prompts),
+        end_ids=_ends(model, prompts),
+        special_ids=prompts.special_ids,
+    )
     if section.serve is None:
-        assert section.base_url is not None
-        assert section.model is not None
-        return connect(section.base_url, section.model)
+        return OpenAIEngine(section, tokens)
+
+    def connect(address: Address) -> OpenAIEngine:
+        there = {
+            "serve": None,
+            "serve_adapters": None,
+            "base_url": address.base_url,
+            "model": section.model or address.model,
+        }
+        return OpenAIEngine(section.model_copy(update=there), tokens)
+
     command = f"{section.serve} {section.serve_adapters}" if adapters else section.serve
-    serve = Serve(command=command, model_path=model.path, start_seconds=section.start_seconds, adapters=tuple(adapters))
+    serve = Serve(
+        command=shlex.split(command),
+        model_path=model.path,
+        start_seconds=section.start_seconds,
+        adapters=tuple(adapters),
+    )
     return ServedEngine(serve, connect)
+
+
+def _encode(prompts: Prompts, text: str) -> tuple[int, ...]:
+    return prompts.completion_ids(text, "length")
 
 
 def _decode(prompts: Prompts, token_ids: Iterable[int]) -> str:

@@ -13,23 +13,30 @@ because servers put a second BOS before it.
 A server may apply sampling defaults of its own to what a request leaves open (vLLM takes top_k and a repetition penalty
 from the model's generation_config.json): start it without them (vLLM: --generation-config vllm), or set them in `extra`.
 
+What a server says gets into a message of ours through `excerpt` alone, which cuts it and keeps the API key out of it.
+
 Left out on purpose: streaming of single answers, several answers a request, starting or stopping servers.
 """
 
+import base64
+import html
 import json
 import logging
 import math
 import os
 import random
+import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from queue import SimpleQueue
-from typing import Annotated, Literal, NamedTuple, Self
-from urllib.parse import urlsplit
+from typing import Annotated, NamedTuple, Self
+from urllib.parse import unquote_plus
 
 import anyio
 import httpx2
@@ -37,6 +44,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from selfsteer.engines.base import Completion, Failed, Request, TokenLogp
+from selfsteer.recipe.engines import OpenAISection
 from selfsteer.records import FinishReason
 from selfsteer.runtime import stop_requested
 
@@ -49,8 +57,40 @@ REQUEST_REFUSED = frozenset({400, 413, 422})
 TRY_AGAIN = frozenset({408, 409, 425, 429})
 """Statuses below 500 that another try may overcome; all from 500 on may be."""
 
-MISFORMED = frozenset({"abort", "error"})
+ENDED = frozenset(
+    {
+        "stop",
+        "eos_token",
+        "eos",
+        "end_turn",
+        "stop_sequence",
+        "stop_token",
+        "end_of_turn",
+        "complete",
+        "completed",
+        "finished",
+    }
+)
+"""How servers say that the model had finished (OpenAI; TGI; Anthropic and its proxies; Cohere), in small letters."""
+
+CUT_OFF = frozenset(
+    {"length", "max_tokens", "max_new_tokens", "max_output_tokens", "max_length", "model_length", "token_limit", "limit"}
+    | {"model_context_window_exceeded"}
+)
+"""How they say that the limit came first (OpenAI and TGI; Anthropic, Gemini; Mistral and others), in small letters."""
+
+OTHER_ENDS = frozenset(
+    {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "refusal", "guardrail_intervened"}
+    | {"tool_calls", "tool_call", "tool_use", "function_call", "pause_turn", "repetition"}
+)
+"""Known ends of a generation that concern its request alone."""
+
+MISFORMED = frozenset({"abort", "error", "cancelled"})
 """Finish reasons by which servers and routers say that generation broke off."""
+
+UNKNOWN_ENDS = 4
+"""Answers with a finish reason that we don't know, and none that had finished by one that we do, after which it is taken
+for the server's word for that: rather ask a person than pay for answers that are thrown away."""
 
 
 class Answer(NamedTuple):
@@ -65,12 +105,18 @@ class Answer(NamedTuple):
 
 
 class RefusedError(Exception):
-    """This request will never be answered; others may be."""
+    """This request will never be answered; others may be.
 
-    def __init__(self, reason: str, detail: str) -> None:
+    generated: the server did generate, and so is well; what came of it can't be used. unknown_end: its finish reason, when
+    that is none that we know.
+    """
+
+    def __init__(self, reason: str, detail: str, *, generated: bool = False, unknown_end: str | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.generated = generated
+        self.unknown_end = unknown_end
 
 
 class TryError(Exception):
@@ -96,6 +142,9 @@ class _Part(BaseModel):
 
 class _Message(_Part):
     content: str | None = None
+    reasoning: object = None
+    reasoning_content: object = None
+    """The thought, where a server keeps it apart (vLLM's is either, by version)."""
 
 
 class _Token(_Part):
@@ -130,10 +179,10 @@ class _Body(_Part):
 
 
 def read_answer(body: bytes, *, secret: str | None = None) -> Answer:
-    """The answer in the body of a 200; the secret is kept out of messages.
+    """The answer in the body of a 200; the secret is kept out of messages and answers.
 
-    Raises `RefusedError` for a generation that ended other than by its end token or its limit, `TryError` for everything
-    that is not one finished choice.
+    Raises `RefusedError` for a generation that ended other than by its end token or its limit, or within a thought;
+    `TryError` for everything that is not one finished choice.
     """
     try:
         (choice,) = _Body.model_validate_json(body).choices
@@ -143,18 +192,38 @@ def read_answer(body: bytes, *, secret: str | None = None) -> Answer:
         raise TryError(
             f"unusable answer: {where or 'body'}: {first['msg']}; it begins {excerpt(body, secret)!r}", costly=True
         ) from None
-    reason = choice.finish_reason
-    if reason in MISFORMED:
-        raise TryError(f"unusable answer: finish_reason {reason!r}", costly=True)
-    if reason not in ("stop", "length"):
-        raise RefusedError(f"finish reason {reason}", "the server ended the generation for a reason of its own")
-    text = choice.message.content if choice.message is not None else choice.text
+    finish = _finish_reason(choice.finish_reason, secret)
+    said = choice.message
+    text = said.content if said is not None else choice.text
+    thought = said is not None and bool(said.reasoning or said.reasoning_content)
+    if said is not None and not text and (thought or (text is None and finish == "length")):
+        ended = "was all that the model said" if finish == "stop" else "was cut off by the limit of new tokens"
+        raise RefusedError("no text beside a thought", f"the thought {ended}", generated=True)
     if text is None:
-        raise TryError(f"unusable answer: no text beside finish_reason {reason!r}", costly=True)
+        raise TryError(f"unusable answer: no text beside finish_reason {finish!r}", costly=True)
+    if secret and secret in text:
+        raise RefusedError("the API key in the answer", "the server repeats the key that it was sent", generated=True)
     token_ids = None if choice.token_ids is None else tuple(choice.token_ids)
     if text and token_ids == ():
         raise TryError("unusable answer: a text of no tokens", costly=True)
-    return Answer(text, token_ids, reason, _first_logps(choice.logprobs))
+    return Answer(text, token_ids, finish, _first_logps(choice.logprobs))
+
+
+def _finish_reason(said: str, secret: str | None) -> FinishReason:
+    name = said.lower()
+    if name in ENDED:
+        return "stop"
+    if name in CUT_OFF:
+        return "length"
+    shown = excerpt(said.encode("utf-8", "replace"), secret, limit=40)
+    if name in MISFORMED:
+        raise TryError(f"unusable answer: finish_reason {shown!r}", costly=True)
+    raise RefusedError(
+        f"finish reason {shown}",
+        "the server ended the generation for a reason of its own",
+        generated=True,
+        unknown_end=None if name in OTHER_ENDS else shown,
+    )
 
 
 def _first_logps(said: object) -> tuple[TokenLogp, ...] | None:
@@ -194,24 +263,77 @@ def read_retry_after(headers: Mapping[str, str], *, now: datetime | None = None)
     except ValueError:
         try:
             date = parsedate_to_datetime(value)
-        except ValueError:
+            # "-0000" leaves the zone open; the standard says GMT.
+            date = date if date.tzinfo else date.replace(tzinfo=UTC)
+            seconds = max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
+        except (ValueError, OverflowError):  # the latter for years and zones beyond those of the calendar
             return None
-        # "-0000" leaves the zone open; the standard says GMT.
-        date = date if date.tzinfo else date.replace(tzinfo=UTC)
-        seconds = max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-def excerpt(body: bytes, secret: str | None = None) -> str:
-    """The beginning of a server's answer in one printable line, without the secret should the server repeat it."""
-    text = body[: 16 * EXCERPT].decode("utf-8", "replace")
+def excerpt(said: bytes, secret: str | None = None, *, limit: int = EXCERPT) -> str:
+    """The beginning of a server's own words in one printable line, without the secret should the server repeat it.
+
+    Everything from a server that gets into a message of ours comes through here.
+    """
+    text = said[: 16 * EXCERPT].decode("utf-8", "replace")
     if secret:
         text = text.replace(secret, "[key]")
+        if reveals(text, secret):
+            return "[withheld: it repeats the API key, or a part of it]"
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= EXCERPT else text[:EXCERPT] + " ..."
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+_PART = 8
+"""Letters and digits of a key in a row that are a part of it; fewer may stand anywhere."""
+
+_ESCAPES = re.compile(r"\\+(?:u\{?|x)0*([0-9a-fA-F]{2,4})\}?|\\+([0-7]{3})")
+"""Of JSON, of Python's bytes (so do the errors of HTTP libraries quote them) and of other languages."""
+
+
+def reveals(text: str, secret: str) -> bool:
+    """Whether a part of the secret stands in the text: plainly, broken by spaces and marks, escaped (percent, JSON, HTML,
+    Python), in base64 or in hexadecimal digits."""
+    parts = _parts(secret)
+    return any(part in plain for plain in map(_squeezed, _unescaped(text)) for part in parts)
+
+
+@lru_cache(maxsize=8)
+def _parts(secret: str) -> frozenset[str]:
+    """What must not be seen: all runs of `_PART` of the secret's letters and digits, as they are and as they are encoded; a
+    short one is looked for as a whole."""
+    raw, plain = secret.encode(), _squeezed(secret)
+    if len(plain) < _PART:
+        whole = {plain, raw.hex(), _squeezed(base64.b64encode(raw).decode())}
+        return frozenset(form for form in whole if len(form) >= _PART // 2)
+    forms = [plain, raw.hex()]
+    # base64 of three bytes is four characters: by where it begins in what was encoded, a secret has three forms.
+    for before in range(3):
+        encoded = base64.b64encode(b"\0" * before + raw + b"\0" * 3).decode()
+        forms.append(_squeezed(encoded[4 if before else 0 : -8]))
+    return frozenset(form[i : i + _PART] for form in forms for i in range(len(form) - _PART + 1))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
+
+
+def _unescaped(text: str) -> Iterator[str]:
+    """The text, and what is left of it when each kind of escape is undone, twice over: a proxy may have quoted a server."""
+    yield text
+    for _ in range(2):
+        text = _ESCAPES.sub(lambda found: chr(int(found[1], 16) if found[1] else int(found[2], 8)), html.unescape(text))
+        yield text
+        text = unquote_plus(text)
+        yield text
 
 
 log = logging.getLogger(__name__)
+
+# They log status lines and headers as servers send them, perhaps with our key in them.
+logging.getLogger("httpx2").setLevel(logging.WARNING)
+logging.getLogger("httpcore2").setLevel(logging.WARNING)
 
 COSTLY_TRIES = 3
 """Tries of a request whose answers were late, unreadable or too large: each may have cost the server a whole generation."""
@@ -234,79 +356,49 @@ _STOP_POLL = 0.2
 _ERROR_BYTES = 4096
 """What is read of the body of an error."""
 
-_SAMPLING = {"n", "stream", "temperature", "top_p", "max_tokens", "seed", "logprobs", "top_logprobs"}
-
-_OURS = {"model", "messages", "prompt"} | _SAMPLING
-
 
 class ServerError(OSError):
     """The server cannot be used, by any request; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
-    """Where requests go, and within which limits."""
+class Tokens:
+    """What the model's tokenizer says of the texts that a server answers with."""
 
-    base_url: str
-    """Up to and including the version, such as http://localhost:8000/v1."""
-    model: str
-    """The model's name on the server; requests that name an adapter go to the model of that name."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the API key; no key is sent when None."""
-    send: Literal["messages", "token_ids"] = "messages"
-    concurrency: int = 64
-    """Requests in flight at most."""
-    tries: int = 10
-    """Tries of one request; the pauses between ten of them add up to about a minute and a half."""
-    first_pause: float = 0.5
-    """Seconds: each pause is drawn from 0 to a limit that starts here and doubles up to `LONGEST_PAUSE`."""
-    total_seconds: float = 600.0
-    """Limit of one try, the generation included."""
-    idle_seconds: float = 60.0
-    """Limit of connecting, of sending, and of a silence within an answer's body."""
-    max_answer_bytes: int = 8 * 2**20
-    extra: Mapping[str, object] = field(default_factory=dict[str, object])
-    """Further fields of each request (top_k, chat_template_kwargs, ...); null takes out one that the server refuses."""
-
-    def __post_init__(self) -> None:
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query or url.port == 0:
-            # The value itself is not repeated: it may contain a password.
-            raise ValueError(
-                "the engine's base_url must be http(s)://HOST[:PORT]/PATH without user, password or query, such as "
-                "http://localhost:8000/v1. A key goes into the environment variable that api_key_env names."
-            )
-        for name in ("concurrency", "tries", "first_pause", "total_seconds", "idle_seconds", "max_answer_bytes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"the engine's {name} is {getattr(self, name)}; it must be above 0")
-        taken = sorted(key for key, value in self.extra.items() if key in _OURS and value is not None)
-        if taken:
-            raise ValueError(f"the engine's extra sets {taken}, which the recipe sets elsewhere; only null is allowed there")
+    encode: Callable[[str], tuple[int, ...]]
+    """The token ids of a text, for servers that do not return them; the same text, not always the same tokens as those
+    sampled."""
+    decode: Callable[[Iterable[int]], str] | None = None
+    """The text of token ids, for servers that return them; None takes the server's text."""
+    end_ids: Collection[int] = frozenset()
+    """The model's end tokens, taken off returned token ids."""
+    special_ids: Collection[int] = frozenset()
+    """What a text must not spell: encoded, it would be other tokens than were sampled, and end a turn or open one."""
 
 
 class OpenAIEngine:
     """Implements `Engine` over HTTP; opens its connections on entry and closes them on exit.
 
-    tokenize: the token ids of a text, for servers that do not return them; the same text, not always the same tokens as
-    those sampled. end_ids: the model's end tokens, taken off returned token ids.
-
+    server: of one that runs already; for one that we have started, with its address and model filled in, and key.
     Proxies come from the usual environment variables. Raises ValueError when the named key is not in the environment.
     """
 
-    def __init__(
-        self, server: Server, *, tokenize: Callable[[str], Iterable[int]], end_ids: Collection[int] = frozenset()
-    ) -> None:
+    def __init__(self, server: OpenAISection, tokens: Tokens, *, key: str | None = None) -> None:
+        assert server.base_url is not None
+        assert server.model is not None
         self.server = server
+        self.model = server.model
         self.url = server.base_url.rstrip("/") + ("/chat/completions" if server.send == "messages" else "/completions")
-        self._tokenize = tokenize
-        self._end_ids = frozenset(end_ids)
-        self._key = _api_key(server.api_key_env)
+        self._tokens = tokens
+        self._key = _api_key(server.api_key_env) if key is None else key
         self._exit = ExitStack()
         self._portal: BlockingPortal | None = None
         self._under_way: set[Future[Answer | Failed | None]] = set()
         self._ending = False
         self._answered = 0
         self._answered_at_refusal = 0
+        self._ended_well = 0
+        self._unknown_ends = 0
         self._last_answer = 0.0
         self._failed_tries = 0
         self._last_warning = -WARN_EVERY
@@ -387,19 +479,23 @@ class OpenAIEngine:
             yield outcome
             return
         # Here and not in the loop's thread: tokenizers must not be used by two threads at once.
-        reencoded = outcome.token_ids is None
-        ids = tuple(self._tokenize(outcome.text)) if outcome.token_ids is None else outcome.token_ids
-        end = None
-        if outcome.finish_reason == "stop" and ids and ids[-1] in self._end_ids:
-            *others, last = ids
-            ids, end = tuple(others), None if reencoded else last
+        text, ids, end_id = outcome.text, outcome.token_ids, None
+        if ids is None:
+            ids = self._tokens.encode(text)
+            if not frozenset(ids).isdisjoint(self._tokens.special_ids):
+                yield Failed(key=key, reason="special tokens in the server's answer", detail=excerpt(text.encode()))
+                return
+        else:
+            if outcome.finish_reason == "stop" and ids and ids[-1] in self._tokens.end_ids:
+                ids, end_id = ids[:-1], ids[-1]
+            text = text if self._tokens.decode is None else self._tokens.decode(ids)
         yield Completion(
             key=key,
-            text=outcome.text,
+            text=text,
             token_ids=ids,
+            end_id=end_id,
+            reencoded=outcome.token_ids is None,
             finish_reason=outcome.finish_reason,
-            end_id=end,
-            reencoded=reencoded,
             first_logps=outcome.first_logps,
         )
 
@@ -420,6 +516,9 @@ class OpenAIEngine:
             try:
                 answer = await self._try(self._body(request))
             except RefusedError as refusal:
+                if refusal.generated:
+                    self._note_unusable(refusal)
+                    return Failed(key=request.key, reason=refusal.reason, detail=refusal.detail)
                 # Two in a row, or the very first: perhaps it is our settings that are refused.
                 in_a_row, self._answered_at_refusal = self._answered == self._answered_at_refusal, self._answered
                 if in_a_row:
@@ -442,6 +541,7 @@ class OpenAIEngine:
                 await self._pause(failures, error.retry_after)
             else:
                 self._note_answer()
+                self._ended_well += answer.finish_reason == "stop"
                 return answer
         return None
 
@@ -451,6 +551,17 @@ class OpenAIEngine:
     def _note_answer(self) -> None:
         self._answered += 1
         self._last_answer = anyio.current_time()
+
+    def _note_unusable(self, refusal: RefusedError) -> None:
+        """Raise `ServerError` when it is the server's way to end all its answers as we can't read."""
+        self._note_answer()
+        self._unknown_ends += refusal.unknown_end is not None
+        if refusal.unknown_end is not None and self._unknown_ends >= UNKNOWN_ENDS and not self._ended_well:
+            raise self._unusable(
+                f"ends its answers with the finish reason {refusal.unknown_end!r}, which is none that says finished"
+                f" ({', '.join(sorted(ENDED))}) or cut off ({', '.join(sorted(CUT_OFF))}): put a proxy before it that says"
+                " one of them"
+            )
 
     def _silence(self) -> float:
         """Seconds since the server last answered any request."""
@@ -466,7 +577,7 @@ class OpenAIEngine:
             await anyio.sleep(min(left, _STOP_POLL))
 
     async def _check_server(self, request: Request, cause: Exception) -> None:
-        """Raise `ServerError` unless the server answers one token to a harmless prompt under the request's own settings."""
+        """Raise `ServerError` unless a harmless prompt has one token generated, under the request's own settings."""
         probe = replace(
             request,
             messages=({"role": "user", "content": "Hello"},),
@@ -476,7 +587,9 @@ class OpenAIEngine:
         try:
             await self._try(self._body(probe))
         except (RefusedError, TryError) as error:
-            raise self._unusable(f"failed ({cause}), and so did a one-token request ({error})") from None
+            # One that thinks first has no text yet, and is well all the same.
+            if not (isinstance(error, RefusedError) and error.generated):
+                raise self._unusable(f"failed ({cause}), and so did a one-token request ({error})") from None
         self._note_answer()
 
     async def _try(self, body: bytes) -> Answer:
@@ -493,13 +606,14 @@ class OpenAIEngine:
         except TimeoutError:
             raise TryError(f"no complete answer in {total:g} s (total_seconds)", costly=True) from None
         except httpx2.RequestError as error:
-            raise TryError(f"{type(error).__name__}: {error}") from None
+            # These repeat what they can't read: a status line, a header, the size of a chunk.
+            raise TryError(f"{type(error).__name__}: {excerpt(str(error).encode(), self._key)}") from None
         return read_answer(content, secret=self._key)
 
     def _body(self, request: Request) -> bytes:
         sampling, top = request.sampling, request.top_logps or None
         body: dict[str, object] = {
-            "model": request.adapter or self.server.model,
+            "model": request.adapter or self.model,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
@@ -543,7 +657,7 @@ class OpenAIEngine:
                     if len(body) > _ERROR_BYTES:
                         break
             except httpx2.RequestError as error:
-                log.debug("%s: body of HTTP %d: %s", self.url, response.status_code, error)
+                log.debug("%s: body of HTTP %d: %s", self.url, response.status_code, excerpt(str(error).encode(), self._key))
         return bytes(body)
 
     def _refuses_all(self, status: int, said: str) -> ServerError:
@@ -553,7 +667,7 @@ class OpenAIEngine:
         elif 300 <= status < 400:
             way_out = "Redirects are not followed: set base_url to where it leads"
         else:
-            way_out = f"Check base_url (it mostly ends in /v1) and the model's name there, {self.server.model!r}"
+            way_out = f"Check base_url (it mostly ends in /v1) and the model's name there, {self.model!r}"
         return self._unusable(f"refuses all requests ({said}). {way_out}")
 
     def _unusable(self, what: str) -> ServerError:

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Engine, Sampling
-from selfsteer.engines.open import sampler_digest, server
-from selfsteer.engines.openai import OpenAIEngine
+from selfsteer.engines.open import sampler_digest
+from selfsteer.engines.openai import OpenAIEngine, Tokens
 from selfsteer.judges.llm import EmbeddedJudge, LLMJudge, Pairs, embedded_verdicts, judge_template, sampled_verdicts
 from selfsteer.judges.reward import RewardModel, reward_verdicts
 from selfsteer.measures.verdicts import Verdict
@@ -161,7 +161,5 @@ def _open(judge: RecipeJudge, prompts: Prompts | None) -> Engine:
         assert prompts is not None
         return opening.open_engine(engine, judge.model, prompts, trust_remote_code=judge.trust_remote_code)
     assert engine.kind == "openai"
-    assert engine.base_url is not None
-    assert engine.model is not None
     # Nobody looks at the token ids of a verdict.
-    return OpenAIEngine(server(engine, engine.base_url, engine.model), tokenize=lambda _text: ())
+    return OpenAIEngine(engine, Tokens(encode=lambda _text: ()))

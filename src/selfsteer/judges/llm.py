@@ -191,6 +191,16 @@ class LLMJudge:
         return None if self.prompts is None else refusal(both, self.prompts, self.max_prompt_tokens)
 
 
+LEAST_MASS = 0.02
+"""Of the two letters among the likely first tokens, below which they are the tails of something else that the judge is
+about to write, such as a thought: nothing is read from their ratio then, but from what it wrote."""
+
+_THOUGHT_ENDS = re.compile(
+    r"</(?:think|thinking|thought|reasoning|reflection)>|<\|?end_of_thought\|?>|\[/THINK\]", re.IGNORECASE
+)
+"""What models put behind their thought where no server takes it out of the text."""
+
+
 class Answer(NamedTuple):
     """What one answer says."""
 
@@ -201,8 +211,9 @@ class Answer(NamedTuple):
 
 
 def parse_answer(text: str) -> str | None:
-    """`FIRST` or `SECOND` where the answer is exactly that, but for white space around it; else None: unreadable."""
-    answer = text.strip()
+    """`FIRST` or `SECOND` where the answer is exactly that, but for white space around it and a thought before it; else
+    None: unreadable."""
+    answer = _THOUGHT_ENDS.split(text)[-1].strip()
     return answer if answer in (FIRST, SECOND) else None
 
 
@@ -217,7 +228,11 @@ def letter_logps(tokens: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def letter_probability(logps: Mapping[str, float]) -> Answer | None:
-    """From log-probabilities by letter, as the embedded model or an engine gives them; None where neither is possible."""
+    """From log-probabilities by letter, as the embedded model or an engine gives them; None where neither is possible.
+
+    A judge in this process is held to nothing more: its two letters are scored, whatever else it might have written, and
+    `mass` says how much that was.
+    """
     first, second = logps[FIRST], logps[SECOND]
     if first == second == -math.inf:
         return None
@@ -319,12 +334,23 @@ def _data(answer: Completion) -> dict[str, object]:
 def _read(journal: Journal, key: str) -> Answer | None:
     """What an answer says; None where it can't be read."""
     answer = journal.get(key)
-    likely = None if answer["first_logps"] is None else letter_probability(letter_logps(answer["first_logps"]))
-    if likely is not None:
-        return likely
-    # Also of a model that has thought first: none of its likely first tokens is a letter, yet its answer may be one.
-    letter = parse_answer(answer["text"]) if answer["finish_reason"] == "stop" else None
+    tokens, text = answer["first_logps"], answer["text"]
+    letter = parse_answer(text) if answer["finish_reason"] == "stop" else None
+    if tokens and not _thought_first(tokens, text, letter):
+        likely = letter_probability(letter_logps(tokens))
+        if likely is not None and likely.mass is not None and likely.mass >= LEAST_MASS:
+            return likely
     return None if letter is None else Answer(float(letter == FIRST))
+
+
+def _thought_first(tokens: Sequence[tuple[str, float]], text: str, letter: str | None) -> bool:
+    """Whether the judge thought before it answered, so that its first tokens are not of its answer.
+
+    The thought stands in the text, or a server has taken it out: then all that is left is a letter, and yet the likeliest
+    beginning is none.
+    """
+    likeliest = max(tokens, key=lambda token: token[1])[0].strip(_SPACES)
+    return _THOUGHT_ENDS.search(text) is not None or (letter is not None and likeliest not in (FIRST, SECOND))
 
 
 def _verdict(judge: LLMJudge, pair: Pair, journal: Journal, failed: Mapping[str, str]) -> Verdict:

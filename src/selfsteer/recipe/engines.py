@@ -4,8 +4,9 @@ Which kind a section is stands in its `kind`; without one it is the embedded eng
 """
 
 from typing import Annotated, Any, Literal, Self, cast
+from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from selfsteer.recipe.text import Section
 
@@ -24,14 +25,14 @@ class TransformersSection(Section):
 
 
 class VllmSection(Section):
-    """vLLM in processes of its own that end with the stage, so that training has the GPU memory to itself."""
+    """vLLM's server on this machine, which ends with the stage, so that training has the GPU memory to itself."""
 
     kind: Literal["vllm"]
     """vLLM on this node; it may be installed in another Python environment."""
     python: str | None = None
     """The interpreter of the environment that holds vLLM; this one's when empty."""
     replicas: int = Field(default=1, ge=1)
-    """Copies of the model, each in a process of its own and on GPUs of its own (data parallelism)."""
+    """Copies of the model behind one server, each on GPUs of its own (data parallelism)."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs over which each copy is spread."""
     dtype: DTypeName = "auto"
@@ -46,17 +47,24 @@ class VllmSection(Section):
     """Compute the beginning that prompts share (principles, few-shot examples) once."""
     enforce_eager: bool = False
     """Start sooner and run slower, without compilation and CUDA graphs."""
-    logps: bool = False
-    """Keep the log-probability of every sampled token in the journal."""
+    start_seconds: float = Field(default=1800, gt=0)
+    """Time until the server must be ready."""
     extra: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Further engine arguments as vLLM's EngineArgs names them (quantization, kv_cache_dtype, ...)."""
 
     @model_validator(mode="after")
     def _extra_is_extra(self) -> Self:
-        ours = {"model", "logps", "skip_tokenizer_init", "trust_remote_code"} | type(self).model_fields.keys()
-        if taken := sorted(ours & self.extra.keys()):
+        ours = type(self).model_fields.keys() | {"model", "skip_tokenizer_init", "trust_remote_code", "data_parallel_size"}
+        ours |= {"api_key", "host", "port"}
+        if taken := sorted(ours & {key.replace("-", "_") for key in self.extra}):
             raise ValueError(f"extra sets {', '.join(taken)}, which the recipe sets elsewhere")
         return self
+
+
+_FIELDS = frozenset(
+    ("model", "messages", "prompt", "n", "stream", "temperature", "top_p", "max_tokens", "seed", "logprobs", "top_logprobs")
+)
+"""Of a request, and set elsewhere in a recipe, or by us."""
 
 
 class OpenAISection(Section):
@@ -93,6 +101,26 @@ class OpenAISection(Section):
     """Limit of one answer."""
     extra: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Further fields of each request (top_k, ...); null takes out one that the server refuses, such as {seed: null}."""
+
+    # An address may hold a password.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    @model_validator(mode="after")
+    def _usable_address(self) -> Self:
+        if self.base_url is not None:
+            try:
+                url = urlsplit(self.base_url)
+                usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+            except ValueError:  # brackets or a port that are none
+                url, usable = urlsplit(""), False
+            if not usable or "@" in url.netloc or url.query:
+                raise ValueError(
+                    "the engine's base_url must be http(s)://HOST[:PORT]/PATH without user, password or query, such as "
+                    "http://localhost:8000/v1. A key goes into the environment variable that api_key_env names."
+                )
+        if taken := sorted(key for key, value in self.extra.items() if key in _FIELDS and value is not None):
+            raise ValueError(f"the engine's extra sets {taken}, which the recipe sets elsewhere; only null is allowed there")
+        return self
 
     @model_validator(mode="after")
     def _one_server(self) -> Self:

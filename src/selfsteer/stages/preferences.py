@@ -3,6 +3,7 @@
 Left out on purpose: how responses are sampled, pairs built and scored: the modules of that name.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from selfsteer.stages.base import (
     make_stage,
     policy_as_judge,
 )
-from selfsteer.stages.responses import answers_to, engine_of, requests_of
+from selfsteer.stages.responses import answers_to, engine_of, note_texts, requests_of
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
 from selfsteer.store.durable import file_digest
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.training.scoring import Group, score_missing, scores
+
+log = logging.getLogger(__name__)
 
 PREFERENCES = "5-preferences"
 
@@ -128,13 +131,16 @@ def _preference_pairs(
     score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
     def rows() -> Iterator[dict[str, Any]]:
+        texts = 0
         for item in answered():
             if isinstance(item, Dropped):
                 dropped.append(item)
             elif item_key(item) in reasons:
                 dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
             else:
+                texts += item.good.reencoded + item.bad.reencoded
                 yield from map(columns.pair_row, scores(work.journal, group(item)))
+        note_texts(log, texts)
 
     return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.PAIRS)
 

@@ -3,6 +3,7 @@
 Left out on purpose: how prompts are rendered and responses sampled: the modules of that name.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,8 @@ from selfsteer.stages.base import (
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.store.journal import Journal
+
+log = logging.getLogger(__name__)
 
 RESPONSES = "2-responses"
 
@@ -79,16 +82,29 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
     dropped: list[Dropped] = []
 
     def rows() -> Iterator[dict[str, Any]]:
+        texts = 0
         for row, requests in asked():
             answers = answers_to(work.journal, row["query_id"], requests)
             if isinstance(answers, Dropped):
                 dropped.append(answers)
             else:
+                texts += sum(answer.reencoded for answer in answers.values())
                 yield {**row, "original": None} | {
                     role: columns.response_columns(answer) for role, answer in answers.items()
                 }
+        note_texts(log, texts)
 
     return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.RESPONSES)
+
+
+def note_texts(log: logging.Logger, texts: int) -> None:
+    """Say that responses came without ids, where some did."""
+    if texts:
+        log.warning(
+            "%s responses came as text alone: they are scored and trained as that text is encoded behind its prompt, which"
+            " may be other tokens than were sampled. Take engine.send=token_ids where the server can do that.",
+            f"{texts:,}",
+        )
 
 
 def answers_to(journal: Journal, query_id: str, requests: dict[str, Request]) -> dict[str, Response] | Dropped:

@@ -1,0 +1,326 @@
+"""kind: vllm against scripted interpreters: what the server is started with, how it is guarded, how its end is told.
+
+The real vLLM is in tests/real/.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import END_ID
+from waiting import alive, until
+
+from selfsteer.engines import serving
+from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
+from selfsteer.engines.open import open_engine
+from selfsteer.engines.openai import ServerError
+from selfsteer.models import checkpoint, load_tokenizer
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.engines import VllmSection
+from selfsteer.records import Adapter, Checkpoint
+
+PYTHON = """#!{python}
+import sys
+if sys.argv[1] == "-c":
+    {probe}
+    print("vllm-is-there 0.0 {on_cpu}")
+    sys.exit()
+import json, os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+arguments = sys.argv[1:]
+log = {log!r} + f"/{{os.getpid()}}"
+key = os.environ["VLLM_API_KEY"]
+with open(log, "w") as file:
+    json.dump({{"arguments": arguments, "key": key, "devices": os.environ.get("CUDA_VISIBLE_DEVICES")}}, file)
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, body, status=200):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def guarded(self):
+        if self.headers["Authorization"] != f"Bearer {{key}}":
+            self.answer({{"error": "Unauthorized"}}, 401)
+            return True
+    def do_GET(self):
+        self.guarded() or self.answer({{"data": [{{"id": "the model"}}]}})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.guarded():
+            return
+        ids = [*asked["prompt"], 20, {end}]
+        choice = {{"text": "not looked at", "finish_reason": "stop", "token_ids": ids}}
+        {during}
+        self.answer({{"choices": [choice], "asked": asked}})
+    def log_message(self, *_):
+        pass
+{before}
+ThreadingHTTPServer(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Callable[..., str]:
+    """An interpreter of this script; what each server was started with lies in the folder `started` beside it."""
+    started = tmp_path / "started"
+    started.mkdir()
+
+    def put(*, probe: str = "pass", before: str = "", during: str = "pass", on_cpu: int = 0) -> str:
+        path = tmp_path / "python"
+        filled = PYTHON.format(
+            python=sys.executable, probe=probe, before=before, during=during, on_cpu=on_cpu, log=str(started), end=END_ID
+        )
+        path.write_text(filled, encoding="utf-8")
+        path.chmod(0o755)
+        serving.find_vllm.cache_clear()
+        return str(path)
+
+    return put
+
+
+@pytest.fixture
+def model(tiny_folder: str) -> Checkpoint:
+    return checkpoint(Path(tiny_folder))
+
+
+@pytest.fixture
+def open_vllm(model: Checkpoint) -> Callable[..., Engine]:
+    prompts = Prompts(load_tokenizer(model.path))
+
+    def build(python: str, *, adapters: tuple[Adapter, ...] = (), **fields: Any) -> Engine:
+        section = VllmSection(kind="vllm", python=python, **fields)
+        return open_engine(section, model, prompts, trust_remote_code=False, adapters=adapters)
+
+    return build
+
+
+def started(python: str) -> dict[str, Any]:
+    (file,) = (Path(python).parent / "started").iterdir()
+    return json.loads(file.read_text()) | {"pid": int(file.name)}
+
+
+def options(words: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            found[word] = []
+        elif found:
+            found[list(found)[-1]].append(word)
+    return found
+
+
+def requests(count: int) -> Iterator[Request]:
+    for i in range(count):
+        yield Request(key=f"k{i}", messages=(), prompt_ids=(10 + i,), sampling=Sampling(), seed=100 + i)
+
+
+def test_what_was_sampled_comes_back_as_ids(
+    scripted: Callable[..., str], open_vllm: Callable[..., Engine], model: Checkpoint
+):
+    """The end token apart, and the text decoded here."""
+    tokenizer = load_tokenizer(model.path)
+    with open_vllm(scripted()) as engine:
+        answers = {answer.key: answer for answer in engine.generate(requests(30))}
+    assert answers.keys() == {f"k{i}" for i in range(30)}
+    for i in range(30):
+        text = tokenizer.decode([10 + i, 20])
+        key = f"k{i}"
+        expected = Completion(key=key, text=text, token_ids=(10 + i, 20), end_id=END_ID, finish_reason="stop")
+        assert answers[key] == expected
+
+
+@pytest.mark.parametrize("on_cpu", [0, 1])
+def test_a_request_carries_its_end_tokens_and_its_seed(
+    on_cpu: int, scripted: Callable[..., str], open_vllm: Callable[..., Engine], tmp_path: Path
+):
+    """On a CPU no seed: vLLM dies on it there."""
+    during = f"open({str(tmp_path / 'asked')!r}, 'w').write(json.dumps(asked))"
+    with open_vllm(scripted(during=during, on_cpu=on_cpu)) as engine:
+        list(engine.generate(requests(1)))
+    asked = json.loads((tmp_path / "asked").read_text())
+    seed = asked.pop("seed", None)
+    assert seed == (None if on_cpu else 100)
+    assert asked == {
+        "model": "the model",
+        "prompt": [10],
+        "return_token_ids": True,
+        "stop_token_ids": [END_ID],
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "max_tokens": 2048,
+        "n": 1,
+        "stream": False,
+    }
+
+
+def test_settings_become_arguments(scripted: Callable[..., str], open_vllm: Callable[..., Engine], model: Checkpoint):
+    """Ranks 4 and 24 need room for 32."""
+    python = scripted()
+    adapters = (Adapter(name="good", path="/a/good", rank=4), Adapter(name="bad", path="/a/bad b", rank=24))
+    extra = {
+        "quantization": "fp8",
+        "compilation_config": {"level": 0},
+        "enable_chunked_prefill": False,
+        "disable_log_stats": True,
+    }
+    with open_vllm(
+        python,
+        adapters=adapters,
+        extra=extra,
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=7,
+        gpu_memory_utilization=0.25,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+    ):
+        words = started(python)["arguments"]
+    assert words[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    found = options(words)
+    assert found.pop("--port")[0].isdigit()
+    assert found == {
+        "--model": [model.path],
+        "--host": ["127.0.0.1"],
+        "--generation-config": ["vllm"],
+        "--disable-uvicorn-access-log": [],
+        "--dtype": ["float32"],
+        "--tensor-parallel-size": ["1"],
+        "--max-num-seqs": ["7"],
+        "--max-model-len": ["512"],
+        "--gpu-memory-utilization": ["0.25"],
+        "--no-enable-prefix-caching": [],
+        "--enforce-eager": [],
+        "--enable-lora": [],
+        "--max-loras": ["2"],
+        "--max-lora-rank": ["32"],
+        "--quantization": ["fp8"],
+        "--compilation-config": ['{"level": 0}'],
+        "--no-enable-chunked-prefill": [],
+        "--disable-log-stats": [],
+        "--lora-modules": ["good=/a/good", "bad=/a/bad b"],
+    }
+
+
+def test_requests_name_their_adapters(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
+    names = ("good", "bad", None)
+    wanted = [replace(request, adapter=name) for request, name in zip(requests(3), names, strict=True)]
+    during = 'choice["token_ids"] = [{"good": 11, "bad": 12, "the model": 13}[asked["model"]]]'
+    adapters = tuple(Adapter(name=name, path=f"/{name}", rank=8) for name in ("good", "bad"))
+    with open_vllm(scripted(during=during), adapters=adapters) as engine:
+        answers = {answer.key: answer for answer in engine.generate(wanted)}
+    assert [answers[f"k{i}"].token_ids for i in range(3)] == [(11,), (12,), (13,)]  # type: ignore[union-attr]
+
+
+def test_replicas_are_data_parallel(
+    scripted: Callable[..., str], open_vllm: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    """One server, which sees all GPUs and deals them out."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    python = scripted()
+    with open_vllm(python, replicas=2, tensor_parallel_size=2):
+        said = started(python)
+    found = options(said["arguments"])
+    assert (found["--data-parallel-size"], found["--tensor-parallel-size"], said["devices"]) == (["2"], ["2"], "3,5,6,7")
+    with pytest.raises(ValueError, match="2 replicas of 3 GPUs need 6, CUDA_VISIBLE_DEVICES names 4"):
+        open_vllm(python, replicas=2, tensor_parallel_size=3)
+
+
+def test_the_key_is_random_and_in_the_environment_alone(
+    scripted: Callable[..., str], open_vllm: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("DEBUG")
+    python = scripted(during='choice = {"finish_reason": "stop", "text": "x", "token_ids": [key]}')
+    keys: list[str] = []
+    for _ in range(2):
+        with open_vllm(python) as engine:
+            said = started(python)
+            key = said["key"]
+            command = Path(f"/proc/{said['pid']}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            assert "--port" in command
+            with pytest.raises(ServerError) as raised:  # what the server repeats is no token
+                list(engine.generate(requests(1)))
+        keys.append(key)
+        (Path(python).parent / "started" / str(said["pid"])).unlink()
+        for shown in (command, caplog.text, str(raised.value), repr(engine)):
+            assert key not in shown
+        assert len(key) >= 32
+    assert keys[0] != keys[1]
+
+
+def test_a_refused_prompt_fails_alone(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
+    during = 'if asked["prompt"] == [11]: return self.answer({"error": "too long"}, 400)'
+    with open_vllm(scripted(during=during)) as engine:
+        answers = {answer.key: answer for answer in engine.generate(requests(3))}
+    refused = answers.pop("k1")
+    assert isinstance(refused, Failed)
+    assert refused.reason == "refused by the server"
+    assert all(isinstance(answer, Completion) for answer in answers.values())
+
+
+def test_a_killed_server_is_an_error_after_what_is_finished(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
+    out_of_memory = 'print("CUDA error: out of memory", file=sys.stderr, flush=True); os.kill(os.getpid(), 9)'
+    finished: list[str] = []
+    python = scripted(during=f'if asked["prompt"] == [13]: {out_of_memory}')
+    with open_vllm(python, max_num_seqs=1) as engine, pytest.raises(ServerError) as caught:
+        finished.extend(answer.key for answer in engine.generate(requests(9)))
+    assert set(finished) <= {"k0", "k1", "k2", "k4"}
+    assert {"k0", "k1"} <= set(finished)
+    assert "the server has ended (status 137, SIGKILL)" in str(caught.value)
+    assert "CUDA error: out of memory" in str(caught.value)
+    assert "the same command continues" in str(caught.value)
+
+
+def test_a_server_that_does_not_start_says_why(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
+    python = scripted(before='sys.exit("no memory for the cache")')
+    with pytest.raises(ServerError, match=r"ended with status 1 before .*\n.*no memory for the cache"), open_vllm(python):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        ("/no/python", r"'/no/python' is no Python interpreter"),
+        ("false", r"'false' has no vLLM .*\(status 1: it said nothing"),
+        ("true", r"'true' has no vLLM .*\(status 0: it said nothing"),
+        (sys.executable, r"has no vLLM .*can't import vLLM: No module named 'vllm'"),
+        (str(Path(__file__).parent), r"is no Python interpreter"),
+        ("sleeper", r"can't be used \(.*timed out"),
+    ],
+)
+def test_an_interpreter_without_vllm_is_refused_before_anything_starts(
+    python: str, said: str, scripted: Callable[..., str], open_vllm: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    if python == "sleeper":
+        monkeypatch.setattr(serving, "_PROBE_SECONDS", 0.2)
+        python = scripted(probe="import time; time.sleep(60)")
+    with pytest.raises(ValueError, match=rf"engine\.python: .*{said}"):
+        open_vllm(python)
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from selfsteer.engines.serving import Serve, ServedEngine
+serve = Serve(command=[*sys.argv[1:], "--port", "{port}"], model_path="m", start_seconds=60, key_env="VLLM_API_KEY")
+with ServedEngine(serve, lambda address: __import__("contextlib").nullcontext()):
+    print("open", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_server_ends_with_the_process_that_started_it(scripted: Callable[..., str]):
+    """kill -9 of the one that samples: its end of the pipe closes, and the keeper ends the server."""
+    python = scripted()
+    with subprocess.Popen([sys.executable, "-c", OWNER, python, "-m"], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "open\n"
+        owner.kill()
+    pid = started(python)["pid"]
+    until(lambda: not alive(pid), "the end of the server", seconds=60)
