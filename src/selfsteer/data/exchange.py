@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from selfsteer.recipe.sections import load
 from selfsteer.records import Dropped, Message, PairRow
-from selfsteer.store.durable import digest, make_folder, replacing
+from selfsteer.store.durable import digest, make_folder, open_regular, replacing
 from selfsteer.store.folder import Stage
 
 _BATCH_ROWS = 1024
@@ -97,13 +97,14 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
                         number += 1
                         yield f"{path}: row {number}", row
         case ".jsonl":
-            with path.open("rb") as lines:
+            with open_regular(path) as lines:
                 for number, line in enumerate(lines, 1):
                     place = f"{path}: line {number}"
                     if line.strip():
                         yield place, _object(_parse(line, place), place)
         case ".json":
-            rows = _parse(path.read_bytes(), str(path))
+            with open_regular(path) as content:
+                rows = _parse(content.read(), str(path))
             if not isinstance(rows, list):
                 raise ValueError(f"{path} is not a list of rows; a file with one object a line is named .jsonl.")
             for number, row in enumerate(cast("list[object]", rows), 1):

@@ -14,6 +14,8 @@ from typing import NamedTuple, cast
 import pyarrow
 import pyarrow.parquet
 
+from selfsteer.store.durable import open_regular
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """The kinds of file that can be read."""
 
@@ -155,7 +157,7 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
 def _lines(path: Path) -> Iterator[str]:
     """Lines with their ends, strictly decoded, without a byte order mark; memory holds one line."""
     offset = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8")

@@ -23,13 +23,13 @@ from selfsteer.engines import open as opening
 from selfsteer.engines.base import Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import kept_open, request, sample
-from selfsteer.models import load_tokenizer, resolve
+from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import sections
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.records import Dropped, Message, Principles, Query
-from selfsteer.stages.base import Round, Work, inputs_of, make_stage, share_of_round
+from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, share_of_round
 from selfsteer.store import columns
 from selfsteer.store.durable import digest, file_digest
 from selfsteer.store.folder import Contents, Origin, Stage
@@ -313,7 +313,7 @@ def principles_stage(round: Round) -> Stage:
 def _principles(round: Round, work: Work) -> Contents:
     section = round.recipe.principles
     pool = load_pool(section)
-    queries = _queries_of(round)
+    queries, positions = _queries_of(round), _positions(round)
     wanted = sum(1 for _ in queries())
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
     if section.source == "generate":
@@ -327,10 +327,9 @@ def _principles(round: Round, work: Work) -> Contents:
                 continue
             principles = assign(item)
             length = max(len(prompt) for prompt in _steered_prompts(round.prompts, item, principles))
-            limit = round.recipe.queries.max_prompt_tokens
-            if length > limit:
-                detail = f"{length} tokens with its principle, limit {limit}"
-                dropped.append(Dropped(id=item.id, reason="prompt too long", detail=detail))
+            found = _too_long(round, length, positions)
+            if found is not None:
+                dropped.append(Dropped(id=item.id, reason=found.reason, detail=f"with its principle, {found.detail}"))
                 continue
             yield {"query_id": item.id, "messages": list(item.messages), "principles": asdict(principles)}
 
@@ -357,7 +356,7 @@ def _queries_of(round: Round) -> Callable[[], Iterator[Query | Dropped]]:
 
 def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
     """The recipe's queries that can be rendered, up to queries.limit of them, and those that were dropped on the way."""
-    section = round.recipe.queries
+    section, positions = round.recipe.queries, _positions(round)
     kept = 0
     for item in reading.read_queries(section.model_copy(update={"limit": None})):
         if isinstance(item, Query):
@@ -365,14 +364,34 @@ def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
             found = round.prompts.checked_ids(item.messages)
             if isinstance(found, str):
                 item = Dropped(id=item.id, reason=found)
-            elif len(found) > section.max_prompt_tokens:
-                detail = f"{len(found)} tokens, limit {section.max_prompt_tokens}"
-                item = Dropped(id=item.id, reason="prompt too long", detail=detail)
+            elif (long := _too_long(round, len(found), positions)) is not None:
+                item = Dropped(id=item.id, reason=long.reason, detail=long.detail)
             else:
                 kept += 1
         yield item
         if section.limit is not None and kept == section.limit:
             return
+
+
+class _Long(NamedTuple):
+    """Why a prompt must not be asked."""
+
+    reason: str
+    detail: str
+
+
+def _positions(round: Round) -> int | None:
+    return positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
+
+
+def _too_long(round: Round, tokens: int, positions: int | None) -> _Long | None:
+    """positions: the most tokens that the policy takes, of a prompt and its response together."""
+    limit, new = round.recipe.queries.max_prompt_tokens, round.recipe.responses.max_new_tokens
+    if tokens > limit:
+        return _Long("prompt too long", f"{tokens} tokens, limit {limit}")
+    if positions is not None and tokens + new > positions:
+        return _Long(TOO_LONG, f"{tokens} tokens and {new} new ones, {positions} positions")
+    return None
 
 
 def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> Callable[[Query], Principles]:

@@ -33,8 +33,9 @@ from selfsteer.stages.selection import SELECTION
 from selfsteer.stages.steering import POLICY_PAIRS
 from selfsteer.stages.training import BAD_GENERATOR, GOOD_GENERATOR, HISTORY, MEASURES, MODEL
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, digest, replacing
-from selfsteer.store.folder import RunFolder, Stage
+from selfsteer.store.durable import canonical_json, digest, read_object, replacing
+from selfsteer.store.folder import RunFolder, Stage, StageDamaged
+from selfsteer.training.trainer import read_history
 
 log = logging.getLogger(__name__)
 
@@ -250,15 +251,17 @@ def _add_quality(found: RoundMetrics, stage: Stage) -> None:
 
 
 def _training(stage: Stage) -> TrainingSummary:
-    steps = [json.loads(line) for line in (stage.path / HISTORY).read_text().splitlines()]
-    measures = json.loads((stage.path / MEASURES).read_text())
+    steps, measures = read_history(stage.path / HISTORY), read_object(stage.path / MEASURES)
+    if not steps or not {"steps", "reward", "saving"} <= measures.keys():
+        raise StageDamaged(f"{stage.path}: {HISTORY} or {MEASURES} is not as it was sealed; remove the folder and run again")
     seconds = sum(step["seconds"] for step in steps)
     return TrainingSummary(
         steps=measures["steps"],
         seconds=seconds,
         tokens_per_second=sum(step["tokens"] for step in steps) / seconds,
-        curve=steps,
+        curve=cast("list[dict[str, float]]", steps),
         reward=measures["reward"],
+        saving=measures["saving"],
     )
 
 

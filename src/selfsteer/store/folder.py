@@ -44,7 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfsteer.records import Dropped
-from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, replacing, sync
+from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, read_object, replacing, sync
 from selfsteer.store.journal import Journal
 
 _ELAPSED = "elapsed.json"
@@ -82,9 +82,10 @@ def elapsed(folder: Path) -> Generator[Callable[[], float]]:
 
 def _read_seconds(file: Path) -> float:
     try:
-        return float(json.loads(file.read_text())["seconds"])
-    except (FileNotFoundError, ValueError, KeyError):
+        seconds = read_object(file).get("seconds")
+    except (FileNotFoundError, ValueError):
         return 0.0
+    return float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
 def _write_seconds(file: Path, seconds: float) -> None:
