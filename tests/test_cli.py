@@ -14,6 +14,7 @@ import pytest
 
 import selfsteer
 from selfsteer import cli, runtime
+from selfsteer.data.exchange import Exported
 from selfsteer.recipe.sections import Recipe, load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -195,12 +196,19 @@ def test_train_and_measure_pass_on_what_they_are_given(monkeypatch, capsys, pipe
     assert "4,321" in printed
 
 
-def test_export_passes_on_what_it_is_given(monkeypatch, capsys):
+def test_export_passes_on_what_it_is_given(monkeypatch, capsys, caplog):
     given: list[object] = []
-    monkeypatch.setattr("selfsteer.data.exchange.export", lambda *arguments: given.append(arguments) or 1234)
-    assert command(monkeypatch, "export", "runs/a", "--to", "out", "--format", "trl") == 0
-    assert given == [(Path("runs/a"), Path("out"), "trl")]
-    assert capsys.readouterr().out == "wrote 1,234 pairs to out\n"
+
+    def export(*arguments: object, **options: object) -> Exported:
+        given.append((arguments, options))
+        return Exported(1234, {"empty chosen": 2}, None, "trl dpo")
+
+    monkeypatch.setattr("selfsteer.data.exchange.export", export)
+    assert command(monkeypatch, "export", "runs/a", "--to", "out", "--format", "trl", "--round", "3") == 0
+    assert given == [((Path("runs/a"), Path("out"), "trl"), {"keep_truncated": False, "round": 3})]
+    captured = capsys.readouterr()
+    assert captured.out == "wrote 1,234 pairs to out\nuse them with  trl dpo\n"
+    assert "dropped 2 of 1,236: 2 empty chosen" in caplog.text
 
 
 def test_status_shows_stages_drops_and_what_comes_next(monkeypatch, capsys):

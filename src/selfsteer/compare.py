@@ -36,6 +36,7 @@ from selfsteer.report.comparison import (
 from selfsteer.stages import summary
 from selfsteer.stages.answers import answers_stage, win_verdicts
 from selfsteer.stages.base import held_out
+from selfsteer.stages.passes import passes_stage, query_passes
 from selfsteer.stages.preferences import given_stage
 from selfsteer.stages.quality import JudgeName, check_judging, quality_stage, read_verdicts
 from selfsteer.stages.training import policy_stage
@@ -53,7 +54,13 @@ class Arm(NamedTuple):
 
 _SSO = {"generator.kind": "single", "generator.objective": "sso"}
 
-_LIBRARY = {"principles.source": "library", "principles.path": None, "principles.model": None, "principles.engine": None}
+_LIBRARY = {
+    "quality.answers": 0,
+    "principles.source": "library",
+    "principles.path": None,
+    "principles.model": None,
+    "principles.engine": None,
+}
 
 ARMS: Mapping[str, Arm] = {
     "base": Arm("the policy as it is: what win rates are against", {}),
@@ -277,8 +284,11 @@ def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFo
         else:
             preferences, quality, _ = make_data(round)
         wins: list[Verdict] = []
+        passing: Values = {}
         if recipe.compare.align:
             aligned = policy_stage(round, preferences)
+            answered = None if method == "given" else passes_stage(round, aligned)
+            passing = {} if answered is None else {f"passes_{which}": each for which, each in query_passes(answered).items()}
             answers = None if method == "given" else answers_stage(round, folder.stage(1, "1-principles"), aligned)
             wins = [] if answers is None else win_verdicts(answers)
             metrics = finish(folder, recipe, method)
@@ -288,4 +298,4 @@ def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFo
         pairs = map(columns.pair, preferences.rows())
         verdicts = {} if quality is None else read_verdicts(quality)
         values = query_values(pairs, verdicts.get("pbaa" if method == "pbaa" else "alignment", {}), held_out(round))
-        return ArmRun(values, metrics["rounds"][0], wins)
+        return ArmRun(values | passing, metrics["rounds"][0], wins)

@@ -1,11 +1,13 @@
 """Preference data made elsewhere: to train on, and to measure."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from selfsteer.cluster import cluster_of
-from selfsteer.data.exchange import read_pairs
+from selfsteer.data.exchange import counted, find_pairs, read_pairs
 from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
 from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
@@ -25,6 +27,8 @@ from selfsteer.store.folder import RunFolder
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
 
+log = logging.getLogger(__name__)
+
 
 def measure_given(path: Path, policy: str, trained: str | None = None) -> Measures:
     """Every measure of a preference dataset, with log-probabilities under `policy` (a model reference as in a recipe).
@@ -36,6 +40,8 @@ def measure_given(path: Path, policy: str, trained: str | None = None) -> Measur
     with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         before = _Scored(path, _scorer(policy, training), journal)
         measures = measure(before.pairs())
+        if before.dropped:
+            measures["dropped"] = dict(before.dropped.most_common())
         measures["likelihood"] = judge_report(likelihood_verdicts(filter(scored, before.pairs())))
         if trained is not None:
             after = _Scored(path, _scorer(trained, training), journal)
@@ -53,7 +59,15 @@ class _Scored:
 
     def __init__(self, path: Path, judge: Judge, journal: Journal) -> None:
         self._path, self._judge, self._journal = path, judge, journal
-        total = sum(1 for _ in self._groups())
+        self.dropped: Counter[str] = Counter()
+        total = 0
+        for item in usable_pairs(path, judge.prompts, None):
+            if isinstance(item, Pair):
+                total += 1
+            else:
+                self.dropped[item.reason] += 1
+        if total == 0:
+            raise ValueError(f"{path}: no pair is left of {self.dropped.total():,}: {counted(self.dropped)}")
         score_missing(judge, self._groups(), journal, description="log-probabilities of the pairs", total=total)
 
     def _groups(self) -> Iterator[Group]:
@@ -79,6 +93,14 @@ def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
         return judge_report(ask(judge, pairs, journal, total=sum(1 for _ in pairs())))
 
 
+def _pairs(source: Path) -> Path:
+    """The file of a preference dataset or of a run's pairs; what must be known of these is logged."""
+    found = find_pairs(source)
+    if found.warning is not None:
+        log.warning("%s", found.warning)
+    return found.source
+
+
 IMPLICIT = "implicit:"
 """Before the name of a trained model that judges by its implicit reward."""
 
@@ -90,7 +112,8 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
     policy = resolve(recipe.policy)
     prompts_of(recipe, policy)
-    check_judging(recipe)
+    check_judging(recipe, principles=False)
+    pairs = _pairs(pairs)
     next(read_pairs(pairs), None)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
@@ -103,7 +126,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
 
 
 def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measures:
-    """On-policy probability, margins, lengths and overlap of any preference dataset, under the model that policy names.
+    """On-policy probability, margins, lengths and overlap of any preference dataset, or of a run, under a policy.
 
     judge: who judges the pairs, too. An LLM or a reward model, which of the two its configuration says; a YAML file with a
     judge's section, as in a recipe; or "implicit:MODEL", a model trained from the policy, by its implicit reward.
@@ -112,6 +135,7 @@ def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measure
     found = None if judge is None or trained is not None else find_judge(read_judge(judge), Policy(model=policy))
     if found is not None:
         check_judge(found)
+    pairs = _pairs(pairs)
     measures = measure_given(pairs, policy, trained)
     if found is not None:
         measures["judge"] = judge_given(pairs, found, Policy(model=policy))

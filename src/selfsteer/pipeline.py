@@ -23,6 +23,7 @@ from selfsteer.report.page import pick_examples, write_page
 from selfsteer.report.tables import gates_table, table_text, write_metrics
 from selfsteer.stages import summary
 from selfsteer.stages.base import Round
+from selfsteer.stages.passes import PASSES, passes_stage
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import principles_stage
 from selfsteer.stages.quality import check_judging, quality_stage
@@ -62,7 +63,9 @@ def run_round(round: Round) -> Checkpoint | None:
     candidates = make_data(round)
     if not may_align(round, summary.method_of(round.recipe)):
         return None
-    return checkpoint(policy_stage(round, selection_stage(round, candidates)).path / MODEL)
+    aligned = policy_stage(round, selection_stage(round, candidates))
+    passes_stage(round, aligned)
+    return checkpoint(aligned.path / MODEL)
 
 
 def make_data(round: Round) -> Candidates:
@@ -119,7 +122,9 @@ def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
     """Write metrics.json and report.html."""
     write_metrics(folder.path / "metrics.json", metrics)
     pairs = map(columns.pair, folder.stage(len(metrics["rounds"]), "5-preferences").rows())
-    write_page(folder.path / "report.html", metrics, pick_examples(pairs, seed=seed))
+    answers = folder.stage(len(metrics["rounds"]), PASSES) if "answers" in metrics["rounds"][-1] else None
+    read = [] if answers is None else pick_examples(answers.rows(), seed=seed)
+    write_page(folder.path / "report.html", metrics, pick_examples(pairs, seed=seed), read)
 
 
 def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:

@@ -36,6 +36,8 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
 
     Gemma's, for one, closes turns with <end_of_turn> while its end token is <eos>, which stands in no conversation.
     """
+    if tokenizer.chat_template is None:
+        return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     asked = [{"role": "user", "content": _HARMLESS}]
     answered = [*asked, {"role": "assistant", "content": _MARKER}]
     try:
@@ -70,7 +72,7 @@ class Prompts:
 
     @property
     def end_id(self) -> int:
-        """The token that closes an assistant's turn; an engine has to stop at it, whatever end tokens the model names."""
+        """What closes an assistant's turn; an engine has to stop at it, whatever the generation configuration lists."""
         return self._turn.end_id
 
     @property
@@ -82,8 +84,8 @@ class Prompts:
         """The query as this template can render it: without a system role, its system message begins the user's turn."""
         if self.system_role == "system" or messages[0]["role"] != "system":
             return messages
-        system, first, *rest = messages
-        return (Message(role=first["role"], content=f"{system['content']}\n\n{first['content']}"), *rest)
+        system, *rest = messages
+        return _before_first_user_turn(tuple(rest), system["content"])
 
     def steer(self, messages: tuple[Message, ...], principle: str) -> tuple[Message, ...]:
         """x+ or x-: the query under a principle. A system message of the query's own stays, before the principle."""
@@ -95,7 +97,7 @@ class Prompts:
             return (Message(role="system", content=f"{first['content']}\n\n{principle}"), *rest)
         if self.system_role == "system":
             return (Message(role="system", content=principle), *messages)
-        return (Message(role="user", content=f"{principle}\n\n{first['content']}"), *rest)
+        return _before_first_user_turn(messages, principle)
 
     def prompt_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         """The rendered conversation with the header of the answer behind it, as token ids."""
@@ -146,6 +148,14 @@ class Prompts:
     def _specials(self, ids: tuple[int, ...]) -> list[int]:
         return [token_id for token_id in ids if token_id in self.special_ids]
 
+    def without_end(self, text: str) -> str:
+        """A completion without the end token that some data sets write at its very end: the token is trained anyway."""
+        stripped = text.rstrip()
+        for end in {str(self.tokenizer.eos_token), str(self.tokenizer.convert_ids_to_tokens(self._turn.end_id))}:
+            if stripped.endswith(end):
+                return stripped.removesuffix(end).rstrip()
+        return text
+
     def _detect_system_role(self) -> Literal["system", "user"]:
         try:
             text = self._render((Message(role="system", content=_MARKER), Message(role="user", content=_HARMLESS)))
@@ -160,3 +170,10 @@ class Prompts:
             return "system"
         log.warning("the chat template knows no system role: principles go before the user's first turn")
         return "user"
+
+
+def _before_first_user_turn(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
+    """The conversation, which may begin with the assistant's greeting, with a text before what the user says first."""
+    at = next(number for number, message in enumerate(messages) if message["role"] == "user")
+    first = Message(role="user", content=f"{text}\n\n{messages[at]['content']}")
+    return (*messages[:at], first, *messages[at + 1 :])

@@ -63,6 +63,8 @@ class Principles:
     """The concision pair was added, against length bias."""
     fallback: str | None = None
     """Why a library pair stands in for a generated one."""
+    checks: tuple[str, ...] = ()
+    """What code can check of a response to the good principle (`measures/checks.py`), each as canonical JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

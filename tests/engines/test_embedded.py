@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import END_ID, tiny_adapter, tiny_model, tiny_model_dir
+from tiny import END_ID, PAD_ID, tiny_adapter, tiny_model, tiny_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from selfsteer.engines import decoding
@@ -113,11 +113,16 @@ def test_finish_reasons_and_text(model_dir: str):
     assert (ended.end_id, free.end_id) == (free.token_ids[6], None)
 
 
-def test_end_tokens_come_from_the_generation_configuration_and_the_tokenizer(tmp_path: Path):
+def test_end_tokens_come_from_the_generation_configuration_the_tokenizer_and_its_template(tmp_path: Path):
     folder = tiny_model_dir(tmp_path)
     GenerationConfig(eos_token_id=[7, 9], pad_token_id=0).save_pretrained(folder)
     with TransformersEngine(folder, batch_size=1, dtype=torch.float32) as engine:
         assert engine._vocabulary.ends == {7, 9, END_ID}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "<|pad|>"  # which closes no turn; <|im_end|> goes on doing that
+    tokenizer.save_pretrained(folder)
+    with TransformersEngine(folder, batch_size=1, dtype=torch.float32) as engine:
+        assert engine._vocabulary.ends == {7, 9, PAD_ID, END_ID}
 
 
 @pytest.mark.parametrize("slots", [True, False])

@@ -123,6 +123,33 @@ def test_a_kill_costs_what_was_in_flight_and_no_more(recipe: dict[str, Any], und
     assert digests(tmp_path / "run") == digests(undisturbed)
 
 
+def test_a_kill_among_held_out_answers_costs_what_was_in_flight(recipe_of: RecipeOf, tmp_path: Path):
+    """After 2 x 20 responses, 2 x 10 answers of the first policy and 10 of the aligned one; killed at the 18th and, in the
+    session after, the 6th request of those."""
+    principle = {"good": "Say little.", "bad": "Say much.", "check": "punctuation:no_comma"}
+    (tmp_path / "principles.jsonl").write_text(json.dumps(principle) + "\n")
+    changes = {
+        "principles": {"source": "file", "path": str(tmp_path / "principles.jsonl")},
+        "judge": {"kind": "checks"},
+        "queries.holdout": 10,
+        "quality.answers": 10,
+        "training.warmup_ratio": 0,
+    }
+    recipe = small(recipe_of, tmp_path) | {"quality": {"principle_consistency": False}}
+    for key, value in changes.items():
+        section, _, last = key.rpartition(".")
+        (recipe.setdefault(section, {}) if section else recipe)[last] = value
+    found, said = scripted(tmp_path, recipe, f"kill:{WANTED + 18}", "kill:6", "through:0")
+    assert found == [-9, -9, 0], said
+    asked = Counter(calls(tmp_path / "log"))
+    answers = keys(tmp_path / "run", "7-checks")
+    assert len(answers) == len(set(answers)) == 30
+    assert set(asked) == set(answers) | set(keys(tmp_path / "run", "2-responses"))
+    assert asked.total() <= WANTED + 30 + 2 * (IN_FLIGHT + _DURABLE_EVERY - 1)
+    manifest = RunFolder.view(tmp_path / "run").stage(1, "7-checks").verify()
+    assert (manifest.wanted, manifest.kept) == (10, 10)
+
+
 def test_a_full_disk_stops_with_a_name_and_loses_nothing(recipe: dict[str, Any], undisturbed: Path, tmp_path: Path):
     """No file may grow beyond 6,000 bytes: the journal of the responses fails first. Then there is room again."""
     found, said = scripted(tmp_path, recipe, "full:6000", "full:6000", "through:0")

@@ -36,7 +36,14 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
 
 
 def test_recipes_are_shipped():
-    assert [path.stem for path in RECIPES] == ["comparison-cpu", "llama3-8b", "quickstart", "qwen2-7b", "ultrafeedback-cpu"]
+    assert [path.stem for path in RECIPES] == [
+        "comparison-cpu",
+        "house-style",
+        "llama3-8b",
+        "quickstart",
+        "qwen2-7b",
+        "ultrafeedback-cpu",
+    ]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -5,8 +5,10 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from selfsteer.data.queries import make_query
@@ -24,6 +26,7 @@ from selfsteer.stages.principles import (
     parse_principles,
     principle_messages,
 )
+from selfsteer.store import columns
 
 GOOD = "Explain each step and give clear reasons."
 BAD = "Skip the steps and give no reasons."
@@ -353,3 +356,46 @@ def test_a_bad_file_is_named_with_its_line_and_the_way_out(tmp_path: Path, rows:
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"p\.jsonl: no such file; set principles\.path"):
         load_pool(source(source="file", path=str(tmp_path / "p.jsonl")))
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------------
+
+SHORT = {"name": "length_constraints:number_words", "relation": "at most", "num_words": 40}
+AS_TEXT = '{"name":"length_constraints:number_words","num_words":40,"relation":"at most"}'
+
+
+def test_a_files_row_may_carry_checks(tmp_path: Path):
+    rows = [
+        {"good": "G1", "bad": "B1", "check": SHORT},
+        {"good": "G2", "bad": "B2", "query": "how?", "checks": [SHORT, "punctuation:no_comma"]},
+    ]
+    pool = load_pool(write(tmp_path / "p.jsonl", *rows))
+    assert choose_principles(make("why?"), pool, seed=0).checks == (AS_TEXT,)
+    assert choose_principles(make("how?"), pool, seed=0).checks == (AS_TEXT, '{"name":"punctuation:no_comma"}')
+
+
+def test_a_wrong_check_is_named_with_its_line_and_the_nearest_name(tmp_path: Path):
+    section = write(tmp_path / "p.jsonl", {"good": "G1", "bad": "B1", "check": "punctuation:no_commas"})
+    with pytest.raises(
+        ValueError, match=r"p\.jsonl.*1.*no check 'punctuation:no_commas'; did you mean 'punctuation:no_comma'"
+    ):
+        load_pool(section)
+
+
+def test_checks_travel_through_a_sealed_row_and_an_added_concision_pair():
+    pool = load_pool(source(concision=1))
+    pair = PrinciplePair(GOOD, BAD, "style", (AS_TEXT,))
+    given = choose_principles(make("why?"), replace(pool, pairs=(pair,)), seed=0)
+    assert given.concision
+    assert given.checks == (AS_TEXT,)
+    table = pa.Table.from_pylist([{"query_id": "q", "messages": [], "principles": asdict(given)}], schema=columns.PRINCIPLES)
+    assert columns.principles(table.to_pylist()[0]) == given
+
+
+@pytest.mark.parametrize("name", ["house-style", "checked-principles"])
+def test_shipped_principle_files_carry_checks(name: str):
+    file = Path(__file__).parents[2] / "recipes" / "data" / f"{name}.jsonl"
+    pool = load_pool(source(source="file", path=str(file)))
+    assert pool.pairs
+    assert all(pair.checks for pair in pool.pairs)
+    assert len({pair.good for pair in pool.pairs}) == len(pool.pairs)

@@ -26,6 +26,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.decoding import ATTENTION_NAME, Segment, SlotCache, UnsupportedAttentionError, choose, plan_step
 from selfsteer.models import end_ids, load_model, position_limit, read_tokenizer, untrained_ids
+from selfsteer.prompts import assistant_turn
 from selfsteer.records import Adapter, FinishReason
 from selfsteer.runtime import stop_requested
 
@@ -98,8 +99,9 @@ class TransformersEngine:
         self._apply(None)
         self._tokenizer = read_tokenizer(self.model_path, trust_remote_code=trust)
         rows = cast(int, self._model.config.get_text_config().vocab_size)
+        closing = {assistant_turn(self._tokenizer).end_id} if self._tokenizer.chat_template else set[int]()
         self._vocabulary = _Vocabulary(
-            ends=end_ids(self.model_path, self._tokenizer).union(self._more_ends),
+            ends=end_ids(self.model_path, self._tokenizer).union(self._more_ends, closing),
             never=untrained_ids(self._tokenizer, rows),
         )
         # A request says all about its sampling: a model's own top_k or repetition penalty would change the distribution.

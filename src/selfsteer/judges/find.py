@@ -74,11 +74,13 @@ class RecipeJudge:
 
 
 def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
-    """The recipe's judge, None where it names none. policy: says whether code that comes with a model may run.
+    """The recipe's judge, None where it names none, or code (`judges/checks.py`).
+
+    policy: says whether code that comes with a model may run.
 
     Raises ValueError for a model that is not there or has no chat template, and for a template without its places.
     """
-    if section.kind == "none":
+    if section.kind in ("none", "checks"):
         return None
     template = judge_template(None if section.template is None else Path(section.template))
     model = None
@@ -115,6 +117,10 @@ def read_judge(reference: str) -> JudgeSection:
         raise RecipeError(mistakes) from None
     if section.kind == "none":
         raise RecipeError(f"{path}: names no judge; expected a section judge with a kind, and with a model or an engine")
+    if section.kind == "checks":
+        raise RecipeError(
+            f"{path}: judge.kind: checks needs principles, which a file of pairs lacks; name an LLM or reward model"
+        )
     return section
 
 

@@ -30,7 +30,7 @@ from selfsteer.measures.verdicts import Orders, Verdict, by_orders, failure, no_
 from selfsteer.prompts import Prompts
 from selfsteer.records import Message, Pair, side
 from selfsteer.runtime import progress, raise_if_stopped
-from selfsteer.store.durable import digest, read_small_text
+from selfsteer.store.durable import digest, read_small_text, regular_file
 from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
@@ -49,6 +49,7 @@ def judge_template(path: Path | None = None) -> str:
     """The built-in pairwise prompt, or a file's. ValueError, naming them, when places are missing."""
     if path is None:
         return _built_in_template()
+    regular_file(path, "set judge.template in the recipe")
     text = read_small_text(path)
     missing = [place for place in _PLACES if f"{{{place}}}" not in text]
     if missing:

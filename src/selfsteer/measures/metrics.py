@@ -6,6 +6,7 @@ A key whose inputs were missing is absent. On disk an `Estimate` is {"mean", "lo
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
+from selfsteer.measures.checks import CheckReport
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.records import Saving
@@ -78,6 +79,8 @@ class Measures(TypedDict, total=False):
     """What `measure` found. Keys whose inputs were missing are absent."""
 
     pairs: int
+    dropped: dict[str, int]
+    """Rows of a file that could not be measured, by reason."""
     on_policy: OnPolicy
     margin: Margin
     length: Length
@@ -106,6 +109,8 @@ class Measures(TypedDict, total=False):
     """Share of responses that leave the writing system of their query, of those where that can be told."""
     judge: JudgeReport
     """Of the judge that the recipe names."""
+    checks: CheckReport
+    """Of judge.kind checks, beside `judge`: which responses pass."""
     principle_consistency: JudgeReport
     """Of the self-judge by log pi(y | x+) - log pi(y | x-), summed over the tokens."""
     implicit_reward: JudgeReport
@@ -144,6 +149,35 @@ class ImplicitReward(TypedDict, total=False):
     before: Preference
     after: Preference
     reward: Reward
+
+
+class AnswerShares(TypedDict, total=False):
+    """A share of the answers to the same held-out queries."""
+
+    check: str
+    """As canonical JSON, of the share that passes this check alone."""
+    before: Estimate
+    """By the policy that the run began with, given the bare query."""
+    after: Estimate
+    """By the aligned policy, likewise."""
+    prompted: Estimate
+    """By the policy that the run began with, given the query under its good principle: what there is to win."""
+    change: Estimate
+    """after - before, query by query."""
+    gap: Estimate
+    """prompted - after, query by query: what is left to win."""
+
+
+class CheckedAnswers(TypedDict):
+    """How many answers to held-out queries pass the checks of the query's principle."""
+
+    queries: int
+    passing: AnswerShares
+    """All checks."""
+    checks: list[AnswerShares]
+    """Each check, of the queries whose principle has it; the most frequent first."""
+    truncated: AnswerShares
+    """Answers cut off by the token limit."""
 
 
 class Comparison(TypedDict, total=False):
@@ -249,6 +283,8 @@ class RoundMetrics(TypedDict, total=False):
     bad_generator: TrainingSummary
     """Of a dual generator, the one of the rejected responses."""
     policy: TrainingSummary
+    answers: CheckedAnswers
+    """Of quality.answers."""
 
 
 class RunFacts(TypedDict):

@@ -45,6 +45,9 @@ MEASURES: Mapping[str, Gateable] = {
     "ties": Gateable("pairs.judge.ties", _SHARE, "share of pairs that the judge calls a tie"),
     "flips": Gateable("pairs.judge.flips", _SHARE, "share of pairs on which the judge's two orders disagree"),
     "longer_wins": Gateable("pairs.judge.longer_wins", _SHARE, "share of decided pairs in which the longer response wins"),
+    "passes_chosen": Gateable("pairs.checks.chosen", _SHARE, "share of chosen that pass the checks of their principle"),
+    "passes_rejected": Gateable("pairs.checks.rejected", _SHARE, "share of rejected that pass them"),
+    "check_wins": Gateable("pairs.checks.win", _SHARE, "share of pairs whose chosen response passes and rejected does not"),
     "principle_consistency": Gateable(
         "pairs.principle_consistency.accuracy", _SHARE, "share of pairs that their principles rank in this order"
     ),

@@ -83,7 +83,7 @@ class CardFacts(TypedDict):
 
 def judged(recipe: Recipe, method: Method) -> str:
     """Who judged the pairs that a recipe makes or is given, and which of them align the policy."""
-    judges = {"none": "", "llm": "an LLM", "reward_model": "a reward model"}
+    judges = {"none": "", "llm": "an LLM", "reward_model": "a reward model", "checks": "code"}
     selects, judge = recipe.selection.active, judges[recipe.judge.kind]
     if selects and recipe.selection.by == "judge":
         return f"The scores of {judge} decided which of the pairs the model was trained on."

@@ -16,7 +16,7 @@ from selfsteer.measures.metrics import Cell, cell, plain
 from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.report.page import table_html
 from selfsteer.report.tables import Row, Table, duration, markdown
-from selfsteer.store.durable import replacing
+from selfsteer.store.durable import read_json, replacing
 
 BASELINE = "pbaa"
 
@@ -30,9 +30,17 @@ _ORDER = {
     "length rejected": "length_rejected",
 }
 
+_PASSING = {"before alignment": "passes_before", "after": "passes_after", "told to": "passes_prompted"}
+
+_GROUPS = (
+    ("On-policy probability", _ON_POLICY),
+    ("Order and length in tokens", _ORDER),
+    ("Held-out answers that pass the checks of their principle", _PASSING),
+)
+
 _JUDGED = {"accuracy": "accuracy", "principle consistency": "principle_consistency"}
 
-SHARES = frozenset(_JUDGED.values())
+SHARES = frozenset((*_JUDGED.values(), *_PASSING.values()))
 """Measures that are shares."""
 
 
@@ -82,13 +90,15 @@ def comparison_tables(result: ComparisonResult) -> Iterator[Table]:
     """The arms as rows: measures, differences from PBAA, trainings and win rates."""
     arms = {name: arm for name, arm in result["arms"].items() if "measures" in arm}
     about = f"On {result['holdout']:,} held-out queries, seeds {', '.join(map(str, result['seeds']))}. {METHOD}"
-    for title, columns in (("On-policy probability", _ON_POLICY), ("Order and length in tokens", _ORDER)):
-        yield _measures(title, arms, columns, "measures", about)
+    for title, columns in _GROUPS:
+        if any(measure in cast(Any, arm)["measures"] for measure in columns.values() for arm in arms.values()):
+            yield _measures(title, arms, columns, "measures", about)
     compared = {name: arm for name, arm in arms.items() if "difference" in arm}
     if compared:
         about = "Per query, over the held-out queries that both arms have; several seeds are averaged within a query."
-        for title, columns in (("On-policy probability", _ON_POLICY), ("Order and length in tokens", _ORDER)):
-            yield _measures(f"{title}: difference from {BASELINE}", compared, columns, "difference", about)
+        for title, columns in _GROUPS:
+            if any(measure in cast(Any, arm)["difference"] for measure in columns.values() for arm in compared.values()):
+                yield _measures(f"{title}: difference from {BASELINE}", compared, columns, "difference", about)
         yield from _seed_tables(compared, result["seeds"])
     yield _trainings(arms)
 
@@ -168,9 +178,13 @@ def write_comparison(folder: Path, result: ComparisonResult) -> None:
 def read_comparison(folder: Path) -> ComparisonResult:
     """What `write_comparison` wrote, an `Estimate` being {"mean", "low", "high", "n"}. ValueError where there is none."""
     path = folder / "comparison.json"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{folder}: no comparison here (no comparison.json). Name the folder that `compare` was given.")
-    return cast(ComparisonResult, json.loads(path.read_bytes()))
+    shape = {"baseline": str, "model": str, "seeds": list, "holdout": int, "arms": dict}
+    return cast(ComparisonResult, read_json(path, shape, way_out=_WAY_OUT))
+
+
+_WAY_OUT = "run `selfsteer compare` again, which writes it anew from what is sealed"
 
 
 def write_tables(folder: Path, result: ComparisonResult) -> None:
@@ -203,6 +217,13 @@ _AGAINST = {"accuracy": "accuracy by the judge", "principle_consistency": "princ
 def write_comparison_page(folder: Path) -> None:
     """Write comparison.md and comparison.html beside a comparison.json. Raises ValueError where there is none."""
     result = read_comparison(folder)
+    try:
+        _write_page(folder, result)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder / 'comparison.json'}: damaged, not what was written ({error!r}); {_WAY_OUT}") from error
+
+
+def _write_page(folder: Path, result: ComparisonResult) -> None:
     write_tables(folder, result)
     facts = (
         result["model"],

@@ -10,11 +10,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from selfsteer.measures.metrics import Form, Metrics, RoundMetrics, cell, find, plain
 from selfsteer.measures.quality import scored
-from selfsteer.records import Pair
+from selfsteer.records import Message, Pair
 from selfsteer.report import tables
 from selfsteer.report.tables import Table, duration
 from selfsteer.store.durable import replacing
@@ -22,20 +22,28 @@ from selfsteer.store.durable import replacing
 EXAMPLES = 10
 
 
-def pick_examples(pairs: Iterable[Pair], *, n: int = EXAMPLES, seed: int = 0) -> list[Pair]:
-    """n pairs drawn evenly from a stream (reservoir sampling, Vitter 1985), in its order."""
+T = TypeVar("T")
+
+
+def pick_examples(items: Iterable[T], *, n: int = EXAMPLES, seed: int = 0) -> list[T]:
+    """n items drawn evenly from a stream (reservoir sampling, Vitter 1985), in its order."""
     rng = random.Random(seed)
-    kept: list[tuple[int, Pair]] = []
-    for number, pair in enumerate(pairs):
+    kept: list[tuple[int, T]] = []
+    for number, item in enumerate(items):
         if number < n:
-            kept.append((number, pair))
+            kept.append((number, item))
         elif (place := rng.randrange(number + 1)) < n:
-            kept[place] = (number, pair)
-    return [pair for _, pair in sorted(kept, key=lambda item: item[0])]
+            kept[place] = (number, item)
+    return [item for _, item in sorted(kept, key=lambda numbered: numbered[0])]
 
 
-def write_page(path: Path, metrics: Metrics, examples: Sequence[Pair] = ()) -> None:
-    """Write report.html, whole or not at all; without matplotlib, without plots."""
+def write_page(
+    path: Path, metrics: Metrics, examples: Sequence[Pair] = (), answers: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write report.html, whole or not at all; without matplotlib, without plots.
+
+    answers: rows of `columns.ANSWERS` to read.
+    """
     run = metrics["run"]
     facts = [f"from {run['model']}", f"seed {run['seed']}", duration(run["seconds"]), run.get("hardware", "")]
     facts += [f"{name} {number}" for name, number in run.get("versions", {}).items()]
@@ -47,7 +55,7 @@ def write_page(path: Path, metrics: Metrics, examples: Sequence[Pair] = ()) -> N
         figures=_figures(metrics["rounds"][-1]) if metrics["rounds"] else "",
         tables="\n".join(map(table_html, tables.tables(metrics["rounds"]))),
         plots=f"<section><h2>Distributions</h2>{plots}</section>" if plots else "",
-        examples=_examples(examples),
+        examples=_answers(answers) + _examples(examples),
         closing=escape(tables.closing_line(metrics)),
     )
     with replacing(path) as file:
@@ -58,6 +66,9 @@ def _figures(this: RoundMetrics) -> str:
     """The few numbers to see first."""
     data = cast("Mapping[str, Any]", plain(this))
     shown: tuple[tuple[str, str, Form, bool], ...] = (
+        ("held-out answers follow the principle before", "answers.passing.before", "share", False),
+        ("after", "answers.passing.after", "share", False),
+        ("told to", "answers.passing.prompted", "share", False),
         ("preference pairs", "alignment.pairs", "number", False),
         ("on-policy probability", "alignment.on_policy.all", "number", False),
         ("more on-policy than PBAA", "comparison.all", "number", True),
@@ -103,6 +114,34 @@ def _plots(metrics: Metrics) -> Iterable[str]:
             yield f"<figure>{plot.svg}<figcaption>{escape(plot.caption)}</figcaption></figure>"
 
 
+def _answers(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    drawn = "\n".join(map(_answer, rows))
+    about = f"{len(rows)} held-out queries, drawn at random, without their principle."
+    return f"<section><h2>Answers before and after the alignment</h2><p>{about}</p>{drawn}</section>"
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    sides: list[str] = []
+    for which, kind in (("before", "rejected"), ("after", "chosen")):
+        reasons = [reason for reason in row[f"{which}_why_not"] if reason is not None]
+        facts = [which, "; ".join(reasons) or "passes"]
+        if row[which]["finish_reason"] == "length":
+            facts.append("cut off")
+        text = escape(row[which]["text"])
+        sides.append(f'<div class="{kind}"><h3>{escape(" · ".join(facts))}</h3><div class="text">{text}</div></div>')
+    principle = f"<dl><dt>good principle</dt><dd>{escape(row['principles']['good'])}</dd></dl>"
+    return f'<article>{_turns(row["messages"])}{principle}<div class="pair">{"".join(sides)}</div></article>'
+
+
+def _turns(messages: Iterable[Message]) -> str:
+    return "".join(
+        f'<div class="turn"><h3>{escape(turn["role"])}</h3><div class="text">{escape(turn["content"])}</div></div>'
+        for turn in messages
+    )
+
+
 def _examples(pairs: Sequence[Pair]) -> str:
     if not pairs:
         return ""
@@ -121,12 +160,9 @@ def _example(pair: Pair) -> str:
             facts.append("cut off")
         text = f'<div class="text">{escape(side.text)}</div>'
         sides.append(f'<div class="{name}"><h3>{escape(" · ".join(facts))}</h3>{text}</div>')
-    prompt = "".join(
-        f'<div class="turn"><h3>{escape(turn["role"])}</h3><div class="text">{escape(turn["content"])}</div></div>'
-        for turn in pair.prompt
-    )
     extra = ""
     if pair.principles is not None:
         named = (("good", pair.principles.good), ("bad", pair.principles.bad))
         extra = "".join(f"<dt>{name} principle</dt><dd>{escape(text)}</dd>" for name, text in named)
-    return f'<article>{prompt}{f"<dl>{extra}</dl>" if extra else ""}<div class="pair">{"".join(sides)}</div></article>'
+    known = f"<dl>{extra}</dl>" if extra else ""
+    return f'<article>{_turns(pair.prompt)}{known}<div class="pair">{"".join(sides)}</div></article>'

@@ -8,16 +8,19 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from selfsteer.measures.estimates import METHOD
+from selfsteer.measures.checks import parse
+from selfsteer.measures.estimates import METHOD, share_estimate
 from selfsteer.measures.metrics import (
+    AnswerShares,
     Cell,
+    CheckedAnswers,
     Comparison,
     Contamination,
     Drift,
@@ -91,6 +94,9 @@ VERDICTS = (
     ("answers A or B", "mass"),
 )
 """Labels and keys of what a judge's report tells."""
+
+PRINCIPLES = 20
+"""Of principles with checks, so many are listed; metrics.json has all."""
 
 PBAA, GENERATOR, ALIGNMENT, SELECTED = "PBAA pairs", "generator pairs", "alignment pairs", "selected pairs"
 
@@ -178,6 +184,7 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
         columns = data_sets(this)
         if columns:
             yield measures_table(columns, this.get("comparison"), title=f"Preference data{suffix}")
+        yield from _checks(this, suffix)
         if "contamination" in this:
             yield _contamination(this["contamination"], f"Overlap of the queries with evaluation files{suffix}")
         if "drift" in this:
@@ -188,6 +195,8 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
             yield _stops_table(this["stop_when"], f"What would end the rounds{suffix}")
         if "generator" in this or "policy" in this:
             yield _trainings(this, f"Training{suffix}")
+        if "answers" in this:
+            yield _answers(this["answers"], f"Answers to held-out queries that follow their principle{suffix}")
 
 
 def data_sets(this: RoundMetrics) -> dict[str, Measures]:
@@ -241,6 +250,7 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
             cells += (cell(find(differences or {}, difference), form, signed=True) if difference else Cell(""),)
         return Row(label, cells)
 
+    names = {"judge": "checks"} if any("checks" in measures for measures in sets) else {}
     unit = next((found for found in (find(measures, "length.unit") for measures in sets) if found), "words")
     groups = (
         ("", [line("pairs", "pairs")]),
@@ -266,7 +276,10 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
                 line("chosen longer", "length.chosen_longer", "share"),
             ],
         ),
-        *((f"judged by {name}", [*_judged(line, key), *_unjudged(sets, key, blank=compared)]) for key, name in JUDGES),
+        *(
+            (f"judged by {names.get(key, name)}", [*_judged(line, key), *_unjudged(sets, key, blank=compared)])
+            for key, name in JUDGES
+        ),
         (
             "variety",
             [
@@ -321,6 +334,85 @@ def _stages(this: RoundMetrics, title: str) -> Table:
         numbers = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]))
         rows.append(Row(name, (*map(Cell, numbers), Cell(listed))))
     return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), left=True)
+
+
+def _checks(this: RoundMetrics, suffix: str) -> Iterator[Table]:
+    """What checks say of each set of pairs, and of each principle."""
+    sets = {name: measures for name, measures in data_sets(this).items() if "checks" in measures}
+    if not sets:
+        return
+    original = this.get("steering", Measures()).get("checks")
+    reports = [cast(Json, plain(measures["checks"])) for measures in sets.values() if "checks" in measures]
+
+    def line(label: str, key: str, form: Form = "share") -> Row:
+        return Row(label, tuple(cell(report.get(key), form) for report in reports))
+
+    rows = [
+        line("pairs", "pairs", "number"),
+        *([line("pairs without a check", "unchecked", "number")] if any(report["unchecked"] for report in reports) else []),
+        line("chosen passes", "chosen"),
+        line("rejected passes", "rejected"),
+        line("chosen passes, rejected does not", "win"),
+        line("the reverse", "loss"),
+        line("both pass", "both_pass"),
+        line("neither passes", "both_fail"),
+    ]
+    note = METHOD
+    if original is not None and "original" in original:
+        bare = cell(plain(original["original"]), "share")
+        note = f"Of the policy's answers to the bare queries {bare.value} {bare.interval} pass. {note}"
+    yield Table(f"Responses that pass the checks of their principle{suffix}", tuple(sets), tuple(rows), note)
+    last = next(reversed(sets))
+    listed = reports[-1]["principles"][:PRINCIPLES]
+    if listed:
+        yield _principles(listed, f"{last[0].upper()}{last[1:]} by principle{suffix}")
+
+
+def _principles(listed: Sequence[Mapping[str, Any]], title: str) -> Table:
+    def share(hits: int, pairs: int) -> Cell:
+        return cell(plain(share_estimate(hits, pairs)), "share")
+
+    rows = (
+        Row(
+            _short(each["principle"]),
+            (
+                Cell(f"{each['pairs']:,}"),
+                share(each["chosen"], each["pairs"]),
+                share(each["rejected"], each["pairs"]),
+                Cell(f"USELESS: {each['useless']}" if "useless" in each else ""),
+            ),
+        )
+        for each in listed
+    )
+    return Table(title, ("pairs", "chosen passes", "rejected passes", ""), tuple(rows), METHOD, left=True)
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _answers(found: CheckedAnswers, title: str) -> Table:
+    columns = ("before", "after", "change", "prompted")
+
+    def line(label: str, shares: AnswerShares) -> Row:
+        values = cast(Json, plain(shares))
+        return Row(label, tuple(cell(values.get(key), "share", signed=key == "change") for key in columns))
+
+    rows = [line("all checks" if len(found["checks"]) > 1 else "its check", found["passing"])]
+    if len(found["checks"]) > 1:
+        rows += (line(f"  {check_label(each['check'])}", each) for each in found["checks"][:PRINCIPLES] if "check" in each)
+    rows.append(line("cut off", found["truncated"]))
+    note = (
+        f"{found['queries']:,} queries that trained nothing. Before and after the alignment: the bare query, without the"
+        " principle. Told to: the first policy with the principle as its system message, which is what there is to win."
+        f" {METHOD}"
+    )
+    return Table(title, ("before alignment", "after", "change", "told to"), tuple(rows), note)
+
+
+def check_label(text: str) -> str:
+    """A check, given as canonical JSON, for people."""
+    return parse(json.loads(text), "a sealed row").label
 
 
 def _contamination(found: Contamination, title: str) -> Table:

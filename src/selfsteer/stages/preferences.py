@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.exchange import read_pairs
+from selfsteer.data.exchange import drop_reason, read_pairs
+from selfsteer.data.files import say_once, source_digest
 from selfsteer.engines.base import Request
 from selfsteer.engines.sampling import sample
 from selfsteer.models import positions_of
 from selfsteer.pairs import alignment_pair, item_key, reject_reason, sampled_special_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Dropped, Pair, Responses
+from selfsteer.records import Dropped, Message, Pair, Responses
 from selfsteer.stages.base import (
     TOO_LONG,
     Round,
@@ -30,7 +31,6 @@ from selfsteer.stages.base import (
 from selfsteer.stages.responses import answers_to, engine_of, note_texts, requests_of
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
-from selfsteer.store.durable import file_digest
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.training.scoring import Group, score_missing, scores, tokenize
 
@@ -150,7 +150,7 @@ def _preference_pairs(
 def given_stage(round: Round, pairs: Path) -> Stage:
     """Stage 5 filled from a file: checked pairs with their reference log-probabilities under the policy."""
     settings = {"max_prompt_tokens": round.recipe.queries.max_prompt_tokens, **arithmetic(round.recipe.training)}
-    origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": file_digest(pairs)})
+    origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": source_digest(pairs)})
     return make_stage(round, PREFERENCES, origin, lambda work: _given(round, work, pairs))
 
 
@@ -191,9 +191,19 @@ def usable_pairs(
         if isinstance(row, Dropped):
             yield row
             continue
+        for side in ("chosen", "rejected"):
+            text = row[side][-1]["content"]
+            bare = prompts.without_end(text)
+            if bare != text:
+                say_once(
+                    f"{path}: responses end in a special token; it is taken off, as the end of a response is trained anyway"
+                )
+                row[side] = [Message(role="assistant", content=bare)]
         pair = columns.pair(row)
-        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason(
-            (pair.chosen.text, pair.rejected.text), prompts
+        reason = (
+            drop_reason(row)
+            or prompts.quarantine_reason(pair.prompt)
+            or special_token_reason((pair.chosen.text, pair.rejected.text), prompts)
         )
         if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
             reason = "prompt too long"

@@ -23,6 +23,7 @@ from selfsteer.engines import open as opening
 from selfsteer.engines.base import Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import kept_open, request, sample
+from selfsteer.measures.checks import parse_all
 from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import sections
@@ -31,7 +32,7 @@ from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.records import Dropped, Message, Principles, Query
 from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, share_of_round
 from selfsteer.store import columns
-from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.durable import digest, file_digest, regular_file
 from selfsteer.store.folder import Contents, Origin, Stage
 
 _UNNAMED = "unnamed"
@@ -44,6 +45,8 @@ class PrinciplePair(NamedTuple):
     good: str
     bad: str
     quality: str
+    checks: tuple[str, ...] = ()
+    """As in `Principles`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +108,7 @@ def choose_principles(query: Query, pool: Pool, seed: int) -> Principles:
                 "a query that serve all others"
             )
         pair = pool.pairs[_draw(seed, query, "pair") % len(pool.pairs)]
-    principles = Principles(good=pair.good, bad=pair.bad, quality=pair.quality, source=pool.source)
+    principles = Principles(good=pair.good, bad=pair.bad, quality=pair.quality, source=pool.source, checks=pair.checks)
     return _with_concision(principles, query, pool.concision, seed)
 
 
@@ -144,29 +147,37 @@ def _template(name: str) -> object:
 @cache
 def library() -> tuple[PrinciplePair, ...]:
     """The built-in pairs, without those on concision."""
-    qualities = cast(dict[str, dict[str, list[dict[str, str]]]], _template("principles.yaml"))["qualities"]
-    return tuple(PrinciplePair(quality=quality, **pair) for quality, pairs in qualities.items() for pair in pairs)
+    qualities = cast(dict[str, dict[str, list[dict[str, Any]]]], _template("principles.yaml"))["qualities"]
+    return tuple(_library_pair(quality, pair) for quality, pairs in qualities.items() for pair in pairs)
 
 
 @cache
 def concision_pairs() -> tuple[PrinciplePair, ...]:
     """The built-in pairs that are added to others, against length bias."""
-    pairs = cast(dict[str, list[dict[str, str]]], _template("principles.yaml"))["concision"]
-    return tuple(PrinciplePair(quality="concision", **pair) for pair in pairs)
+    pairs = cast(dict[str, list[dict[str, Any]]], _template("principles.yaml"))["concision"]
+    return tuple(_library_pair("concision", pair) for pair in pairs)
+
+
+def _library_pair(quality: str, fields: Mapping[str, Any]) -> PrinciplePair:
+    return PrinciplePair(fields["good"], fields["bad"], quality, _checks(fields, f"principles.yaml, {quality}"))
+
+
+def _checks(fields: Mapping[str, object], place: str) -> tuple[str, ...]:
+    return tuple(check.as_json() for check in parse_all(fields, place))
 
 
 def _read_file(path: Path) -> tuple[list[PrinciplePair], dict[str, PrinciplePair]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; set principles.path in the recipe")
+    regular_file(path, "set principles.path in the recipe")
     pairs: list[PrinciplePair] = []
     own: dict[str, PrinciplePair] = {}
-    for place, fields in jsonl_rows(path):
-        if unknown := sorted(set(fields) - {"good", "bad", "quality", "query"}):
-            raise ValueError(f"{place}: unknown keys {unknown}; a row takes good, bad, quality and query")
+    for place, fields, _ in jsonl_rows(path):
+        if unknown := sorted(set(fields) - {"good", "bad", "quality", "query", "check", "checks"}):
+            raise ValueError(f"{place}: unknown keys {unknown}; a row takes good, bad, quality, query and check (or checks)")
         good, bad = _text(fields, "good", place), _text(fields, "bad", place)
         if fold(good) == fold(bad):
             raise ValueError(f"{place}: good and bad are the same text; the two must be opposed")
-        pair = PrinciplePair(good, bad, _text(fields, "quality", place) if fields.get("quality") is not None else _UNNAMED)
+        quality = _text(fields, "quality", place) if fields.get("quality") is not None else _UNNAMED
+        pair = PrinciplePair(good, bad, quality, _checks(fields, place))
         if fields.get("query") is None:
             pairs.append(pair)
             continue
@@ -301,7 +312,7 @@ def principles_stage(round: Round) -> Stage:
         "principles": section.model_dump(exclude={"path", "engine", "limit"}),
         **(sampling_identity(section.engine or round.recipe.engine) if section.source == "generate" else {}),
         "system_role": round.prompts.system_role,
-        "library": digest([list(pair) for pair in load_pool(section).pairs]),
+        "library": digest([[*pair[:3], *pair.checks] for pair in load_pool(section).pairs]),
         "seed": round.recipe.seed,
         "round": round.number,
     }

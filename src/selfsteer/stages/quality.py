@@ -1,42 +1,49 @@
 """What judges say about a round's pairs, sealed before the policy is aligned on them.
 
     5-quality/verdicts.parquet      a row a judge and pair     5-quality/contamination.json     overlap of the queries
+    5-quality/checks.parquet        with judge.kind checks, a row a pair: why either response does not pass
 
 Judged are the alignment pairs and, beside a generator, the policy's own pairs (PBAA), on at most `quality.sample` queries
-each. Left out on purpose: how judges judge (`judges.py`, `self_judges.py`), and what follows (`gates.py`, `summary.py`).
+each; by checks the steering pairs, too. Left out on purpose: how judges judge (`judges/`), and what follows.
 """
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
 
+from selfsteer.judges.checks import checks_of, checks_verdicts
 from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge
 from selfsteer.judges.implicit import consistency_verdicts
+from selfsteer.measures.checks import CheckReport, Outcome, Passes, check_report, why_not
 from selfsteer.measures.contamination import check_files, contamination, overlaps, read_evaluation
-from selfsteer.measures.estimates import Estimate
+from selfsteer.measures.estimates import Estimate, share_estimate
 from selfsteer.measures.metrics import Contamination, plain
 from selfsteer.measures.verdicts import JudgeReport, Orders, Verdict, judge_report, unanswered
 from selfsteer.recipe.sections import Recipe
-from selfsteer.records import Pair, Query
+from selfsteer.records import Pair, Principles, Query
 from selfsteer.stages.base import Round, Work, arithmetic, draw, held_out, inputs_of, kept, make_stage, policy_as_judge
+from selfsteer.stages.principles import concision_pairs, load_pool
 from selfsteer.stages.steering import POLICY_PAIRS
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, file_digest, replacing
+from selfsteer.store.durable import canonical_json, file_digest, read_json, replacing
 from selfsteer.store.folder import Contents, Origin, Stage
 
 log = logging.getLogger(__name__)
 
 QUALITY = "5-quality"
 
-VERDICTS, _CONTAMINATION = "verdicts.parquet", "contamination.json"
+VERDICTS, CHECKS, _CONTAMINATION = "verdicts.parquet", "checks.parquet", "contamination.json"
 
-DataSet = Literal["pbaa", "alignment"]
+DataSet = Literal["pbaa", "steering", "alignment"]
 """As in `RoundMetrics`."""
+
+Rows = Callable[[], Iterator[dict[str, Any]]]
+"""The rows of a set of pairs, each time from the beginning."""
 
 JudgeName = Literal["judge", "principle_consistency"]
 """As in `Measures`."""
@@ -56,19 +63,59 @@ VERDICT_SCHEMA = pa.schema(
     ]
 )
 
+CHECK_SCHEMA = pa.schema(
+    [
+        ("pairs", pa.string()),
+        ("query_id", pa.string()),
+        ("principle", pa.string()),
+        ("checks", pa.list_(pa.string())),
+        ("chosen_why_not", pa.string()),
+        ("rejected_why_not", pa.string()),
+        ("original_passes", pa.bool_()),
+    ]
+)
+"""Why either response does not pass, null where it does; and of a steering pair, whether y_o does."""
+
 
 def measured(recipe: Recipe, *, principles: bool) -> bool:
     """Whether the recipe asks for anything here. principles: the pairs come with the principles they were sampled under."""
     consistency = recipe.quality.principle_consistency and principles
-    return consistency or recipe.judge.kind != "none" or bool(recipe.quality.evaluation_files)
+    judged = recipe.judge.kind not in ("none", "checks") or by_checks(recipe, principles=principles)
+    return consistency or judged or bool(recipe.quality.evaluation_files)
 
 
-def check_judging(recipe: Recipe) -> None:
-    """Raises ValueError for a judge or an evaluation file that is not there, before anything is sampled."""
+def by_checks(recipe: Recipe, *, principles: bool = True) -> bool:
+    """Whether code judges the pairs; those made elsewhere have no principles to hold them against."""
+    return recipe.judge.kind == "checks" and principles
+
+
+def check_judging(recipe: Recipe, *, principles: bool = True) -> None:
+    """Raises ValueError for a judge or an evaluation file that is not there, before anything is sampled.
+
+    principles: the pairs will come with the principles they were sampled under.
+    """
+    if recipe.judge.kind == "checks":
+        _require_checks(recipe, principles=principles)
     judge = find_judge(recipe.judge, recipe.policy)
     if judge is not None:
         check_judge(judge)
     check_files([Path(file) for file in recipe.quality.evaluation_files])
+
+
+def _require_checks(recipe: Recipe, *, principles: bool) -> None:
+    need = "judge.kind: checks needs principles that carry checks"
+    if not principles:
+        raise ValueError(
+            f"{need}, and pairs made elsewhere carry no principles; set judge.kind to none, llm or reward_model"
+        )
+    if recipe.principles.source == "generate":
+        raise ValueError(f"{need}, and a model writes none; set principles.source=file and principles.path (docs/checks.md)")
+    pool = load_pool(recipe.principles)
+    if not any(pair.checks for pair in (*pool.pairs, *pool.own.values())):
+        where = recipe.principles.path or "the library"
+        raise ValueError(
+            f'{need}, and none of {where} does; add "check" to its pairs (docs/checks.md), or set judge.kind=none'
+        )
 
 
 def quality_stage(
@@ -87,21 +134,26 @@ def quality_stage(
         inputs |= judge.inputs()
     settings = {
         "principle_consistency": recipe.quality.principle_consistency and principles,
-        "judge": None if judge is None else judge.settings(),
+        "judge": "checks" if by_checks(recipe, principles=principles) else None if judge is None else judge.settings(),
         "sample": recipe.quality.sample,
         "holdout": recipe.queries.holdout,
         "seed": recipe.seed,
         **arithmetic(recipe.training),
     }
     # In stage 5 of a run without a generator stand the policy's own pairs.
-    sets: dict[DataSet, Callable[[], Iterator[dict[str, Any]]]] = {}
+    sets: dict[DataSet, Rows] = {}
     if steering is not None:
         sets["pbaa"] = lambda: columns.file_rows(steering.path / POLICY_PAIRS)
     sets["pbaa" if recipe.generator.kind == "none" and principles else "alignment"] = preferences.rows
-    task = _Task(judge, bool(settings["principle_consistency"]), sets)
+    task = _Task(judge, bool(settings["principle_consistency"]), by_checks(recipe, principles=principles), sets)
+    if task.checks and steering is not None and recipe.generator.objective != "l_minus":
+        sets["steering"] = lambda: _steering_rows(steering, original=recipe.generator.objective == "sso")
     origin = Origin(settings=settings, inputs=inputs)
     reopen_unanswered(round.folder.stage(round.number, QUALITY), origin)
-    return make_stage(round, QUALITY, origin, lambda work: _quality(round, work, preferences, task))
+    stage = make_stage(round, QUALITY, origin, lambda work: _quality(round, work, preferences, task))
+    if task.checks:
+        _warn_of_useless(read_checks(stage))
+    return stage
 
 
 def reopen_unanswered(stage: Stage, origin: Origin) -> None:
@@ -117,40 +169,49 @@ def reopen_unanswered(stage: Stage, origin: Origin) -> None:
 class _Task(NamedTuple):
     judge: RecipeJudge | None
     consistency: bool
-    sets: Mapping[DataSet, Callable[[], Iterator[dict[str, Any]]]]
+    checks: bool
+    sets: Mapping[DataSet, Rows]
 
 
 def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Contents:
     found = (
         verdict_row(name, by, verdict)
         for name, rows in task.sets.items()
-        for by, verdicts in _judged(round, work, rows, task)
+        for by, verdicts in _judged(round, work, name, rows, task)
         for verdict in verdicts
     )
     columns.write_rows(work.stage.path / VERDICTS, found, VERDICT_SCHEMA)
     files = [VERDICTS]
+    if task.checks:
+        checked = (check_row(name, row) for name, rows in task.sets.items() for row in _drawn(round, rows))
+        columns.write_rows(work.stage.path / CHECKS, checked, CHECK_SCHEMA)
+        files.append(CHECKS)
     if round.recipe.quality.evaluation_files:
         _write_contamination(work.stage.path / _CONTAMINATION, round.recipe.quality.evaluation_files, preferences)
         files.append(_CONTAMINATION)
     return Contents(wanted=kept(preferences), files=tuple(files))
 
 
-def _judged(
-    round: Round, work: Work, rows: Callable[[], Iterator[dict[str, Any]]], task: _Task
-) -> Iterator[tuple[JudgeName, Iterator[Verdict]]]:
-    """The verdicts of every judge on one set of pairs."""
+def _drawn(round: Round, rows: Rows) -> Iterator[dict[str, Any]]:
+    """The rows that are judged."""
     ids = {row["query_id"] for row in rows()}
     # Beside a generator the policy's own pairs are of the queries that trained it: of those none is held out.
     drawn = draw(round, ids & held_out(round) or ids, round.recipe.quality.sample)
+    return (row for row in rows() if row["query_id"] in drawn)
 
-    def chosen() -> Iterator[dict[str, Any]]:
-        return (row for row in rows() if row["query_id"] in drawn)
+
+def _judged(
+    round: Round, work: Work, name: DataSet, rows: Rows, task: _Task
+) -> Iterator[tuple[JudgeName, Iterator[Verdict]]]:
+    """The verdicts of every judge on one set of pairs."""
 
     def pairs() -> Iterator[Pair]:
-        return map(columns.pair, chosen())
+        return map(columns.pair, _drawn(round, rows))
 
-    total = sum(1 for _ in chosen())
-    if task.consistency:
+    total = sum(1 for _ in _drawn(round, rows))
+    if task.checks:
+        yield "judge", checks_verdicts(pairs())
+    if task.consistency and name != "steering":
         both = consistency_verdicts(policy_as_judge(round), pairs, work.journal, total=total)
         yield "principle_consistency", (each.summed for each in both)
     if task.judge is not None:
@@ -192,6 +253,73 @@ def read_reports(stage: Stage) -> dict[DataSet, dict[JudgeName, JudgeReport]]:
     }
 
 
+# --- checks ----------------------------------------------------------------------------------------------------------------
+
+
+def _steering_rows(steering: Stage, *, original: bool) -> Iterator[dict[str, Any]]:
+    """The pairs of L+, y+ above y-; with `original`, y_o of the same query beside them, which L- has as its chosen one."""
+    for _, rows in groupby(steering.rows(), key=lambda row: row["query_id"]):
+        halves = {row["kind"]: row for row in rows}
+        row = halves["l_plus"]
+        yield {**row, "original": halves["l_minus"]["chosen"][-1]["content"]} if original else row
+
+
+def check_row(name: DataSet, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `CHECK_SCHEMA`."""
+    pair = columns.pair(row)
+    assert pair.principles is not None, "pairs made elsewhere are not checked"
+    checks = checks_of(pair.principles.checks)
+    return {
+        "pairs": name,
+        "query_id": pair.query_id,
+        "principle": _without_concision(pair.principles),
+        "checks": list(pair.principles.checks),
+        "chosen_why_not": why_not(checks, pair.chosen.text),
+        "rejected_why_not": why_not(checks, pair.rejected.text),
+        "original_passes": why_not(checks, row["original"]) is None if checks and "original" in row else None,
+    }
+
+
+def _without_concision(principles: Principles) -> str:
+    """The good principle as its file has it."""
+    added = [pair.good for pair in concision_pairs() if principles.concision and principles.good.endswith(pair.good)]
+    return principles.good.removesuffix(added[0]).rstrip() if added else principles.good
+
+
+def read_checks(stage: Stage) -> dict[DataSet, CheckReport]:
+    """What the checks say of each set of pairs; empty where the recipe's judge is another."""
+    path = stage.path / CHECKS
+    if not path.exists():
+        return {}
+    outcomes: defaultdict[DataSet, list[Outcome]] = defaultdict(list)
+    originals: defaultdict[DataSet, list[bool]] = defaultdict(list)
+    for row in columns.file_rows(path):
+        found = Passes(row["chosen_why_not"] is None, row["rejected_why_not"] is None) if row["checks"] else None
+        outcomes[row["pairs"]].append(Outcome(row["principle"], tuple(row["checks"]), found))
+        if row["original_passes"] is not None:
+            originals[row["pairs"]].append(row["original_passes"])
+    reports: dict[DataSet, CheckReport] = {name: check_report(each) for name, each in outcomes.items()}
+    for name, each in originals.items():
+        share = share_estimate(sum(each), len(each))
+        assert share is not None
+        reports[name]["original"] = share
+    return reports
+
+
+def _warn_of_useless(reports: Mapping[DataSet, CheckReport]) -> None:
+    for name, report in reports.items():
+        for each in report.get("principles", []):
+            if "useless" in each:
+                log.warning(
+                    "the checks of the principle %r tell nothing apart among the %s pairs: %s. Change the principle or its"
+                    " check (%s), or leave it out.",
+                    each["principle"],
+                    name,
+                    each["useless"],
+                    ", ".join(each["checks"]),
+                )
+
+
 # --- contamination ---------------------------------------------------------------------------------------------------------
 
 
@@ -211,5 +339,6 @@ def read_contamination(stage: Stage) -> Contamination | None:
     path = stage.path / _CONTAMINATION
     if not path.exists():
         return None
-    found = json.loads(path.read_bytes())
+    way_out = f"delete {stage.path / 'MANIFEST.json'} and run the same command again"
+    found = read_json(path, {"share": dict, "files": dict}, way_out=way_out)
     return Contamination(share=Estimate(**found["share"]), files=cast("dict[str, int]", found["files"]))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from selfsteer.judges.checks import checks_verdicts
 from selfsteer.judges.find import RecipeJudge, ask, find_judge
 from selfsteer.measures.quality import Rewards, rewards_of
 from selfsteer.measures.text import similarity, words
@@ -20,6 +21,7 @@ from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Selection
 from selfsteer.records import Dropped, Pair
 from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, policy_as_judge
+from selfsteer.stages.quality import by_checks
 from selfsteer.stages.training import MODEL, Generators
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, borrow
@@ -164,7 +166,10 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
         **arithmetic(round.recipe.training),
     }
     rank = _by_generator(round, candidates)
-    if section.by == "judge":
+    if section.by == "judge" and by_checks(round.recipe):
+        settings["judge"] = "checks"
+        rank = _by_checks(candidates, held_out(round))
+    elif section.by == "judge":
         judge = find_judge(round.recipe.judge, round.recipe.policy)
         assert judge is not None, "checked when the recipe was read"
         inputs |= judge.inputs()
@@ -221,6 +226,16 @@ def _by_judge(candidates: Candidates, judge: RecipeJudge, spared: frozenset[str]
         total = sum(1 for _ in lessons())
         verdicts = ask(judge, lessons, work.journal, total=total)
         return (Ranked(pair, verdict) for pair, verdict in zip(lessons(), verdicts, strict=True))
+
+    return rank
+
+
+def _by_checks(candidates: Candidates, spared: frozenset[str]) -> Rank:
+    def lessons() -> Iterator[Pair]:
+        return _lessons(candidates.preferences, spared)
+
+    def rank(_work: Work) -> Iterator[Ranked]:
+        return map(Ranked, lessons(), checks_verdicts(lessons()))
 
     return rank
 

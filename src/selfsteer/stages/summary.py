@@ -1,6 +1,5 @@
 """What a run folder holds, as metrics and as a status: read from sealed stages, without a model."""
 
-import json
 import logging
 import os
 import platform
@@ -28,13 +27,14 @@ from selfsteer.recipe.gates import parse
 from selfsteer.recipe.sections import Recipe, load
 from selfsteer.records import Pair
 from selfsteer.stages.base import sealed
-from selfsteer.stages.quality import QUALITY, measured, read_contamination, read_reports
+from selfsteer.stages.passes import PASSES, read_answers
+from selfsteer.stages.quality import QUALITY, measured, read_checks, read_contamination, read_reports
 from selfsteer.stages.selection import SELECTION
 from selfsteer.stages.steering import POLICY_PAIRS
 from selfsteer.stages.training import BAD_GENERATOR, GOOD_GENERATOR, HISTORY, MEASURES, MODEL
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, digest, read_object, replacing
-from selfsteer.store.folder import RunFolder, Stage, StageDamaged
+from selfsteer.store.durable import canonical_json, digest, read_json, replacing
+from selfsteer.store.folder import RunFolder, Stage
 from selfsteer.training.trainer import read_history
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,14 @@ def _read_values(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_bytes())
-        values, claimed = cast("dict[str, Any]", content["values"]), content["sha256"]
-    except (ValueError, KeyError, TypeError):
-        values, claimed = {}, None
-    if claimed != digest(values):
+        content = read_json(path, {"values": dict, "sha256": str}, way_out="measuring again")
+    except ValueError as error:
+        log.warning("%s", error)
+        return {}
+    if content["sha256"] != digest(content["values"]):
         log.warning("%s: not as it was written; measuring again", path)
         return {}
-    return values
+    return content["values"]
 
 
 def _with_estimates(value: Any) -> Any:
@@ -137,7 +137,8 @@ def stage_names(recipe: Recipe, method: Method) -> tuple[str, ...]:
     *made, policy = STAGES[method]
     judged = [QUALITY] if measured(recipe, principles=method != "given") else []
     selected = [SELECTION] if recipe.selection.active else []
-    return (*made, *judged, *selected, policy)
+    answered = [PASSES] if recipe.quality.answers and method != "given" else []
+    return (*made, *judged, *selected, policy, *answered)
 
 
 def metrics(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:
@@ -224,13 +225,15 @@ def _round(folder: RunFolder, number: int, recipe: Recipe, method: Method, *, al
         found["selected"] = known.get("selected", [selected], lambda: measure(_pairs(stages[SELECTION])))
     if QUALITY in stages:
         _add_quality(found, stages[QUALITY])
+    if PASSES in stages:
+        found["answers"] = read_answers(stages[PASSES])
     for key, name in _TRAININGS:
         if name in stages:
             found[key] = _training(stages[name])
     return found
 
 
-_ALIGNING = (SELECTION, "6-policy")
+_ALIGNING = (SELECTION, "6-policy", PASSES)
 """What a round that does not align the policy leaves out."""
 
 _TRAININGS = (
@@ -245,15 +248,19 @@ def _add_quality(found: RoundMetrics, stage: Stage) -> None:
     for name, reports in read_reports(stage).items():
         for by, report in reports.items():
             found.setdefault(name, Measures())[by] = report
+    for name, report in read_checks(stage).items():
+        found.setdefault(name, Measures())["checks"] = report
     overlap = read_contamination(stage)
     if overlap is not None:
         found["contamination"] = overlap
 
 
 def _training(stage: Stage) -> TrainingSummary:
-    steps, measures = read_history(stage.path / HISTORY), read_object(stage.path / MEASURES)
-    if not steps or not {"steps", "reward", "saving"} <= measures.keys():
-        raise StageDamaged(f"{stage.path}: {HISTORY} or {MEASURES} is not as it was sealed; remove the folder and run again")
+    steps = read_history(stage.path / HISTORY)
+    way_out = f"delete {stage.path / 'MANIFEST.json'} and run the same command again"
+    measures = read_json(stage.path / MEASURES, {"steps": int, "reward": dict, "saving": dict}, way_out=way_out)
+    if not steps:
+        raise ValueError(f"{stage.path / HISTORY}: empty; {way_out}")
     seconds = sum(step["seconds"] for step in steps)
     return TrainingSummary(
         steps=measures["steps"],
@@ -325,7 +332,7 @@ def _ended(folder: RunFolder) -> _Ended | None:
     found = folder.path / "metrics.json"
     if not found.exists() or found.stat().st_mtime_ns < (folder.path / "recipe.yaml").stat().st_mtime_ns:
         return None
-    metrics = json.loads(found.read_bytes())
+    metrics = read_json(found, {"run": dict, "rounds": list}, way_out="delete it; `selfsteer run` writes it again")
     reason = metrics["run"].get("ended")
     return None if reason is None else _Ended(len(metrics["rounds"]), reason)
 

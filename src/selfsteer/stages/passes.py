@@ -1,0 +1,173 @@
+"""Does the aligned policy follow its principles unasked? Held-out queries are answered, and code checks the answers.
+
+    7-checks/data.parquet    a query a row: three answers, and why they do not pass
+
+    before      by the policy that the run began with, given the bare query
+    after       by the aligned policy, given the bare query
+    prompted    by the policy that the run began with, given the query under its good principle: what there is to win
+
+Only queries whose principle has checks are answered; a query's three answers share a sampling seed. Left out on purpose:
+judges (`answers.py`), and benchmarks.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from selfsteer.engines import open as opening
+from selfsteer.engines.base import Failed, Request, Sampling
+from selfsteer.engines.open import sampler_digest
+from selfsteer.engines.sampling import request, response, sample, seed_for
+from selfsteer.judges.checks import checks_of
+from selfsteer.measures.estimates import paired_difference, share_estimate
+from selfsteer.measures.metrics import AnswerShares, CheckedAnswers
+from selfsteer.models import checkpoint
+from selfsteer.recipe.engines import sampling_identity
+from selfsteer.records import Checkpoint, Dropped, Principles, Query, Response
+from selfsteer.stages.base import Round, Work, draw, held_out, inputs_of, make_stage
+from selfsteer.stages.training import MODEL
+from selfsteer.store import columns
+from selfsteer.store.folder import Contents, Origin, Stage, borrow
+
+PASSES = "7-checks"
+
+Which = Literal["before", "after", "prompted"]
+WHICH: tuple[Which, ...] = ("before", "after", "prompted")
+
+
+def passes_stage(round: Round, policy: Stage) -> Stage | None:
+    """Held-out queries answered by the first and the aligned policy, and checked; None where the recipe asks for none."""
+    recipe = round.recipe
+    if recipe.quality.answers == 0:
+        return None
+    principles = round.folder.stage(round.number, "1-principles")
+    settings = {
+        "responses": recipe.responses.model_dump(),
+        "answers": recipe.quality.answers,
+        "holdout": recipe.queries.holdout,
+        "seed": recipe.seed,
+        **sampling_identity(recipe.engine),
+    }
+    inputs = inputs_of(round, principles=principles, aligned=policy) | {"first policy": round.first.digest}
+    if round.number > 1:  # what the first policy has answered already
+        borrow(round.folder.stage(round.number, PASSES), [round.folder.stage(1, PASSES)])
+    asked = _Asked(round, checkpoint(policy.path / MODEL))
+    origin = Origin(settings=settings, inputs=inputs)
+    return make_stage(round, PASSES, origin, lambda work: _answers(round, work, principles, asked))
+
+
+class _Asked(NamedTuple):
+    """The questions to both policies."""
+
+    round: Round
+    aligned: Checkpoint
+
+    def model(self, which: Which) -> Checkpoint:
+        return self.aligned if which == "after" else self.round.first
+
+    def request(self, query: Query, principles: Principles, which: Which) -> Request:
+        prompts, recipe = self.round.prompts, self.round.recipe
+        return request(
+            prompts,
+            prompts.steer(query.messages, principles.good) if which == "prompted" else query.messages,
+            model_digest=sampler_digest(recipe.engine, self.model(which)),
+            sampling=Sampling(**recipe.responses.model_dump()),
+            seed=seed_for(recipe.seed, "answer", query.id),
+        )
+
+
+def _answers(round: Round, work: Work, principles: Stage, asked: _Asked) -> Contents:
+    rows = _held_out_rows(round, principles)
+    queries = [(columns.query(row), columns.principles(row)) for row in rows]
+    trust = round.recipe.policy.trust_remote_code
+    by_model: tuple[tuple[Checkpoint, tuple[Which, ...]], ...]
+    by_model = (round.first, ("before", "prompted")), (asked.aligned, ("after",))
+    for model, some in by_model:
+        sample(
+            partial(opening.open_engine, round.recipe.engine, model, round.prompts, trust_remote_code=trust),
+            (asked.request(*each, which) for which in some for each in queries),
+            work.journal,
+            description=f"answers of the {'aligned' if model is asked.aligned else 'first'} policy",
+            total=len(work.journal) + len(some) * len(queries),
+        )
+    dropped: list[Dropped] = []
+
+    def answered() -> Iterator[dict[str, Any]]:
+        for row, each in zip(rows, queries, strict=True):
+            found: dict[Which, Response] = {}
+            for which in WHICH:
+                answer = response(work.journal, asked.request(*each, which))
+                if not isinstance(answer, Failed):
+                    found[which] = answer
+            if len(found) < len(WHICH):
+                dropped.append(Dropped(id=each[0].id, reason="no answer"))
+                continue
+            checks = checks_of(each[1].checks)
+            why_not = {f"{which}_why_not": [check.why_not(found[which].text) for check in checks] for which in WHICH}
+            yield {**row, **{which: columns.response_columns(found[which]) for which in WHICH}, **why_not}
+
+    return Contents(wanted=len(rows), rows=answered(), dropped=dropped, schema=columns.ANSWERS)
+
+
+def _held_out_rows(round: Round, principles: Stage) -> list[dict[str, Any]]:
+    """The stage-1 rows to answer. Raises ValueError where no held-out query has a principle with checks."""
+    spared = held_out(round)
+    rows = [row for row in principles.rows() if row["query_id"] in spared and row["principles"]["checks"]]
+    if not rows:
+        raise ValueError(
+            f"quality.answers: none of the {len(spared)} held-out queries has a principle with checks; raise"
+            " queries.holdout, or give more principles checks"
+        )
+    drawn = draw(round, {row["query_id"] for row in rows}, round.recipe.quality.answers)
+    return [row for row in rows if row["query_id"] in drawn]
+
+
+# --- what they say ---------------------------------------------------------------------------------------------------------
+
+
+def query_passes(stage: Stage) -> dict[Which, dict[str, float]]:
+    """1 or 0 of each query whose answer passes all checks."""
+    rows = list(stage.rows())
+    return {which: {row["query_id"]: float(_passes(row[f"{which}_why_not"])) for row in rows} for which in WHICH}
+
+
+def read_answers(stage: Stage) -> CheckedAnswers:
+    """What the sealed answers say."""
+    rows = list(stage.rows())
+    by_check: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        for place, check in enumerate(row["principles"]["checks"]):
+            by_check[check].append({**row, "place": place})
+    frequent = Counter({check: len(found) for check, found in by_check.items()}).most_common()
+    return CheckedAnswers(
+        queries=len(rows),
+        passing=_shares(rows, lambda row, which: _passes(row[f"{which}_why_not"])),
+        checks=[
+            {"check": check, **_shares(by_check[check], lambda row, which: _why_not(row, which) is None)}
+            for check, _ in sorted(frequent, key=lambda item: (-item[1], item[0]))
+        ],
+        truncated=_shares(rows, lambda row, which: row[which]["finish_reason"] == "length"),
+    )
+
+
+def _passes(reasons: list[str | None]) -> bool:
+    return all(reason is None for reason in reasons)
+
+
+def _why_not(row: Mapping[str, Any], which: Which) -> str | None:
+    return row[f"{which}_why_not"][row["place"]]
+
+
+def _shares(rows: list[dict[str, Any]], holds: Callable[[Mapping[str, Any], Which], bool]) -> AnswerShares:
+    values = {which: {row["query_id"]: float(holds(row, which)) for row in rows} for which in WHICH}
+    found = AnswerShares()
+    for which, each in values.items():
+        share = share_estimate(int(sum(each.values())), len(each))
+        if share is not None:
+            found[which] = share
+    change = paired_difference(values["after"], values["before"])
+    gap = paired_difference(values["prompted"], values["after"])
+    if change is not None and gap is not None:
+        found["change"], found["gap"] = change, gap
+    return found
