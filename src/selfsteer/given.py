@@ -61,7 +61,8 @@ class _Scored:
         self._path, self._judge, self._journal = path, judge, journal
         self.dropped: Counter[str] = Counter()
         total = 0
-        for item in usable_pairs(path, judge.prompts, None):
+        self._positions = positions_of(judge.model.path)
+        for item in usable_pairs(path, judge.prompts, None, self._positions):
             if isinstance(item, Pair):
                 total += 1
             else:
@@ -71,7 +72,7 @@ class _Scored:
         score_missing(judge, self._groups(), journal, description="log-probabilities of the pairs", total=total)
 
     def _groups(self) -> Iterator[Group]:
-        for item in usable_pairs(self._path, self._judge.prompts, None, positions_of(self._judge.model.path)):
+        for item in usable_pairs(self._path, self._judge.prompts, None, self._positions):
             if isinstance(item, Pair):
                 yield self._judge.group((item,))
 
