@@ -13,7 +13,7 @@ from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
 from selfsteer.measures.quality import measure, scored
 from selfsteer.measures.verdicts import JudgeReport, judge_report
-from selfsteer.models import load_tokenizer, resolve
+from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.pipeline import finish, first_round, may_align, prepare
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe, Training, dump
@@ -61,7 +61,8 @@ class _Scored:
         self._path, self._judge, self._journal = path, judge, journal
         self.dropped: Counter[str] = Counter()
         total = 0
-        for item in usable_pairs(path, judge.prompts, None):
+        self._positions = positions_of(judge.model.path)
+        for item in usable_pairs(path, judge.prompts, None, self._positions):
             if isinstance(item, Pair):
                 total += 1
             else:
@@ -71,7 +72,7 @@ class _Scored:
         score_missing(judge, self._groups(), journal, description="log-probabilities of the pairs", total=total)
 
     def _groups(self) -> Iterator[Group]:
-        for item in usable_pairs(self._path, self._judge.prompts, None):
+        for item in usable_pairs(self._path, self._judge.prompts, None, self._positions):
             if isinstance(item, Pair):
                 yield self._judge.group((item,))
 
@@ -83,10 +84,11 @@ class _Scored:
 
 def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
     """What a judge says about a preference dataset; nothing is kept. policy: whose prompts decide which pairs are usable."""
-    prompts = Prompts(load_tokenizer(resolve(policy).path))
+    found = resolve(policy)
+    prompts, positions = Prompts(load_tokenizer(found.path)), positions_of(found.path)
 
     def pairs() -> Iterator[Pair]:
-        return (item for item in usable_pairs(path, prompts, None) if isinstance(item, Pair))
+        return (item for item in usable_pairs(path, prompts, None, positions) if isinstance(item, Pair))
 
     with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         return judge_report(ask(judge, pairs, journal, total=sum(1 for _ in pairs())))

@@ -245,6 +245,11 @@ def position_limit(configuration: PreTrainedConfig) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def positions_of(path: str, *, trust_remote_code: bool = False) -> int | None:
+    """The same of a model folder."""
+    return position_limit(load_configuration(path, trust_remote_code=trust_remote_code))
+
+
 def untrained_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
     """Of the ids that a model's `rows` logits stand for, those that no token has: a model must never say them."""
     return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
@@ -289,7 +294,7 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            attn_implementation="sdpa",
+            **({"attn_implementation": "sdpa"} if kind is AutoModelForCausalLM else {}),
             output_loading_info=True,
             # Not so that they may differ, but so that they are told: `check_fit` refuses them with their names.
             ignore_mismatched_sizes=True,

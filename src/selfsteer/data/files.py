@@ -26,6 +26,7 @@ from selfsteer.store.durable import digest, file_digest, regular_file
 
 log = logging.getLogger(__name__)
 
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """The kinds of file that can be read, in any case."""
 

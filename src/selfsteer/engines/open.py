@@ -64,11 +64,17 @@ def open_engine(
             device=device,
             trust_remote_code=trust_remote_code,
             adapters=adapters,
+            end_ids=(prompts.end_id,),
         )
     arguments: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
     if trust_remote_code:
         arguments["trust_remote_code"] = True
     return _vllm_engine(section, model, prompts, adapters, arguments)
+
+
+def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
+    """What ends an answer: the end tokens that the model folder names, and what closes a turn in the chat template."""
+    return end_ids(model.path, prompts.tokenizer) | {prompts.end_id}
 
 
 def check_engines(recipe: Recipe, policy: Checkpoint, prompts: Prompts) -> None:
@@ -146,10 +152,6 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, 
         adapters=tuple(adapters),
     )
     return ServedEngine(serve, connect)
-
-
-def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
-    return end_ids(model.path, prompts.tokenizer) | {prompts.end_id}
 
 
 def _encode(prompts: Prompts, text: str) -> tuple[int, ...]:

@@ -3,10 +3,10 @@
 Left out on purpose: how they judge (`judges.py`), and the judges that need no model of their own (`self_judges.py`).
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 
@@ -17,13 +17,13 @@ from selfsteer.engines.openai import OpenAIEngine, Tokens
 from selfsteer.judges.llm import EmbeddedJudge, LLMJudge, Pairs, embedded_verdicts, judge_template, sampled_verdicts
 from selfsteer.judges.reward import RewardModel, reward_verdicts
 from selfsteer.measures.verdicts import Verdict
-from selfsteer.models import load_tokenizer, resolve
+from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import runs_already, sampling_identity
 from selfsteer.recipe.sections import JudgeSection, Policy, Training
 from selfsteer.recipe.text import RecipeError, explain, read_yaml
 from selfsteer.records import Checkpoint
-from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.durable import digest, file_digest, read_object
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Judge
 
@@ -137,8 +137,9 @@ def _guess(model: str) -> JudgeSection:
         folder = Path(resolve(Policy(model=model)).path)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(str(error).replace("policy.model", "--judge")) from error
-    config = json.loads((folder / "config.json").read_bytes())
-    scores = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    architectures = read_object(folder / "config.json").get("architectures")
+    named = cast("list[object]", architectures) if isinstance(architectures, list) else []
+    scores = any(str(name).endswith("ForSequenceClassification") for name in named)
     return JudgeSection(kind="reward_model" if scores else "llm", model=model)
 
 
@@ -153,18 +154,31 @@ def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> It
             sampling=Sampling(temperature=0.0, top_p=1.0, max_new_tokens=section.max_new_tokens),
             top_logps=section.top_logps,
             retries=section.retries,
-            max_prompt_tokens=section.max_prompt_tokens,
+            max_prompt_tokens=_within(judge, section.max_new_tokens),
         )
         return sampled_verdicts(asked, pairs, lambda: _open(judge), journal, total=total)
     assert judge.model is not None
     assert prompts is not None
     source = Policy(model=judge.model.path, chat_template=section.chat_template, trust_remote_code=judge.trust_remote_code)
     if section.kind == "reward_model":
-        reward = RewardModel(model=judge.model, policy=source, dtype=section.dtype, max_tokens=section.max_prompt_tokens)
+        reward = RewardModel(model=judge.model, policy=source, dtype=section.dtype, max_tokens=_within(judge, 0))
         return reward_verdicts(reward, pairs, journal, total=total)
     scoring = Judge(judge.model, source, prompts, Training(dtype=section.dtype))
-    embedded = EmbeddedJudge(scoring=scoring, template=judge.template, max_prompt_tokens=section.max_prompt_tokens)
+    embedded = EmbeddedJudge(scoring=scoring, template=judge.template, max_prompt_tokens=_within(judge, _LETTER))
     return embedded_verdicts(embedded, pairs, journal, total=total)
+
+
+_LETTER = 4
+"""Tokens that a letter takes at most, with its end."""
+
+
+def _within(judge: RecipeJudge, more: int) -> int:
+    """The longest prompt that the judge is asked: what the section says, or what leaves its model room for `more` tokens."""
+    limit = judge.section.max_prompt_tokens
+    if judge.model is None:
+        return limit
+    positions = positions_of(judge.model.path, trust_remote_code=judge.trust_remote_code)
+    return limit if positions is None else min(limit, positions - more)
 
 
 def _open(judge: RecipeJudge) -> Engine:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 from selfsteer.measures.checks import CheckReport
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.verdicts import JudgeReport
+from selfsteer.records import Saving
 
 Method = Literal["sso", "dual", "pbaa", "given"]
 """Pairs from a data generator, from two (generator.kind dual), from the policy itself (none), or made elsewhere."""
@@ -250,6 +251,7 @@ class TrainingSummary(TypedDict, total=False):
     """One entry a logged step: "step", "loss", and whatever else the trainer logs."""
     reward: ImplicitReward
     """Of the pairs that it was trained on."""
+    saving: Saving
 
 
 class RoundMetrics(TypedDict, total=False):

@@ -465,6 +465,12 @@ def _drift(drift: Drift, title: str) -> Table:
     return Table(title, ("change",), rows, note)
 
 
+def _saved(side: Json) -> str:
+    saving = side.get("saving", {})
+    margins = saving.get("trained"), saving.get("delivered")
+    return "" if None in margins else " -> ".join(f"{margin:.3f}" for margin in margins)
+
+
 def _trainings(this: RoundMetrics, title: str) -> Table:
     dual = "bad_generator" in this
     trainings = (
@@ -503,6 +509,8 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         line("reward accuracy", "reward.reward.accuracy", "share"),
         line("reward of chosen", "reward.reward.chosen"),
         line("reward of rejected", "reward.reward.rejected"),
+        texts("saved in", (side["saving"]["dtype"] if "saving" in side else "" for side in sides)),
+        texts("margin in training -> as saved", (_saved(side) for side in sides)),
     )
     kept = [row for row in rows if not row.cells or any(cell.value for cell in row.cells)]
     if not kept[-1].cells:

@@ -85,8 +85,12 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
     return _not_empty(stage, manifest)
 
 
+TOO_LONG = "too long for the model"
+"""Why what exceeds the positions of the policy is dropped."""
+
 _WAYS_OUT = {
     "prompt too long": "raise queries.max_prompt_tokens",
+    TOO_LONG: "lower responses.max_new_tokens",
     "cut off by the length limit": "raise responses.max_new_tokens, or set filters.truncated to keep",
     "near-identical responses": "raise filters.near_identical, or use stronger principles",
     "identical responses": "raise responses.temperature, or use stronger principles",

@@ -15,11 +15,13 @@ from selfsteer.engines.base import Request
 from selfsteer.engines.sampling import sample
 from selfsteer.measures.metrics import Comparison
 from selfsteer.measures.quality import compare
+from selfsteer.models import positions_of
 from selfsteer.pairs import alignment_pair, item_key, reject_reason, sampled_special_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, Message, Pair, Responses
 from selfsteer.stages.base import (
+    TOO_LONG,
     Round,
     Work,
     arithmetic,
@@ -36,7 +38,7 @@ from selfsteer.stages.steering import policy_pairs
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
-from selfsteer.training.scoring import Group, score_missing, scores
+from selfsteer.training.scoring import Group, score_missing, scores, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -183,13 +185,14 @@ def given_stage(round: Round, pairs: Path) -> Stage:
 def _given(round: Round, work: Work, path: Path) -> Contents:
     judge = policy_as_judge(round)
     limit = round.recipe.queries.max_prompt_tokens
+    positions = positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
     dropped: list[Dropped] = []
 
     def groups() -> Iterator[Group | Dropped]:
-        for item in usable_pairs(path, round.prompts, limit):
+        for item in usable_pairs(path, round.prompts, limit, positions):
             yield item if isinstance(item, Dropped) else judge.group((item,))
 
-    wanted = sum(1 for _ in usable_pairs(path, round.prompts, limit))
+    wanted = sum(1 for _ in usable_pairs(path, round.prompts, limit, positions))
     to_score = (group for group in groups() if isinstance(group, Group))
     score_missing(judge, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
 
@@ -203,9 +206,12 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
     return _pairs(work, wanted=wanted, rows=rows(), dropped=dropped)
 
 
-def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[Pair | Dropped]:
+def usable_pairs(
+    path: Path, prompts: Prompts, max_prompt_tokens: int | None, positions: int | None
+) -> Iterator[Pair | Dropped]:
     """The pairs of a file that can be tokenised as they are, and the others with the reason why not.
 
+    positions: the most tokens that the model takes, of prompt and response together.
     Raises ValueError, naming file and row, for a malformed file.
     """
     number = 0
@@ -229,6 +235,14 @@ def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) ->
         )
         if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
             reason = "prompt too long"
+        if reason is None and positions is not None and _length(pair, prompts) > positions:
+            reason = TOO_LONG
         yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
     if number == 0:
         raise ValueError(f"{path}: no rows")
+
+
+def _length(pair: Pair, prompts: Prompts) -> int:
+    """The tokens of the prompt with the longer of its responses."""
+    tokens = tokenize(pair, prompts)
+    return len(tokens.prompt) + max(len(tokens.chosen), len(tokens.rejected))

@@ -24,13 +24,13 @@ from selfsteer.engines.base import Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import Sampler, kept_open, request, sample
 from selfsteer.measures.checks import parse_all
-from selfsteer.models import load_tokenizer, resolve
+from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import sections
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.records import Dropped, Message, Principles, Query
-from selfsteer.stages.base import Round, Work, inputs_of, make_stage, share_of_round
+from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, share_of_round
 from selfsteer.store import columns
 from selfsteer.store.durable import digest, file_digest, regular_file
 from selfsteer.store.folder import Contents, Origin, Stage
@@ -324,7 +324,7 @@ def principles_stage(round: Round) -> Stage:
 def _principles(round: Round, work: Work) -> Contents:
     section = round.recipe.principles
     pool = load_pool(section)
-    queries = _Queries(round)
+    queries, positions = _Queries(round), _positions(round)
     wanted = sum(1 for _ in queries)
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
     if section.source == "generate":
@@ -337,11 +337,9 @@ def _principles(round: Round, work: Work) -> Contents:
                 dropped.append(item)
                 continue
             principles = assign(item)
-            limit = round.recipe.queries.max_prompt_tokens
-            length = _length_beyond(round.prompts, item, principles, limit)
-            if length is not None:
-                detail = f"{length} tokens with its principle, limit {limit}"
-                dropped.append(Dropped(id=item.id, reason="prompt too long", detail=detail))
+            length = _length_beyond(round.prompts, item, principles, _longest_prompt(round, positions))
+            if length is not None and (found := _too_long(round, length, positions)) is not None:
+                dropped.append(Dropped(id=item.id, reason=found.reason, detail=f"with its principle, {found.detail}"))
                 continue
             yield {"query_id": item.id, "messages": list(item.messages), "principles": asdict(principles)}
 
@@ -361,6 +359,7 @@ class _Queries:
 
     def __init__(self, round: Round) -> None:
         self._round = round
+        self._positions = _positions(round)
         self._checked = 0
         self._unfit: dict[int, Dropped] = {}
         """Of the first `_checked` rows, those that can't be rendered, by their number."""
@@ -389,14 +388,38 @@ class _Queries:
                 return
 
     def _check(self, number: int, item: Query) -> None:
-        limit = self._round.recipe.queries.max_prompt_tokens
         found = self._round.prompts.checked_ids(item.messages)
         if isinstance(found, str):
             self._unfit[number] = Dropped(id=item.id, reason=found)
-        elif len(found) > limit:
-            detail = f"{len(found)} tokens, limit {limit}"
-            self._unfit[number] = Dropped(id=item.id, reason="prompt too long", detail=detail)
+        elif (long := _too_long(self._round, len(found), self._positions)) is not None:
+            self._unfit[number] = Dropped(id=item.id, reason=long.reason, detail=long.detail)
         self._checked = number + 1
+
+
+class _Long(NamedTuple):
+    """Why a prompt must not be asked."""
+
+    reason: str
+    detail: str
+
+
+def _positions(round: Round) -> int | None:
+    return positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
+
+
+def _too_long(round: Round, tokens: int, positions: int | None) -> _Long | None:
+    """positions: the most tokens that the policy takes, of a prompt and its response together."""
+    limit, new = round.recipe.queries.max_prompt_tokens, round.recipe.responses.max_new_tokens
+    if tokens > limit:
+        return _Long("prompt too long", f"{tokens} tokens, limit {limit}")
+    if positions is not None and tokens + new > positions:
+        return _Long(TOO_LONG, f"{tokens} tokens and {new} new ones, {positions} positions")
+    return None
+
+
+def _longest_prompt(round: Round, positions: int | None) -> int:
+    limit, new = round.recipe.queries.max_prompt_tokens, round.recipe.responses.max_new_tokens
+    return limit if positions is None else min(limit, positions - new)
 
 
 def _generated_principles(round: Round, work: Work, pool: Pool, wanted: _Queries) -> Callable[[Query], Principles]:

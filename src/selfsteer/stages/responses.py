@@ -125,7 +125,7 @@ def _needs_original(generator: Generator) -> bool:
 def sampler_of(round: Round, models: Mapping[str, Checkpoint]) -> Sampler:
     """With the engine that holds these: one model, or several adapters of one."""
     recipe, model = round.recipe, next(iter(models.values()))
-    adapters = [each.adapter for each in models.values() if each.adapter is not None]
+    adapters = list(dict.fromkeys(each.adapter for each in models.values() if each.adapter is not None))
     trust = recipe.policy.trust_remote_code
     engine = partial(opening.open_engine, recipe.engine, model, round.prompts, trust_remote_code=trust, adapters=adapters)
     return Sampler(engine, round.prompts)

@@ -1,12 +1,11 @@
 """What a run folder holds, as metrics: read from what its stages have sealed, without a model and without their rows."""
 
-import json
 import platform
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from selfsteer.measures.gates import drift, evaluate
 from selfsteer.measures.metrics import Measures, Method, Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
@@ -18,6 +17,7 @@ from selfsteer.stages.quality import read_checks, read_contamination, read_repor
 from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR, PASSES, QUALITY, SELECTION, stage_names
 from selfsteer.stages.training import HISTORY, MODEL
 from selfsteer.store.folder import RunFolder, Stage
+from selfsteer.training.trainer import read_history
 
 _LIBRARIES = ("selfsteer", "torch", "transformers", "peft", "accelerate", "datasets", "pyarrow")
 
@@ -139,13 +139,17 @@ def _add_quality(found: RoundMetrics, stage: Stage) -> None:
 
 
 def _training(stage: Stage) -> TrainingSummary:
-    steps = [json.loads(line) for line in (stage.path / HISTORY).read_text().splitlines()]
+    steps = read_history(stage.path / HISTORY)
     measures = read_measures(stage)
+    if not steps:
+        way_out = f"delete {stage.path / 'MANIFEST.json'} and run the same command again"
+        raise ValueError(f"{stage.path / HISTORY}: empty; {way_out}")
     seconds = sum(step["seconds"] for step in steps)
     return TrainingSummary(
         steps=measures["steps"],
         seconds=seconds,
         tokens_per_second=sum(step["tokens"] for step in steps) / seconds,
-        curve=steps,
+        curve=cast("list[dict[str, float]]", steps),
         reward=measures["reward"],
+        saving=measures["saving"],
     )

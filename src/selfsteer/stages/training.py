@@ -61,10 +61,17 @@ def model_of(stage: Stage) -> Checkpoint:
 def samplers(round: Round, generators: Generators) -> list[dict[str, Checkpoint]]:
     """What answers x+ ("good") and x- ("bad"); those of a group are one model or adapters of one, and share an engine.
 
-    An adapter's digest is the same when it is merged, because it does not change, beyond rounding, what is sampled.
+    What was trained is what is sampled: an adapter, where the engine takes any, and not the model that it is merged into,
+    which half precision may round away. The digest is that of the adapter in both cases: a run may go on with the other.
     """
     if generators.good == generators.bad:
-        return [dict.fromkeys(generators._fields, model_of(generators.good))]
+        only = generators.good
+        if round.recipe.training.lora is None:
+            return [dict.fromkeys(generators._fields, model_of(only))]
+        model = adapted(round.policy, "generator", only.path / ADAPTER)
+        if not takes_adapters(round.recipe.engine):
+            model = Checkpoint(path=str(only.path / MODEL), digest=model.digest)
+        return [dict.fromkeys(generators._fields, model)]
     stages = generators._asdict()
     both = {role: adapted(round.policy, role, stage.path / ADAPTER) for role, stage in stages.items()}
     if takes_adapters(round.recipe.engine):

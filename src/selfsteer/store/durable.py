@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -37,12 +38,22 @@ def digest(value: object) -> str:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, 64 hex digits; memory stays flat."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 SMALL = 16 * 2**20
 """What a template, a list of principles or a configuration takes at most, in bytes."""
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """A file that somebody named, to read. Raises ValueError for a pipe or a device, OSError as `open` does."""
+    # Without O_NONBLOCK, opening a pipe that nobody writes to does not come back.
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 (the caller closes it)
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise ValueError(f"{path}: not a regular file (a pipe or a device); name an ordinary file")
 
 
 def read_small(path: Path, *, at_most: int = SMALL) -> bytes:
@@ -51,11 +62,7 @@ def read_small(path: Path, *, at_most: int = SMALL) -> bytes:
     Raises ValueError for what is no regular file (one would wait for a FIFO and never finish with a device) or is larger,
     OSError as `open` does.
     """
-    # Without O_NONBLOCK, opening a FIFO that nobody writes to does not come back.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: not a regular file (a folder, a pipe or a device); name an ordinary file")
+    with open_regular(path) as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:
         raise ValueError(f"{path}: larger than {at_most / 2**20:,.0f} MB, which no such file is; is it the right one?")
