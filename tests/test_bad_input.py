@@ -96,7 +96,7 @@ def test_a_missing_column(refused: Callable[..., str], tmp_path: Path):
     assert nothing_made(tmp_path / "run")
 
 
-@pytest.mark.parametrize("row", [b'{"query": "How?"', b'["How?"]', b"How?", b'{"query": 7}', b'{"query": NaN}'])
+@pytest.mark.parametrize("row", [b'{"query": "How?"', b'["How?"]', b"How?", b'{"query": 7}', b'{"query": [NaN]}'])
 def test_a_malformed_row(row: bytes, refused: Callable[..., str], tmp_path: Path):
     message = refused(queries(tmp_path, b'{"query": "Why?"}\n' + row + b"\n"))
     assert "queries.jsonl" in message
@@ -113,7 +113,7 @@ def test_invalid_utf8(form: str, refused: Callable[..., str], tmp_path: Path):
     assert nothing_made(tmp_path / "run")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"query": " "}\n'])
+@pytest.mark.parametrize("content", [b"\n\n", b'{"query": " "}\n', b'{"query": NaN}\n', '{"query": "\u200b"}\n'.encode()])
 def test_no_query_at_all(content: bytes, refused: Callable[..., str], tmp_path: Path):
     message = refused(queries(tmp_path, content))
     assert "queries.jsonl" in message

@@ -16,8 +16,10 @@ import pytest
 
 import selfsteer
 from selfsteer import cli, runtime
+from selfsteer.data.exchange import Exported
 from selfsteer.measures.estimates import Estimate
-from selfsteer.recipe.sections import Recipe, load
+from selfsteer.recipe.sections import Recipe, dump, load
+from selfsteer.store.folder import RunFolder
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICKSTART = str(RECIPES / "quickstart.yaml")
@@ -77,14 +79,19 @@ try:
     cli.main()
 except SystemExit as ended:
     assert ended.code == 0
-heavy = {"torch", "transformers", "datasets", "peft", "pyarrow", "numpy"} & set(sys.modules)
-assert not heavy, heavy
+print("\\n".join(sys.modules), file=sys.stderr)
 """
-    for arguments in (["show", QUICKSTART], ["--help"], ["run", "--help"], ["--version"]):
+    run = tmp_path / "run"
+    with RunFolder(run) as folder:
+        folder.describe(dump(load(QUICKSTART)), {})
+    tables = {"numpy", "pyarrow"}  # the journal and the sealed tables are of these
+    for arguments in (["show", QUICKSTART], ["--help"], ["run", "--help"], ["--version"], ["status", str(run)]):
         ended = subprocess.run(
             [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
         )
         assert ended.returncode == 0, ended.stderr
+        loaded = {"torch", "transformers", "datasets", "peft", "pyarrow", "numpy"} & set(ended.stderr.split())
+        assert loaded <= (tables if arguments[0] == "status" else set()), arguments
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -199,12 +206,19 @@ def test_train_and_measure_pass_on_what_they_are_given(monkeypatch, capsys, pipe
     assert "4,321" in printed
 
 
-def test_export_passes_on_what_it_is_given(monkeypatch, capsys):
+def test_export_passes_on_what_it_is_given(monkeypatch, capsys, caplog):
     given: list[object] = []
-    monkeypatch.setattr("selfsteer.data.exchange.export", lambda *arguments: given.append(arguments) or 1234)
-    assert command(monkeypatch, "export", "runs/a", "--to", "out", "--format", "trl") == 0
-    assert given == [(Path("runs/a"), Path("out"), "trl")]
-    assert capsys.readouterr().out == "wrote 1,234 pairs to out\n"
+
+    def export(*arguments: object, **options: object) -> Exported:
+        given.append((arguments, options))
+        return Exported(1234, {"empty chosen": 2}, None, "trl dpo")
+
+    monkeypatch.setattr("selfsteer.data.exchange.export", export)
+    assert command(monkeypatch, "export", "runs/a", "--to", "out", "--format", "trl", "--round", "3") == 0
+    assert given == [((Path("runs/a"), Path("out"), "trl"), {"keep_truncated": False, "round": 3})]
+    captured = capsys.readouterr()
+    assert captured.out == "wrote 1,234 pairs to out\nuse them with  trl dpo\n"
+    assert "dropped 2 of 1,236: 2 empty chosen" in caplog.text
 
 
 def test_status_shows_stages_drops_and_what_comes_next(monkeypatch, capsys):
@@ -234,7 +248,7 @@ def test_status_shows_stages_drops_and_what_comes_next(monkeypatch, capsys):
             "next": "round 1, 3-steering",
         }
 
-    monkeypatch.setattr("selfsteer.stages.summary", SimpleNamespace(status=status), raising=False)
+    monkeypatch.setattr("selfsteer.stages.status.status", status)
     monkeypatch.setenv("COLUMNS", "100")
     assert command(monkeypatch, "status", "runs/[a]") == 0
     printed = capsys.readouterr().out

@@ -67,6 +67,26 @@ def test_implicit_reward_and_likelihood(given: Path, tiny_folder: str, tmp_path:
     assert "judge" not in found
 
 
+def test_what_is_dropped_is_counted_and_nothing_left_is_an_error(tiny_folder: str, tmp_path: Path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        ("Why?", "So.<|im_end|>", "Dunno.<|im_end|>"),
+        ("How?", "So.", "So.<|im_end|>"),
+        ("Who?", "<|im_end|> I.", "You."),
+    ]
+    content = [json.dumps({"prompt": prompt, "chosen": good, "rejected": bad}) + "\n" for prompt, good, bad in rows]
+    file.write_text("".join(content))
+    found = measure_pairs(file, tiny_folder)
+    assert found.get("pairs") == 1
+    assert found.get("dropped") == {"chosen equal to rejected": 1, "special tokens in a response": 1}
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text(content[0].replace("<|im_end|>", ""))
+    assert found["on_policy"] == measure_pairs(plain, tiny_folder)["on_policy"], "the end token is trained once"
+    file.write_text("".join(content[1:]))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: no pair is left of 2: 1 .*, 1 "):
+        measure_pairs(file, tiny_folder)
+
+
 def test_a_model_is_no_judge_of_itself_by_implicit_reward(given: Path, tiny_folder: str):
     """Without training every reward is zero: all ties."""
     found = measure_pairs(given, tiny_folder, f"implicit:{tiny_folder}")["implicit_reward"]

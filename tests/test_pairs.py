@@ -232,6 +232,20 @@ def test_no_leakage(text: str):
     assert reason(text, "Lyon.", leakage=True) is None
 
 
+def test_similarity_of_texts_without_spaces_by_hand():
+    """Six characters each, four 3-grams each; the first three are shared: 3 of 5 different ones."""
+    assert text.similarity("今天天气很好。", "今天天气很差！") == pytest.approx(3 / 5)
+    assert text.similarity("雨が降っています", "雨が降っています。") == 1.0
+    assert text.similarity("东京是首都", "我喜欢猫咪") == 0.0
+
+
+def test_a_principle_quoted_without_spaces_is_leakage():
+    """Sixteen characters of Chinese are about eight words."""
+    principle = "请用准确而详细的语言回答并核对每一个事实"
+    assert text.leaks_principle(f"好的，{principle[:16]}。", principle)
+    assert not text.leaks_principle(f"好的，{principle[:15]}。", principle)
+
+
 def test_similarity_by_hand():
     """Word 3-grams of a-b-c-d-e and a-b-c-d-f: {abc, bcd, cde} and {abc, bcd, cdf}; 2 shared of 4."""
     assert text.similarity("a b c d e", "a b c d f") == 0.5

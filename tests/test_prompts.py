@@ -68,6 +68,25 @@ def test_of_a_conversation_the_first_user_turn_gets_the_principle():
     )
 
 
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM, IGNORES_SYSTEM])
+def test_what_the_assistant_says_first_stays_its_own(template: str):
+    prompts = Prompts(tokenizer(template))
+    greeting = Message(role="assistant", content="Hello!")
+    system = Message(role="system", content="Be kind.")
+    assert prompts.steer((greeting, *QUERY), "Be brief.") == (greeting, Message(role="user", content="Be brief.\n\nWhy?"))
+    assert prompts.fold((system, greeting, *QUERY)) == (greeting, Message(role="user", content="Be kind.\n\nWhy?"))
+    steered = prompts.steer((system, greeting, *QUERY), "Be brief.")
+    assert steered == (greeting, Message(role="user", content="Be kind.\n\nBe brief.\n\nWhy?"))
+
+
+@pytest.mark.parametrize(
+    ("completion", "bare"),
+    [("Yes.<|im_end|>", "Yes."), ("Yes. <|im_end|>\n", "Yes."), ("Yes.\n", "Yes.\n"), ("<|im_end|>Yes.", "<|im_end|>Yes.")],
+)
+def test_an_end_token_at_the_very_end_is_taken_off(completion: str, bare: str):
+    assert Prompts(tokenizer()).without_end(completion) == bare
+
+
 def test_an_existing_system_message_stays_and_comes_first():
     prompts = Prompts(tokenizer())
     messages = (Message(role="system", content="You are a pirate."), *QUERY)

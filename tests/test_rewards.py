@@ -231,7 +231,7 @@ def test_benchmarks_of_every_format(trained: dict[str, Any], tmp_path: Path):
 
 
 def test_what_is_refused(tiny_folder: str, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"nowhere.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere.jsonl: no such"):
         train_reward_model([Source(path=tmp_path / "nowhere.jsonl")], tiny_folder, tmp_path / "out", SETTINGS, TRAINING)
     two, file = tmp_path / "two", pairs_file(tmp_path / "pairs.jsonl", count=3)
     AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=2).save_pretrained(two)

@@ -21,7 +21,7 @@ from selfsteer.recipe.engines import DTypeName
 from selfsteer.runtime import Interrupted, graceful_stop
 
 if TYPE_CHECKING:
-    from selfsteer.stages.summary import Status
+    from selfsteer.stages.status import Status
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,12 @@ Overrides = Annotated[
 ]
 
 PairsFile = Annotated[
-    Path, typer.Argument(metavar="PAIRS", help="A preference dataset: prompt, chosen, rejected.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="PAIRS",
+        help="A preference dataset (prompt, chosen, rejected): a file, a run folder, or hub:NAME.",
+        show_default=False,
+    ),
 ]
 
 ExportFormat = Literal["trl", "llamafactory", "parquet", "jsonl"]
@@ -84,9 +89,9 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]) -> None:
     """Show the stages of a run, its counts and drops, and what comes next."""
-    from selfsteer.stages import summary
+    from selfsteer.stages.status import status as status_of
 
-    _print_status(summary.status(run))
+    _print_status(status_of(run))
 
 
 @app.command()
@@ -119,7 +124,9 @@ def measure(
         from selfsteer.given import measure_pairs
         from selfsteer.report.tables import print_measures
 
-        print_measures(measure_pairs(pairs, policy, judge))
+        found = measure_pairs(pairs, policy, judge)
+        print_measures(found)
+        _print_dropped(found.get("dropped", {}), found.get("pairs", 0))
 
 
 @app.command()
@@ -378,12 +385,27 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a preference dataset.", show_default=False)],
     to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
     format: Annotated[ExportFormat, typer.Option(help="What will read it.")],
+    keep_truncated: Annotated[
+        bool, typer.Option("--keep-truncated", help="Also pairs with a cut-off response, in columns that say so.")
+    ] = False,
+    round: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Of a run: this round's pairs, not the last that were aligned on.", show_default=False
+        ),
+    ] = None,
 ) -> None:
-    """Write the preference pairs of a run for the program that trains on them."""
+    """Write the preference pairs of a run for the program that trains on them, with a dataset card."""
     from selfsteer.data import exchange
 
-    count = exchange.export(run, to, format)
-    typer.echo(f"wrote {count:,} pairs to {to}")
+    found = exchange.export(run, to, format, keep_truncated=keep_truncated, round=round)
+    if found.warning is not None:
+        log.warning("%s", found.warning)
+    if keep_truncated:
+        log.warning("cut-off responses are among the pairs: a trainer that puts an end token there teaches to stop early")
+    typer.echo(f"wrote {found.written:,} pairs to {to}")
+    _print_dropped(found.dropped, found.written)
+    typer.echo(f"use them with  {found.command}")
 
 
 # ---- printing -------------------------------------------------------------------------------------------------------
@@ -416,6 +438,13 @@ def _print_status(found: "Status") -> None:
     console = Console()
     console.print(table)
     console.print(Text(f"next: {found['next']}"))
+
+
+def _print_dropped(dropped: Mapping[str, int], kept: int) -> None:
+    """Nothing is left out without a word."""
+    if dropped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        log.warning("dropped %s of %s: %s", f"{sum(dropped.values()):,}", f"{kept + sum(dropped.values()):,}", reasons)
 
 
 def _count(number: int | None) -> str:

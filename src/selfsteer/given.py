@@ -1,30 +1,34 @@
 """Preference data made elsewhere: to train on, and to measure."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from selfsteer.cluster import cluster_of
-from selfsteer.data.exchange import read_pairs
+from selfsteer.data.exchange import counted, find_pairs, read_pairs
 from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
 from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
 from selfsteer.measures.quality import measure, scored
 from selfsteer.measures.verdicts import JudgeReport, judge_report
-from selfsteer.models import load_tokenizer, resolve
-from selfsteer.pipeline import finish, first_round, may_align, prompts_of
+from selfsteer.models import load_tokenizer, positions_of, resolve
+from selfsteer.pipeline import finish, first_round, may_align, prepare
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe, Training, dump
 from selfsteer.records import Pair
 from selfsteer.stages import summary
 from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs
-from selfsteer.stages.quality import check_judging, quality_stage
+from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.training import policy_stage
 from selfsteer.store.folder import RunFolder
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
+
+log = logging.getLogger(__name__)
 
 
 def measure_given(path: Path, policy: str, trained: str | None = None) -> Measures:
@@ -37,6 +41,8 @@ def measure_given(path: Path, policy: str, trained: str | None = None) -> Measur
     with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         before = _Scored(path, _scorer(policy, training), journal)
         measures = measure(before.pairs())
+        if before.dropped:
+            measures["dropped"] = dict(before.dropped.most_common())
         measures["likelihood"] = judge_report(likelihood_verdicts(filter(scored, before.pairs())))
         if trained is not None:
             after = _Scored(path, _scorer(trained, training), journal)
@@ -54,11 +60,20 @@ class _Scored:
 
     def __init__(self, path: Path, judge: Judge, journal: Journal) -> None:
         self._path, self._judge, self._journal = path, judge, journal
-        total = sum(1 for _ in self._groups())
+        self.dropped: Counter[str] = Counter()
+        total = 0
+        self._positions = positions_of(judge.model.path)
+        for item in usable_pairs(path, judge.prompts, None, self._positions):
+            if isinstance(item, Pair):
+                total += 1
+            else:
+                self.dropped[item.reason] += 1
+        if total == 0:
+            raise ValueError(f"{path}: no pair is left of {self.dropped.total():,}: {counted(self.dropped)}")
         score_missing(judge, self._groups(), journal, description="log-probabilities of the pairs", total=total)
 
     def _groups(self) -> Iterator[Group]:
-        for item in usable_pairs(self._path, self._judge.prompts, None):
+        for item in usable_pairs(self._path, self._judge.prompts, None, self._positions):
             if isinstance(item, Pair):
                 yield self._judge.group((item,))
 
@@ -70,13 +85,22 @@ class _Scored:
 
 def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
     """What a judge says about a preference dataset; nothing is kept. policy: whose prompts decide which pairs are usable."""
-    prompts = Prompts(load_tokenizer(resolve(policy).path))
+    found = resolve(policy)
+    prompts, positions = Prompts(load_tokenizer(found.path)), positions_of(found.path)
 
     def pairs() -> Iterator[Pair]:
-        return (item for item in usable_pairs(path, prompts, None) if isinstance(item, Pair))
+        return (item for item in usable_pairs(path, prompts, None, positions) if isinstance(item, Pair))
 
     with TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         return judge_report(ask(judge, pairs, journal, total=sum(1 for _ in pairs())))
+
+
+def _pairs(source: Path) -> Path:
+    """The file of a preference dataset or of a run's pairs; what must be known of these is logged."""
+    found = find_pairs(source)
+    if found.warning is not None:
+        log.warning("%s", found.warning)
+    return found.source
 
 
 IMPLICIT = "implicit:"
@@ -88,14 +112,13 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     recipe = recipe.model_copy(update={"rounds": 1})
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
-    policy = resolve(recipe.policy)
-    prompts_of(recipe, policy)
-    check_judging(recipe, principles=False)
-    check_evaluation(recipe)
+    pairs = _pairs(pairs)
+    prepared = prepare(recipe, principles=False)
+    check_evaluation(recipe, prepared.judge)
     next(read_pairs(pairs), None)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        round = first_round(folder, recipe, policy)
+        round = first_round(folder, recipe, prepared)
         preferences = given_stage(round, pairs)
         candidates = Candidates(preferences, quality_stage(round, preferences, principles=False))
         may_align(round, "given")
@@ -104,7 +127,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
 
 
 def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measures:
-    """On-policy probability, margins, lengths and overlap of any preference dataset, under the model that policy names.
+    """On-policy probability, margins, lengths and overlap of any preference dataset, or of a run, under a policy.
 
     judge: who judges the pairs, too. An LLM or a reward model, which of the two its configuration says; a YAML file with a
     judge's section, as in a recipe; or "implicit:MODEL", a model trained from the policy, by its implicit reward.
@@ -113,6 +136,7 @@ def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measure
     found = None if judge is None or trained is not None else find_judge(read_judge(judge), Policy(model=policy))
     if found is not None:
         check_judge(found)
+    pairs = _pairs(pairs)
     measures = measure_given(pairs, policy, trained)
     if found is not None:
         measures["judge"] = judge_given(pairs, found, Policy(model=policy))

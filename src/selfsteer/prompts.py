@@ -6,6 +6,7 @@ text is quarantined.
 """
 
 import logging
+from functools import cached_property
 from typing import Literal, NamedTuple, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -75,17 +76,21 @@ class Prompts:
         """What closes an assistant's turn; an engine has to stop at it, whatever the generation configuration lists."""
         return self._turn.end_id
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Digest of what, beside the tokenizer, determines a rendered prompt."""
-        return digest({"chat_template": self.tokenizer.chat_template, "system_role": self.system_role})
+        """Digest of what determines the token ids of messages: with theirs, that of the ids."""
+        size, some = len(self.tokenizer), 4096
+        parts = (range(start, min(start + some, size)) for start in range(0, size, some))
+        vocabulary = [digest(self.tokenizer.convert_ids_to_tokens(list(ids))) for ids in parts]
+        template = {"chat_template": self.tokenizer.chat_template, "system_role": self.system_role}
+        return digest({**template, "vocabulary": vocabulary})
 
     def fold(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """The query as this template can render it: without a system role, its system message begins the user's turn."""
         if self.system_role == "system" or messages[0]["role"] != "system":
             return messages
-        system, first, *rest = messages
-        return (Message(role=first["role"], content=f"{system['content']}\n\n{first['content']}"), *rest)
+        system, *rest = messages
+        return _before_first_user_turn(tuple(rest), system["content"])
 
     def steer(self, messages: tuple[Message, ...], principle: str) -> tuple[Message, ...]:
         """x+ or x-: the query under a principle. A system message of the query's own stays, before the principle."""
@@ -97,11 +102,21 @@ class Prompts:
             return (Message(role="system", content=f"{first['content']}\n\n{principle}"), *rest)
         if self.system_role == "system":
             return (Message(role="system", content=principle), *messages)
-        return (Message(role="user", content=f"{principle}\n\n{first['content']}"), *rest)
+        return _before_first_user_turn(messages, principle)
 
     def prompt_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         """The rendered conversation with the header of the answer behind it, as token ids."""
         return self._ids(self._render(messages))
+
+    def length_beyond(self, messages: tuple[Message, ...], limit: int) -> int | None:
+        """The number of tokens of a rendered conversation that has more than `limit`; None of one that fits."""
+        text = self._render(messages)
+        # A token is at least a character long (a tokenizer may put one space before it all), and no normaliser makes more of
+        # ASCII: most prompts fit without being tokenised.
+        if text.isascii() and len(text) < limit:
+            return None
+        length = len(self._ids(text))
+        return length if length > limit else None
 
     def completion_ids(self, text: str, finish: FinishReason, prompt: tuple[Message, ...] | None = None) -> tuple[int, ...]:
         """The ids of a response of which only the text is known, as it stands behind its prompt; else behind any prompt.
@@ -148,6 +163,14 @@ class Prompts:
     def _specials(self, ids: tuple[int, ...]) -> list[int]:
         return [token_id for token_id in ids if token_id in self.special_ids]
 
+    def without_end(self, text: str) -> str:
+        """A completion without the end token that some data sets write at its very end: the token is trained anyway."""
+        stripped = text.rstrip()
+        for end in {str(self.tokenizer.eos_token), str(self.tokenizer.convert_ids_to_tokens(self._turn.end_id))}:
+            if stripped.endswith(end):
+                return stripped.removesuffix(end).rstrip()
+        return text
+
     def _detect_system_role(self) -> Literal["system", "user"]:
         try:
             text = self._render((Message(role="system", content=_MARKER), Message(role="user", content=_HARMLESS)))
@@ -162,3 +185,10 @@ class Prompts:
             return "system"
         log.warning("the chat template knows no system role: principles go before the user's first turn")
         return "user"
+
+
+def _before_first_user_turn(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
+    """The conversation, which may begin with the assistant's greeting, with a text before what the user says first."""
+    at = next(number for number, message in enumerate(messages) if message["role"] == "user")
+    first = Message(role="user", content=f"{text}\n\n{messages[at]['content']}")
+    return (*messages[:at], first, *messages[at + 1 :])

@@ -209,3 +209,16 @@ class PairRow(TypedDict):
     ref_rejected_logps: NotRequired[float | None]
     chosen_tokens: NotRequired[int | None]
     rejected_tokens: NotRequired[int | None]
+
+
+class Saving(TypedDict):
+    """What saving cost; margins are beta * (chosen log-ratio - rejected log-ratio), in the arithmetic of the training."""
+
+    dtype: str
+    """In which the weights are delivered."""
+    trained: float | None
+    """Mean margin of a few training pairs after the last step; None of sharded weights."""
+    delivered: float | None
+    """The same of what is delivered."""
+    rounded: float | None
+    """The same in the dtype of the policy, where that was tried and left."""

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selfsteer.data.exchange import read_pairs
-from selfsteer.data.files import SUFFIXES, file_rows
+from selfsteer.data.exchange import find_pairs, read_pairs
+from selfsteer.data.files import check_source, source_digest, source_rows
 from selfsteer.evaluations.reward_bench import Benchmark, Report, read_benchmark, report
 from selfsteer.judges.reward import (
     Conversation,
@@ -34,7 +34,7 @@ from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow
 from selfsteer.store.columns import pair
-from selfsteer.store.durable import canonical_json, digest, file_digest, replacing
+from selfsteer.store.durable import canonical_json, digest, replacing
 from selfsteer.store.folder import RunFolder
 from selfsteer.store.journal import Journal
 from selfsteer.training.reward import RewardJob, RewardTraining, check_trl, train_reward
@@ -81,8 +81,7 @@ def train_reward_model(
     holds a reward model of other settings.
     """
     check_trl()
-    for source in sources:
-        _check_file(source.path)
+    sources = [replace(source, path=find_pairs(source.path).source) for source in sources]
     base = resolve(Policy(model=model))
     renderer = open_renderer(_scorer(base, settings))
     identity = digest(
@@ -90,7 +89,7 @@ def train_reward_model(
             "schema": SCHEMA,
             "model": base.digest,
             "template": renderer.prompts.digest,
-            "sources": [[file_digest(source.path), source.weight] for source in sources],
+            "sources": [[source_digest(source.path), source.weight] for source in sources],
             "settings": asdict(settings) | {"chat_template": None},
             "training": training.digest(),
         }
@@ -122,13 +121,6 @@ def train_reward_model(
         return json.loads((folder.path / "result.json").read_bytes())
 
 
-def _check_file(file: Path) -> None:
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; give a file of {', '.join(SUFFIXES)}")
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: cannot read files of this kind; give one of {', '.join(SUFFIXES)}")
-
-
 def _known(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_bytes()) if file.is_file() else None
 
@@ -147,8 +139,8 @@ def _tokenized(
             name = _name(source, sources)
             count: dict[str, Any] = {"rows": 0, "trained on": 0, "held out": 0, "weight": source.weight, "dropped": {}}
             counts[name] = count
-            rows = zip(read_pairs(source.path), file_rows(source.path), strict=True)
-            for row, (_, raw) in rows:
+            rows = zip(read_pairs(source.path), source_rows(source.path), strict=True)
+            for row, (_, raw, _) in rows:
                 count["rows"] += 1
                 line = row if isinstance(row, Dropped) else _line(row, renderer)
                 if isinstance(line, Dropped):
@@ -256,7 +248,7 @@ def reward_bench(model: str, files: Sequence[Path], output: Path, settings: Rewa
     Rewards are kept in output/parts. Raises ValueError, before anything is scored, for a file of no known format.
     """
     for file in files:
-        _check_file(file)
+        check_source(file, "labelled data")
     reward = _scorer(resolve(Policy(model=model)), settings)
     open_renderer(reward)
     benchmarks = {file.name: _benchmark(file) for file in files}
@@ -266,7 +258,7 @@ def reward_bench(model: str, files: Sequence[Path], output: Path, settings: Rewa
 
 def _benchmark(file: Path) -> Benchmark | list[Pair]:
     """A benchmark by its columns; else plain pairs."""
-    rows = [row.fields for row in file_rows(file)]
+    rows = [row.fields for row in source_rows(file)]
     if rows and ("subset" in rows[0] or "output_1" in rows[0]):
         return read_benchmark(rows, str(file))
     return list(_pairs_of(file, 1.0))

@@ -144,10 +144,10 @@ def test_every_row_is_a_query_or_a_drop_with_its_reason_in_order(tmp_path: Path)
         "empty",
         "What is a cow?",
     ]
-    assert rows[1] == Dropped(id=f"{path}:2", reason="empty")
+    assert rows[1] == Dropped(id=f"{path}: line 2", reason="empty")
     assert isinstance(rows[5], Dropped)
-    assert rows[5].detail == f"{path}:6"
-    assert rows[6] == Dropped(id=f"{path}:7", reason="control character", detail="U+001B")
+    assert rows[5].detail == f"{path}: line 6"
+    assert rows[6] == Dropped(id=f"{path}: line 7", reason="control character", detail="U+001B")
 
 
 def test_a_lone_surrogate_is_dropped_and_a_pair_is_a_character(tmp_path: Path):
@@ -203,37 +203,53 @@ def test_reading_is_lazy(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.jsonl", b'{"query": "a"}\n{"query": "b"\n', r"q\.jsonl:2: malformed JSON .*; expected one object a line"),
-        ("q.jsonl", b'{"query": "a"}\n["b"]\n', r"q\.jsonl:2 is a list; .* one JSON list is named \.json"),
-        ("q.jsonl", b'"a"\n', r"q\.jsonl:1 is text; expected one object a line"),
-        ("q.jsonl", b"[" * 100_000, r"q\.jsonl:1: malformed JSON"),
+        ("q.jsonl", b'{"query": "a"}\n{"query": "b"\n', r"q\.jsonl: line 2: malformed JSON .*; expected one object a line"),
+        ("q.jsonl", b'{"query": "a"}\n["b"]\n', r"q\.jsonl: line 2 is a list; .* one JSON list is named \.json"),
+        ("q.jsonl", b'"a"\n', r"q\.jsonl: line 1 is text; expected one object a line"),
+        ("q.jsonl", b"[" * 100_000, r"q\.jsonl: line 1: nested too deeply"),
         (
             "q.jsonl",
             b'{"text": "a", "id": 1}\n',
-            r"q\.jsonl:1 has no 'query'; found the keys \['id', 'text'\]\. .*queries\.column",
+            r"q\.jsonl: line 1 has no 'query'; found the keys \['id', 'text'\]\. .*queries\.column",
         ),
-        ("q.jsonl", b'{"query": "a"}\n{"query": 7}\n', r"q\.jsonl:2: the query is a number; expected text or a list"),
-        ("q.jsonl", b'{"query": {"a": 1}}\n', r"q\.jsonl:1: the query is an object"),
-        ("q.jsonl", b'{"query": ["a"]}\n', r"q\.jsonl:1, message 1 is text; expected an object with role and content"),
-        ("q.jsonl", b'{"query": [{"role": "user"}]}\n', r"q\.jsonl:1, message 1 needs role and content .*\['role'\]"),
-        ("q.jsonl", b'{"query": [{"role": "tool", "content": "x"}]}\n', r"q\.jsonl:1, message 1 has the role 'tool'; known"),
-        ("q.jsonl", b'{"query": "a"}\n{"query": "caf\xe9"}\n', r"q\.jsonl:2: not UTF-8 at byte 29 of the file .*save"),
-        ("q.jsonl", '{"query": "a"}\n'.encode("utf-16"), r"q\.jsonl:1: not UTF-8 at byte 0 of the file"),
-        ("q.csv", b"query\ncaf\xe9\n", r"q\.csv:2: not UTF-8 at byte 9 of the file"),
-        ("q.json", b'[{"query": "caf\xe9"}]', r"q\.json:1: not UTF-8 at byte 15 of the file"),
-        ("q.json", b'[\n{"query": "a"}\n{"query": "b"}]', r"q\.json:3: malformed JSON \(Expecting ',' delimiter\)"),
-        ("q.json", b'{"query": "a"}\n{"query": "b"}\n', r"q\.json:2: malformed JSON .*one object a line is named \.jsonl"),
-        ("q.json", b'{"data": []}', r"q\.json: the file is an object; expected a list of objects"),
+        ("q.jsonl", b'{"query": "a"}\n{"query": 7}\n', r"q\.jsonl: line 2, 'query' is a number; expected text or a list"),
+        ("q.jsonl", b'{"query": {"a": 1}}\n', r"q\.jsonl: line 1, 'query' is an object"),
+        (
+            "q.jsonl",
+            b'{"query": ["a"]}\n',
+            r"q\.jsonl: line 1, 'query', message 1 is text; expected an object",
+        ),
+        (
+            "q.jsonl",
+            b'{"query": [{"role": "user"}]}\n',
+            r"q\.jsonl: line 1, 'query', message 1 needs role .*\['role'\]",
+        ),
+        (
+            "q.jsonl",
+            b'{"query": [{"role": "elf", "content": "x"}]}\n',
+            r"q\.jsonl: line 1, 'query', message 1 has",
+        ),
+        ("q.jsonl", b'{"query": "a"}\n{"query": "caf\xe9"}\n', r"q\.jsonl: line 2: not UTF-8 at byte 29 of the file .*save"),
+        ("q.jsonl", '{"query": "a"}\n'.encode("utf-16"), r"q\.jsonl: line 1: not UTF-8 at byte 0 of the file"),
+        ("q.csv", b"query\ncaf\xe9\n", r"q\.csv: line 2: not UTF-8 at byte 9 of the file"),
+        ("q.json", b'[{"query": "caf\xe9"}]', r"q\.json: line 1: not UTF-8 at byte 15 of the file"),
+        ("q.json", b'[\n{"query": "a"}\n{"query": "b"}]', r"q\.json: line 3: malformed JSON \(Expecting ',' delimiter\)"),
+        (
+            "q.json",
+            b'{"query": "a"}\n{"query": "b"}\n',
+            r"q\.json: the file is an object .* is named \.jsonl",
+        ),
+        ("q.json", b'{"data": []}', r"q\.json: the file is an object .*; expected a list of objects"),
         ("q.json", b'[{"query": "a"}, 3]', r"q\.json: item 2 is a number; expected an object"),
         ("q.json", b'[{"query": "a"}, {"q": 3}]', r"q\.json: item 2 has no 'query'; found the keys \['q'\]"),
         (
             "q.csv",
             b"query,id\na,1\nb, c,2\n",
-            r"q\.csv:3: 3 fields under a header of 2; put text with commas in double quotes",
+            r"q\.csv: line 3: 3 fields under a header of 2; put text with commas in double quotes",
         ),
-        ("q.csv", b'query,id\n"never closed,1\nb,2\n', r"q\.csv:3: malformed CSV .*double quote left open"),
-        ("q.csv", b"query,query\na,b\n", r"q\.csv:1: the header repeats \['query'\]"),
-        ("q.csv", b"text\na\n", r"q\.csv:2 has no 'query'; found the keys \['text'\]"),
+        ("q.csv", b'query,id\n"never closed,1\nb,2\n', r"q\.csv: line 3: malformed CSV .*double quote left open"),
+        ("q.csv", b"query,query\na,b\n", r"q\.csv: line 1: the header repeats \['query'\]"),
+        ("q.csv", b"text\na\n", r"q\.csv: line 2 has no 'query'; found the keys \['text'\]"),
         ("q.parquet", b"no parquet", r"q\.parquet: not a readable Parquet file"),
         ("q.txt", b"a", r"q\.txt: unknown kind of file; queries\.path takes \.jsonl"),
     ],
@@ -247,9 +263,9 @@ def test_a_bad_file_is_named_with_its_place_and_the_way_out(tmp_path: Path, name
 def test_a_parquet_file_without_the_column_or_with_other_types_is_named(tmp_path: Path):
     path = tmp_path / "q.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "n": [1]}), path)
-    with pytest.raises(ValueError, match=r"q\.parquet has no 'query'; found the keys \['n', 'text'\]"):
+    with pytest.raises(ValueError, match=r"q\.parquet: row 1 has no 'query'; found the keys \['n', 'text'\]"):
         read(path)
-    with pytest.raises(ValueError, match=r"q\.parquet: row 1: the query is a number"):
+    with pytest.raises(ValueError, match=r"q\.parquet: row 1, 'n' is a number"):
         read(path, column="n")
 
 
@@ -258,12 +274,12 @@ def test_a_parquet_file_with_broken_text_is_named(tmp_path: Path):
         1, pyarrow.py_buffer(b"\x00\x00\x00\x00\x02\x00\x00\x00"), pyarrow.py_buffer(b"a\xff")
     )
     pyarrow.parquet.write_table(pyarrow.table({"query": broken}), tmp_path / "q.parquet")
-    with pytest.raises(ValueError, match=r"q\.parquet: not UTF-8 within the rows from 1 on"):
+    with pytest.raises(ValueError, match=r"q\.parquet: row 1, 'query': not UTF-8"):
         read(tmp_path / "q.parquet")
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"q\.jsonl: no such file; set queries\.path"):
+    with pytest.raises(ValueError, match=r"q\.jsonl: no such file; queries\.path takes"):
         read(tmp_path / "q.jsonl")
 
 

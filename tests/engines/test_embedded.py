@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import END_ID, PAD_ID, tiny_adapter, tiny_model_dir
+from tiny import END_ID, PAD_ID, tiny_adapter, tiny_model, tiny_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from selfsteer.engines import decoding
@@ -106,8 +106,7 @@ def test_finish_reasons_and_text(model_dir: str):
     free = answers(model_dir, [request], batch_size=1)["r3"]
     assert (free.finish_reason, len(free.token_ids)) == ("length", 20)
     assert free.text == AutoTokenizer.from_pretrained(model_dir).decode(free.token_ids, skip_special_tokens=True)
-    with TransformersEngine(model_dir, batch_size=1, dtype=torch.float32) as engine:
-        engine._ends = frozenset({END_ID, free.token_ids[6]})
+    with TransformersEngine(model_dir, batch_size=1, dtype=torch.float32, end_ids=[free.token_ids[6]]) as engine:
         (ended,) = engine.generate([request])
     first = free.token_ids.index(free.token_ids[6])
     assert (ended.finish_reason, ended.token_ids) == ("stop", free.token_ids[:first])
@@ -118,12 +117,26 @@ def test_end_tokens_come_from_the_generation_configuration_the_tokenizer_and_its
     folder = tiny_model_dir(tmp_path)
     GenerationConfig(eos_token_id=[7, 9], pad_token_id=0).save_pretrained(folder)
     with TransformersEngine(folder, batch_size=1, dtype=torch.float32) as engine:
-        assert engine._ends == {7, 9, END_ID}
+        assert engine._vocabulary.ends == {7, 9, END_ID}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = "<|pad|>"  # which closes no turn; <|im_end|> goes on doing that
     tokenizer.save_pretrained(folder)
     with TransformersEngine(folder, batch_size=1, dtype=torch.float32) as engine:
-        assert engine._ends == {7, 9, PAD_ID, END_ID}
+        assert engine._vocabulary.ends == {7, 9, PAD_ID, END_ID}
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_ids_that_no_token_has_are_never_sampled(slots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An embedding of 464 rows for 400 tokens, and logits that are nearly even: one sample in seven would be beyond."""
+    folder = tiny_model_dir(tmp_path)
+    tiny_model(vocab_size=464).save_pretrained(folder)
+    if not slots:
+        monkeypatch.setattr(engine_module, "why_not_slots", lambda *_: "it has windows")
+    sampling = Sampling(temperature=100.0, top_p=1.0, max_new_tokens=50)
+    requests = [Request(key=str(n), messages=(), prompt_ids=(5, 6), sampling=sampling, seed=n) for n in range(4)]
+    sampled = [token for answer in answers(folder, requests, batch_size=4).values() for token in answer.token_ids]
+    assert len(sampled) > 100
+    assert max(sampled) < 400
 
 
 def test_requests_are_pulled_a_few_batches_ahead(model_dir: str, monkeypatch: pytest.MonkeyPatch):

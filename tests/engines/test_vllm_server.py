@@ -4,6 +4,8 @@ The real vLLM is in tests/real/.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -324,3 +326,17 @@ def test_a_server_ends_with_the_process_that_started_it(scripted: Callable[..., 
         owner.kill()
     pid = started(python)["pid"]
     until(lambda: not alive(pid), "the end of the server", seconds=60)
+
+
+def test_a_server_ends_with_its_keeper(scripted: Callable[..., str]):
+    """kill -9 of the keeper itself, as by someone who kills all processes of a run one by one."""
+    python = scripted()
+    with subprocess.Popen([sys.executable, "-c", OWNER, python, "-m"], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "open\n"
+        pid = started(python)["pid"]
+        keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        assert b"keeper.py" in Path(f"/proc/{keeper}/cmdline").read_bytes()
+        os.kill(keeper, signal.SIGKILL)
+        until(lambda: not alive(pid), "the end of the server", seconds=60)
+        owner.kill()

@@ -59,14 +59,14 @@ def test_all_strings_of_every_kind_of_file_count(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([turns, turns]), tmp_path / "d.parquet")
     held = read_evaluation([tmp_path / name for name in ("a.jsonl", "b.json", "c.csv", "d.parquet")])
     found = [overlap.place.removeprefix(f"{tmp_path}/") for overlap in overlaps(query(THIRTEEN), held)]
-    assert found == ["a.jsonl:1", "b.json: item 2", "c.csv:2", "d.parquet: row 1"]
+    assert found == ["a.jsonl: line 1", "b.json: item 2", "c.csv: line 2", "d.parquet: row 1"]
 
 
 def test_of_each_file_the_row_that_shares_most_is_named(tmp_path: Path):
     path = tmp_path / "eval.jsonl"
     held = evaluation(path, THIRTEEN, f"{THIRTEEN} and more", THIRTEEN)
     asked = query(f"{THIRTEEN} and more")
-    assert list(overlaps(asked, held)) == [Overlap(asked.id, str(path), f"{path}:2", 3)]
+    assert list(overlaps(asked, held)) == [Overlap(asked.id, str(path), f"{path}: line 2", 3)]
 
 
 def test_earlier_turns_count(tmp_path: Path):
@@ -93,11 +93,16 @@ def test_the_measure_counts_queries_by_file(tmp_path: Path):
 
 def test_nothing_overlaps_with_no_evaluation(tmp_path: Path):
     assert list(overlaps(query(THIRTEEN), read_evaluation([]))) == []
-    (tmp_path / "empty.jsonl").write_text("")
-    assert list(overlaps(query("?"), read_evaluation([tmp_path / "empty.jsonl"]))) == []
 
 
-@pytest.mark.parametrize(("name", "says"), [("a.txt", "unknown kind"), ("a.jsonl", "no such evaluation file")])
+@pytest.mark.parametrize(("content", "says"), [("", "the file is empty"), ("\n", "no rows")])
+def test_an_evaluation_file_without_rows_is_refused(tmp_path: Path, content: str, says: str):
+    (tmp_path / "empty.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=rf"empty\.jsonl: {says}"):
+        read_evaluation([tmp_path / "empty.jsonl"])
+
+
+@pytest.mark.parametrize(("name", "says"), [("a.txt", "unknown kind"), ("a.jsonl", "no such file")])
 def test_files_that_cannot_be_read_are_refused_before_any_is_read(tmp_path: Path, name: str, says: str):
     with pytest.raises(ValueError, match=says):
         read_evaluation([tmp_path / name])
@@ -105,7 +110,7 @@ def test_files_that_cannot_be_read_are_refused_before_any_is_read(tmp_path: Path
 
 def test_malformed_files_are_refused_by_place(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"a": "b"}\n{"a": ')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 2"):
         read_evaluation([tmp_path / "a.jsonl"])
 
 

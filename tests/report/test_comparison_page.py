@@ -104,3 +104,21 @@ def test_the_command_makes_the_page_again(folder: Path, monkeypatch: pytest.Monk
     (folder / "comparison.json").unlink()
     assert command() == 2
     assert "no comparison.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        '{"baseline": "pbaa"',
+        '{"baseline": "pbaa", "model": "m", "seeds": [0], "holdout": 2, "arms": {"sso": 3}}',
+        '{"baseline": "pbaa", "model": "m", "seeds": [0], "holdout": 2, "arms": {"sso": {"measures": {"accuracy": [1]}}}}',
+    ],
+)
+def test_a_damaged_comparison_is_named_with_the_way_out(tmp_path: Path, content: str):
+    (tmp_path / "comparison.json").write_text(content)
+    with pytest.raises(ValueError, match=r"comparison\.json: damaged.*selfsteer compare"):
+        write_comparison_page(tmp_path)

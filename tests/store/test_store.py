@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from selfsteer.records import Dropped
 from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder
-from selfsteer.store.folder import SCHEMA_VERSION, Contents, Origin, RunFolder, RunFolderBusy, Stage, StageDamaged
+from selfsteer.store.folder import SCHEMA_VERSION, Contents, Origin, RunFolder, RunFolderBusy, Stage, StageDamaged, elapsed
 from selfsteer.store.journal import Journal
 
 ORIGIN = Origin(settings={"temperature": 0.7}, inputs={"queries": "ab" * 32})
@@ -387,7 +387,7 @@ def test_every_damaged_manifest_is_noticed(tmp_path: Path):
             assert manifest == stage.manifest(), "a changed space between values changes nothing"
     for text in (b"", b"[]", b"null", whole[:50]):
         path.write_bytes(text)
-        with pytest.raises(StageDamaged, match=r"MANIFEST\.json: not as it was written"):
+        with pytest.raises(StageDamaged, match=r"MANIFEST\.json: (damaged|not as it was written)"):
             stage.manifest()
 
 
@@ -525,6 +525,56 @@ def test_sessions_add_up(tmp_path: Path):
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: damaged"):
         view.sessions()
+
+
+DAMAGED = ["", "null", "[]", "3", '"x"', "{}", '{"', "[" * 5000, "\xff\xfe", '{"sessions": {}, "seconds": null}']
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, '{"sessions": [3]}'])
+def test_a_damaged_run_json_is_named_with_the_way_out(tmp_path: Path, content: str):
+    with RunFolder(tmp_path / "run") as run:
+        run.describe("seed: 0\n", {})
+        (run.path / "run.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"run\.json: damaged.*move it away"):
+            run.describe("seed: 0\n", {})
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGED, '{"seconds": NaN}', '{"seconds": -1}', '{"seconds": true}', '{"seconds": 1e999}']
+)
+def test_a_damaged_clock_begins_at_zero_and_says_so(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "elapsed.json").write_bytes(content.encode("latin-1"))
+    with elapsed(tmp_path) as seconds:
+        assert 0 <= seconds() < 60
+    assert "elapsed.json: damaged" in caplog.text
+
+
+def test_a_clock_adds_up(tmp_path: Path):
+    (tmp_path / "elapsed.json").write_text('{"seconds": 1000}')
+    with elapsed(tmp_path) as seconds:
+        assert 1000 <= seconds() < 1060
+
+
+def test_what_is_no_lock_file_is_refused(tmp_path: Path):
+    for number, make in enumerate((os.mkfifo, os.mkdir, lambda path: os.symlink("LOCK", path))):
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        make(folder / "LOCK")
+        with pytest.raises(ValueError, match=r"LOCK: .*remove it"), RunFolder(folder):
+            pass
+
+
+def test_damaged_rows_are_told_by_file_and_way_out(tmp_path: Path):
+    stage = sealed(tmp_path)
+    data = stage.path / "data.parquet"
+    whole = data.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:4] + bytes(60) + whole[64:]):
+        data.write_bytes(damaged)
+        with pytest.raises(StageDamaged, match=r"data\.parquet: not a readable Parquet file.*MANIFEST\.json"):
+            list(stage.rows())
+    data.unlink()
+    with pytest.raises(StageDamaged, match=r"data\.parquet.*MANIFEST\.json"):
+        list(stage.rows())
 
 
 def test_a_run_of_another_version_is_refused_and_left_as_it_is(tmp_path: Path):

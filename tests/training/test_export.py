@@ -291,13 +291,13 @@ def test_a_damaged_history_is_made_again(damage: Callable[[Path], object], tiny:
     assert [step["step"] for step in read_history(file)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"files": [], "training": 3}', "{", ""])
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"sizes": [], "training": 3}', "{", ""])
 def test_a_damaged_marker_is_none(content: str, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     job = replace(job_of(tiny, tmp_path), max_steps=2)
     train(job)
     history = (Path(job.output) / "history.jsonl").read_text()
     marker = Path(job.output) / "checkpoint-2" / checkpoints.MARKER
-    assert json.loads(marker.read_text())["files"]
+    assert json.loads(marker.read_text())["sizes"]
     marker.write_text(content)
     with caplog.at_level(logging.WARNING, "selfsteer"):
         train(job)

@@ -1,4 +1,4 @@
-"""Read a preference data set made elsewhere, in any of the forms the field writes, as `PairRow`s.
+"""Preference data made elsewhere, in any of the forms the field writes; and pairs for the programs that train on them.
 
 form              prompt                               chosen, rejected
 plain             a string                             strings
@@ -6,12 +6,11 @@ conversational    messages                             messages: the completion,
 implicit prompt   none                                 two whole conversations with a common beginning
 sharegpt ranking  "conversations": {"from", "value"}   {"from", "value"}
 
-The first three are TRL's, the last is LLaMA-Factory's. Left out on purpose: plain strings without a prompt, in which only a
-guess would tell the turns apart.
+The first three are TRL's, the last is LLaMA-Factory's. A prompt beside whole conversations may be a part of their common
+beginning: its first or last turn, or all of it. A column `system` is the system message in every form. Left out on purpose:
+plain strings without a prompt, in which only a guess would tell the turns apart.
 
-and write pairs for the programs that train on them.
-
-format        what is written                        read with
+format        what is written, beside README.md     read with
 trl           data/train-00000-of-00001.parquet      datasets.load_dataset(DIR, split="train"), then TRL's DPOTrainer
 llamafactory  selfsteer.json, dataset_info.json      dataset_dir: DIR, dataset: selfsteer
 parquet       pairs.parquet, every column            anything
@@ -20,182 +19,147 @@ jsonl         pairs.jsonl, every column              anything
 Left out on purpose: uploading, and adding to files that exist.
 """
 
-# ruff: noqa: TRY004 (a wrong type within a file is a wrong value to whoever passes the file)
 import json
 import logging
+import math
 import re
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-import pyarrow
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selfsteer.data.files import (
+    HUB,
+    OTHER_COLUMNS,
+    SUFFIXES,
+    SURROGATE,
+    SYSTEM_COLUMNS,
+    Row,
+    check_source,
+    is_blank,
+    keys_in_words,
+    read_chat,
+    source_rows,
+    type_in_words,
+    with_system,
+)
 from selfsteer.recipe.sections import load
 from selfsteer.records import Dropped, Message, PairRow
-from selfsteer.store.durable import digest, make_folder, replacing
+from selfsteer.store.columns import write_rows
+from selfsteer.store.durable import digest, make_folder, read_json, replacing
 from selfsteer.store.folder import Stage
 
-_BATCH_ROWS = 1024
-
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
-
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+log = logging.getLogger(__name__)
 
 _FORMS = "Give 'prompt', 'chosen' and 'rejected' as strings or as lists of {role, content} messages."
 
-Row = dict[str, Any]
+_SIDES = ("chosen", "rejected")
+
+_FINISHES, _LOGPS, _TOKENS = (
+    tuple(pattern.format(side) for side in _SIDES) for pattern in ("{}_finish", "ref_{}_logps", "{}_tokens")
+)
+
+_COLUMNS = (
+    *("prompt", "conversations", *_SIDES, "query_id", "kind", *_FINISHES, *_LOGPS, *_TOKENS),
+    *(*SYSTEM_COLUMNS, *OTHER_COLUMNS),
+)
 
 
-def read_pairs(path: Path) -> Iterator[PairRow | Dropped]:
-    """Yield the pairs of a .parquet, .jsonl or .json file, and a `Dropped` for each row that can be none, in order.
+def read_pairs(source: Path) -> Iterator[PairRow | Dropped]:
+    """Yield the pairs of a file or a hub data set, and a `Dropped` for each row that can be none, in order.
 
-    Columns of `PairRow` that the file has already are kept. A .json file is held in memory, the others stream. ValueError,
-    naming file, row and key, where a row is malformed.
+    Columns of `PairRow` that the file has already are kept. ValueError, naming file, row and key, where a row is malformed.
     """
-    for place, row in _rows(path):
-        pair = _pair(row, place)
-        reason = _drop_reason(pair)
-        if reason is not None:
-            yield Dropped(id=pair["query_id"] or place, reason=reason, detail=place)
+    check_source(source, "a preference dataset")
+    for row in source_rows(source, _COLUMNS):
+        turns = _turns(row)
+        pair = turns if isinstance(turns, str) else _pair(row, turns)
+        reason = pair if isinstance(pair, str) else drop_reason(pair)
+        if isinstance(pair, str) or reason is not None:
+            yield Dropped(id=_text(row, "query_id") or row.place, reason=reason or str(pair), detail=row.place)
         else:
-            # As `Query.id`.
-            pair["query_id"] = pair["query_id"] or digest(pair["prompt"])[:16]
+            pair["query_id"] = pair["query_id"] or digest(pair["prompt"])[:16]  # as `Query.id`
             yield pair
 
 
-def _drop_reason(pair: PairRow) -> str | None:
-    chosen, rejected = (pair[side][-1]["content"].strip() for side in ("chosen", "rejected"))
-    texts = [message["content"] for key in ("prompt", "chosen", "rejected") for message in pair[key]]
-    if any(_SURROGATE.search(text) for text in texts):
+def drop_reason(pair: PairRow) -> str | None:
+    """Why there is nothing to learn from this pair, or None."""
+    chosen, rejected = (pair[side][-1]["content"].strip() for side in _SIDES)
+    texts = [message["content"] for key in ("prompt", *_SIDES) for message in pair[key]]
+    if any(SURROGATE.search(text) for text in (*texts, pair["query_id"])):
         return "lone surrogate"
-    if not pair["prompt"][-1]["content"].strip():
+    if is_blank(pair["prompt"][-1]["content"]):
         return "empty prompt"
-    if not chosen:
+    if is_blank(chosen):
         return "empty chosen"
-    if not rejected:
+    if is_blank(rejected):
         return "empty rejected"
     return "chosen equal to rejected" if chosen == rejected else None
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Every row of the file with its place, for messages."""
-    match path.suffix:
-        case ".parquet":
-            try:
-                file = pq.ParquetFile(path)
-            except pyarrow.ArrowInvalid as error:
-                raise ValueError(
-                    f"{path} is not a Parquet file: {error}. Give another, or name it after what it is."
-                ) from error
-            number = 0
-            with file:
-                for batch in file.iter_batches(_BATCH_ROWS):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{path}: row {number}", row
-        case ".jsonl":
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    place = f"{path}: line {number}"
-                    if line.strip():
-                        yield place, _object(_parse(line, place), place)
-        case ".json":
-            rows = _parse(path.read_bytes(), str(path))
-            if not isinstance(rows, list):
-                raise ValueError(f"{path} is not a list of rows; a file with one object a line is named .jsonl.")
-            for number, row in enumerate(cast("list[object]", rows), 1):
-                yield f"{path}: row {number}", _object(row, f"{path}: row {number}")
-        case other:
+class _Turns(NamedTuple):
+    """A pair as messages."""
+
+    prompt: list[Message]
+    chosen: Message
+    rejected: Message
+
+
+def _turns(row: Row) -> _Turns | str:
+    """The conversation and its two last turns, or why the row must be dropped."""
+    for key in _SIDES:
+        if key not in row.fields:
             raise ValueError(
-                f"{path}: cannot read {other or 'files without a suffix'}; give a .parquet, .jsonl or .json file."
+                f"{row.place} has no {key!r}; found {keys_in_words(row.columns)}. Rename the column to {key!r}."
             )
+        if row.fields[key] is None:
+            return f"empty {key}"
+    given = "conversations" if row.fields.get("conversations") is not None else "prompt"
+    if row.fields.get(given) is None and isinstance(row.fields["chosen"], str):
+        if "prompt" in row.columns:
+            return "empty prompt"
+        raise ValueError(f"{row.place} has no 'prompt'; found {keys_in_words(row.columns)}. {_FORMS}")
+    read = {
+        key: read_chat(row.fields[key], role, f"{row.place}, {key!r}")
+        for key, role in ((given, "user"), *((side, "assistant") for side in _SIDES))
+        if row.fields.get(key) is not None
+    }
+    if refused := next((chat for chat in read.values() if isinstance(chat, str)), None):
+        return refused
+    chats = cast("dict[str, list[Message]]", read)
+    chosen, rejected = (chats[side] for side in _SIDES)
+    prompt = _prompt(chats.get(given), chosen, rejected)
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
+        raise ValueError(f"{row.place}, {given!r} must end in a user turn. {_FORMS}")
+    last = [_behind(prompt, chats[side], f"{row.place}, {side!r}") for side in _SIDES]
+    whole = with_system(prompt, row)
+    return whole if isinstance(whole, str) else _Turns(whole, *last)
 
 
-def _parse(data: bytes, where: str) -> object:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}. Mend or remove it.") from error
+def _prompt(given: list[Message] | None, chosen: list[Message], rejected: list[Message]) -> list[Message] | str:
+    """What both responses answer: what is given, or the common beginning of two whole conversations that it is a part of."""
+    if len(chosen) == 1 and len(rejected) == 1 and given is not None:
+        return given
+    common = _common_beginning(chosen, rejected)
+    if given is None:
+        return common or "no common beginning"
+    if any(side[: len(given)] == given and len(side) == len(given) + 1 for side in (chosen, rejected)):
+        return given
+    if min(len(chosen), len(rejected)) > 1 and _is_part(given, chosen) and _is_part(given, rejected):
+        return common if chosen[:-1] == rejected[:-1] else "the conversations part before their last turn"
+    return given
 
 
-def _object(value: object, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not an object but {type(value).__name__}. {_FORMS}")
-    return cast(Row, value)
-
-
-def _pair(row: Row, where: str) -> PairRow:
-    for key in ("chosen", "rejected"):
-        if row.get(key) is None:
-            raise ValueError(f"{where} has no {key!r}; found the keys {sorted(row)}. Rename the column to {key!r}.")
-    if "conversations" in row:
-        prompt = _sharegpt(row["conversations"], f"{where}, 'conversations'")
-        if isinstance(row.get("system"), str) and row["system"]:
-            prompt = [Message(role="system", content=row["system"]), *prompt]
-        chosen, rejected = (_sharegpt([row[key]], f"{where}, {key!r}") for key in ("chosen", "rejected"))
-    else:
-        chosen, rejected = (_messages(row[key], "assistant", f"{where}, {key!r}") for key in ("chosen", "rejected"))
-        if row.get("prompt") is not None:
-            prompt = _messages(row["prompt"], "user", f"{where}, 'prompt'")
-        elif isinstance(row["chosen"], str):
-            raise ValueError(f"{where} has no 'prompt'; found the keys {sorted(row)}. {_FORMS}")
-        else:
-            prompt = _common_beginning(chosen, rejected)
-        chosen, rejected = _without(prompt, chosen), _without(prompt, rejected)
-    if not prompt or prompt[-1]["role"] != "user":
-        raise ValueError(f"{where}, 'prompt' must end in a user turn. {_FORMS}")
-    for key, messages in (("chosen", chosen), ("rejected", rejected)):
-        if [message["role"] for message in messages] != ["assistant"]:
-            raise ValueError(
-                f"{where}, {key!r} must be one assistant turn after the prompt; found {[m['role'] for m in messages]}. "
-                "Move the earlier turns into 'prompt'."
-            )
-    pair = PairRow(
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        query_id=row.get("query_id") or "",
-        kind=row.get("kind") or "given",
-        chosen_finish=row.get("chosen_finish") or "stop",
-        rejected_finish=row.get("rejected_finish") or "stop",
-    )
-    for key in ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens"):
-        if row.get(key) is not None:
-            pair[key] = row[key]
-    return pair
-
-
-def _messages(value: object, role: str, where: str) -> list[Message]:
-    """A string as one turn of `role`; a list of messages, or one message, as it is."""
-    if isinstance(value, str):
-        return [Message(role=role, content=value)]
-    turns = cast("list[object]", value) if isinstance(value, list) else [value]
-    return [_message(turn, ("role", "content"), where) for turn in turns]
-
-
-def _sharegpt(value: object, where: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise ValueError(f"{where} must be a list of {{from, value}} turns, found {type(value).__name__}. {_FORMS}")
-    turns = [_message(turn, ("from", "value"), where) for turn in cast("list[object]", value)]
-    for turn in turns:
-        if turn["role"] not in _SHAREGPT_ROLES:
-            raise ValueError(
-                f"{where} has a turn from {turn['role']!r}; known are {sorted(_SHAREGPT_ROLES)}. Rename or remove it."
-            )
-    return [Message(role=_SHAREGPT_ROLES[turn["role"]], content=turn["content"]) for turn in turns]
-
-
-def _message(turn: object, keys: tuple[str, str], where: str) -> Message:
-    fields = cast(Row, turn) if isinstance(turn, dict) else {}
-    role, content = (fields.get(key) for key in keys)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"{where} has a turn without the strings {keys[0]!r} and {keys[1]!r}: {str(turn)[:80]!r}. {_FORMS}")
-    return Message(role=role, content=content)
+def _is_part(given: list[Message], conversation: list[Message]) -> bool:
+    """Whether these turns stand in a row in the conversation before its last turn."""
+    return any(conversation[at : at + len(given)] == given for at in range(len(conversation) - len(given)))
 
 
 def _common_beginning(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -208,12 +172,153 @@ def _common_beginning(chosen: list[Message], rejected: list[Message]) -> list[Me
     return common
 
 
-def _without(prompt: list[Message], conversation: list[Message]) -> list[Message]:
-    """The turns behind the prompt, where a conversation begins with it."""
-    return conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else conversation
+def _behind(prompt: list[Message], conversation: list[Message], place: str) -> Message:
+    """The one assistant turn behind the prompt, where the conversation begins with it."""
+    turns = conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else conversation
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        raise ValueError(
+            f"{place} must be one assistant turn after the prompt; found {[turn['role'] for turn in turns]}. "
+            "Move the earlier turns into 'prompt'."
+        )
+    return turns[0]
 
 
-log = logging.getLogger(__name__)
+def _pair(row: Row, turns: _Turns) -> PairRow:
+    """The record of a row; what a file says of itself is checked here, once."""
+    finishes = {key: _text(row, key) or "stop" for key in _FINISHES}
+    for key, finish in finishes.items():
+        if finish not in ("stop", "length"):
+            raise ValueError(f"{row.place}, {key!r} is {finish!r}; expected stop or length. Rename the values or the column")
+    kind = row.fields.get("kind")
+    pair = PairRow(
+        prompt=turns.prompt,
+        chosen=[turns.chosen],
+        rejected=[turns.rejected],
+        query_id=_text(row, "query_id"),
+        kind=kind if kind in ("l_plus", "l_minus", "alignment") else "given",  # a column of this name may mean anything
+        chosen_finish=finishes["chosen_finish"],
+        rejected_finish=finishes["rejected_finish"],
+    )
+    for key in _LOGPS:
+        if (number := _number(row, key)) is not None:
+            pair[key] = number
+    for key in _TOKENS:
+        if (number := _number(row, key)) is not None:
+            if not (number.is_integer() and 0 < number < 2**31):
+                raise ValueError(
+                    f"{row.place}, {key!r} is {number:g}; expected a number of tokens. Rename or remove the column"
+                )
+            pair[key] = int(number)
+    return pair
+
+
+def _text(row: Row, key: str) -> str:
+    """A column of names: text, or a number as text; "" where there is none."""
+    value = row.fields.get(key)
+    if isinstance(value, float) and value.is_integer():  # whole numbers of a column that has nulls, too, in pandas
+        value = int(value)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{row.place}, {key!r} is {type_in_words(value)}; expected text. Rename or remove the column")
+
+
+def _number(row: Row, key: str) -> float | None:
+    value = row.fields.get(key)
+    try:
+        # In a CSV file all is text.
+        number = None if value is None or value == "" or isinstance(value, bool) else float(cast("float | str", value))
+    except (TypeError, ValueError, OverflowError):
+        number = math.inf
+    if isinstance(value, bool) or (number is not None and math.isinf(number)):
+        raise ValueError(f"{row.place}, {key!r} is no finite number ({str(value)[:40]}); rename or remove the column")
+    return None if number is None or math.isnan(number) else number
+
+
+# --- where pairs are -------------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A preference dataset that can be read."""
+
+    source: Path
+    """A file, or hub:NAME."""
+    stage: Stage | None = None
+    """Of a run: the sealed stage whose data it is."""
+    warning: str | None = None
+    """What whoever uses these pairs must know."""
+
+
+def find_pairs(source: Path, round: int | None = None) -> Found:
+    """The pairs of a run folder that its policy was aligned on last (or those of one round), or of a file.
+
+    Raises ValueError where there are none. A round that was stopped by a gate or by `stop_when` is passed over: its pairs
+    have aligned nothing; a round that has not got to its alignment yet is taken, with a warning.
+    """
+    if str(source).startswith(HUB) or not source.is_dir():
+        if source.suffix.lower() not in SUFFIXES and not str(source).startswith(HUB) and not source.exists():
+            raise ValueError(f"{source}: no such run folder and no such file; name a run as its recipe's output does")
+        check_source(source, "a preference dataset")
+        if round is not None:
+            raise ValueError(f"{source}: only a run folder has rounds; leave --round out")
+        return Found(source)
+    numbers = {int(match[1]) for path in source.iterdir() if (match := _ROUND.fullmatch(path.name)) and path.is_dir()}
+    if not numbers and not (source / "run.json").is_file():
+        raise ValueError(f"{source}: no run here (no run.json); name the folder that the recipe's output gave, or a file")
+    ended = _ended(source)
+    skipped: list[str] = []
+    for number in sorted(numbers, reverse=True) if round is None else [round]:
+        stage = _finished(source, number)
+        if stage is None:
+            continue
+        if Stage(source / f"round-{number}" / "6-policy").manifest() is not None:
+            return Found(stage.path / _DATA, stage, "; ".join(skipped) or None)
+        if ended is None or ended.round != number:
+            said = f"{source}: round {number} has not aligned the policy on these pairs (yet)"
+            return Found(stage.path / _DATA, stage, "; ".join([*skipped, said]))
+        said = f"{source}: round {number} ended without alignment, because {ended.reason}"
+        if round is not None:
+            return Found(stage.path / _DATA, stage, said)
+        skipped.append(f"{said}; its pairs are left out (--round {number} takes them)")
+    if skipped:
+        raise ValueError(f"{'; '.join(skipped)}. No earlier round has aligned the policy.")
+    which = "round-*" if round is None else f"round-{round}"
+    raise ValueError(
+        f"{source} has no finished preference data (no sealed {which}/5-preferences). Let `selfsteer run` get there."
+    )
+
+
+_DATA = "data.parquet"
+
+_ROUND = re.compile(r"round-([1-9][0-9]{0,5})")
+
+
+def _finished(run: Path, number: int) -> Stage | None:
+    """The sealed stage that holds what a round would align its policy on."""
+    recipe = run / "recipe.yaml"
+    selects = load(recipe).selection.active if recipe.exists() else (run / f"round-{number}" / "5-selection").is_dir()
+    names = ("5-selection", "5-preferences") if selects else ("5-preferences",)
+    stages = (Stage(run / f"round-{number}" / name) for name in names)
+    return next((stage for stage in stages if stage.manifest() is not None), None)
+
+
+class _Ended(NamedTuple):
+    round: int
+    reason: str
+
+
+def _ended(run: Path) -> _Ended | None:
+    """The round that ended the run without aligning the policy, as its metrics say."""
+    path = run / "metrics.json"
+    if not path.exists():
+        return None
+    metrics = read_json(path, {"run": dict, "rounds": list}, way_out="delete it; `selfsteer run` writes it again")
+    reason = metrics["run"].get("ended")
+    return None if reason is None else _Ended(len(metrics["rounds"]), str(reason))
+
+
+# --- export ----------------------------------------------------------------------------------------------------------------
 
 ExportFormat = Literal["trl", "llamafactory", "parquet", "jsonl"]
 
@@ -242,40 +347,92 @@ PAIR_SCHEMA = pa.schema(
 _SHAREGPT_NAMES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
-class _Source(NamedTuple):
-    rows: Iterator[PairRow]
-    schema: pa.Schema
+_FLAGS = tuple(f"{side}_truncated" for side in _SIDES)
+"""Columns that say which responses were cut off; written where such pairs are kept."""
+
+CUT_OFF = "cut off by the length limit"
 
 
-def export(source: Path, to: Path, format: ExportFormat) -> int:
-    """Write the pairs that align the policy in a run's last round, or those of a file, into `to`; returns how many.
+class Exported(NamedTuple):
+    """What an export did."""
 
-    Raises ValueError where the run has no finished preference data, FileExistsError where a file would be replaced.
+    written: int
+    dropped: Mapping[str, int]
+    """Rows left out, by reason."""
+    warning: str | None
+    """What whoever uses these pairs must know."""
+    command: str
+    """How to train on them."""
+
+
+def export(
+    source: Path, to: Path, format: ExportFormat, *, keep_truncated: bool = False, round: int | None = None
+) -> Exported:
+    """Write the pairs that a run's policy was aligned on last, or those of a file, into `to`, with a dataset card.
+
+    keep_truncated: also pairs of which a response was cut off, in columns that say so; a trainer that is not told would
+    teach the model to stop in the middle. Raises ValueError where no pair is left, FileExistsError where a file would be
+    replaced.
     """
-    rows, schema = _from_run(source) if source.is_dir() else _from_file(source)
-    return write_pairs(rows, to, format, schema=schema)
+    found = find_pairs(source, round)
+    dropped: Counter[str] = Counter()
+
+    def rows() -> Iterator[PairRow]:
+        given = read_pairs(found.source) if found.stage is None else cast("Iterator[PairRow]", found.stage.rows())
+        for row in given:
+            if isinstance(row, Dropped):
+                dropped[row.reason] += 1
+            elif not keep_truncated and "length" in (row["chosen_finish"], row["rejected_finish"]):
+                dropped[CUT_OFF] += 1
+            else:
+                yield row
+
+    if next(rows(), None) is None:
+        why = f" of {dropped.total():,}: {counted(dropped)}" if dropped else ""
+        hint = " (--keep-truncated exports those)" if CUT_OFF in dropped else ""
+        raise ValueError(f"{source}: no pair is left{why}{hint}")
+    dropped.clear()
+    schema = PAIR_SCHEMA if found.stage is None else pq.read_schema(found.source)
+    written = write_pairs(rows(), to, format, schema=schema, flags=keep_truncated)
+    result = Exported(written, dict(dropped.most_common()), found.warning, _command(format, to))
+    with replacing(to / CARD) as file:
+        file.write(_card(found, result, format, keep_truncated).encode())
+    return result
 
 
-def write_pairs(rows: Iterable[PairRow], to: Path, format: ExportFormat, *, schema: Any = PAIR_SCHEMA) -> int:
+def counted(dropped: Mapping[str, int]) -> str:
+    """How many rows were dropped why, for messages."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1]))
+
+
+def write_pairs(
+    rows: Iterable[PairRow], to: Path, format: ExportFormat, *, schema: Any = PAIR_SCHEMA, flags: bool = False
+) -> int:
     """Write pairs into the folder `to`; returns how many. `schema`, a `pyarrow.Schema`, names the columns of "parquet".
 
-    Each file appears whole or not at all. FileExistsError where one is there already.
+    flags: add columns that say which responses were cut off. Each file appears whole or not at all. FileExistsError where
+    one is there already.
     """
+    if to.exists() and not to.is_dir():
+        raise FileExistsError(f"{to} is no folder. Give another.")
     paths = [to / name for name in FILES[format]]
-    for path in paths:
+    for path in (*paths, to / CARD):
         if path.exists():
             raise FileExistsError(f"{path} exists. Give another folder, or remove it first.")
     for path in paths:
         make_folder(path.parent)
+    flagged = (_flagged(row, flags) for row in rows)
     match format:
-        case "trl":
-            count = _write_parquet(rows, paths[0], TRL_SCHEMA)
-        case "parquet":
-            count = _write_parquet(rows, paths[0], schema)
+        case "trl" | "parquet":
+            columns = TRL_SCHEMA if format == "trl" else schema
+            for name in _FLAGS if flags else ():
+                columns = columns.append(pa.field(name, pa.bool_()))
+            names = set(columns.names)
+            count = write_rows(paths[0], ({key: row[key] for key in names & row.keys()} for row in flagged), columns)
         case "jsonl":
-            count = _write_lines((_json_text(row) for row in rows), paths[0])
+            count = _write_lines((_json_text(row) for row in flagged), paths[0])
         case "llamafactory":
-            count = _write_list((_json_text(_sharegpt_row(row)) for row in rows), paths[0])
+            count = _write_list((_json_text(_sharegpt_row(row)) for row in flagged), paths[0])
             columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
             entry = {"file_name": paths[0].name, "ranking": True, "formatting": "sharegpt", "columns": columns}
             with replacing(paths[1]) as file:
@@ -284,35 +441,67 @@ def write_pairs(rows: Iterable[PairRow], to: Path, format: ExportFormat, *, sche
     return count
 
 
-def _from_run(run: Path) -> _Source:
-    recipe = run / "recipe.yaml"
-    selected = recipe.is_file() and load(recipe).selection.active
-    names = ("5-selection", "5-preferences") if selected else ("5-preferences",)
-    rounds = sorted(run.glob("round-*"), key=lambda folder: int(folder.name.removeprefix("round-")), reverse=True)
-    for folder in rounds:
-        for name in names:
-            stage = Stage(folder / name)
-            if stage.manifest() is not None:
-                rows = cast("Iterator[PairRow]", stage.rows())
-                return _Source(rows, pq.read_schema(stage.path / "data.parquet"))
-    raise ValueError(
-        f"{run} has no finished preference data (no sealed round-*/5-preferences). Let `selfsteer run` get there."
-    )
+def _flagged(row: PairRow, flags: bool) -> dict[str, Any]:
+    said = {flag: row[finish] == "length" for flag, finish in zip(_FLAGS, _FINISHES, strict=True)} if flags else {}
+    return {**row, **said}
 
 
-def _from_file(path: Path) -> _Source:
-    return _Source((row for row in read_pairs(path) if not isinstance(row, Dropped)), PAIR_SCHEMA)
+CARD = "README.md"
 
 
-def _write_parquet(rows: Iterable[PairRow], path: Path, schema: Any) -> int:
-    """The columns of `schema`; missing values are null, other columns are left out."""
-    count = 0
-    remaining = iter(rows)
-    with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
-        while batch := list(islice(remaining, _BATCH_ROWS)):
-            writer.write_table(pa.Table.from_pylist(cast("list[dict[str, Any]]", batch), schema=schema))
-            count += len(batch)
-    return count
+def _command(format: ExportFormat, to: Path) -> str:
+    """How to train on what was written, or to load it."""
+    folder = shlex.quote(str(to))
+    match format:
+        case "trl":
+            return f"trl dpo --model_name_or_path MODEL --dataset_name {folder} --output_dir OUTPUT"
+        case "llamafactory":
+            return (
+                "llamafactory-cli train --stage dpo --do_train true --model_name_or_path MODEL --template TEMPLATE"
+                f" --dataset_dir {folder} --dataset selfsteer --output_dir OUTPUT"
+            )
+        case "parquet" | "jsonl":
+            loader = "parquet" if format == "parquet" else "json"
+            return f'datasets.load_dataset("{loader}", data_files={str(to / FILES[format][0])!r}, split="train")'
+
+
+def _card(found: Found, result: Exported, format: ExportFormat, keep_truncated: bool) -> str:
+    """The dataset card: where the pairs are from, how many were left out why, what the columns are, how to train on them."""
+    files = FILES[format]
+    origin = f"`{found.source.name}`, a preference dataset made elsewhere"
+    if found.stage is not None:
+        run, stage = found.stage.path.parents[1].absolute().name, found.stage.path.name
+        origin = f"the run `{run}`, {found.stage.path.parent.name.replace('-', ' ')}, stage `{stage}`"
+    lines = [
+        "---",
+        "configs:",
+        "- config_name: default",
+        f"  data_files: {files[0]}",
+        "tags:",
+        "- preference",
+        "- dpo",
+        "- selfsteer",
+        "---",
+        "# Preference pairs",
+        "",
+        f"{result.written:,} pairs of {origin}, exported by selfsteer {version('selfsteer')} as `{format}`.",
+    ]
+    if found.stage is not None:
+        lines += [
+            "",
+            "Made by Self-Steering Optimization (arXiv 2410.17131): both responses of a pair were sampled from a model, the",
+            "chosen one under a principle that leads to a good response, the rejected one under its opposite. No person has",
+            "labelled them.",
+        ]
+    if result.warning is not None:
+        lines += ["", f"**{result.warning}.**"]
+    lines += ["", f"Left out: {counted(result.dropped)}." if result.dropped else "Nothing was left out."]
+    if found.stage is not None and (manifest := found.stage.manifest()) is not None and manifest.dropped:
+        lines += ["", f"Dropped while they were made: {counted(manifest.dropped)}."]
+    if keep_truncated:
+        lines += ["", f"`{_FLAGS[0]}` and `{_FLAGS[1]}` say which responses were cut off by the length limit."]
+    lines += ["", "Read or train on them, from within this folder, with", "", "    " + _command(format, Path()), ""]
+    return "\n".join(lines)
 
 
 def _write_lines(texts: Iterable[str], path: Path) -> int:
@@ -339,12 +528,13 @@ def _json_text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _sharegpt_row(row: PairRow) -> dict[str, object]:
+def _sharegpt_row(row: Mapping[str, Any]) -> dict[str, object]:
     """As LLaMA-Factory's dpo_en_demo."""
     return {
         "conversations": [_turn(message) for message in row["prompt"]],
         "chosen": _turn(row["chosen"][-1]),
         "rejected": _turn(row["rejected"][-1]),
+        **{flag: row[flag] for flag in _FLAGS if flag in row},
     }
 
 

@@ -1,21 +1,40 @@
-"""Reads files of others row by row: JSONL, JSON, CSV, Parquet, hub data sets.
+"""The one reader of files of others, row by row: JSONL, JSON, CSV, Parquet, hub data sets; and of the chats within.
 
-A file that is not what it should be (encoding, syntax, column) stops with an error that names the place. Rows stream
-through, except those of a .json list.
+A file that is not what it should be (encoding, syntax, column, type) stops with an error that names file, row and key. Rows
+stream through; of a .json file the text is held. Left out on purpose: compressed files, and hub configurations.
 """
 
 # ruff: noqa: TRY004 (a wrong type within a file is a wrong value to whoever passes the file)
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import math
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import pyarrow
-import pyarrow.parquet
+import pyarrow.types
+
+from selfsteer.records import Message
+from selfsteer.store import columns as parquet
+from selfsteer.store.durable import digest, file_digest, regular_file
+
+log = logging.getLogger(__name__)
+
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-"""The kinds of file that can be read."""
+"""The kinds of file that can be read, in any case."""
+
+HUB = "hub:"
+"""Before the name of a hub data set."""
+
+_LONGEST_FIELD = 2**30
+"""Of a CSV file, in characters. The csv module's own limit of 131,072 is shorter than one long document."""
 
 
 class Row(NamedTuple):
@@ -24,6 +43,63 @@ class Row(NamedTuple):
     place: str
     """File and line, for messages."""
     fields: Mapping[str, object]
+    columns: Collection[str]
+    """All keys of the row; of Parquet those that were not asked for are no fields."""
+
+
+def check_source(source: str | Path, setting: str) -> None:
+    """Raises ValueError unless this is an ordinary file of a known kind or names a hub data set. setting: who named it."""
+    name = str(source)
+    if name.startswith(HUB):
+        if not name.removeprefix(HUB).strip():
+            raise ValueError(f"{setting}: hub: names no data set; expected hub:NAME, such as hub:owner/name")
+        return
+    path = Path(source)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: unknown kind of file; {setting} takes {', '.join(SUFFIXES)} or hub:NAME")
+    regular_file(path, f"{setting} takes {', '.join(SUFFIXES)} or hub:NAME")
+
+
+def source_digest(source: str | Path) -> str:
+    """Digest of the file; of a hub data set only the name is known."""
+    return digest(str(source)) if str(source).startswith(HUB) else file_digest(Path(source))
+
+
+def source_rows(source: str | Path, columns: Collection[str] = (), *, split: str = "train") -> Iterator[Row]:
+    """Every row of a file or a hub data set; of Parquet only `columns`, where some are given.
+
+    Raises ValueError, naming file, row and key, for what is malformed. A header of a CSV file is required.
+    """
+    if str(source).startswith(HUB):
+        return hub_rows(str(source).removeprefix(HUB), split)
+    path = Path(source)
+    return _csv_rows(path) if path.suffix.lower() == ".csv" else _file_rows(path, columns)
+
+
+def all_rows(path: Path) -> Iterator[Row]:
+    """Every row of a file for whoever reads all columns: a CSV file may have no header, so its first line is a row, too."""
+    if path.suffix.lower() != ".csv":
+        yield from _file_rows(path, ())
+        return
+    for place, values in _csv_lines(path):
+        fields = {str(number): value for number, value in enumerate(values, 1)}
+        yield Row(place, fields, fields)
+
+
+def _file_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    match path.suffix.lower():
+        case ".parquet":
+            return _parquet_rows(path, columns)
+        case ".json":
+            return _json_rows(path)
+        case suffix:
+            assert suffix == ".jsonl", suffix
+            return jsonl_rows(path)
+
+
+# --- messages --------------------------------------------------------------------------------------------------------------
 
 
 def type_in_words(value: object) -> str:
@@ -44,112 +120,252 @@ def keys_in_words(fields: Iterable[str]) -> str:
     return f"the keys {sorted(map(str, fields))}"
 
 
-def missing_column(place: str, column: str, fields: Iterable[str]) -> str:
-    """That a row lacks the column, with those it has."""
-    return f"{place} has no {column!r}; found {keys_in_words(fields)}. Rename the column or set queries.column in the recipe"
+@lru_cache(maxsize=256)
+def say_once(text: str) -> None:
+    """Warn of what concerns a whole file: it is read several times."""
+    log.warning("%s", text)
 
 
-def file_rows(path: Path, column: str | None = None) -> Iterator[Row]:
-    """Every row of an existing file of one of the SUFFIXES; of Parquet, `column` alone where one is given.
-
-    Raises ValueError, naming file and place, for what is malformed.
-    """
-    match path.suffix.lower():
-        case ".parquet":
-            return _parquet_rows(path, column)
-        case ".json":
-            return _json_rows(path)
-        case ".csv":
-            return _csv_rows(path)
-        case suffix:
-            assert suffix == ".jsonl", suffix
-            return jsonl_rows(path)
+# --- JSON ------------------------------------------------------------------------------------------------------------------
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
-    """Yield (place, fields) for each object of a JSONL file; blank lines are skipped.
+    """Each object of a JSONL file; blank lines are skipped.
 
     Raises ValueError, naming file and line, for bytes that are no UTF-8, malformed JSON, and rows that are no objects.
     """
-    for number, line in enumerate(_lines(path), 1):
+    for number, text in enumerate(_lines(path), 1):
+        line = text.removeprefix("\ufeff")  # also within files that were put together of several
         if not line.strip():
             continue
-        place = f"{path}:{number}"
+        place = f"{path}: line {number}"
         try:
-            fields = json.loads(line)
+            fields = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: malformed JSON ({error}); expected one object a line") from error
+            _malformed(error, place, line, "expected one object a line")
         if not isinstance(fields, dict):
             hint = "; a file that is one JSON list is named .json" if isinstance(fields, list) else ""
             raise ValueError(f"{place} is {type_in_words(fields)}; expected one object a line{hint}")
-        yield Row(place, cast(dict[str, object], fields))
+        row = cast("dict[str, object]", fields)
+        yield Row(place, row, row)
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
+    """Item by item, so that each error knows its item."""
     text = "".join(_lines(path))
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; a file with one object a line is named .jsonl" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path}:{error.lineno}: malformed JSON ({error.msg}); expected a list of objects{hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: malformed JSON ({error}); expected a list of objects") from error
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: the file is {type_in_words(items)}; expected a list of objects")
-    for number, fields in enumerate(cast(list[object], items), 1):
+    at = _after_space(text, 0)
+    if text[at : at + 1] != "[":
+        raise ValueError(f"{path}: the file is {_start_in_words(text, at)}; expected a list of objects")
+    at = _after_space(text, at + 1)
+    number = 0
+    while text[at : at + 1] != "]" or number > 0:
+        number += 1
+        place = f"{path}: item {number}"
+        try:
+            fields, at = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError):
+                place = f"{path}: line {error.lineno}"
+            _malformed(error, place, text[at:], "expected a list of objects")
         if not isinstance(fields, dict):
-            raise ValueError(f"{path}: item {number} is {type_in_words(fields)}; expected an object")
-        yield Row(f"{path}: item {number}", cast(dict[str, object], fields))
+            raise ValueError(f"{place} is {type_in_words(fields)}; expected an object")
+        row = cast("dict[str, object]", fields)
+        yield Row(place, row, row)
+        at = _after_space(text, at)
+        if text[at : at + 1] == "]":
+            break
+        if text[at : at + 1] != ",":
+            line = text.count("\n", 0, at) + 1
+            raise ValueError(f"{path}: line {line}: malformed JSON (Expecting ',' delimiter); expected a list of objects")
+        at = _after_space(text, at + 1)
+    end = _after_space(text, at + 1)
+    if end < len(text):
+        line = text.count("\n", 0, end) + 1
+        raise ValueError(
+            f"{path}: line {line}: malformed JSON (Extra data); expected one list of objects and nothing behind it"
+        )
+
+
+def _after_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _start_in_words(text: str, at: int) -> str:
+    if at == len(text):
+        return "empty"
+    if text[at] == "{":
+        return "an object (a file with one object a line is named .jsonl)"
+    return "text" if text[at] == '"' else "no list"
+
+
+class _Repeated(ValueError):
+    """A key that an object has twice."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Repeated(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice; keep one")
+    return fields
+
+
+# NaN is how pandas writes what is missing.
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda name: None if name == "NaN" else float(name))
+
+_DIGITS = re.compile(r"\d{1000,}")
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+_DEPTH = 100
+"""Where the text is deeper than this, the parser may have given up."""
+
+
+def _malformed(error: Exception, place: str, text: str, expected: str) -> NoReturn:
+    """Raise ValueError for a text that could not be parsed."""
+    if isinstance(error, json.JSONDecodeError):
+        raise ValueError(f"{place}: malformed JSON ({error.msg} at column {error.colno}); {expected}") from error
+    if isinstance(error, _Repeated):
+        raise ValueError(f"{place}: {error}") from error
+    if isinstance(error, RecursionError):
+        raise ValueError(f"{place}{_key_at(text, None)}: nested too deeply to be read; flatten or remove it") from error
+    digits = _DIGITS.search(text)
+    length = f"a number of {len(digits[0]):,} digits" if digits else str(error)
+    raise ValueError(
+        f"{place}{_key_at(text, digits and digits.start())}: {length}; write it as text, or remove it"
+    ) from error
+
+
+def _key_at(text: str, offset: int | None) -> str:
+    """The key of the row under which the text at an offset stands (or where it first is too deep), for messages."""
+    depth, key = 0, ""
+    for token in _TOKEN.finditer(text):
+        if offset is not None and token.start() >= offset:
+            break
+        if token[0] in "[{":
+            depth += 1
+            if offset is None and depth > _DEPTH:
+                break
+        elif token[0] in "]}":
+            depth -= 1
+        elif depth == 1 and text[_after_space(text, token.end()) :][:1] == ":":
+            key = token[0][1:-1]
+    return f", {key!r}" if key else ""
+
+
+# --- CSV -------------------------------------------------------------------------------------------------------------------
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every row that is not blank, with its place."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.reader(_lines(path), strict=True)
+    try:
+        for values in reader:
+            if values:
+                yield f"{path}: line {reader.line_num}", values
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: line {reader.line_num}: malformed CSV ({error}); often a double quote left open or not doubled above. "
+            "JSONL has no such trap"
+        ) from error
+    if reader.line_num == 0:
+        raise ValueError(f"{path}: the file is empty")
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.reader(_lines(path), strict=True)
     header: list[str] | None = None
-    try:
-        for values in reader:
-            if not values:
-                continue
-            if header is None:
-                header = values
-                if repeated := sorted({name for name in header if header.count(name) > 1}):
-                    raise ValueError(f"{path}:1: the header repeats {repeated}; give each column its own name")
-                continue
-            place = f"{path}:{reader.line_num}"
-            if len(values) != len(header):
-                raise ValueError(
-                    f"{place}: {len(values)} fields under a header of {len(header)}; put text with commas in double quotes"
-                )
-            yield Row(place, dict(zip(header, values, strict=True)))
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}:{reader.line_num}: malformed CSV ({error}); often a double quote left open or not doubled above. "
-            "JSONL has no such trap"
-        ) from error
+    for place, values in _csv_lines(path):
+        if header is None:
+            header = values
+            if repeated := _repeated(header):
+                raise ValueError(f"{place}: the header repeats {repeated}; give each column its own name")
+            continue
+        if len(values) != len(header):
+            raise ValueError(
+                f"{place}: {len(values)} fields under a header of {len(header)}; put text with commas in double quotes"
+            )
+        yield Row(place, dict(zip(header, values, strict=True)), header)
 
 
-def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
-    number = 0
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
+    with parquet.opened(path) as file:
+        with parquet.named(path):  # names may be no UTF-8
+            schema = file.schema_arrow
+            names = list(schema.names)
+        if repeated := _repeated(names):
+            raise ValueError(f"{path}: repeats the columns {repeated}; give each its own name")
+        taken = [name for name in names if name in columns] if columns else _with_text(schema)
+        number = 0
+        for batch in parquet.batches(path, file, taken):
+            for fields in _converted(batch, path, number):
+                number += 1
+                for key, value in fields.items():
+                    if isinstance(value, float) and math.isnan(value):  # as in JSON
+                        fields[key] = None
+                yield Row(f"{path}: row {number}", fields, names)
+
+
+def _with_text(schema: Any) -> list[str]:
+    """The columns that may hold text: numbers and times have none, and some of them no Python value either."""
+    return [field.name for field in schema if not pyarrow.types.is_primitive(field.type)]
+
+
+def _converted(batch: Any, path: Path, before: int) -> list[dict[str, object]]:
+    """The rows as Python objects. Raises ValueError naming the first value that is none (no UTF-8, the year 10000)."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if column is not None and column not in file.schema_arrow.names:
-                raise ValueError(missing_column(str(path), column, file.schema_arrow.names))
-            for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}: row {number}", fields)
+        return batch.to_pylist()
+    except (ValueError, OverflowError, RecursionError, pyarrow.ArrowException) as error:
+        for number in range(batch.num_rows):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                _check_value(column[number], f"{path}: row {before + number + 1}, {name!r}")
+        raise ValueError(f"{path}: the rows from {before + 1} on can't be read ({error}); make the file again") from error
+
+
+def _check_value(value: Any, place: str) -> None:
+    try:
+        value.as_py()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 within the rows from {number + 1} on ({error.reason})") from error
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+        raise ValueError(f"{place}: not UTF-8 ({error.reason}); save the file with UTF-8 text") from error
+    except (ValueError, OverflowError, RecursionError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{place}: can't be read ({error}); mend or remove it") from error
+
+
+# --- hub -------------------------------------------------------------------------------------------------------------------
 
 
 def hub_rows(name: str, split: str) -> Iterator[Row]:
-    """Every row of a split of a hub data set, streamed."""
+    """Every row of a split of a hub data set, streamed. Raises ValueError naming it where it can't be fetched."""
     from datasets import load_dataset  # slow to import, and needed for the hub alone
+    from datasets.exceptions import DatasetsError
 
-    rows = cast(Iterable[dict[str, object]], load_dataset(name, split=split, streaming=True))
-    for number, fields in enumerate(rows, 1):
-        yield Row(f"hub:{name}: row {number}", fields)
+    number = 0
+    try:
+        rows = iter(cast("Iterable[dict[str, object]]", load_dataset(name, split=split, streaming=True)))
+        while (fields := next(rows, None)) is not None:
+            number += 1
+            yield Row(f"{HUB}{name}: row {number}", fields, fields)
+    except (ValueError, OSError, RuntimeError, DatasetsError) as error:
+        behind = f" behind row {number}" if number else ""
+        raise ValueError(
+            f"{HUB}{name}: the split {split!r} of this data set can't be read{behind} ({error}); look at its name and split "
+            "on the hub, and at the connection"
+        ) from error
+
+
+# --- text ------------------------------------------------------------------------------------------------------------------
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -160,9 +376,134 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
+                utf16 = number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))
+                reason = "it looks like UTF-16" if utf16 else error.reason
                 raise ValueError(
-                    f"{path}:{number}: not UTF-8 at byte {offset + error.start} of the file ({error.reason}); "
+                    f"{path}: line {number}: not UTF-8 at byte {offset + error.start} of the file ({reason}); "
                     "save the file as UTF-8"
                 ) from error
             offset += len(line)
             yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""A lone one has no UTF-8 form, so a text with it can be neither digested nor written."""
+
+# Letters, as far as Unicode goes, that are shown as nothing: fillers of Hangul, and Braille's empty cell.
+_UNSEEN = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to see: spaces, zero-width and control characters."""
+    return all(
+        character.isspace() or character in _UNSEEN or unicodedata.category(character) in ("Cf", "Cc") for character in text
+    )
+
+
+# --- chats -----------------------------------------------------------------------------------------------------------------
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Names of roles in files, and ours."""
+
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns beside a conversation that hold its system message."""
+
+OTHER_COLUMNS = ("tools", "images", "videos", "audios", "history")
+"""Columns beside a conversation that change what it asks for, and that can't be used."""
+
+# A chat as JSON, or as Python prints it, in a string: what CSV files and pandas make of a list.
+_CHAT_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:.*[}\]]\s*""", re.DOTALL)
+
+
+def read_chat(value: object, role: str, place: str) -> list[Message] | str:
+    """The turns of a text (one of `role`), of a turn, or of a list of turns; or why such a row must be dropped.
+
+    A turn is {role, content} or {from, value}; content is text or a list of text parts, which are joined. Raises ValueError,
+    naming the place, for anything else.
+    """
+    if isinstance(value, str):
+        return "JSON in a string" if _CHAT_AS_TEXT.fullmatch(value) else [Message(role=role, content=value)]
+    if isinstance(value, dict):
+        turns, places = [cast("object", value)], [place]
+        if not {"role", "from"} & cast("dict[str, object]", value).keys():
+            raise ValueError(f"{place} is an object; expected text or chat messages, each with role and content")
+    elif isinstance(value, list):
+        turns = cast("list[object]", value)
+        places = [f"{place}, message {number}" for number in range(1, len(turns) + 1)]
+    else:
+        raise ValueError(f"{place} is {type_in_words(value)}; expected text or a list of chat messages")
+    messages: list[Message] = []
+    for turn, where in zip(turns, places, strict=True):
+        message = _turn(turn, where)
+        if isinstance(message, str):
+            return message
+        messages.append(message)
+    return messages
+
+
+def _turn(turn: object, place: str) -> Message | str:
+    if not isinstance(turn, dict):
+        raise ValueError(f"{place} is {type_in_words(turn)}; expected an object with role and content (or from and value)")
+    fields = cast("dict[str, object]", turn)
+    # Parquet gives every turn all keys that some turn has.
+    keys = ("from", "value") if fields.get("from") is not None else ("role", "content")
+    role, content = (fields.get(key) for key in keys)
+    if not isinstance(role, str) or keys[1] not in fields:
+        raise ValueError(f"{place} needs role and content (or from and value) as text; found {keys_in_words(fields)}")
+    if role not in ROLES:
+        raise ValueError(f"{place} has the role {role!r}; known roles: {', '.join(ROLES)}. Rename or remove it")
+    if content is None:
+        return "null content"
+    text = content if isinstance(content, str) else _joined(content, f"{place}, {keys[1]!r}")
+    return "content that is not text" if text is None else Message(role=ROLES[role], content=text)
+
+
+def _joined(content: object, place: str) -> str | None:
+    """The text of a list of text parts, None where a part is something else (an image)."""
+    if not isinstance(content, list):
+        raise ValueError(f"{place} is {type_in_words(content)}; expected text or a list of text parts")
+    texts: list[str] = []
+    for part in cast("list[object]", content):
+        fields = cast("dict[str, object]", part) if isinstance(part, dict) else {"text": part}
+        text = fields.get("text")
+        if not isinstance(text, str) or fields.get("type") not in (None, "text", "input_text", "output_text"):
+            return None
+        texts.append(text)
+    return "".join(texts)
+
+
+def with_system(messages: list[Message], row: Row) -> list[Message] | str:
+    """The conversation under the system message that stands in a column of its own, or why such a row must be dropped.
+
+    Other columns that matter are named. Raises ValueError, naming the place, for a system message that is no text.
+    """
+    source = row.place.rpartition(": ")[0]
+    for name in OTHER_COLUMNS:
+        if row.fields.get(name):
+            say_once(f"{source}: the column {name!r} is not used: conversations are read without what stands there")
+    found = [(name, row.fields[name]) for name in SYSTEM_COLUMNS if row.fields.get(name) is not None]
+    texts: list[str] = []
+    for name, value in found:
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{row.place}, {name!r} is {type_in_words(value)}; expected text. Rename it if it is no system message"
+            )
+        if not is_blank(value) and value not in texts:
+            texts.append(value)
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if texts and len({*texts, *own}) > 1:
+        return "two system messages"
+    if not texts or own:
+        return messages
+    say_once(f"{source}: the column {found[0][0]!r} is taken as the system message of its conversation")
+    return list(chain([Message(role="system", content=texts[0])], messages))

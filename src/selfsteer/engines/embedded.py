@@ -14,18 +14,18 @@ the edge of two intervals differs (much more often in bfloat16 than in float32).
 import gc
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Self, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from peft import LoraModel, PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.decoding import ATTENTION_NAME, Segment, SlotCache, UnsupportedAttentionError, choose, plan_step
-from selfsteer.models import end_ids, load_model
+from selfsteer.models import end_ids, load_model, position_limit, read_tokenizer, untrained_ids
 from selfsteer.prompts import assistant_turn
 from selfsteer.records import Adapter, FinishReason
 from selfsteer.runtime import stop_requested
@@ -55,6 +55,15 @@ class _Sequence:
         return len(self.request.prompt_ids) + len(self.tokens)
 
 
+class _Vocabulary(NamedTuple):
+    """What the sampler has to know of a model's tokens."""
+
+    ends: frozenset[int]
+    """What ends a completion."""
+    never: list[int]
+    """Ids that no token has: rows that the embedding has for its shape alone, never trained."""
+
+
 class TransformersEngine:
     """Implements `Engine` with a model of this process, and adapters for it; loads them on entry and frees them on exit."""
 
@@ -67,7 +76,9 @@ class TransformersEngine:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
         adapters: Sequence[Adapter] = (),
+        end_ids: Collection[int] = (),
     ) -> None:
+        """end_ids: what ends a completion beside the end tokens that the model folder names."""
         self.model_path = model_path
         self.adapters = tuple(adapters)
         self.batch_size = batch_size
@@ -77,7 +88,8 @@ class TransformersEngine:
         self._model: PreTrainedModel | None = None
         self._adapted: PeftModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._ends: frozenset[int] = frozenset()
+        self._more_ends = end_ids
+        self._vocabulary = _Vocabulary(frozenset(), [])
         self._slots_hold: bool | None = None
 
     def __enter__(self) -> Self:
@@ -85,10 +97,13 @@ class TransformersEngine:
         self._model = load_model(self.model_path, dtype=self._dtype, device=self._device, trust_remote_code=trust)
         self._adapted = self._with_adapters(self._model)
         self._apply(None)
-        tokenizer = AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=trust)
-        assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        self._tokenizer = tokenizer
-        self._ends = end_ids(self.model_path, tokenizer) | {assistant_turn(tokenizer).end_id}
+        self._tokenizer = read_tokenizer(self.model_path, trust_remote_code=trust)
+        rows = cast(int, self._model.config.get_text_config().vocab_size)
+        closing = {assistant_turn(self._tokenizer).end_id} if self._tokenizer.chat_template else set[int]()
+        self._vocabulary = _Vocabulary(
+            ends=end_ids(self.model_path, self._tokenizer).union(self._more_ends, closing),
+            never=untrained_ids(self._tokenizer, rows),
+        )
         # A request says all about its sampling: a model's own top_k or repetition penalty would change the distribution.
         self._model.generation_config = GenerationConfig()
         return self
@@ -106,7 +121,7 @@ class TransformersEngine:
         """
         if self._model is None or self._tokenizer is None:
             raise ValueError("the engine is closed; use it in a with statement")
-        waiting = _Waiting(requests, size=WINDOW_BATCHES * self.batch_size, max_positions=_max_positions(self._model))
+        waiting = _Waiting(requests, size=WINDOW_BATCHES * self.batch_size, max_positions=position_limit(self._model.config))
         while (first := waiting.turn()) is not None:
             self._apply(first.adapter)
             if self._slots_hold is None:
@@ -115,7 +130,7 @@ class TransformersEngine:
                 if reason is not None:
                     log.warning("%s: sampling with model.generate, which is slower: %s", self.model_path, reason)
             sample = _sample_in_slots if self._slots_hold else _sample_in_batches
-            for sequence, reason in sample(self._model, waiting, self.batch_size, self._ends):
+            for sequence, reason in sample(self._model, waiting, self.batch_size, self._vocabulary):
                 yield Completion(
                     key=sequence.request.key,
                     text=self._decoded(sequence.tokens),
@@ -207,7 +222,7 @@ class _Waiting:
 _Finished = Iterator[tuple[_Sequence, FinishReason]]
 
 
-def _sample_in_slots(model: PreTrainedModel, waiting: _Waiting, batch_size: int, ends: frozenset[int]) -> _Finished:
+def _sample_in_slots(model: PreTrainedModel, waiting: _Waiting, batch_size: int, vocabulary: _Vocabulary) -> _Finished:
     """Continuous batching: `active[i]` sits in slot i."""
     cache = SlotCache(batch_size)
     active: list[_Sequence] = []
@@ -221,11 +236,11 @@ def _sample_in_slots(model: PreTrainedModel, waiting: _Waiting, batch_size: int,
             active.append(waiting.take())
         if not active:
             return
-        drawn = _drawn(_forward(model, cache, active, going), active)
+        drawn = _drawn(_forward(model, cache, active, going), active, vocabulary.never)
         finished: list[tuple[_Sequence, FinishReason]] = []
         for slot in reversed(range(len(active))):
             sequence = active[slot]
-            reason = _extended(sequence, drawn[slot], ends)
+            reason = _extended(sequence, drawn[slot], vocabulary.ends)
             if reason is None:
                 continue
             finished.append((sequence, reason))
@@ -236,7 +251,7 @@ def _sample_in_slots(model: PreTrainedModel, waiting: _Waiting, batch_size: int,
         yield from finished
 
 
-def _sample_in_batches(model: PreTrainedModel, waiting: _Waiting, batch_size: int, ends: frozenset[int]) -> _Finished:
+def _sample_in_batches(model: PreTrainedModel, waiting: _Waiting, batch_size: int, vocabulary: _Vocabulary) -> _Finished:
     """Batch after batch through `model.generate`, left-padded; each token is drawn as in the slots."""
     while True:
         batch: list[_Sequence] = []
@@ -248,7 +263,7 @@ def _sample_in_batches(model: PreTrainedModel, waiting: _Waiting, batch_size: in
 
         def force_drawn(ids: Tensor, logits: Tensor, batch: list[_Sequence] = batch, width: int = width) -> Tensor:
             """A logits processor that leaves only the drawn token to the greedy choice after it."""
-            chosen = _drawn(logits, batch, at=ids.shape[1] - width)
+            chosen = _drawn(logits, batch, vocabulary.never, at=ids.shape[1] - width)
             index = torch.tensor(chosen, device=logits.device)[:, None]
             return torch.full_like(logits, -torch.inf).scatter_(-1, index, 0.0)
 
@@ -259,8 +274,8 @@ def _sample_in_batches(model: PreTrainedModel, waiting: _Waiting, batch_size: in
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=max(s.request.sampling.max_new_tokens for s in batch),
-                eos_token_id=sorted(ends),
-                pad_token_id=min(ends),
+                eos_token_id=sorted(vocabulary.ends),
+                pad_token_id=min(vocabulary.ends),
             ),
             logits_processor=LogitsProcessorList([force_drawn]),
         )
@@ -268,7 +283,7 @@ def _sample_in_batches(model: PreTrainedModel, waiting: _Waiting, batch_size: in
             reason = None
             for token in tokens:
                 if reason is None:
-                    reason = _extended(sequence, token, ends)
+                    reason = _extended(sequence, token, vocabulary.ends)
             assert reason is not None
             yield sequence, reason
 
@@ -310,8 +325,10 @@ def _forward(model: PreTrainedModel, cache: SlotCache, active: list[_Sequence], 
 
 
 @torch.inference_mode()
-def _drawn(logits: Tensor, sequences: list[_Sequence], *, at: int | None = None) -> list[int]:
-    """The next token of each sequence, drawn with its random number `at` (default: its next one)."""
+def _drawn(logits: Tensor, sequences: list[_Sequence], never: list[int], *, at: int | None = None) -> list[int]:
+    """The next token of each sequence, drawn with its random number `at` (default: its next one); none of `never`."""
+    if never:
+        logits = logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf)
     numbers = [
         (
             s.request.sampling.temperature,
@@ -361,7 +378,3 @@ def why_not_slots(model: PreTrainedModel, prompt_ids: tuple[int, ...]) -> str | 
 
 def _probe(prompt_ids: tuple[int, ...]) -> Request:
     return Request(key="probe", messages=(), prompt_ids=prompt_ids, sampling=Sampling(), seed=0)
-
-
-def _max_positions(model: PreTrainedModel) -> int | None:
-    return model.config.get_text_config().to_dict().get("max_position_embeddings")

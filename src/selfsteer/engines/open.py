@@ -12,7 +12,16 @@ from selfsteer.engines.base import Engine
 from selfsteer.engines.embedded import TransformersEngine
 from selfsteer.engines.openai import OpenAIEngine, Tokens
 from selfsteer.engines.ray import RayEngine
-from selfsteer.engines.serving import VLLM_KEY, Address, Serve, ServedEngine, check_gpus, find_vllm, vllm_command
+from selfsteer.engines.serving import (
+    VLLM_ENVIRONMENT,
+    VLLM_KEY,
+    Address,
+    Serve,
+    ServedEngine,
+    check_gpus,
+    find_vllm,
+    vllm_command,
+)
 from selfsteer.models import compute_dtype, end_ids, pick_device
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import EngineSection, OpenAISection, VllmSection, runs_already, sampling_identity
@@ -55,11 +64,17 @@ def open_engine(
             device=device,
             trust_remote_code=trust_remote_code,
             adapters=adapters,
+            end_ids=(prompts.end_id,),
         )
     arguments: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
     if trust_remote_code:
         arguments["trust_remote_code"] = True
     return _vllm_engine(section, model, prompts, adapters, arguments)
+
+
+def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
+    """What ends an answer: the end tokens that the model folder names, and what closes a turn in the chat template."""
+    return end_ids(model.path, prompts.tokenizer) | {prompts.end_id}
 
 
 def check_engines(recipe: Recipe, policy: Checkpoint, prompts: Prompts) -> None:
@@ -106,6 +121,7 @@ def _vllm_engine(
         start_seconds=section.start_seconds,
         adapters=tuple(adapters),
         key_env=VLLM_KEY,
+        environment=VLLM_ENVIRONMENT,
     )
     return ServedEngine(serve, connect)
 
@@ -136,10 +152,6 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, 
         adapters=tuple(adapters),
     )
     return ServedEngine(serve, connect)
-
-
-def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
-    return end_ids(model.path, prompts.tokenizer) | {prompts.end_id}
 
 
 def _encode(prompts: Prompts, text: str) -> tuple[int, ...]:

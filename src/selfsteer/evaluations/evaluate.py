@@ -18,7 +18,7 @@ from pathlib import Path
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Engine, Failed, Request
 from selfsteer.engines.open import sampler_digest
-from selfsteer.engines.sampling import kept_open, request, response, sample, seed_for
+from selfsteer.engines.sampling import Sampler, kept_open, request, response, sample, seed_for
 from selfsteer.evaluations.asking import Answer, Ask, Asked, Choices, Score
 from selfsteer.evaluations.judged import JUDGED, JudgedTask, Verdicts
 from selfsteer.evaluations.results import Evaluation, TaskResult
@@ -102,7 +102,13 @@ def ask_with(
     def ask(items: Sequence[Asked]) -> Sequence[Answer]:
         requests = [model.request(item) for item in items]
         wanted = [each for each in requests if not isinstance(each, str)]
-        sample(open_engine, iter(wanted), journal, description=description, total=len(journal) + len(wanted))
+        sample(
+            Sampler(open_engine, model.prompts),
+            iter(wanted),
+            journal,
+            description=description,
+            total=len(journal) + len(wanted),
+        )
         return [Answer("", error=each) if isinstance(each, str) else _answer(journal, each) for each in requests]
 
     return ask

@@ -8,11 +8,12 @@ Left out on purpose: tables and pages, which are the report's.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from selfsteer.measures.estimates import METHOD, Estimate, mean_estimate, paired_difference, share_estimate
-from selfsteer.measures.metrics import Form
 from selfsteer.records import Message
+
+Form = Literal["number", "share"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,10 @@
 Left out on purpose: how they judge (`judges.py`), and the judges that need no model of their own (`self_judges.py`).
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 
@@ -17,13 +17,13 @@ from selfsteer.engines.openai import OpenAIEngine, Tokens
 from selfsteer.judges.llm import EmbeddedJudge, LLMJudge, Pairs, embedded_verdicts, judge_template, sampled_verdicts
 from selfsteer.judges.reward import RewardModel, reward_verdicts
 from selfsteer.measures.verdicts import Verdict
-from selfsteer.models import load_tokenizer, resolve
+from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import TransformersSection, runs_already, sampling_identity
 from selfsteer.recipe.sections import JudgeSection, Policy, Training
 from selfsteer.recipe.text import RecipeError, explain, read_yaml
 from selfsteer.records import Checkpoint
-from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.durable import digest, file_digest, read_object
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Judge
 
@@ -38,6 +38,8 @@ class RecipeJudge:
     template: str
     """The question to an LLM."""
     trust_remote_code: bool
+    prompts: Prompts | None
+    """How its prompts are rendered; None where its tokenizer is not known."""
 
     @property
     def name(self) -> str:
@@ -59,26 +61,14 @@ class RecipeJudge:
         template = self.section.chat_template
         return {"judge": self.name} | ({} if template is None else {"judge's chat template": file_digest(Path(template))})
 
-    def prompts(self) -> Prompts | None:
-        """How its prompts are rendered; None where its tokenizer is not known. ValueError as of `load_tokenizer`."""
-        path = self.section.model if self.model is None else self.model.path
-        if path is None:
-            return None
-        try:
-            tokenizer = load_tokenizer(
-                path, chat_template=self.section.chat_template, trust_remote_code=self.trust_remote_code
-            )
-        except OSError as error:
-            raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
-        return Prompts(tokenizer, system_role="system")  # nothing is steered here
 
-
-def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
+def find_judge(section: JudgeSection, policy: Policy, known: Mapping[str, Checkpoint] | None = None) -> RecipeJudge | None:
     """The recipe's judge, None where it names none, or code (`judges/checks.py`).
 
     policy: says whether code that comes with a model may run.
 
-    Raises ValueError for a model that is not there or has no chat template, and for a template without its places.
+    known: models that were resolved already, by their references. Raises ValueError for a model that is not there or has no
+    chat template, and for a template without its places.
     """
     if section.kind in ("none", "checks"):
         return None
@@ -87,30 +77,46 @@ def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
     if not runs_already(section.engine):
         assert section.model is not None, "checked when the recipe was read"
         try:
-            model = resolve(Policy(model=section.model, trust_remote_code=policy.trust_remote_code))
+            model = (known or {}).get(section.model) or resolve(
+                Policy(model=section.model, trust_remote_code=policy.trust_remote_code)
+            )
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(str(error).replace("policy.model", "judge.model")) from error
-    judge = RecipeJudge(section=section, model=model, template=template, trust_remote_code=policy.trust_remote_code)
-    judge.prompts()
-    return judge
+    return RecipeJudge(
+        section=section,
+        model=model,
+        template=template,
+        trust_remote_code=policy.trust_remote_code,
+        prompts=_prompts(section, model, trust_remote_code=policy.trust_remote_code),
+    )
+
+
+def _prompts(section: JudgeSection, model: Checkpoint | None, *, trust_remote_code: bool) -> Prompts | None:
+    path = section.model if model is None else model.path
+    if path is None:
+        return None
+    try:
+        tokenizer = load_tokenizer(path, chat_template=section.chat_template, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
+    return Prompts(tokenizer, system_role="system")  # nothing is steered here
 
 
 def open_judge(judge: RecipeJudge) -> Engine:
     """An LLM judge as an engine, for questions that are answered in words. Raises ValueError for what the engine lacks."""
     assert judge.section.kind == "llm"
     if judge.section.engine is not None:
-        return _open(judge, judge.prompts())
-    prompts = judge.prompts()
+        return _open(judge)
     assert judge.model is not None
-    assert prompts is not None
+    assert judge.prompts is not None
     section = TransformersSection(dtype=judge.section.dtype)
-    return opening.open_engine(section, judge.model, prompts, trust_remote_code=judge.trust_remote_code)
+    return opening.open_engine(section, judge.model, judge.prompts, trust_remote_code=judge.trust_remote_code)
 
 
 def check_judge(judge: RecipeJudge) -> None:
     """Raise ValueError when the judge's engine lacks something that can be seen before it is started."""
     if judge.section.engine is not None:
-        _open(judge, judge.prompts())  # and never entered
+        _open(judge)  # and never entered
 
 
 def read_judge(reference: str) -> JudgeSection:
@@ -142,14 +148,15 @@ def _guess(model: str) -> JudgeSection:
         folder = Path(resolve(Policy(model=model)).path)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(str(error).replace("policy.model", "--judge")) from error
-    config = json.loads((folder / "config.json").read_bytes())
-    scores = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    architectures = read_object(folder / "config.json").get("architectures")
+    named = cast("list[object]", architectures) if isinstance(architectures, list) else []
+    scores = any(str(name).endswith("ForSequenceClassification") for name in named)
     return JudgeSection(kind="reward_model" if scores else "llm", model=model)
 
 
 def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
     """A verdict for every pair, in order; see `judges.py`. total, the number of pairs, is for the progress bar."""
-    section, prompts = judge.section, judge.prompts()
+    section, prompts = judge.section, judge.prompts
     if section.engine is not None:
         asked = LLMJudge(
             name=judge.name,
@@ -158,26 +165,39 @@ def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> It
             sampling=Sampling(temperature=0.0, top_p=1.0, max_new_tokens=section.max_new_tokens),
             top_logps=section.top_logps,
             retries=section.retries,
-            max_prompt_tokens=section.max_prompt_tokens,
+            max_prompt_tokens=_within(judge, section.max_new_tokens),
         )
-        return sampled_verdicts(asked, pairs, lambda: _open(judge, prompts), journal, total=total)
+        return sampled_verdicts(asked, pairs, lambda: _open(judge), journal, total=total)
     assert judge.model is not None
     assert prompts is not None
     source = Policy(model=judge.model.path, chat_template=section.chat_template, trust_remote_code=judge.trust_remote_code)
     if section.kind == "reward_model":
-        reward = RewardModel(model=judge.model, policy=source, dtype=section.dtype, max_tokens=section.max_prompt_tokens)
+        reward = RewardModel(model=judge.model, policy=source, dtype=section.dtype, max_tokens=_within(judge, 0))
         return reward_verdicts(reward, pairs, journal, total=total)
     scoring = Judge(judge.model, source, prompts, Training(dtype=section.dtype))
-    embedded = EmbeddedJudge(scoring=scoring, template=judge.template, max_prompt_tokens=section.max_prompt_tokens)
+    embedded = EmbeddedJudge(scoring=scoring, template=judge.template, max_prompt_tokens=_within(judge, _LETTER))
     return embedded_verdicts(embedded, pairs, journal, total=total)
 
 
-def _open(judge: RecipeJudge, prompts: Prompts | None) -> Engine:
+_LETTER = 4
+"""Tokens that a letter takes at most, with its end."""
+
+
+def _within(judge: RecipeJudge, more: int) -> int:
+    """The longest prompt that the judge is asked: what the section says, or what leaves its model room for `more` tokens."""
+    limit = judge.section.max_prompt_tokens
+    if judge.model is None:
+        return limit
+    positions = positions_of(judge.model.path, trust_remote_code=judge.trust_remote_code)
+    return limit if positions is None else min(limit, positions - more)
+
+
+def _open(judge: RecipeJudge) -> Engine:
     engine = judge.section.engine
     assert engine is not None
     if judge.model is not None:
-        assert prompts is not None
-        return opening.open_engine(engine, judge.model, prompts, trust_remote_code=judge.trust_remote_code)
+        assert judge.prompts is not None
+        return opening.open_engine(engine, judge.model, judge.prompts, trust_remote_code=judge.trust_remote_code)
     assert engine.kind == "openai"
     # Nobody looks at the token ids of a verdict.
     return OpenAIEngine(engine, Tokens(encode=lambda _text: ()))

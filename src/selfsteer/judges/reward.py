@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from selfsteer.judges.llm import Pairs
 from selfsteer.measures.verdicts import Verdict, by_margin, failure
-from selfsteer.models import compute_dtype, load_tokenizer, pick_device
+from selfsteer.models import compute_dtype, load_configuration, load_model, load_tokenizer, pick_device
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
@@ -100,19 +100,15 @@ def open_renderer(reward: RewardModel) -> Renderer:
 @contextmanager
 def open_reward_model(reward: RewardModel) -> Generator[PreTrainedModel]:
     """The model ready to score, let go of when the block ends. Raises ValueError when it has not exactly one label."""
-    device = pick_device()
-    model: Any = AutoModelForSequenceClassification.from_pretrained(
-        reward.model.path,
-        dtype=compute_dtype(reward.dtype, device),
-        use_safetensors=True,
-        trust_remote_code=reward.policy.trust_remote_code,
-    )
-    if model.config.num_labels != 1:
+    device, path, trust = pick_device(), reward.model.path, reward.policy.trust_remote_code
+    labels = load_configuration(path, trust_remote_code=trust).num_labels
+    if labels != 1:
         raise ValueError(
-            f"{reward.model.path}: {model.config.num_labels} labels; a reward model has one. Name a sequence-classification "
+            f"{path}: {labels} labels; a reward model has one. Name a sequence-classification "
             "model that was trained to score responses."
         )
-    yield model.to(device).eval()
+    dtype = compute_dtype(reward.dtype, device)
+    yield load_model(path, dtype=dtype, device=device, trust_remote_code=trust, kind=AutoModelForSequenceClassification)
 
 
 def score_batch(model: PreTrainedModel, rows: Sequence[TokenIds]) -> list[float]:
@@ -194,19 +190,23 @@ def reward_verdicts(judge: RewardModel, pairs: Pairs, journal: Journal, *, total
     Raises Interrupted, with all rewards durable, when a signal asked to stop.
     """
     renderer = open_renderer(judge)
+    refused: dict[int, str] = {}
 
-    def asked() -> Iterator[tuple[Pair, tuple[Conversation, ...], str | None]]:
-        for pair in pairs():
+    def wanted() -> Iterator[Conversation]:
+        for number, pair in enumerate(pairs()):
             both = _conversations(pair)
-            yield pair, both, next(filter(None, map(renderer.refusal, both)), None)
+            reason = next(filter(None, map(renderer.refusal, both)), None)
+            if reason is None:
+                yield from both
+            else:
+                refused[number] = reason
 
-    wanted = (conversation for _, both, reason in asked() if reason is None for conversation in both)
-    score_missing(judge, wanted, journal, description="rewards", total=2 * total)
-    for pair, both, reason in asked():
-        if reason is not None:
-            yield failure(pair, reason)
+    score_missing(judge, wanted(), journal, description="rewards", total=2 * total)
+    for number, pair in enumerate(pairs()):
+        if number in refused:
+            yield failure(pair, refused[number])
             continue
-        chosen, rejected = (reward_of(judge, conversation, journal) for conversation in both)
+        chosen, rejected = (reward_of(judge, conversation, journal) for conversation in _conversations(pair))
         if chosen is None or rejected is None:
             yield failure(pair, "reward is not finite")
         else:

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from selfsteer.data.files import SUFFIXES, file_rows
+from selfsteer.data.files import HUB, all_rows, check_source
 from selfsteer.measures.estimates import share_estimate
 from selfsteer.measures.metrics import Contamination
 from selfsteer.measures.text import ngram_hashes, words
@@ -53,28 +53,30 @@ class Evaluation(NamedTuple):
 def check_files(paths: Sequence[Path]) -> None:
     """Raises ValueError for files that are missing or of a kind that can't be read."""
     for path in paths:
-        if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{path}: unknown kind of evaluation file; give one of {', '.join(SUFFIXES)}")
-        if not path.is_file():
-            raise ValueError(f"{path}: no such evaluation file")
+        if str(path).startswith(HUB):
+            raise ValueError(f"{path}: quality.evaluation_files takes files; save the data set as one")
+        check_source(path, "quality.evaluation_files")
 
 
 def read_evaluation(paths: Sequence[Path]) -> Evaluation:
     """Hash every string of .jsonl, .json, .csv and .parquet files; a .json file is held in memory, the others stream.
 
-    Raises ValueError, naming file and place, for files that are missing, of another kind or malformed.
+    Of a CSV file the first line counts as well: it may have no header. Raises ValueError, naming file and place, for files
+    that are missing, of another kind, malformed or without rows.
     """
     check_files(paths)
     hashes, owners = array("Q"), array("i")
     places: list[str] = []
     files: list[str] = []
     for path in paths:
-        for place, fields in file_rows(path):
-            found = _ngrams(_strings(fields))
+        for row in all_rows(path):
+            found = _ngrams(_strings(row.fields))
             hashes.frombytes(found.tobytes())
             owners.extend([len(places)] * len(found))
-            places.append(place)
+            places.append(row.place)
             files.append(str(path))
+        if not files or files[-1] != str(path):
+            raise ValueError(f"{path}: no rows; name another evaluation file")
     unsorted = np.frombuffer(hashes, np.uint64)
     order = np.argsort(unsorted, kind="stable")
     return Evaluation(unsorted[order], np.frombuffer(owners, np.int32)[order], places, files)
@@ -113,12 +115,14 @@ def _ngrams(texts: Iterable[str]) -> NDArray[np.uint64]:
     return np.unique(np.concatenate(hashed)) if hashed else np.empty(0, np.uint64)
 
 
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in cast("Mapping[str, object]", value).values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in cast("list[object]", value):
-            yield from _strings(item)
+def _strings(fields: Mapping[str, object]) -> Iterator[str]:
+    """However deep: a row may be nested further than a function may call itself."""
+    pending: list[object] = [fields]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            pending.extend(cast("Mapping[str, object]", value).values())
+        elif isinstance(value, list | tuple):
+            pending.extend(cast("Sequence[object]", value))

@@ -16,7 +16,8 @@ HASHES = 128
 _CHUNK = 2048
 
 # Chinese and Japanese are written without spaces: there a character counts as a word.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
+_CHARACTERS = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
@@ -171,16 +172,21 @@ def leaks_principle(text: str, principle: str | None = None) -> bool:
     """Whether a response speaks of its principle, or quotes eight words of it in a row."""
     if _LEAKAGE.search(text) is not None:
         return True
-    return principle is not None and not _ngrams(text, _QUOTED_WORDS).isdisjoint(_ngrams(principle, _QUOTED_WORDS))
+    if principle is None:
+        return False
+    quoted = words(principle)
+    # A word of Chinese or Japanese is about two characters.
+    size = _QUOTED_WORDS * 2 if 2 * sum(map(len, quoted)) < 3 * len(quoted) else _QUOTED_WORDS
+    return not _ngrams(words(text), size).isdisjoint(_ngrams(quoted, size))
 
 
 def similarity(a: str, b: str) -> float:
     """Jaccard similarity of the word 3-grams of two texts, 0 to 1; of the words where a text is shorter than that."""
-    size = 3 if min(len(a.split()), len(b.split())) >= 3 else 1
-    first, second = _ngrams(a, size), _ngrams(b, size)
-    return len(first & second) / len(first | second) if first or second else 1.0
+    first, second = words(a), words(b)
+    size = 3 if min(len(first), len(second)) >= 3 else 1
+    one, other = _ngrams(first, size), _ngrams(second, size)
+    return len(one & other) / len(one | other) if one or other else 1.0
 
 
-def _ngrams(text: str, size: int) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+def _ngrams(text_words: list[str], size: int) -> set[tuple[str, ...]]:
+    return {tuple(text_words[i : i + size]) for i in range(len(text_words) - size + 1)}

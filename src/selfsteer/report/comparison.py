@@ -12,11 +12,11 @@ from string import Template
 from typing import Any, TypedDict, cast
 
 from selfsteer.measures.estimates import METHOD, Estimate
-from selfsteer.measures.metrics import Cell, cell, plain
+from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.report.page import table_html
-from selfsteer.report.tables import Row, Table, duration, markdown
-from selfsteer.store.durable import replacing
+from selfsteer.report.tables import Cell, Row, Table, cell, duration, markdown
+from selfsteer.store.durable import read_json, replacing
 
 BASELINE = "pbaa"
 
@@ -178,9 +178,13 @@ def write_comparison(folder: Path, result: ComparisonResult) -> None:
 def read_comparison(folder: Path) -> ComparisonResult:
     """What `write_comparison` wrote, an `Estimate` being {"mean", "low", "high", "n"}. ValueError where there is none."""
     path = folder / "comparison.json"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{folder}: no comparison here (no comparison.json). Name the folder that `compare` was given.")
-    return cast(ComparisonResult, json.loads(path.read_bytes()))
+    shape = {"baseline": str, "model": str, "seeds": list, "holdout": int, "arms": dict}
+    return cast(ComparisonResult, read_json(path, shape, way_out=_WAY_OUT))
+
+
+_WAY_OUT = "run `selfsteer compare` again, which writes it anew from what is sealed"
 
 
 def write_tables(folder: Path, result: ComparisonResult) -> None:
@@ -213,6 +217,13 @@ _AGAINST = {"accuracy": "accuracy by the judge", "principle_consistency": "princ
 def write_comparison_page(folder: Path) -> None:
     """Write comparison.md and comparison.html beside a comparison.json. Raises ValueError where there is none."""
     result = read_comparison(folder)
+    try:
+        _write_page(folder, result)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder / 'comparison.json'}: damaged, not what was written ({error!r}); {_WAY_OUT}") from error
+
+
+def _write_page(folder: Path, result: ComparisonResult) -> None:
     write_tables(folder, result)
     facts = (
         result["model"],

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from selfsteer.engines.base import Failed, Request
-from selfsteer.engines.sampling import kept_open, response, sample
+from selfsteer.engines.sampling import Sampler, kept_open, response, sample
 from selfsteer.evaluations.asking import Answer, Asked
 from selfsteer.evaluations.evaluate import Answering, Plan, answering, gives_scores
 from selfsteer.evaluations.judged import Verdicts
@@ -46,7 +46,13 @@ def verdicts_of(judge: RecipeJudge, journal: Journal) -> Verdicts:
         requests = [_request(judge, item) for item in items]
         wanted = [each for each in requests if isinstance(each, Request)]
         with kept_open(lambda: open_judge(judge)) as engine:
-            sample(engine, iter(wanted), journal, description="verdicts in words", total=len(journal) + len(wanted))
+            sample(
+                Sampler(engine, judge.prompts),
+                iter(wanted),
+                journal,
+                description="verdicts in words",
+                total=len(journal) + len(wanted),
+            )
         return [each if isinstance(each, Answer) else _answer(journal, each) for each in requests]
 
     return Verdicts(judge_name(judge), in_words if judge.section.kind == "llm" else None, compare)
@@ -63,14 +69,13 @@ def judge_name(judge: RecipeJudge) -> str:
 
 
 def _request(judge: RecipeJudge, asked: Asked) -> Request | Answer:
-    prompts, ids = judge.prompts(), ()
+    prompts = judge.prompts
     if prompts is not None:
         found = prompts.checked_ids(asked.messages)
         if isinstance(found, str):
             return Answer("", error=found)
         if len(found) > judge.section.max_prompt_tokens:
             return Answer("", error="too long for the judge")
-        ids = found
     content = {
         "schema": SCHEMA,
         "judge": judge.name,
@@ -82,7 +87,7 @@ def _request(judge: RecipeJudge, asked: Asked) -> Request | Answer:
         "repeat": asked.repeat,
     }
     key = digest(content)
-    return Request(key=key, messages=asked.messages, prompt_ids=ids, sampling=asked.sampling, seed=int(key[:8], 16))
+    return Request(key=key, messages=asked.messages, sampling=asked.sampling, seed=int(key[:8], 16))
 
 
 def _answer(journal: Journal, wanted: Request) -> Answer:
@@ -113,12 +118,11 @@ def evaluate(
     return summary(found[-1], found[0] if len(found) > 1 else None, settings)
 
 
-def check_evaluation(recipe: Recipe) -> None:
+def check_evaluation(recipe: Recipe, judge: RecipeJudge | None) -> None:
     """Raise ValueError where the recipe's tasks could not be asked at the end of its run. Leaves nothing behind."""
     section = recipe.evaluation
     if not section.tasks:
         return
-    judge = find_judge(recipe.judge, recipe.policy)
     with TemporaryDirectory() as scratch, Journal(Path(scratch) / "parts") as journal:
         verdicts = None if judge is None else verdicts_of(judge, journal)
         Plan(section, Path(scratch), verdicts, scores=gives_scores(recipe.engine))

@@ -5,17 +5,23 @@ Left out on purpose: how responses are sampled, pairs built and scored: the modu
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from selfsteer.data.exchange import read_pairs
+from selfsteer.data.exchange import drop_reason, read_pairs
+from selfsteer.data.files import say_once, source_digest
 from selfsteer.engines.base import Request
 from selfsteer.engines.sampling import sample
+from selfsteer.measures.metrics import Comparison
+from selfsteer.measures.quality import compare
+from selfsteer.models import positions_of
 from selfsteer.pairs import alignment_pair, item_key, reject_reason, sampled_special_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Dropped, Pair, Responses
+from selfsteer.records import Dropped, Message, Pair, Responses
 from selfsteer.stages.base import (
+    TOO_LONG,
     Round,
     Work,
     arithmetic,
@@ -23,14 +29,16 @@ from selfsteer.stages.base import (
     inputs_of,
     kept,
     make_stage,
+    measured,
     policy_as_judge,
+    taking,
 )
-from selfsteer.stages.responses import answers_to, engine_of, note_texts, requests_of
+from selfsteer.stages.responses import answers_to, note_texts, requests_of, sampler_of
+from selfsteer.stages.steering import policy_pairs
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
-from selfsteer.store.durable import file_digest
 from selfsteer.store.folder import Contents, Origin, Stage
-from selfsteer.training.scoring import Group, score_missing, scores
+from selfsteer.training.scoring import Group, score_missing, scores, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +47,13 @@ PREFERENCES = "5-preferences"
 # --- 5: preference data ----------------------------------------------------------------------------------------------------
 
 
-def preferences_stage(round: Round, principles: Stage, responses: Stage, generators: Generators | None) -> Stage:
-    """Step 4: chosen and rejected for every bare query, from the generator; from the policy where there is none (PBAA)."""
+def preferences_stage(
+    round: Round, principles: Stage, responses: Stage, steering: Stage | None, generators: Generators | None
+) -> Stage:
+    """Step 4: chosen and rejected for every bare query, from the generator; from the policy where there is none (PBAA).
+
+    steering: holds the policy's own pairs, which those of the generator are compared with.
+    """
     recipe = round.recipe
     settings = {
         "responses": recipe.responses.model_dump(),
@@ -54,14 +67,26 @@ def preferences_stage(round: Round, principles: Stage, responses: Stage, generat
         settings["only"] = recipe.queries.holdout
     if recipe.selection.samples > 1:
         settings["samples"] = [recipe.selection.samples, recipe.queries.holdout]
-    if generators is None:
+    if generators is None or steering is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
         return make_stage(round, PREFERENCES, origin, lambda work: _own_preferences(round, work, responses))
-    inputs = inputs_of(round, principles=principles, generator=generators.good)
+    inputs = inputs_of(round, principles=principles, steering=steering, generator=generators.good)
     if generators.bad != generators.good:
         inputs |= inputs_of(round, bad_generator=generators.bad)
     origin = Origin(settings=settings, inputs=inputs)
-    return make_stage(round, PREFERENCES, origin, lambda work: _preferences(round, work, principles, generators))
+
+    def make(work: Work) -> Contents:
+        measures = taking(
+            pairs=lambda: measured(work.stage.written()), comparison=lambda: _compared(work.stage.written(), steering)
+        )
+        return replace(_preferences(round, work, principles, generators), measures=measures)
+
+    return make_stage(round, PREFERENCES, origin, make)
+
+
+def _compared(rows: Iterator[dict[str, Any]], steering: Stage) -> Comparison:
+    """The generator's pairs with those of the policy."""
+    return compare(map(columns.pair, rows), map(columns.pair, policy_pairs(steering)))
 
 
 def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
@@ -89,7 +114,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
         # One role after the other: the embedded engine switches adapters for all that it has under way.
         roles = ({role: model} for role, model in models.items())
         sample(
-            engine_of(round, models),
+            sampler_of(round, models),
             (
                 item
                 for role in roles
@@ -142,26 +167,32 @@ def _preference_pairs(
                 yield from map(columns.pair_row, scores(work.journal, group(item)))
         note_texts(log, texts)
 
-    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+    return _pairs(work, wanted=total, rows=rows(), dropped=dropped)
+
+
+def _pairs(work: Work, *, wanted: int, rows: Iterator[dict[str, Any]], dropped: list[Dropped]) -> Contents:
+    measures = taking(pairs=lambda: measured(work.stage.written()))
+    return Contents(wanted=wanted, rows=rows, dropped=dropped, schema=columns.PAIRS, measures=measures)
 
 
 def given_stage(round: Round, pairs: Path) -> Stage:
     """Stage 5 filled from a file: checked pairs with their reference log-probabilities under the policy."""
     settings = {"max_prompt_tokens": round.recipe.queries.max_prompt_tokens, **arithmetic(round.recipe.training)}
-    origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": file_digest(pairs)})
+    origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": source_digest(pairs)})
     return make_stage(round, PREFERENCES, origin, lambda work: _given(round, work, pairs))
 
 
 def _given(round: Round, work: Work, path: Path) -> Contents:
     judge = policy_as_judge(round)
     limit = round.recipe.queries.max_prompt_tokens
+    positions = positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
     dropped: list[Dropped] = []
 
     def groups() -> Iterator[Group | Dropped]:
-        for item in usable_pairs(path, round.prompts, limit):
+        for item in usable_pairs(path, round.prompts, limit, positions):
             yield item if isinstance(item, Dropped) else judge.group((item,))
 
-    wanted = sum(1 for _ in usable_pairs(path, round.prompts, limit))
+    wanted = sum(1 for _ in usable_pairs(path, round.prompts, limit, positions))
     to_score = (group for group in groups() if isinstance(group, Group))
     score_missing(judge, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
 
@@ -172,12 +203,15 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
             else:
                 yield from map(columns.pair_row, scores(work.journal, item))
 
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+    return _pairs(work, wanted=wanted, rows=rows(), dropped=dropped)
 
 
-def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) -> Iterator[Pair | Dropped]:
+def usable_pairs(
+    path: Path, prompts: Prompts, max_prompt_tokens: int | None, positions: int | None
+) -> Iterator[Pair | Dropped]:
     """The pairs of a file that can be tokenised as they are, and the others with the reason why not.
 
+    positions: the most tokens that the model takes, of prompt and response together.
     Raises ValueError, naming file and row, for a malformed file.
     """
     number = 0
@@ -185,12 +219,30 @@ def usable_pairs(path: Path, prompts: Prompts, max_prompt_tokens: int | None) ->
         if isinstance(row, Dropped):
             yield row
             continue
+        for side in ("chosen", "rejected"):
+            text = row[side][-1]["content"]
+            bare = prompts.without_end(text)
+            if bare != text:
+                say_once(
+                    f"{path}: responses end in a special token; it is taken off, as the end of a response is trained anyway"
+                )
+                row[side] = [Message(role="assistant", content=bare)]
         pair = columns.pair(row)
-        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason(
-            (pair.chosen.text, pair.rejected.text), prompts
+        reason = (
+            drop_reason(row)
+            or prompts.quarantine_reason(pair.prompt)
+            or special_token_reason((pair.chosen.text, pair.rejected.text), prompts)
         )
         if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
             reason = "prompt too long"
+        if reason is None and positions is not None and _length(pair, prompts) > positions:
+            reason = TOO_LONG
         yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
     if number == 0:
         raise ValueError(f"{path}: no rows")
+
+
+def _length(pair: Pair, prompts: Prompts) -> int:
+    """The tokens of the prompt with the longer of its responses."""
+    tokens = tokenize(pair, prompts)
+    return len(tokens.prompt) + max(len(tokens.chosen), len(tokens.rejected))

@@ -22,17 +22,17 @@ from selfsteer.data.queries import fold
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Request, Sampling
 from selfsteer.engines.open import sampler_digest
-from selfsteer.engines.sampling import kept_open, request, sample
+from selfsteer.engines.sampling import Sampler, kept_open, request, sample
 from selfsteer.measures.checks import parse_all
-from selfsteer.models import load_tokenizer, resolve
+from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe import sections
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.records import Dropped, Message, Principles, Query
-from selfsteer.stages.base import Round, Work, inputs_of, make_stage, share_of_round
+from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, share_of_round
 from selfsteer.store import columns
-from selfsteer.store.durable import digest, file_digest
+from selfsteer.store.durable import digest, file_digest, regular_file
 from selfsteer.store.folder import Contents, Origin, Stage
 
 _UNNAMED = "unnamed"
@@ -167,11 +167,10 @@ def _checks(fields: Mapping[str, object], place: str) -> tuple[str, ...]:
 
 
 def _read_file(path: Path) -> tuple[list[PrinciplePair], dict[str, PrinciplePair]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; set principles.path in the recipe")
+    regular_file(path, "set principles.path in the recipe")
     pairs: list[PrinciplePair] = []
     own: dict[str, PrinciplePair] = {}
-    for place, fields in jsonl_rows(path):
+    for place, fields, _ in jsonl_rows(path):
         if unknown := sorted(set(fields) - {"good", "bad", "quality", "query", "check", "checks"}):
             raise ValueError(f"{place}: unknown keys {unknown}; a row takes good, bad, quality, query and check (or checks)")
         good, bad = _text(fields, "good", place), _text(fields, "bad", place)
@@ -325,24 +324,22 @@ def principles_stage(round: Round) -> Stage:
 def _principles(round: Round, work: Work) -> Contents:
     section = round.recipe.principles
     pool = load_pool(section)
-    queries = _queries_of(round)
-    wanted = sum(1 for _ in queries())
+    queries, positions = _Queries(round), _positions(round)
+    wanted = sum(1 for _ in queries)
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
     if section.source == "generate":
-        assign = _generated_principles(round, work, pool, wanted)
+        assign = _generated_principles(round, work, pool, queries)
     dropped: list[Dropped] = []
 
     def rows() -> Iterator[dict[str, Any]]:
-        for item in queries():
+        for item in queries:
             if isinstance(item, Dropped):
                 dropped.append(item)
                 continue
             principles = assign(item)
-            length = max(len(prompt) for prompt in _steered_prompts(round.prompts, item, principles))
-            limit = round.recipe.queries.max_prompt_tokens
-            if length > limit:
-                detail = f"{length} tokens with its principle, limit {limit}"
-                dropped.append(Dropped(id=item.id, reason="prompt too long", detail=detail))
+            length = _length_beyond(round.prompts, item, principles, _longest_prompt(round, positions))
+            if length is not None and (found := _too_long(round, length, positions)) is not None:
+                dropped.append(Dropped(id=item.id, reason=found.reason, detail=f"with its principle, {found.detail}"))
                 continue
             yield {"query_id": item.id, "messages": list(item.messages), "principles": asdict(principles)}
 
@@ -353,41 +350,79 @@ def _splits(recipe: Recipe) -> bool:
     return recipe.queries.split_rounds and recipe.rounds > 1
 
 
-def _queries_of(round: Round) -> Callable[[], Iterator[Query | Dropped]]:
-    """What iterates over the round's checked queries; where rounds split them, the first one names the unusable ones."""
-    if not _splits(round.recipe):
-        return lambda: _checked_queries(round)
-    share = share_of_round(round, {item.id for item in _checked_queries(round) if isinstance(item, Query)})
+class _Queries:
+    """The round's queries that can be rendered, up to queries.limit of them, and those that were dropped on the way.
 
-    def own() -> Iterator[Query | Dropped]:
-        for item in _checked_queries(round):
-            if item.id in share if isinstance(item, Query) else round.number == 1:
+    Read from the file at each iteration, and rendered to be checked at the first one only. Where rounds split them, the
+    first round names the unusable ones.
+    """
+
+    def __init__(self, round: Round) -> None:
+        self._round = round
+        self._positions = _positions(round)
+        self._checked = 0
+        self._unfit: dict[int, Dropped] = {}
+        """Of the first `_checked` rows, those that can't be rendered, by their number."""
+        self._share: frozenset[str] | None = None
+        if _splits(round.recipe):
+            self._share = share_of_round(round, {item.id for item in self._all() if isinstance(item, Query)})
+
+    def __iter__(self) -> Iterator[Query | Dropped]:
+        share, number = self._share, self._round.number
+        for item in self._all():
+            if share is None or (item.id in share if isinstance(item, Query) else number == 1):
                 yield item
 
-    return own
+    def _all(self) -> Iterator[Query | Dropped]:
+        section = self._round.recipe.queries
+        kept = 0
+        for number, item in enumerate(reading.read_queries(section.model_copy(update={"limit": None}))):
+            if isinstance(item, Query):
+                item = replace(item, messages=self._round.prompts.fold(item.messages))
+                if number >= self._checked:
+                    self._check(number, item)
+                item = self._unfit.get(number, item)
+                kept += isinstance(item, Query)
+            yield item
+            if section.limit is not None and kept == section.limit:
+                return
+
+    def _check(self, number: int, item: Query) -> None:
+        found = self._round.prompts.checked_ids(item.messages)
+        if isinstance(found, str):
+            self._unfit[number] = Dropped(id=item.id, reason=found)
+        elif (long := _too_long(self._round, len(found), self._positions)) is not None:
+            self._unfit[number] = Dropped(id=item.id, reason=long.reason, detail=long.detail)
+        self._checked = number + 1
 
 
-def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
-    """The recipe's queries that can be rendered, up to queries.limit of them, and those that were dropped on the way."""
-    section = round.recipe.queries
-    kept = 0
-    for item in reading.read_queries(section.model_copy(update={"limit": None})):
-        if isinstance(item, Query):
-            item = replace(item, messages=round.prompts.fold(item.messages))
-            found = round.prompts.checked_ids(item.messages)
-            if isinstance(found, str):
-                item = Dropped(id=item.id, reason=found)
-            elif len(found) > section.max_prompt_tokens:
-                detail = f"{len(found)} tokens, limit {section.max_prompt_tokens}"
-                item = Dropped(id=item.id, reason="prompt too long", detail=detail)
-            else:
-                kept += 1
-        yield item
-        if section.limit is not None and kept == section.limit:
-            return
+class _Long(NamedTuple):
+    """Why a prompt must not be asked."""
+
+    reason: str
+    detail: str
 
 
-def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> Callable[[Query], Principles]:
+def _positions(round: Round) -> int | None:
+    return positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
+
+
+def _too_long(round: Round, tokens: int, positions: int | None) -> _Long | None:
+    """positions: the most tokens that the policy takes, of a prompt and its response together."""
+    limit, new = round.recipe.queries.max_prompt_tokens, round.recipe.responses.max_new_tokens
+    if tokens > limit:
+        return _Long("prompt too long", f"{tokens} tokens, limit {limit}")
+    if positions is not None and tokens + new > positions:
+        return _Long(TOO_LONG, f"{tokens} tokens and {new} new ones, {positions} positions")
+    return None
+
+
+def _longest_prompt(round: Round, positions: int | None) -> int:
+    limit, new = round.recipe.queries.max_prompt_tokens, round.recipe.responses.max_new_tokens
+    return limit if positions is None else min(limit, positions - new)
+
+
+def _generated_principles(round: Round, work: Work, pool: Pool, wanted: _Queries) -> Callable[[Query], Principles]:
     """Sample what the journal lacks; returns a function that reads a query's principles back from it."""
     section, recipe = round.recipe.principles, round.recipe
     writer, prompts = round.policy, round.prompts
@@ -409,11 +444,12 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> 
     def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
         return ((attempt, answer_to(ask(attempt).key)) for attempt in attempts)
 
-    queries = (item for item in _queries_of(round)() if isinstance(item, Query))
+    total = sum(1 for _ in wanted)
+    queries = (item for item in wanted if isinstance(item, Query))
     with kept_open(engine) as opened:  # over all tries
 
         def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-            tried: list[tuple[Attempt, str]] = []  # keys, not requests: a prompt of 450 tokens takes 15 KB
+            tried: list[tuple[Attempt, str]] = []
 
             def asked() -> Iterator[Request]:
                 for attempt in attempts:
@@ -421,7 +457,7 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> 
                     tried.append((attempt, item.key))
                     yield item
 
-            sample(opened, asked(), work.journal, description="principles", total=wanted)
+            sample(Sampler(opened, prompts), asked(), work.journal, description="principles", total=total)
             return ((attempt, answer_to(key)) for attempt, key in tried)
 
         for _ in generate_principles(queries, answer, section, pool, recipe.seed):
@@ -429,5 +465,7 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> 
     return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
 
 
-def _steered_prompts(prompts: Prompts, query: Query, principles: Principles) -> tuple[tuple[int, ...], ...]:
-    return tuple(prompts.prompt_ids(prompts.steer(query.messages, text)) for text in (principles.good, principles.bad))
+def _length_beyond(prompts: Prompts, query: Query, principles: Principles, limit: int) -> int | None:
+    """The tokens of the longer steered prompt, where they are more than `limit`."""
+    steered = (prompts.steer(query.messages, text) for text in (principles.good, principles.bad))
+    return max((length for each in steered if (length := prompts.length_beyond(each, limit)) is not None), default=None)

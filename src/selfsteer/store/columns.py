@@ -1,8 +1,9 @@
 """The columns of the sealed Parquet files, and records back from their rows."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfsteer.records import Message, Pair, Principles, Query, Response, Responses, Side
+from selfsteer.store.durable import replacing
 
 _IDS = pa.list_(pa.int32())
 
@@ -168,22 +170,84 @@ def _messages(turns: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
     return tuple(Message(role=turn["role"], content=turn["content"]) for turn in turns)
 
 
-_ROWS = 1024
-"""Rows of a side file in memory at a time."""
+# --- the one writer and the one reader of Parquet files -------------------------------------------------------------------
+
+# Rows of responses carry thousands of token ids each; as Python objects a group of this size stays below about 50 MB.
+_ROWS = 256
 
 
-def write_rows(path: Path, rows: Iterator[Mapping[str, Any]], schema: Any) -> int:
-    """Write a Parquet file that a stage seals beside its data.parquet; returns the number of rows."""
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any = None) -> int:
+    """Write a Parquet file, whole or not at all, a row group in memory at a time; returns the number of rows.
+
+    schema: a `pyarrow.Schema`, missing values become null; inferred from the first 256 rows when absent. Raises ValueError
+    for a row with a column that is not in the schema.
+    """
+    remaining = iter(rows)
+    first = [dict(row) for row in islice(remaining, _ROWS)]
+    schema = pa.Table.from_pylist(first).schema if schema is None else schema
+    columns = set(schema.names)
     count = 0
-    with pq.ParquetWriter(path, schema) as writer:
-        while some := [dict(row) for row in islice(rows, _ROWS)]:
-            writer.write_table(pa.Table.from_pylist(some, schema=schema))
-            count += len(some)
+    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for group in chain([first], iter(lambda: [dict(row) for row in islice(remaining, _ROWS)], [])):
+            for number, row in enumerate(group, start=count):
+                # pyarrow would leave such values out without a word.
+                if not columns.issuperset(row):
+                    raise ValueError(f"{path}: row {number} has {sorted(set(row) - columns)}, not in the schema.")
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
     return count
 
 
-def file_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of such a file, in order."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS):
+def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, in order; of all columns, or of these. Raises ValueError naming a file that is damaged."""
+    with opened(path) as file:
+        for batch in batches(path, file, columns):
             yield from batch.to_pylist()
+
+
+@contextmanager
+def opened(path: Path) -> Generator[pq.ParquetFile]:
+    """A Parquet file. Raises ValueError naming the file where it is none."""
+    with named(path):
+        # With pre_buffer the bytes of every row group that was read stay in memory.
+        file = pq.ParquetFile(path, pre_buffer=False)
+    with file:
+        yield file
+
+
+def column(path: Path, name: str) -> list[Any]:
+    """One column of such a file; nothing else is read."""
+    with opened(path) as file, named(path):
+        return file.read(columns=[name]).column(name).to_pylist()
+
+
+def picked(path: Path, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """The rows with these numbers, which ascend, of a file that `write_rows` wrote; row groups without one are not read."""
+    with opened(path) as file, named(path):
+        for group, some in groupby(numbers, lambda number: number // _ROWS):
+            rows = file.read_row_group(group).slice
+            yield from (rows(number % _ROWS, 1).to_pylist()[0] for number in some)
+
+
+def batches(path: Path, file: pq.ParquetFile, columns: list[str] | None = None) -> Iterator[Any]:
+    """The rows of an opened file as `pyarrow.RecordBatch`es. Raises ValueError naming the file where one can't be read."""
+    with named(path):
+        found = file.iter_batches(_ROWS, columns=columns)
+    while True:
+        with named(path):
+            batch = next(found, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextmanager
+def named(path: Path) -> Generator[None]:
+    """Turns what pyarrow raises for damaged bytes (also an OSError without a number) into a ValueError naming the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, RecursionError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: not a readable Parquet file ({reason}); give another, or make it again") from error

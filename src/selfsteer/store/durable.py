@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -37,12 +38,22 @@ def digest(value: object) -> str:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, 64 hex digits; memory stays flat."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 SMALL = 16 * 2**20
 """What a template, a list of principles or a configuration takes at most, in bytes."""
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """A file that somebody named, to read. Raises ValueError for a pipe or a device, OSError as `open` does."""
+    # Without O_NONBLOCK, opening a pipe that nobody writes to does not come back.
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 (the caller closes it)
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise ValueError(f"{path}: not a regular file (a pipe or a device); name an ordinary file")
 
 
 def read_small(path: Path, *, at_most: int = SMALL) -> bytes:
@@ -51,11 +62,7 @@ def read_small(path: Path, *, at_most: int = SMALL) -> bytes:
     Raises ValueError for what is no regular file (one would wait for a FIFO and never finish with a device) or is larger,
     OSError as `open` does.
     """
-    # Without O_NONBLOCK, opening a FIFO that nobody writes to does not come back.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: not a regular file (a folder, a pipe or a device); name an ordinary file")
+    with open_regular(path) as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:
         raise ValueError(f"{path}: larger than {at_most / 2**20:,.0f} MB, which no such file is; is it the right one?")
@@ -141,3 +148,61 @@ def replacing(path: Path) -> Generator[BinaryIO]:
         raise write_failed(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# --- files that are read ---------------------------------------------------------------------------------------------------
+
+
+def regular_file(path: Path, way_out: str = "name an ordinary file") -> None:
+    """Raises ValueError, naming the path, unless there is an ordinary file behind it (links are followed).
+
+    Whoever opens a pipe waits, whoever reads a device never ends, and a folder, a loop of links or a name that no file
+    system takes would otherwise end in an error that names nothing.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no such file; {way_out}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; {way_out}") from error
+    except ValueError as error:  # a NUL in the name
+        raise ValueError(f"{path!r}: {error}; {way_out}") from error
+    if not stat.S_ISREG(mode):
+        kind = next((words for check, words in _KINDS if check(mode)), "no regular file")
+        raise ValueError(f"{path}: {kind}, no regular file; {way_out}")
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+OURS = 2**30
+"""No JSON file of a run folder comes near this, in bytes."""
+
+Shape = Mapping[str, type | tuple[type, ...]]
+"""Keys that an object must have, and of which types; it may have others."""
+
+
+def read_json(path: Path, shape: Shape, *, way_out: str) -> dict[str, Any]:
+    """The JSON object in a file of ours. Raises ValueError, with the way out, where it is missing or damaged.
+
+    Emptied, cut off, overwritten: a file that a kill, a full disk or a hand has touched is told by its name.
+    """
+    regular_file(path, way_out)
+    try:
+        content = json.loads(read_small(path, at_most=OURS))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, no JSON ({error}); {way_out}") from error
+    found = _NO_OBJECTS.get(type(content))
+    if found is not None:
+        raise ValueError(f"{path}: damaged, it holds {found} instead of an object; {way_out}")
+    fields = cast("dict[str, Any]", content)
+    for key, kind in shape.items():
+        # JSON's true and false are no numbers.
+        if key not in fields or not isinstance(fields[key], kind) or (isinstance(fields[key], bool) and kind is not bool):
+            raise ValueError(f"{path}: damaged, its {key!r} is missing or not what was written; {way_out}")
+    return fields

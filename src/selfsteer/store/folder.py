@@ -23,6 +23,8 @@ locks across machines beyond what the file system's flock gives.
 
 import fcntl
 import json
+import logging
+import math
 import os
 import re
 import shlex
@@ -36,16 +38,26 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from selfsteer.records import Dropped
-from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, replacing, sync
+from selfsteer.store import columns
+from selfsteer.store.durable import (
+    canonical_json,
+    digest,
+    file_digest,
+    make_folder,
+    read_json,
+    regular_file,
+    replacing,
+    sync,
+)
 from selfsteer.store.journal import Journal
+
+log = logging.getLogger(__name__)
 
 _ELAPSED = "elapsed.json"
 
@@ -81,10 +93,17 @@ def elapsed(folder: Path) -> Generator[Callable[[], float]]:
 
 
 def _read_seconds(file: Path) -> float:
-    try:
-        return float(json.loads(file.read_text())["seconds"])
-    except (FileNotFoundError, ValueError, KeyError):
+    if not file.exists():
         return 0.0
+    way_out = "counting from zero"
+    try:
+        seconds = float(read_json(file, {"seconds": (int, float)}, way_out=way_out)["seconds"])
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"{file}: damaged, {seconds} seconds are no time; {way_out}")
+    except (ValueError, OverflowError) as error:
+        log.warning("%s", error)
+        return 0.0
+    return seconds
 
 
 def _write_seconds(file: Path, seconds: float) -> None:
@@ -100,8 +119,8 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
 
-# Rows of responses carry thousands of token ids each; as Python objects a group of this size stays below about 50 MB.
-_ROW_GROUP = 256
+MEASURES = "measures.json"
+"""What a stage seals beside its rows or its model: numbers about them."""
 
 Row = Mapping[str, Any]
 
@@ -143,8 +162,12 @@ class Contents:
     """Columns of the rows, missing values null; inferred from the first 256 rows when absent."""
     rows_each: int = 1
     """Rows of one kept item: 2 where a query makes two pairs."""
+    measures: Callable[[], Mapping[str, Any]] | None = None
+    """Takes what MEASURES is to hold (JSON values), when the rows are written: they can be read with `Stage.written`."""
     files: tuple[str, ...] = ()
     """Files and folders that the stage wrote itself, relative to its folder; a folder counts with all it holds."""
+    known: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Digests of such files, by path relative to the stage, where they were taken already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +229,10 @@ class RunFolder:
     def __enter__(self) -> Self:
         self._check_version()
         make_folder(self.path)
-        lock = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT, 0o644)
+        lock_file = self.path / "LOCK"
+        if os.path.lexists(lock_file):  # what is no file can't be locked, and reading the holder out of a pipe would wait
+            regular_file(lock_file, "remove it and run the same command again")
+        lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -247,11 +273,10 @@ class RunFolder:
         path = self.path / "run.json"
         if not path.exists():
             return {"schema_version": SCHEMA_VERSION, "sessions": []}
-        try:
-            found = json.loads(path.read_bytes())
-            found["sessions"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: damaged ({error}). Move it away; the run continues without its history.") from error
+        way_out = "move it away, the run continues without its history"
+        found = read_json(path, {"sessions": list}, way_out=way_out)
+        if not all(isinstance(session, dict) for session in found["sessions"]):
+            raise ValueError(f"{path}: damaged, a session is no object; {way_out}")
         return found
 
     def stage(self, round: int, name: str) -> "Stage":
@@ -284,9 +309,11 @@ class Stage:
         for name, expected in manifest.outputs.items():
             path = self.path / name
             if not path.is_file():
-                raise StageDamaged(f"{path}: missing, though sealed. {_way_out(self.path)}")
+                raise StageDamaged(f"{path}: missing, though sealed. {_way_out(self.path / _MANIFEST)}")
             if file_digest(path) != expected:
-                raise StageDamaged(f"{path}: changed since it was sealed (sha256 differs). {_way_out(self.path)}")
+                raise StageDamaged(
+                    f"{path}: changed since it was sealed (sha256 differs). {_way_out(self.path / _MANIFEST)}"
+                )
         return manifest
 
     def reopen(self) -> None:
@@ -333,7 +360,11 @@ class Stage:
         rows = 0
         if contents.rows is not None:
             names.append(_DATA)
-            rows = _write_rows(self.path / _DATA, contents.rows, contents.schema)
+            rows = columns.write_rows(self.path / _DATA, contents.rows, contents.schema)
+        if contents.measures is not None:
+            names.append(MEASURES)
+            with replacing(self.path / MEASURES) as file:
+                file.write(canonical_json(contents.measures()))
         reasons = _write_dropped(self.path / _DROPPED, contents.dropped)
         lost = reasons.total()
         kept = contents.wanted - lost
@@ -342,6 +373,7 @@ class Stage:
                 f"{self.path}: wanted {contents.wanted:,}, dropped {lost:,}, but wrote {rows:,} rows where"
                 f" {kept:,} x {contents.rows_each} were due. Every item must be kept or dropped with a reason."
             )
+        outputs = {path.relative_to(self.path).as_posix(): path for path in _files(self.path, names)}
         manifest = Manifest(
             stage=f"{self.path.parent.name}/{self.path.name}",
             schema_version=SCHEMA_VERSION,
@@ -351,7 +383,7 @@ class Stage:
             dropped=dict(reasons.most_common()),
             settings=dict(origin.settings),
             inputs=dict(origin.inputs),
-            outputs={path.relative_to(self.path).as_posix(): _settle(path) for path in _files(self.path, names)},
+            outputs={name: _settle(path, contents.known.get(name)) for name, path in outputs.items()},
             seconds=seconds,
             created=_now(),
         )
@@ -363,7 +395,23 @@ class Stage:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of a sealed stage, in order, a row group in memory at a time."""
         self._sealed()
-        return _read_rows(self.path / _DATA)
+        return self.written()
+
+    def written(self) -> Iterator[dict[str, Any]]:
+        """The same rows for `Contents.measures`, just before the stage is sealed."""
+        return _read_rows(self.path)
+
+    def column(self, name: str) -> list[Any]:
+        """One column of the rows of a sealed stage; nothing else is read."""
+        self._sealed()
+        with _damage_named(self.path):
+            return columns.column(self.path / _DATA, name)
+
+    def picked(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The rows with these numbers, which ascend; row groups without one are not read."""
+        self._sealed()
+        with _damage_named(self.path):
+            yield from columns.picked(self.path / _DATA, numbers)
 
     def dropped(self) -> Iterator[Dropped]:
         """The items that a sealed stage did not keep."""
@@ -387,8 +435,7 @@ def _pretty(value: object) -> bytes:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _way_out(stage: Path) -> str:
-    manifest = stage / _MANIFEST
+def _way_out(manifest: Path) -> str:
     return f"Bring it back from a copy, or delete {manifest} and run the same command again: finished samples are reused."
 
 
@@ -396,16 +443,19 @@ def _read_manifest(path: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        fields = json.loads(path.read_bytes())
-        claimed = fields.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError):
-        fields, claimed = None, None
-    if fields is None or claimed != digest(fields):
-        raise StageDamaged(f"{path}: not as it was written. {_way_out(path.parent)}")
+        fields = read_json(path, {"sha256": str, "schema_version": int, "outputs": dict}, way_out=_way_out(path))
+    except ValueError as error:
+        raise StageDamaged(str(error)) from error
+    claimed = fields.pop("sha256")
+    if claimed != digest(fields):
+        raise StageDamaged(f"{path}: not as it was written. {_way_out(path)}")
     if fields["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
             f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another folder with output=DIR."
         )
+    names = [value for key in ("outputs", "inputs") for value in fields.get(key, {}).values()]
+    if fields.keys() != Manifest.__dataclass_fields__.keys() or not all(isinstance(name, str) for name in names):
+        raise StageDamaged(f"{path}: not written by this program. {_way_out(path)}")
     manifest = Manifest(**fields)
     # Reopening deletes by these names, and a run folder may come from a stranger.
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in manifest.outputs):
@@ -413,28 +463,18 @@ def _read_manifest(path: Path) -> Manifest | None:
     return manifest
 
 
-def _write_rows(path: Path, rows: Iterable[Row], given: Any) -> int:
-    rows = iter(rows)
-    first = list(islice(rows, _ROW_GROUP))
-    schema = pa.Table.from_pylist(first).schema if given is None else given
-    columns = set(schema.names)
-    count = 0
-    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for batch in chain([first], iter(lambda: list(islice(rows, _ROW_GROUP)), [])):
-            for number, row in enumerate(batch, start=count):
-                # pyarrow would leave such values out without a word.
-                if not columns.issuperset(row):
-                    raise ValueError(f"{path}: row {number} has {sorted(set(row) - columns)}, not in the schema.")
-            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
-            count += len(batch)
-    return count
+def _read_rows(stage: Path) -> Iterator[dict[str, Any]]:
+    with _damage_named(stage):
+        yield from columns.file_rows(stage / _DATA)
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(path) as file:
-        # iter_batches would keep the whole file's bytes in memory.
-        for group in range(file.num_row_groups):
-            yield from file.read_row_group(group).to_pylist()
+@contextmanager
+def _damage_named(stage: Path) -> Generator[None]:
+    """Rows of a sealed stage that can't be read: the file, and the way out."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise StageDamaged(f"{error}. {_way_out(stage / _MANIFEST)}") from error
 
 
 def _write_dropped(path: Path, dropped: Iterable[Dropped]) -> Counter[str]:
@@ -461,11 +501,11 @@ def _files(stage: Path, names: Iterable[str]) -> Iterator[Path]:
             yield path
 
 
-def _settle(path: Path) -> str:
+def _settle(path: Path, known: str | None) -> str:
     """Force an output to the disk, with its place in its folder; returns its digest."""
     sync(path)
     sync(path.parent)
-    return file_digest(path)
+    return known or file_digest(path)
 
 
 _PARTS = "parts"

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfsteer.models import restore_dropout
+from selfsteer.records import Saving
 from selfsteer.store.durable import sync
 from selfsteer.training import checkpoints
 
@@ -33,19 +34,6 @@ Margin = Callable[[torch.nn.Module], float]
 """The mean reward margin of a few training pairs under a model, over what it was before the training."""
 
 SaveDType = Literal["auto", "float32", "policy"]
-
-
-class Saving(TypedDict):
-    """What saving cost; margins are beta * (chosen log-ratio - rejected log-ratio), in the arithmetic of the training."""
-
-    dtype: str
-    """In which the weights are delivered."""
-    trained: float | None
-    """Mean margin of a few training pairs after the last step; None of sharded weights."""
-    delivered: float | None
-    """The same of what is delivered."""
-    rounded: float | None
-    """The same in the dtype of the policy, where that was tried and left."""
 
 
 class Delivery(NamedTuple):

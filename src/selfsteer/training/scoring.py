@@ -32,7 +32,7 @@ import torch
 from transformers import PreTrainedModel
 
 from selfsteer import runtime
-from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device
+from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device, position_limit
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy, Training
 from selfsteer.records import Checkpoint, Pair
@@ -63,10 +63,11 @@ class Scorer(NamedTuple):
     """The mechanics that training will use, so that both compute alike."""
 
 
-def tokenize(pair: Pair, prompts: Prompts) -> TokenPair:
+def tokenize(pair: Pair, prompts: Prompts, positions: int | None = None) -> TokenPair:
     """The pair as token ids: those that were sampled, else those of the text behind its prompt.
 
-    Raises ValueError for a completion without a single token.
+    Raises ValueError for a completion without a single token, and for more tokens than the model has positions: at those it
+    would fail, or compute something that it was never trained on.
     """
     chosen, rejected = (
         prompts.completion_ids(side.text, side.finish, pair.prompt) if side.token_ids is None else side.token_ids
@@ -76,7 +77,13 @@ def tokenize(pair: Pair, prompts: Prompts) -> TokenPair:
         raise ValueError(
             f"query {pair.query_id}: an empty {'rejected' if chosen else 'chosen'} response can't be scored; drop it"
         )
-    return TokenPair(prompts.prompt_ids(pair.prompt), chosen, rejected)
+    prompt = prompts.prompt_ids(pair.prompt)
+    length = len(prompt) + max(len(chosen), len(rejected))
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"query {pair.query_id}: {length:,} tokens are too long for the model, which has {positions:,} positions"
+        )
+    return TokenPair(prompt, chosen, rejected)
 
 
 @contextmanager
@@ -97,7 +104,8 @@ def score(scorer: Scorer, groups: Iterable[Sequence[Pair]]) -> Iterator[list[Pai
     above one, training (which shuffles) repeats the numbers only up to rounding.
     """
     model, prompts, training = scorer
-    tokens = ((pairs, share_prompts([tokenize(pair, prompts) for pair in pairs])) for pairs in groups)
+    positions = position_limit(model.config)
+    tokens = ((pairs, share_prompts([tokenize(pair, prompts, positions) for pair in pairs])) for pairs in groups)
     first = next(tokens, None)
     if first is None:
         return

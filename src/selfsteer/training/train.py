@@ -28,7 +28,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from selfsteer import runtime
-from selfsteer.models import compute_dtype, load_configuration, load_model, load_tokenizer, pick_device
+from selfsteer.models import (
+    compute_dtype,
+    load_configuration,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    positions_of,
+)
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Lora, LossName, Policy, Training, Weighting
 from selfsteer.runtime import progress
@@ -135,7 +142,8 @@ def train(job: TrainingJob) -> TrainingResult:
     )
     prompts = Prompts(tokenizer, system_role=job.policy.system_role)
     needs_reference = job.loss not in REFERENCE_FREE
-    data = token_groups(Path(job.pairs), prompts, output / ".tokens", needs_reference=needs_reference)
+    positions = positions_of(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
+    data = token_groups(Path(job.pairs), prompts, output / ".tokens", needs_reference=needs_reference, positions=positions)
     set_seed(job.seed)
     model, packing = _prepare_model(job, data)
     pairs = margins(data, Collator(packing), beta=job.beta, weighted=job.weighting != "none")

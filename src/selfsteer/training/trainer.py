@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
@@ -107,14 +108,17 @@ class Order(Sampler[int]):
         yield from [queries] * (self._filled - queries)
 
 
-def token_groups(path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool) -> TokenGroups:
+def token_groups(
+    path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool, positions: int | None = None
+) -> TokenGroups:
     """Tokenise a pairs file (Parquet with the columns of `columns.PAIRS`, rows of one query together).
 
     scratch: where the first process makes the file of token ids, for all; it is gone once they have it open.
-    Raises ValueError for missing columns, for missing reference log-probabilities where they are needed, and for reference
-    log-probabilities that belong to another tokenization.
+    positions: of the model; what is longer can't be trained on. Raises ValueError for such pairs, for missing columns, for
+    missing reference log-probabilities where they are needed, and for those that belong to another tokenization.
     """
-    file = parallel.agree(lambda: _write(path, prompts, scratch, needs_reference=needs_reference))
+    row = partial(_token_row, prompts=prompts, path=path, needs_reference=needs_reference, positions=positions)
+    file = parallel.agree(lambda: _write(path, row, scratch))
     groups = TokenGroups(file)
     parallel.wait()
     if parallel.is_first():
@@ -124,11 +128,10 @@ def token_groups(path: Path, prompts: Prompts, scratch: Path, *, needs_reference
     return groups
 
 
-def _write(path: Path, prompts: Prompts, scratch: Path, *, needs_reference: bool) -> Path:
+def _write(path: Path, token_row: Callable[[Pair], dict[str, Any]], scratch: Path) -> Path:
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for pairs in _query_pairs(path):
-            tokens = [_token_row(pair, prompts, path, needs_reference=needs_reference) for pair in pairs]
-            writer.write_batch(pa.RecordBatch.from_pylist(tokens, schema=_SCHEMA))
+            writer.write_batch(pa.RecordBatch.from_pylist([token_row(pair) for pair in pairs], schema=_SCHEMA))
     return scratch
 
 
@@ -144,8 +147,8 @@ def _query_pairs(path: Path) -> Iterator[Sequence[Pair]]:
         yield list(group)
 
 
-def _token_row(pair: Pair, prompts: Prompts, path: Path, *, needs_reference: bool) -> dict[str, Any]:
-    tokens = tokenize(pair, prompts)
+def _token_row(pair: Pair, *, prompts: Prompts, path: Path, needs_reference: bool, positions: int | None) -> dict[str, Any]:
+    tokens = tokenize(pair, prompts, positions)
     references = (pair.chosen.logps, pair.rejected.logps)
     if needs_reference and None in references:
         raise ValueError(
@@ -463,8 +466,18 @@ def read_history(path: Path) -> list[Step]:
     """The steps of a training, oldest first; a torn last line is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    steps: list[Step] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            step = json.loads(line)
+        except ValueError:
+            step = None
+        if type(step) is not dict:
+            raise ValueError(f"{path}:{number}: damaged; run the training again, which makes it anew from its checkpoint")
+        steps.append(cast(Step, step))
+    return steps
 
 
 def write_history(path: Path, steps: Sequence[Step]) -> None:
