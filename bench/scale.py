@@ -173,7 +173,7 @@ def scripted_training(job: Any, _: Any) -> Any:
     values = dict.fromkeys(Step.__annotations__, 1.0) | {"step": 1, "tokens": 1}
     (output / "history.jsonl").write_text(json.dumps(values) + "\n")
     step: Any = values
-    return TrainingResult(str(output / "model"), str(output / "history.jsonl"), 1, 1, True, step, step)
+    return TrainingResult(str(output / "model"), str(output / "history.jsonl"), 1, 1, True, step, step, None)
 
 
 if __name__ == "__main__":
