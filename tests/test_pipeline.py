@@ -23,7 +23,7 @@ from selfsteer import cli
 from selfsteer.data.exchange import export
 from selfsteer.given import measure_pairs, train_pairs
 from selfsteer.recipe.sections import Recipe
-from selfsteer.stages import summary
+from selfsteer.stages.status import status
 from selfsteer.store.folder import RunFolder
 
 STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
@@ -520,7 +520,7 @@ def test_given_pairs_train_once_whatever_the_rounds(given: Path, recipe_of: Reci
     found = train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
     assert len(found["rounds"]) == 1
     assert found["run"]["policy_round"] == 1
-    assert summary.status(tmp_path / "run")["next"] == "nothing: the run is complete"
+    assert status(tmp_path / "run")["next"] == "nothing: the run is complete"
 
 
 def test_margins_are_measured_on_as_many_queries_as_are_asked_for(recipe_of: RecipeOf, tmp_path: Path):

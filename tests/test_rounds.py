@@ -19,7 +19,7 @@ import selfsteer
 from selfsteer import cli
 from selfsteer.pipeline import GateFailed
 from selfsteer.recipe.sections import Recipe
-from selfsteer.stages.summary import status
+from selfsteer.stages.status import status
 
 RecipeOf = Callable[..., dict[str, Any]]
 ROUNDS = (1, 2, 3)

@@ -20,7 +20,7 @@ from selfsteer.recipe import sections as recipes
 from selfsteer.runtime import Interrupted, graceful_stop
 
 if TYPE_CHECKING:
-    from selfsteer.stages.summary import Status
+    from selfsteer.stages.status import Status
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,9 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]) -> None:
     """Show the stages of a run, its counts and drops, and what comes next."""
-    from selfsteer.stages import summary
+    from selfsteer.stages.status import status as status_of
 
-    _print_status(summary.status(run))
+    _print_status(status_of(run))
 
 
 @app.command()

@@ -19,12 +19,11 @@ from selfsteer.measures.estimates import Estimate, mean_estimate, paired_differe
 from selfsteer.measures.metrics import RoundMetrics, TrainingSummary
 from selfsteer.measures.quality import scored
 from selfsteer.measures.verdicts import Verdict, judge_report, points
-from selfsteer.models import resolve
-from selfsteer.pipeline import finish, first_round, log, make_data, prompts_of, write_report
+from selfsteer.pipeline import Prepared, finish, first_round, log, make_data, prepare, write_report
 from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.recipe.text import Override, apply_override
-from selfsteer.records import Checkpoint, Pair
+from selfsteer.records import Pair
 from selfsteer.report.comparison import (
     BASELINE,
     ArmResult,
@@ -38,7 +37,8 @@ from selfsteer.stages.answers import answers_stage, win_verdicts
 from selfsteer.stages.base import held_out
 from selfsteer.stages.passes import passes_stage, query_passes
 from selfsteer.stages.preferences import given_stage
-from selfsteer.stages.quality import JudgeName, check_judging, quality_stage, read_verdicts
+from selfsteer.stages.quality import JudgeName, quality_stage, read_verdicts
+from selfsteer.stages.status import method_of
 from selfsteer.stages.training import policy_stage
 from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder
@@ -253,9 +253,8 @@ def _average(values: Sequence[float]) -> float:
 def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> ComparisonResult:
     """Every arm under every seed, in run folders below recipe.output that lend each other what they have in common."""
     check_arms(recipe, arms, seeds)
-    policy = resolve(recipe.policy)
-    check_engines(recipe, policy, prompts_of(recipe, policy))
-    check_judging(recipe)
+    prepared = prepare(recipe)
+    check_engines(recipe, prepared.policy, prepared.prompts)
     runs: dict[str, list[ArmRun]] = {name: [] for name in arms}
     finished: list[RunFolder] = []
     with cluster_of(recipe), RunFolder(recipe.output) as owned:
@@ -264,7 +263,7 @@ def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Compar
                 if name != "base":
                     log.info("arm %s, seed %d", name, seed)
                     arm = arm_recipe(recipe, name, seed)
-                    runs[name].append(_run_arm(name, arm, policy, tuple(finished)))
+                    runs[name].append(_run_arm(name, arm, prepared, tuple(finished)))
                     finished.append(RunFolder(arm.output))
         result = summarize(recipe, runs, seeds)
         write_comparison(owned.path, result)
@@ -272,12 +271,12 @@ def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Compar
     return result
 
 
-def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFolder, ...]) -> ArmRun:
+def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lenders: tuple[RunFolder, ...]) -> ArmRun:
     """The data of one arm and, where the recipe says so, a policy aligned on it; its measures on the held-out queries."""
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        round = replace(first_round(folder, recipe, policy), lenders=lenders, held_out_only=not recipe.compare.align)
-        method = "given" if name == "given" else summary.method_of(recipe)
+        round = replace(first_round(folder, recipe, prepared), lenders=lenders, held_out_only=not recipe.compare.align)
+        method = "given" if name == "given" else method_of(recipe)
         if method == "given":
             preferences = given_stage(round, Path(cast(str, recipe.compare.given)))
             quality = quality_stage(round, preferences, principles=False)
@@ -293,7 +292,7 @@ def _run_arm(name: str, recipe: Recipe, policy: Checkpoint, lenders: tuple[RunFo
             wins = [] if answers is None else win_verdicts(answers)
             metrics = finish(folder, recipe, method)
         else:
-            metrics = summary.unaligned(folder, recipe, method, 1)
+            metrics = summary.unaligned(folder, recipe, method)
             write_report(folder, metrics, recipe.seed)
         pairs = map(columns.pair, preferences.rows())
         verdicts = {} if quality is None else read_verdicts(quality)

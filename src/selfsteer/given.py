@@ -14,13 +14,13 @@ from selfsteer.measures.metrics import Measures, Metrics
 from selfsteer.measures.quality import measure, scored
 from selfsteer.measures.verdicts import JudgeReport, judge_report
 from selfsteer.models import load_tokenizer, positions_of, resolve
-from selfsteer.pipeline import finish, first_round, may_align, prompts_of
+from selfsteer.pipeline import finish, first_round, may_align, prepare
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe, Training, dump
 from selfsteer.records import Pair
 from selfsteer.stages import summary
 from selfsteer.stages.preferences import given_stage, usable_pairs
-from selfsteer.stages.quality import check_judging, quality_stage
+from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.training import policy_stage
 from selfsteer.store.folder import RunFolder
@@ -111,14 +111,12 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     recipe = recipe.model_copy(update={"rounds": 1})
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
-    policy = resolve(recipe.policy)
-    prompts_of(recipe, policy)
-    check_judging(recipe, principles=False)
     pairs = _pairs(pairs)
+    prepared = prepare(recipe, principles=False)
     next(read_pairs(pairs), None)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        round = first_round(folder, recipe, policy)
+        round = first_round(folder, recipe, prepared)
         preferences = given_stage(round, pairs)
         candidates = Candidates(preferences, quality_stage(round, preferences, principles=False))
         may_align(round, "given")

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.machinery import PathFinder
@@ -114,10 +114,11 @@ def resolve(policy: Policy) -> Checkpoint:
     return checkpoint(_from_hub(policy))
 
 
-def checkpoint(folder: Path) -> Checkpoint:
+def checkpoint(folder: Path, known: Mapping[str, str] | None = None) -> Checkpoint:
     """The folder with the digest of everything in it that determines what the model computes.
 
-    Raises ValueError for a folder that holds no model, a damaged one, or an adapter beside it.
+    known: digests of its files, by name, where they were taken already: weights take minutes to read. Raises ValueError for
+    a folder that holds no model, a damaged one, or an adapter beside it.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; expected a model folder in Hugging Face format")
@@ -128,7 +129,7 @@ def checkpoint(folder: Path) -> Checkpoint:
         )
     check_files(folder)
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in _IDENTITY_SUFFIXES)
-    contents = {f.name: _content_digest(f) for f in files}
+    contents = {f.name: _content_digest(f, known or {}) for f in files}
     if _names_code(folder):
         contents |= {str(f.relative_to(folder)): file_digest(f) for f in sorted(folder.rglob(f"*{_CODE}"))}
     return Checkpoint(path=str(folder), digest=digest(contents))
@@ -143,16 +144,16 @@ def _names_code(folder: Path) -> bool:
 def adapted(base: Checkpoint, name: str, folder: Path) -> Checkpoint:
     """The base with the adapter in `folder` upon it, not merged."""
     settings = folder / "adapter_config.json"
-    files = {"settings": _content_digest(settings), "weights": file_digest(folder / "adapter_model.safetensors")}
+    files = {"settings": _content_digest(settings, {}), "weights": file_digest(folder / "adapter_model.safetensors")}
     adapter = Adapter(name=name, path=str(folder), rank=json.loads(settings.read_bytes())["r"])
     return Checkpoint(path=base.path, digest=digest({"base": base.digest, "adapter": files}), adapter=adapter)
 
 
-def _content_digest(file: Path) -> str:
+def _content_digest(file: Path, known: Mapping[str, str]) -> str:
     refuse_pointer(file)
     content = read_object(file, at_most=_LARGEST_JSON) if file.name in _OBJECTS | _CONFIGURATION else {}
     if file.name not in _CONFIGURATION:
-        return file_digest(file)
+        return known.get(file.name) or file_digest(file)
     return digest({key: value for key, value in content.items() if key not in _INCIDENTAL})
 
 

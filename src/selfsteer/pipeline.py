@@ -7,32 +7,37 @@ anything is done.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from selfsteer.cluster import cluster_of
 from selfsteer.data.queries import read_queries
 from selfsteer.engines.open import check_engines
-from selfsteer.measures.metrics import GateResult, Method, Metrics
-from selfsteer.models import checkpoint, load_tokenizer, resolve
+from selfsteer.judges.find import RecipeJudge, check_judge, find_judge
+from selfsteer.measures.contamination import check_files
+from selfsteer.measures.metrics import GateResult, Method, Metrics, RoundMetrics, plain
+from selfsteer.models import load_tokenizer, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.records import Checkpoint, Query
 from selfsteer.report.card import CardFacts, judged, write_model_card
 from selfsteer.report.page import pick_examples, write_page
-from selfsteer.report.tables import gates_table, table_text, write_metrics
+from selfsteer.report.tables import cell, gates_table, table_text, write_metrics
 from selfsteer.stages import summary
-from selfsteer.stages.base import Round
+from selfsteer.stages.base import Round, kept
 from selfsteer.stages.passes import PASSES, passes_stage
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import principles_stage
-from selfsteer.stages.quality import check_judging, quality_stage
+from selfsteer.stages.quality import quality_stage, require_checks
 from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
+from selfsteer.stages.status import method_of, record_end
 from selfsteer.stages.steering import steering_stage
-from selfsteer.stages.training import MODEL, generator_stage, policy_stage
+from selfsteer.stages.training import MODEL, generator_stage, model_of, policy_stage
 from selfsteer.store import columns
-from selfsteer.store.folder import RunFolder
+from selfsteer.store.folder import RunFolder, Stage
 
 log = logging.getLogger(__name__)
 
@@ -40,19 +45,18 @@ log = logging.getLogger(__name__)
 def run(recipe: Recipe) -> Metrics:
     """Align recipe.policy, or continue where an earlier call with the same output folder stopped."""
     # What can't begin must leave no trace, and must not touch the folder of an earlier run.
-    policy = resolve(recipe.policy)
-    check_engines(recipe, policy, prompts_of(recipe, policy))
-    check_judging(recipe)
+    prepared = prepare(recipe)
+    check_engines(recipe, prepared.policy, prepared.prompts)
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        round = first_round(folder, recipe, policy)
+        round = first_round(folder, recipe, prepared)
         while (aligned := run_round(round)) is not None:
             if round.number == recipe.rounds:
-                return finish(folder, recipe, summary.method_of(recipe))
-            round = replace(round, number=round.number + 1, policy=aligned, prompts=prompts_of(recipe, aligned))
-        return finish(folder, recipe, summary.method_of(recipe), ended=round.number)
+                return finish(folder, recipe, method_of(recipe))
+            round = replace(round, number=round.number + 1, policy=aligned)
+        return finish(folder, recipe, method_of(recipe), ended=round.number)
 
 
 def run_round(round: Round) -> Checkpoint | None:
@@ -61,11 +65,11 @@ def run_round(round: Round) -> Checkpoint | None:
     None where what became of the data since the round before ends the rounds (quality.stop_when).
     """
     candidates = make_data(round)
-    if not may_align(round, summary.method_of(round.recipe)):
+    if not may_align(round, method_of(round.recipe)):
         return None
     aligned = policy_stage(round, selection_stage(round, candidates))
     passes_stage(round, aligned)
-    return checkpoint(aligned.path / MODEL)
+    return model_of(aligned)
 
 
 def make_data(round: Round) -> Candidates:
@@ -73,22 +77,46 @@ def make_data(round: Round) -> Candidates:
     principles = principles_stage(round)
     responses = responses_stage(round, principles)
     if round.recipe.generator.kind == "none":  # PBAA, the paper's baseline: the policy's own responses are the pairs
-        preferences = preferences_stage(round, principles, responses, None)
+        preferences = preferences_stage(round, principles, responses, None, None)
         return Candidates(preferences, quality_stage(round, preferences))
     steering = steering_stage(round, responses)
     generators = generator_stage(round, steering)
-    preferences = preferences_stage(round, principles, responses, generators)
+    preferences = preferences_stage(round, principles, responses, steering, generators)
     return Candidates(preferences, quality_stage(round, preferences, steering), generators)
 
 
-def first_round(folder: RunFolder, recipe: Recipe, policy: Checkpoint) -> Round:
+class Prepared(NamedTuple):
+    """What a recipe names, found: once for a run, whatever its stages ask."""
+
+    policy: Checkpoint
+    judge: RecipeJudge | None
+    prompts: Prompts
+    """Of the policy; training leaves its tokenizer as it is, so they are those of all rounds."""
+
+
+def prepare(recipe: Recipe, *, principles: bool = True) -> Prepared:
+    """Raises ValueError, before anything is written, for a model, a judge, a template or a file that is not there.
+
+    principles: the pairs will come with the principles they were sampled under.
+    """
+    policy = resolve(recipe.policy)
+    prompts = _prompts_of(recipe, policy)
+    require_checks(recipe, principles=principles)
+    known = {recipe.policy.model: policy} if recipe.policy.revision is None else {}
+    judge = find_judge(recipe.judge, recipe.policy, known)
+    if judge is not None:
+        check_judge(judge)
+    check_files([Path(file) for file in recipe.quality.evaluation_files])
+    return Prepared(policy, judge, prompts)
+
+
+def first_round(folder: RunFolder, recipe: Recipe, prepared: Prepared) -> Round:
     """The first round of a run."""
-    prompts = prompts_of(recipe, policy)
-    return Round(number=1, folder=folder, recipe=recipe, policy=policy, first=policy, prompts=prompts)
+    policy, judge, prompts = prepared
+    return Round(number=1, folder=folder, recipe=recipe, policy=policy, first=policy, prompts=prompts, judge=judge)
 
 
-def prompts_of(recipe: Recipe, policy: Checkpoint) -> Prompts:
-    """How this policy's prompts are rendered. Raises ValueError for a chat template that is missing or can't be read."""
+def _prompts_of(recipe: Recipe, policy: Checkpoint) -> Prompts:
     tokenizer = load_tokenizer(
         policy.path, chat_template=recipe.policy.chat_template, trust_remote_code=recipe.policy.trust_remote_code
     )
@@ -104,15 +132,15 @@ def may_align(round: Round, method: Method) -> bool:
     section = round.recipe.quality
     if not section.gates and not (section.stop_when and round.number > 1):
         return True
-    metrics = summary.unaligned(round.folder, round.recipe, method, round.number)
-    results = metrics["rounds"][-1].get("gates", [])
+    found = summary.round_metrics(round.folder, round.recipe, method, unaligned=round.number)[-1]
+    results = found.get("gates", [])
     text = complaint(results)
     if text is not None and section.on_failure == "warn":
         log.warning("%s\nquality.on_failure is warn: the policy is aligned on these pairs all the same.", text)
     elif text is not None:
         finish(round.folder, round.recipe, method, ended=round.number)
         require(results)
-    holding = [each.name for each in metrics["rounds"][-1].get("stop_when", []) if each.passed]
+    holding = [each.name for each in found.get("stop_when", []) if each.passed]
     if holding:
         log.warning("the rounds end: %s", ", ".join(holding))
     return not holding
@@ -121,10 +149,14 @@ def may_align(round: Round, method: Method) -> bool:
 def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
     """Write metrics.json and report.html."""
     write_metrics(folder.path / "metrics.json", metrics)
-    pairs = map(columns.pair, folder.stage(len(metrics["rounds"]), "5-preferences").rows())
+    pairs = folder.stage(len(metrics["rounds"]), "5-preferences")
     answers = folder.stage(len(metrics["rounds"]), PASSES) if "answers" in metrics["rounds"][-1] else None
-    read = [] if answers is None else pick_examples(answers.rows(), seed=seed)
-    write_page(folder.path / "report.html", metrics, pick_examples(pairs, seed=seed), read)
+    read = [] if answers is None else list(_examples(answers, seed))
+    write_page(folder.path / "report.html", metrics, list(map(columns.pair, _examples(pairs, seed))), read)
+
+
+def _examples(stage: Stage, seed: int) -> Iterator[dict[str, Any]]:
+    return stage.picked(pick_examples(range(kept(stage)), seed=seed))
 
 
 def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:
@@ -132,7 +164,12 @@ def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | No
 
     ended: the round that made its data and did not align the policy on it.
     """
-    metrics = summary.metrics(folder, recipe, method, ended=ended)
+    rounds, reason = summary.round_metrics(folder, recipe, method, unaligned=ended), None
+    if ended is not None:
+        reason = why_not_aligned(rounds[-1], number=ended, gates_stop=recipe.quality.on_failure == "stop")
+        assert reason is not None, "a round ends without alignment for a reason"
+        record_end(folder, ended, reason)
+    metrics = summary.metrics(folder, recipe, rounds, ended=reason)
     write_report(folder, metrics, recipe.seed)
     run = metrics["run"]
     if "policy_round" not in run:
@@ -161,6 +198,20 @@ def complaint(results: Sequence[GateResult]) -> str | None:
     """The table of the gates that failed, as text; None where none did."""
     failed = [result for result in results if not result.passed]
     return table_text(gates_table(failed, title=f"{len(failed)} of {len(results)} gates failed")) if failed else None
+
+
+def why_not_aligned(metrics: RoundMetrics, *, number: int, gates_stop: bool) -> str | None:
+    """Which failed gates, or else which reasons to end the rounds, keep round `number` from its alignment; None for none."""
+    gates = metrics.get("gates", []) if gates_stop else []
+    failed = [f"{gate.name} {_shown(gate)}{gate.reason}" for gate in gates if not gate.passed]
+    holding = [f"{each.name} {_shown(each)}is {each.bound}" for each in metrics.get("stop_when", []) if each.passed]
+    found = "; ".join(failed or holding)
+    return f"round {number} did not align the policy: {found}" if found else None
+
+
+def _shown(result: GateResult) -> str:
+    shown = cell(plain(result.value), "number")
+    return " ".join((*filter(None, shown), "")) if shown.value else ""
 
 
 def require(results: Sequence[GateResult]) -> None:

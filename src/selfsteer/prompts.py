@@ -6,6 +6,7 @@ text is quarantined.
 """
 
 import logging
+from functools import cached_property
 from typing import Literal, NamedTuple, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -75,10 +76,14 @@ class Prompts:
         """What closes an assistant's turn; an engine has to stop at it, whatever the generation configuration lists."""
         return self._turn.end_id
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Digest of what, beside the tokenizer, determines a rendered prompt."""
-        return digest({"chat_template": self.tokenizer.chat_template, "system_role": self.system_role})
+        """Digest of what determines the token ids of messages: with theirs, that of the ids."""
+        size, some = len(self.tokenizer), 4096
+        parts = (range(start, min(start + some, size)) for start in range(0, size, some))
+        vocabulary = [digest(self.tokenizer.convert_ids_to_tokens(list(ids))) for ids in parts]
+        template = {"chat_template": self.tokenizer.chat_template, "system_role": self.system_role}
+        return digest({**template, "vocabulary": vocabulary})
 
     def fold(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """The query as this template can render it: without a system role, its system message begins the user's turn."""
@@ -102,6 +107,16 @@ class Prompts:
     def prompt_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         """The rendered conversation with the header of the answer behind it, as token ids."""
         return self._ids(self._render(messages))
+
+    def length_beyond(self, messages: tuple[Message, ...], limit: int) -> int | None:
+        """The number of tokens of a rendered conversation that has more than `limit`; None of one that fits."""
+        text = self._render(messages)
+        # A token is at least a character long (a tokenizer may put one space before it all), and no normaliser makes more of
+        # ASCII: most prompts fit without being tokenised.
+        if text.isascii() and len(text) < limit:
+            return None
+        length = len(self._ids(text))
+        return length if length > limit else None
 
     def completion_ids(self, text: str, finish: FinishReason, prompt: tuple[Message, ...] | None = None) -> tuple[int, ...]:
         """The ids of a response of which only the text is known, as it stands behind its prompt; else behind any prompt.

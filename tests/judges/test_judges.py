@@ -456,8 +456,8 @@ def test_a_failed_request_costs_its_pair_and_is_asked_again_by_the_next_run(tmp_
     verdicts = judge_all([pair(0), pair(1)], Scripted(answer), tmp_path)
     assert [verdict.preferred for verdict in verdicts] == ["rejected", None]
     assert verdicts[1].error == "no answer (context length)"
-    assert unanswered(verdicts)
-    assert not unanswered(verdicts[:1])
+    assert unanswered(judge_report(verdicts))
+    assert not unanswered(judge_report(verdicts[:1]))
     engine = Scripted(prefers("No idea."))
     assert [verdict.preferred for verdict in judge_all([pair(0), pair(1)], engine, tmp_path)] == ["rejected", "rejected"]
     assert len(engine.asked) == 2

@@ -27,10 +27,11 @@ class Request:
     key: str
     """Content key of the wanted sample; comes back with the completion."""
     messages: tuple[Message, ...]
-    prompt_ids: tuple[int, ...]
-    """The rendered prompt as token ids, for engines that hold the tokenizer's model."""
     sampling: Sampling
     seed: int
+    prompt_ids: tuple[int, ...] = ()
+    """The rendered prompt as token ids, for engines that hold the tokenizer's model. An engine is given them; a request that
+    is only wanted has none: most are answered in the journal, and rendering costs more than all else about them."""
     adapter: str | None = None
     """Name of the adapter to apply, of those that the engine was opened with; None for the model as it is."""
     top_logps: int = 0

@@ -12,7 +12,16 @@ from selfsteer.engines.base import Engine
 from selfsteer.engines.embedded import TransformersEngine
 from selfsteer.engines.openai import OpenAIEngine, Tokens
 from selfsteer.engines.ray import RayEngine
-from selfsteer.engines.serving import VLLM_KEY, Address, Serve, ServedEngine, check_gpus, find_vllm, vllm_command
+from selfsteer.engines.serving import (
+    VLLM_ENVIRONMENT,
+    VLLM_KEY,
+    Address,
+    Serve,
+    ServedEngine,
+    check_gpus,
+    find_vllm,
+    vllm_command,
+)
 from selfsteer.models import compute_dtype, end_ids, pick_device
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import EngineSection, OpenAISection, VllmSection, runs_already, sampling_identity
@@ -112,6 +121,7 @@ def _vllm_engine(
         start_seconds=section.start_seconds,
         adapters=tuple(adapters),
         key_env=VLLM_KEY,
+        environment=VLLM_ENVIRONMENT,
     )
     return ServedEngine(serve, connect)
 

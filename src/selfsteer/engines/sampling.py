@@ -5,8 +5,10 @@ Both samplings of the method (by the policy, by the data generator) and the gene
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from itertools import chain
+from typing import NamedTuple
 
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.prompts import Prompts
@@ -26,20 +28,28 @@ def seed_for(*parts: str | int) -> int:
 
 
 def request(prompts: Prompts, messages: tuple[Message, ...], *, model_digest: str, sampling: Sampling, seed: int) -> Request:
-    """A request whose key is the content that determines its completion (no paths, times or endpoints)."""
-    prompt_ids = prompts.prompt_ids(messages)
+    """A request whose key is the content that determines its completion (no paths, times or endpoints); not yet rendered."""
     key = digest(
         {
             "schema": SCHEMA_VERSION,
             "model": model_digest,
-            "prompt_ids": prompt_ids,
+            "messages": messages,
+            "prompts": prompts.digest,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_new_tokens": sampling.max_new_tokens,
             "seed": seed,
         }
     )
-    return Request(key=key, messages=messages, prompt_ids=prompt_ids, sampling=sampling, seed=seed)
+    return Request(key=key, messages=messages, sampling=sampling, seed=seed)
+
+
+class Sampler(NamedTuple):
+    """What answers requests."""
+
+    open_engine: Callable[[], AbstractContextManager[Engine]]
+    prompts: Prompts
+    """How they are rendered for it."""
 
 
 @contextmanager
@@ -51,7 +61,7 @@ def kept_open(open_engine: Callable[[], Engine]) -> Generator[Callable[[], Abstr
 
 
 def sample(
-    open_engine: Callable[[], AbstractContextManager[Engine]],
+    sampler: Sampler,
     wanted: Iterable[Request],
     journal: Journal,
     *,
@@ -60,16 +70,17 @@ def sample(
 ) -> int:
     """Answer every wanted request that the journal lacks; the engine is opened only when there is one.
 
-    wanted is read lazily, once. total, the number of wanted requests, is for the progress bar.
+    wanted is read lazily, once; what is sent is rendered here, and nothing else is. total, the number of wanted requests, is
+    for the progress bar.
     Returns the number of new samples. Raises Interrupted, with all finished samples durable, when a signal asked to stop.
     """
-    lacking = _lacking(wanted, journal)
+    lacking = (_rendered(item, sampler.prompts) for item in _lacking(wanted, journal))
     first = next(lacking, None)
     if first is None:
         return 0
     new = 0
     batch: list[Completion | Failed] = []
-    with progress(description, max(0, total - len(journal)), unit="responses") as advance, open_engine() as engine:
+    with progress(description, max(0, total - len(journal)), unit="responses") as advance, sampler.open_engine() as engine:
         try:
             for answer in engine.generate(chain([first], lacking)):
                 batch.append(answer)
@@ -108,6 +119,10 @@ def _lacking(wanted: Iterable[Request], journal: Journal) -> Iterator[Request]:
         if item.key not in journal and item.key not in seen:
             seen.add(item.key)
             yield item
+
+
+def _rendered(item: Request, prompts: Prompts) -> Request:
+    return replace(item, prompt_ids=prompts.prompt_ids(item.messages))
 
 
 def _append(journal: Journal, batch: list[Completion | Failed]) -> None:

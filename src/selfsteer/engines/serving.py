@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
@@ -39,6 +39,9 @@ from selfsteer.runtime import raise_if_stopped
 log = logging.getLogger(__name__)
 
 KEEPER = Path(__file__).with_name("keeper.py")
+
+VLLM_ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
+"""A folder of the user's must not stand in for a library: `python -m` looks into the current one first."""
 
 VLLM_KEY = "VLLM_API_KEY"
 """The environment variable from which vLLM's server takes its key."""
@@ -72,6 +75,8 @@ class Serve:
     key_env: str | None = None
     """The environment variable in which the server is given a random key, of its own and anew at each start; None starts it
     without one. On a machine with others, loopback alone is no protection."""
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Further variables."""
 
 
 class Address(NamedTuple):
@@ -151,7 +156,7 @@ def start_server(serve: Serve, stack: ExitStack) -> Started:
         stdin=subprocess.PIPE,
         stdout=words,
         stderr=subprocess.STDOUT,
-        env=os.environ | ({} if serve.key_env is None or key is None else {serve.key_env: key}),
+        env={**os.environ, **serve.environment, **({} if serve.key_env is None or key is None else {serve.key_env: key})},
         start_new_session=True,  # Ctrl-C is for us: we drain, and then end it
     )
     stack.callback(_end, process)
@@ -253,7 +258,7 @@ def find_vllm(python: str) -> Vllm:
             capture_output=True,
             text=True,
             errors="replace",
-            env=os.environ | _VLLM_ENVIRONMENT,
+            env=os.environ | VLLM_ENVIRONMENT,
             timeout=_PROBE_SECONDS,
             check=False,
         )
@@ -270,10 +275,6 @@ def find_vllm(python: str) -> Vllm:
             " interpreter of an environment with vLLM, or install it there"
         )
     return Vllm(found[1], found[2] == "1")
-
-
-_VLLM_ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
-"""A folder of the run's must not stand in for a library: `python -m` looks into the current one first."""
 
 
 def vllm_command(section: VllmSection, arguments: Mapping[str, object], adapters: Collection[Adapter]) -> list[str]:

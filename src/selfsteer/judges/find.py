@@ -3,7 +3,7 @@
 Left out on purpose: how they judge (`judges.py`), and the judges that need no model of their own (`self_judges.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -38,6 +38,8 @@ class RecipeJudge:
     template: str
     """The question to an LLM."""
     trust_remote_code: bool
+    prompts: Prompts | None
+    """How its prompts are rendered; None where its tokenizer is not known."""
 
     @property
     def name(self) -> str:
@@ -59,26 +61,14 @@ class RecipeJudge:
         template = self.section.chat_template
         return {"judge": self.name} | ({} if template is None else {"judge's chat template": file_digest(Path(template))})
 
-    def prompts(self) -> Prompts | None:
-        """How its prompts are rendered; None where its tokenizer is not known. ValueError as of `load_tokenizer`."""
-        path = self.section.model if self.model is None else self.model.path
-        if path is None:
-            return None
-        try:
-            tokenizer = load_tokenizer(
-                path, chat_template=self.section.chat_template, trust_remote_code=self.trust_remote_code
-            )
-        except OSError as error:
-            raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
-        return Prompts(tokenizer, system_role="system")  # nothing is steered here
 
-
-def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
+def find_judge(section: JudgeSection, policy: Policy, known: Mapping[str, Checkpoint] | None = None) -> RecipeJudge | None:
     """The recipe's judge, None where it names none, or code (`judges/checks.py`).
 
     policy: says whether code that comes with a model may run.
 
-    Raises ValueError for a model that is not there or has no chat template, and for a template without its places.
+    known: models that were resolved already, by their references. Raises ValueError for a model that is not there or has no
+    chat template, and for a template without its places.
     """
     if section.kind in ("none", "checks"):
         return None
@@ -87,18 +77,37 @@ def find_judge(section: JudgeSection, policy: Policy) -> RecipeJudge | None:
     if not runs_already(section.engine):
         assert section.model is not None, "checked when the recipe was read"
         try:
-            model = resolve(Policy(model=section.model, trust_remote_code=policy.trust_remote_code))
+            model = (known or {}).get(section.model) or resolve(
+                Policy(model=section.model, trust_remote_code=policy.trust_remote_code)
+            )
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(str(error).replace("policy.model", "judge.model")) from error
-    judge = RecipeJudge(section=section, model=model, template=template, trust_remote_code=policy.trust_remote_code)
-    judge.prompts()
-    return judge
+    return RecipeJudge(
+        section=section,
+        model=model,
+        template=template,
+        trust_remote_code=policy.trust_remote_code,
+        prompts=_prompts(section, model, trust_remote_code=policy.trust_remote_code),
+    )
+
+
+def _prompts(section: JudgeSection, model: Checkpoint | None, *, trust_remote_code: bool) -> Prompts | None:
+    path = section.model if model is None else model.path
+    if path is None:
+        return None
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise ValueError(f"judge.model: no tokenizer at {path!r}; name a folder in Hugging Face format, or a hub id")
+    try:
+        tokenizer = load_tokenizer(path, chat_template=section.chat_template, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
+    return Prompts(tokenizer, system_role="system")  # nothing is steered here
 
 
 def check_judge(judge: RecipeJudge) -> None:
     """Raise ValueError when the judge's engine lacks something that can be seen before it is started."""
     if judge.section.engine is not None:
-        _open(judge, judge.prompts())  # and never entered
+        _open(judge)  # and never entered
 
 
 def read_judge(reference: str) -> JudgeSection:
@@ -138,7 +147,7 @@ def _guess(model: str) -> JudgeSection:
 
 def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
     """A verdict for every pair, in order; see `judges.py`. total, the number of pairs, is for the progress bar."""
-    section, prompts = judge.section, judge.prompts()
+    section, prompts = judge.section, judge.prompts
     if section.engine is not None:
         asked = LLMJudge(
             name=judge.name,
@@ -149,7 +158,7 @@ def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> It
             retries=section.retries,
             max_prompt_tokens=_within(judge, section.max_new_tokens),
         )
-        return sampled_verdicts(asked, pairs, lambda: _open(judge, prompts), journal, total=total)
+        return sampled_verdicts(asked, pairs, lambda: _open(judge), journal, total=total)
     assert judge.model is not None
     assert prompts is not None
     source = Policy(model=judge.model.path, chat_template=section.chat_template, trust_remote_code=judge.trust_remote_code)
@@ -174,12 +183,12 @@ def _within(judge: RecipeJudge, more: int) -> int:
     return limit if positions is None else min(limit, positions - more)
 
 
-def _open(judge: RecipeJudge, prompts: Prompts | None) -> Engine:
+def _open(judge: RecipeJudge) -> Engine:
     engine = judge.section.engine
     assert engine is not None
     if judge.model is not None:
-        assert prompts is not None
-        return opening.open_engine(engine, judge.model, prompts, trust_remote_code=judge.trust_remote_code)
+        assert judge.prompts is not None
+        return opening.open_engine(engine, judge.model, judge.prompts, trust_remote_code=judge.trust_remote_code)
     assert engine.kind == "openai"
     # Nobody looks at the token ids of a verdict.
     return OpenAIEngine(engine, Tokens(encode=lambda _text: ()))

@@ -60,36 +60,37 @@ def consistency_verdicts(
     progress bar. Raises Interrupted, with all scores durable, when a signal asked to stop.
     """
 
-    def asked() -> Iterator[tuple[Pair, Group | str]]:
-        """Every pair with its question, or with why it must not be asked."""
-        for pair in pairs():
-            both = _under_both(pair, judge.prompts)
-            yield pair, _refusal(both, judge.prompts) or judge.group(both)
+    refused: dict[int, str] = {}
 
-    groups = (group for _, group in asked() if isinstance(group, Group))
-    score_missing(judge, groups, journal, description="principle consistency", total=total)
-    for pair, group in asked():
-        if isinstance(group, str):
-            yield Consistency(failure(pair, group), failure(pair, group))
+    def asked() -> Iterator[Group]:
+        for number, pair in enumerate(pairs()):
+            both = _under_both(pair, judge.prompts)
+            reason = _refusal(both, judge.prompts)
+            if reason is None:
+                yield judge.group(both)
+            else:
+                refused[number] = reason
+
+    score_missing(judge, asked(), journal, description="principle consistency", total=total)
+    for number, pair in enumerate(pairs()):
+        if number in refused:
+            yield Consistency(failure(pair, refused[number]), failure(pair, refused[number]))
             continue
-        plus, minus = scores(journal, group)
+        plus, minus = scores(journal, judge.group(_under_both(pair, judge.prompts)))
         sides = ((plus.chosen.score, minus.chosen.score), (plus.rejected.score, minus.rejected.score))
         summed = [good.logps - bad.logps for good, bad in sides]
         per_token = [good.mean_logps - bad.mean_logps for good, bad in sides]
         yield Consistency(by_margin(pair, summed[0] - summed[1]), by_margin(pair, per_token[0] - per_token[1]))
 
 
-def _refusal(both: Iterable[Pair], prompts: Prompts) -> str | None:
-    """Why these pairs must not be scored, or None."""
-    for pair in both:
-        reason = prompts.quarantine_reason(pair.prompt) or special_token_reason(
-            (pair.chosen.text, pair.rejected.text), prompts
-        )
-        if reason is not None:
-            return reason
-        if not pair.chosen.text.strip() or not pair.rejected.text.strip():
-            return "empty response"
-    return None
+def _refusal(both: tuple[Pair, Pair], prompts: Prompts) -> str | None:
+    """Why these pairs, which differ in their prompts, must not be scored, or None."""
+    plus, minus = both
+    texts = plus.chosen.text, plus.rejected.text
+    reason = prompts.quarantine_reason(plus.prompt) or special_token_reason(texts, prompts)
+    if reason is None and not all(text.strip() for text in texts):
+        reason = "empty response"
+    return reason or prompts.quarantine_reason(minus.prompt)
 
 
 def _under_both(pair: Pair, prompts: Prompts) -> tuple[Pair, Pair]:

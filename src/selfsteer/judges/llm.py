@@ -110,15 +110,21 @@ def questions(template: str, pair: Pair) -> BothOrders:
     )
 
 
-def refusal(asked: BothOrders, prompts: Prompts, limit: int) -> str | None:
-    """Why a judge with this tokenizer must not be asked, or None."""
+Rendered = tuple[tuple[int, ...], ...]
+"""Token ids of the prompts of a `BothOrders`."""
+
+
+def rendered(asked: BothOrders, prompts: Prompts, limit: int) -> Rendered | str:
+    """Both prompts as token ids, or why a judge with this tokenizer must not be asked."""
+    found: list[tuple[int, ...]] = []
     for messages in asked:
-        reason = prompts.quarantine_reason(messages)
-        if reason is not None:
-            return reason
-        if len(prompts.prompt_ids(messages)) > limit:
+        ids = prompts.checked_ids(messages)
+        if isinstance(ids, str):
+            return ids
+        if len(ids) > limit:
             return "too long for the judge"
-    return None
+        found.append(ids)
+    return tuple(found)
 
 
 log = logging.getLogger(__name__)
@@ -161,7 +167,7 @@ class LLMJudge:
     """Longer questions are not asked, where the tokenizer is known; nothing is ever cut."""
 
     def request(self, messages: tuple[Message, ...], attempt: int) -> Request:
-        """One try of one question, under a key of what determines the answer."""
+        """One try of one question, under a key of what determines the answer; not yet rendered."""
         sampling = self.sampling
         if attempt and sampling.temperature == 0:
             sampling = replace(sampling, temperature=_RETRY_TEMPERATURE)
@@ -177,19 +183,12 @@ class LLMJudge:
             "attempt": attempt,
         }
         key = digest(content)
-        prompt_ids = () if self.prompts is None else self.prompts.prompt_ids(messages)
-        return Request(
-            key=key,
-            messages=messages,
-            prompt_ids=prompt_ids,
-            sampling=sampling,
-            seed=int(key[:8], 16),
-            top_logps=self.top_logps,
-        )
+        seed = int(key[:8], 16)
+        return Request(key=key, messages=messages, sampling=sampling, seed=seed, top_logps=self.top_logps)
 
-    def refusal(self, both: BothOrders) -> str | None:
-        """Why it must not be asked, or None."""
-        return None if self.prompts is None else refusal(both, self.prompts, self.max_prompt_tokens)
+    def rendered(self, both: BothOrders) -> Rendered | str:
+        """Both prompts as token ids (none for a server that renders them itself), or why it must not be asked."""
+        return ((), ()) if self.prompts is None else rendered(both, self.prompts, self.max_prompt_tokens)
 
 
 LEAST_MASS = 0.02
@@ -252,8 +251,9 @@ def sampled_verdicts(
     asked to stop.
     """
     failures = _Failures()
+    refused: dict[int, str] = {}
     for attempt in range(1 + judge.retries):
-        wanted = _unread(judge, pairs(), attempt, journal)
+        wanted = _lacking(judge, pairs(), journal, refused) if attempt == 0 else _unread(judge, pairs(), attempt, journal)
         first = next(wanted, None)
         if first is None:  # perhaps a later try was broken off
             continue
@@ -263,26 +263,47 @@ def sampled_verdicts(
                 advance(len(batch))
         raise_if_stopped()
         if failures.gone:
+            for _ in wanted:  # those that must not be asked are named all the same
+                pass
             break
-    for pair in pairs():
-        yield _verdict(judge, pair, journal, failures.reasons)
+    for number, pair in enumerate(pairs()):
+        if number in refused:
+            yield failure(pair, refused[number])
+        else:
+            yield _verdict(judge, pair, journal, failures.reasons)
+
+
+def _lacking(judge: LLMJudge, pairs: Iterable[Pair], journal: Journal, refused: dict[int, str]) -> Iterator[Request]:
+    """The first tries that have no answer, each once; notes why a pair, by its number, must not be asked about.
+
+    This is where all questions are rendered, once, to be checked and to be sent.
+    """
+    asked: set[str] = set()
+    for number, pair in enumerate(pairs):
+        both = questions(judge.template, pair)
+        found = judge.rendered(both)
+        if isinstance(found, str):
+            refused[number] = found
+            continue
+        for messages, prompt_ids in zip(both, found, strict=True):
+            request = judge.request(messages, 0)
+            if request.key not in journal and request.key not in asked:
+                asked.add(request.key)
+                yield replace(request, prompt_ids=prompt_ids)
 
 
 def _unread(judge: LLMJudge, pairs: Iterable[Pair], attempt: int, journal: Journal) -> Iterator[Request]:
     """The questions that were answered unreadably in every earlier try and have no answer to this one, each once."""
     asked: set[str] = set()
     for pair in pairs:
-        both = questions(judge.template, pair)
-        if judge.refusal(both) is not None:
-            continue
-        for messages in both:
+        for messages in questions(judge.template, pair):
             tries = [judge.request(messages, number).key for number in range(attempt)]
             if any(key not in journal or _read(journal, key) is not None for key in tries):
                 continue
             request = judge.request(messages, attempt)
             if request.key not in journal and request.key not in asked:
                 asked.add(request.key)
-                yield request
+                yield request if judge.prompts is None else replace(request, prompt_ids=judge.prompts.prompt_ids(messages))
 
 
 @dataclass(slots=True)
@@ -355,12 +376,8 @@ def _thought_first(tokens: Sequence[tuple[str, float]], text: str, letter: str |
 
 
 def _verdict(judge: LLMJudge, pair: Pair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
-    both = questions(judge.template, pair)
-    reason = judge.refusal(both)
-    if reason is not None:
-        return failure(pair, reason)
     said: list[Answer] = []
-    for messages in both:
+    for messages in questions(judge.template, pair):
         tries = [judge.request(messages, attempt).key for attempt in range(1 + judge.retries)]
         answered = [key for key in tries if key in journal]
         answer = next((answer for key in answered if (answer := _read(journal, key)) is not None), None)
@@ -403,18 +420,26 @@ def embedded_verdicts(judge: EmbeddedJudge, pairs: Pairs, journal: Journal, *, t
     number of pairs, is for the progress bar. Raises Interrupted, with all scores durable, when a signal asked to stop.
     """
     scoring = judge.scoring
+    refused: dict[int, str] = {}
 
-    def asked() -> Iterator[tuple[Pair, Group | str]]:
-        """Every pair with its question, or with why it must not be asked."""
-        for pair in pairs():
+    def group(pair: Pair, both: BothOrders) -> Group:
+        return scoring.group([_letters(pair, messages) for messages in both])
+
+    def asked() -> Iterator[Group]:
+        for number, pair in enumerate(pairs()):
             both = questions(judge.template, pair)
-            reason = refusal(both, scoring.prompts, judge.max_prompt_tokens)
-            yield pair, reason or scoring.group([_letters(pair, messages) for messages in both])
+            found = rendered(both, scoring.prompts, judge.max_prompt_tokens)
+            if isinstance(found, str):
+                refused[number] = found
+            else:
+                yield group(pair, both)
 
-    groups = (group for _, group in asked() if isinstance(group, Group))
-    score_missing(scoring, groups, journal, description="verdicts", total=total)
-    for pair, group in asked():
-        yield failure(pair, group) if isinstance(group, str) else _embedded_verdict(pair, scores(journal, group))
+    score_missing(scoring, asked(), journal, description="verdicts", total=total)
+    for number, pair in enumerate(pairs()):
+        if number in refused:
+            yield failure(pair, refused[number])
+        else:
+            yield _embedded_verdict(pair, scores(journal, group(pair, questions(judge.template, pair))))
 
 
 def _embedded_verdict(pair: Pair, both: Sequence[Pair]) -> Verdict:

@@ -190,19 +190,23 @@ def reward_verdicts(judge: RewardModel, pairs: Pairs, journal: Journal, *, total
     Raises Interrupted, with all rewards durable, when a signal asked to stop.
     """
     renderer = open_renderer(judge)
+    refused: dict[int, str] = {}
 
-    def asked() -> Iterator[tuple[Pair, tuple[Conversation, ...], str | None]]:
-        for pair in pairs():
+    def wanted() -> Iterator[Conversation]:
+        for number, pair in enumerate(pairs()):
             both = _conversations(pair)
-            yield pair, both, next(filter(None, map(renderer.refusal, both)), None)
+            reason = next(filter(None, map(renderer.refusal, both)), None)
+            if reason is None:
+                yield from both
+            else:
+                refused[number] = reason
 
-    wanted = (conversation for _, both, reason in asked() if reason is None for conversation in both)
-    score_missing(judge, wanted, journal, description="rewards", total=2 * total)
-    for pair, both, reason in asked():
-        if reason is not None:
-            yield failure(pair, reason)
+    score_missing(judge, wanted(), journal, description="rewards", total=2 * total)
+    for number, pair in enumerate(pairs()):
+        if number in refused:
+            yield failure(pair, refused[number])
             continue
-        chosen, rejected = (reward_of(judge, conversation, journal) for conversation in both)
+        chosen, rejected = (reward_of(judge, conversation, journal) for conversation in _conversations(pair))
         if chosen is None or rejected is None:
             yield failure(pair, "reward is not finite")
         else:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from selfsteer.measures.estimates import Estimate, share_estimate
-from selfsteer.measures.metrics import Drift, GateResult, Measures, RoundMetrics, cell, find, plain
+from selfsteer.measures.metrics import Drift, GateResult, Measures, RoundMetrics, find
 from selfsteer.recipe.gates import MEASURES, Gate
 
 _PATHS: Mapping[str, str] = {
@@ -71,20 +71,6 @@ _HOLDS: Mapping[str, Callable[[float, float], bool]] = {
 def evaluate(gates: Sequence[Gate], metrics: RoundMetrics, *, number: int) -> list[GateResult]:
     """Every gate against the measures of round `number`, counted from 1; gates on drift wait for the second round."""
     return [_result(gate, metrics) for gate in gates if number > 1 or not gate.name.startswith("drift_")]
-
-
-def why_not_aligned(metrics: RoundMetrics, *, number: int, gates_stop: bool) -> str | None:
-    """Which failed gates, or else which reasons to end the rounds, keep round `number` from its alignment; None for none."""
-    gates = metrics.get("gates", []) if gates_stop else []
-    failed = [f"{gate.name} {_shown(gate)}{gate.reason}" for gate in gates if not gate.passed]
-    holding = [f"{each.name} {_shown(each)}is {each.bound}" for each in metrics.get("stop_when", []) if each.passed]
-    found = "; ".join(failed or holding)
-    return f"round {number} did not align the policy: {found}" if found else None
-
-
-def _shown(result: GateResult) -> str:
-    shown = cell(plain(result.value), "number")
-    return " ".join((*filter(None, shown), "")) if shown.value else ""
 
 
 def _result(gate: Gate, metrics: RoundMetrics) -> GateResult:

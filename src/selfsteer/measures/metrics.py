@@ -318,15 +318,6 @@ class Metrics(TypedDict):
 
 Json = Mapping[str, Any]
 
-Form = Literal["number", "share"]
-
-
-class Cell(NamedTuple):
-    """One number of a table with its interval, both as text; "" where it was not measured."""
-
-    value: str
-    interval: str = ""
-
 
 def plain(value: object) -> Any:
     """The same as JSON values: an `Estimate` becomes {"mean", "low", "high", "n"}, a `GateResult` likewise."""
@@ -339,6 +330,19 @@ def plain(value: object) -> Any:
     return value
 
 
+def from_plain(value: Any) -> Any:
+    """The inverse of `plain` for values without a `GateResult`."""
+    if isinstance(value, list):
+        return [from_plain(item) for item in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        fields = {str(key): from_plain(item) for key, item in cast("dict[str, Any]", value).items()}
+        return Estimate(**fields) if tuple(sorted(fields)) == _ESTIMATE else fields
+    return value
+
+
+_ESTIMATE = tuple(sorted(Estimate._fields))
+
+
 def find(node: Json, path: str) -> Any:
     """The value at a dotted path, or None where it was not measured."""
     found: Any = node
@@ -347,32 +351,3 @@ def find(node: Json, path: str) -> Any:
             return None
         found = cast(Json, found)[key]
     return found
-
-
-def cell(value: Any, form: Form, *, signed: bool = False) -> Cell:
-    """An estimate, a number or None as text. The interval has as many decimals as the mean."""
-    if value is None:
-        return Cell("")
-    if isinstance(value, int):
-        return Cell(f"{value:,}")
-    if isinstance(value, float):
-        return Cell(_number(value, form, signed=signed))
-    mean, low, high = value["mean"], value["low"], value["high"]
-    text = _number(mean, form, signed=signed)
-    if low is None or high is None:
-        return Cell(text)
-    decimals = _decimals(mean, form)
-    scale, sign = (100 if form == "share" else 1), ("+" if signed else "")
-    return Cell(text, f"[{low * scale:{sign}.{decimals}f}, {high * scale:{sign}.{decimals}f}]")
-
-
-def _number(value: float, form: Form, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    decimals = _decimals(value, form)
-    return f"{100 * value:{sign}.{decimals}f}%" if form == "share" else f"{value:{sign},.{decimals}f}"
-
-
-def _decimals(value: float, form: Form) -> int:
-    if form == "share" or abs(value) >= 100:
-        return 1
-    return 2 if abs(value) >= 10 else 3

@@ -81,11 +81,6 @@ def no_answer(reason: str | None = None) -> str:
     return f"{_NO_ANSWER} ({reason})" if reason else _NO_ANSWER
 
 
-def unanswered(verdicts: Iterable[Verdict]) -> bool:
-    """Whether there is anything that the next run should ask again."""
-    return any(verdict.error is not None and verdict.error.startswith(_NO_ANSWER) for verdict in verdicts)
-
-
 def _longer(pair: Pair) -> Name | None:
     chosen, rejected = len(pair.chosen.text), len(pair.rejected.text)
     return "chosen" if chosen > rejected else "rejected" if rejected > chosen else None
@@ -166,3 +161,8 @@ def _flips(orders: Orders) -> bool:
 
 def _present(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
+
+
+def unanswered(report: JudgeReport) -> bool:
+    """Whether there is anything that the next run should ask again."""
+    return any(error.startswith(_NO_ANSWER) for error in report.get("errors", {}))

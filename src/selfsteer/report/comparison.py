@@ -12,10 +12,10 @@ from string import Template
 from typing import Any, TypedDict, cast
 
 from selfsteer.measures.estimates import METHOD, Estimate
-from selfsteer.measures.metrics import Cell, cell, plain
+from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.report.page import table_html
-from selfsteer.report.tables import Row, Table, duration, markdown
+from selfsteer.report.tables import Cell, Row, Table, cell, duration, markdown
 from selfsteer.store.durable import read_json, replacing
 
 BASELINE = "pbaa"

@@ -12,15 +12,14 @@ from pathlib import Path
 from string import Template
 from typing import Any, TypeVar, cast
 
-from selfsteer.measures.metrics import Form, Metrics, RoundMetrics, cell, find, plain
+from selfsteer.measures.metrics import Metrics, RoundMetrics, find, plain
 from selfsteer.measures.quality import scored
 from selfsteer.records import Message, Pair
 from selfsteer.report import tables
-from selfsteer.report.tables import Table, duration
+from selfsteer.report.tables import Form, Table, cell, duration
 from selfsteer.store.durable import replacing
 
 EXAMPLES = 10
-
 
 T = TypeVar("T")
 

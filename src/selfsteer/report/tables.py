@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from rich import box
 from rich.console import Console
@@ -19,23 +19,29 @@ from selfsteer.measures.checks import parse
 from selfsteer.measures.estimates import METHOD, share_estimate
 from selfsteer.measures.metrics import (
     AnswerShares,
-    Cell,
     CheckedAnswers,
     Comparison,
     Contamination,
     Drift,
-    Form,
     GateResult,
     Json,
     Measures,
     Metrics,
     RoundMetrics,
     RunFacts,
-    cell,
     find,
     plain,
 )
 from selfsteer.store.durable import replacing
+
+Form = Literal["number", "share"]
+
+
+class Cell(NamedTuple):
+    """One number of a table with its interval, both as text; "" where it was not measured."""
+
+    value: str
+    interval: str = ""
 
 
 class Row(NamedTuple):
@@ -54,6 +60,35 @@ class Table(NamedTuple):
     note: str = ""
     left: bool = False
     """The last column is text."""
+
+
+def cell(value: Any, form: Form, *, signed: bool = False) -> Cell:
+    """An estimate, a number or None as text. The interval has as many decimals as the mean."""
+    if value is None:
+        return Cell("")
+    if isinstance(value, int):
+        return Cell(f"{value:,}")
+    if isinstance(value, float):
+        return Cell(_number(value, form, signed=signed))
+    mean, low, high = value["mean"], value["low"], value["high"]
+    text = _number(mean, form, signed=signed)
+    if low is None or high is None:
+        return Cell(text)
+    decimals = _decimals(mean, form)
+    scale, sign = (100 if form == "share" else 1), ("+" if signed else "")
+    return Cell(text, f"[{low * scale:{sign}.{decimals}f}, {high * scale:{sign}.{decimals}f}]")
+
+
+def _number(value: float, form: Form, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    decimals = _decimals(value, form)
+    return f"{100 * value:{sign}.{decimals}f}%" if form == "share" else f"{value:{sign},.{decimals}f}"
+
+
+def _decimals(value: float, form: Form) -> int:
+    if form == "share" or abs(value) >= 100:
+        return 1
+    return 2 if abs(value) >= 10 else 3
 
 
 def duration(seconds: float) -> str:

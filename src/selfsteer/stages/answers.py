@@ -6,21 +6,18 @@
 Left out on purpose: benchmarks; and several answers a query.
 """
 
-from functools import partial
-
-from selfsteer.engines import open as opening
 from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import request, response, sample, seed_for
-from selfsteer.judges.find import RecipeJudge, ask, find_judge
+from selfsteer.judges.find import RecipeJudge, ask
 from selfsteer.measures.verdicts import Verdict
-from selfsteer.models import checkpoint
 from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, Pair, Query
 from selfsteer.stages.base import Round, Work, held_out, inputs_of, make_stage
-from selfsteer.stages.quality import VERDICT_SCHEMA, VERDICTS, read_verdicts, reopen_unanswered, verdict_row
-from selfsteer.stages.training import MODEL
+from selfsteer.stages.quality import read_verdicts, reopen_unanswered, verdict_row, write_verdicts
+from selfsteer.stages.responses import sampler_of
+from selfsteer.stages.training import model_of
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
 
@@ -29,7 +26,7 @@ ANSWERS = "7-answers"
 
 def answers_stage(round: Round, principles: Stage, policy: Stage) -> Stage | None:
     """The held-out queries answered by the aligned and by the first policy, judged; None without a judge."""
-    judge = find_judge(round.recipe.judge, round.recipe.policy)
+    judge = round.judge
     if judge is None:
         return None
     settings = {
@@ -52,7 +49,7 @@ class _Asked:
         wanted = held_out(round)
         self.round = round
         self.queries = [columns.query(row) for row in principles.rows() if row["query_id"] in wanted]
-        self.models = (checkpoint(policy.path / MODEL), round.policy)
+        self.models = (model_of(policy), round.policy)
         """The aligned policy, the first one."""
 
     def request(self, query: Query, number: int) -> Request:
@@ -68,13 +65,10 @@ class _Asked:
 
 
 def _answers(round: Round, work: Work, asked: _Asked, judge: RecipeJudge) -> Contents:
-    recipe = round.recipe
     for number, model in enumerate(asked.models):
         wanted = (asked.request(query, number) for query in asked.queries)
         sample(
-            partial(
-                opening.open_engine, recipe.engine, model, round.prompts, trust_remote_code=recipe.policy.trust_remote_code
-            ),
+            sampler_of(round, {"answer": model}),
             wanted,
             work.journal,
             description="answers of the aligned policy" if number == 0 else "answers of the first policy",
@@ -91,10 +85,10 @@ def _answers(round: Round, work: Work, asked: _Asked, judge: RecipeJudge) -> Con
 
     verdicts = ask(judge, lambda: pairs, work.journal, total=len(pairs))
     found = (verdict_row("alignment", "judge", verdict) for verdict in verdicts)
-    columns.write_rows(work.stage.path / VERDICTS, found, VERDICT_SCHEMA)
+    files = write_verdicts(work.stage, found)
 
     rows = map(columns.pair_row, pairs)
-    return Contents(wanted=len(asked.queries), rows=rows, dropped=dropped, schema=columns.PAIRS, files=(VERDICTS,))
+    return Contents(wanted=len(asked.queries), rows=rows, dropped=dropped, schema=columns.PAIRS, files=files)
 
 
 def win_verdicts(stage: Stage) -> list[Verdict]:

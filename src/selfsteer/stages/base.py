@@ -6,15 +6,21 @@ themselves (`data_stages.py`, `training_stages.py`) and their order (`pipeline.p
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from selfsteer.engines.sampling import seed_for
+from selfsteer.judges.find import RecipeJudge
+from selfsteer.measures.metrics import Measures, from_plain, plain
+from selfsteer.measures.quality import measure
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, Training
 from selfsteer.records import Checkpoint
-from selfsteer.store.folder import Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
+from selfsteer.store import columns
+from selfsteer.store.durable import canonical_json, read_json, replacing
+from selfsteer.store.folder import MEASURES, Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Judge
 
@@ -33,6 +39,7 @@ class Round:
     first: Checkpoint
     """The policy that the run began with."""
     prompts: Prompts
+    judge: RecipeJudge | None
     lenders: tuple[RunFolder, ...] = ()
     """Finished runs whose stages and samples this one may take over, where they are the same."""
     held_out_only: bool = False
@@ -124,6 +131,19 @@ def sealed(stage: Stage) -> Manifest:
     return manifest
 
 
+def write_measures(stage: Stage, measures: Mapping[str, object]) -> str:
+    """Write down what a stage without rows measured; the name of the file, to be sealed with it."""
+    with replacing(stage.path / MEASURES) as file:
+        file.write(canonical_json(plain(measures)))
+    return MEASURES
+
+
+def read_measures(stage: Stage) -> dict[str, Any]:
+    """What a sealed stage measured."""
+    way_out = f"delete {stage.path / 'MANIFEST.json'} and run the same command again: finished samples are reused"
+    return from_plain(read_json(stage.path / MEASURES, {}, way_out=way_out))
+
+
 def inputs_of(round: Round, **stages: Stage) -> dict[str, str]:
     """Digests of the policy, of how prompts are rendered, and of the sealed stages that this one reads."""
     digests = {"policy": round.policy.digest, "prompts": round.prompts.digest}
@@ -144,7 +164,7 @@ def draw_queries(round: Round, stage: Stage, count: int | None, *, without: Coll
     """The ids of `count` of a stage's queries other than those of `without`, drawn with the seed; None for all of them."""
     if not without and (count is None or count >= kept(stage)):
         return None
-    return draw(round, {row["query_id"] for row in stage.rows()}.difference(without), count)
+    return draw(round, set(stage.column("query_id")).difference(without), count)
 
 
 def draw(round: Round, ids: Iterable[str], count: int | None) -> set[str]:
@@ -159,7 +179,13 @@ def held_out(round: Round) -> frozenset[str]:
         return frozenset()
     first = round.folder.path / f"round-{round.number}" / "1-principles"
     source = round.folder.stage(round.number, "1-principles" if first.is_dir() else "5-preferences")
-    return hold_out({row["query_id"] for row in source.rows()}, count)
+    return _held_out(source, sealed(source).digest, count)
+
+
+@lru_cache(maxsize=4)
+def _held_out(source: Stage, _digest: str, count: int) -> frozenset[str]:
+    """Of the queries of a stage as it is now: asked for by most stages of a round, and read once."""
+    return hold_out(set(source.column("query_id")), count)
 
 
 def hold_out(ids: Collection[str], count: int) -> frozenset[str]:
@@ -180,3 +206,16 @@ def share_of_round(round: Round, ids: Collection[str]) -> frozenset[str]:
     if len(others) < rounds:
         raise ValueError(f"queries.split_rounds: {len(others)} queries to train on are too few for {rounds} rounds.")
     return spared | set(others[round.number - 1 :: rounds])
+
+
+# --- measures --------------------------------------------------------------------------------------------------------------
+
+
+def taking(**measures: Callable[[], object]) -> Callable[[], dict[str, Any]]:
+    """For `Contents.measures`: what these return, under their names."""
+    return lambda: {name: plain(take()) for name, take in measures.items()}
+
+
+def measured(rows: Iterable[Mapping[str, Any]]) -> Measures:
+    """The measures of a stage's pairs."""
+    return measure(map(columns.pair, rows))

@@ -12,25 +12,22 @@ judges (`answers.py`), and benchmarks.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from selfsteer.engines import open as opening
 from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import request, response, sample, seed_for
 from selfsteer.judges.checks import checks_of
 from selfsteer.measures.estimates import paired_difference, share_estimate
 from selfsteer.measures.metrics import AnswerShares, CheckedAnswers
-from selfsteer.models import checkpoint
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped, Principles, Query, Response
-from selfsteer.stages.base import Round, Work, draw, held_out, inputs_of, make_stage
-from selfsteer.stages.training import MODEL
+from selfsteer.stages.base import Round, Work, draw, held_out, inputs_of, make_stage, taking
+from selfsteer.stages.responses import sampler_of
+from selfsteer.stages.status import PASSES
+from selfsteer.stages.training import model_of
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, borrow
-
-PASSES = "7-checks"
 
 Which = Literal["before", "after", "prompted"]
 WHICH: tuple[Which, ...] = ("before", "after", "prompted")
@@ -52,7 +49,7 @@ def passes_stage(round: Round, policy: Stage) -> Stage | None:
     inputs = inputs_of(round, principles=principles, aligned=policy) | {"first policy": round.first.digest}
     if round.number > 1:  # what the first policy has answered already
         borrow(round.folder.stage(round.number, PASSES), [round.folder.stage(1, PASSES)])
-    asked = _Asked(round, checkpoint(policy.path / MODEL))
+    asked = _Asked(round, model_of(policy))
     origin = Origin(settings=settings, inputs=inputs)
     return make_stage(round, PASSES, origin, lambda work: _answers(round, work, principles, asked))
 
@@ -80,12 +77,11 @@ class _Asked(NamedTuple):
 def _answers(round: Round, work: Work, principles: Stage, asked: _Asked) -> Contents:
     rows = _held_out_rows(round, principles)
     queries = [(columns.query(row), columns.principles(row)) for row in rows]
-    trust = round.recipe.policy.trust_remote_code
     by_model: tuple[tuple[Checkpoint, tuple[Which, ...]], ...]
     by_model = (round.first, ("before", "prompted")), (asked.aligned, ("after",))
     for model, some in by_model:
         sample(
-            partial(opening.open_engine, round.recipe.engine, model, round.prompts, trust_remote_code=trust),
+            sampler_of(round, {"answer": model}),
             (asked.request(*each, which) for which in some for each in queries),
             work.journal,
             description=f"answers of the {'aligned' if model is asked.aligned else 'first'} policy",
@@ -107,7 +103,8 @@ def _answers(round: Round, work: Work, principles: Stage, asked: _Asked) -> Cont
             why_not = {f"{which}_why_not": [check.why_not(found[which].text) for check in checks] for which in WHICH}
             yield {**row, **{which: columns.response_columns(found[which]) for which in WHICH}, **why_not}
 
-    return Contents(wanted=len(rows), rows=answered(), dropped=dropped, schema=columns.ANSWERS)
+    measures = taking(answers=lambda: _measured(list(work.stage.written())))
+    return Contents(wanted=len(rows), rows=answered(), dropped=dropped, schema=columns.ANSWERS, measures=measures)
 
 
 def _held_out_rows(round: Round, principles: Stage) -> list[dict[str, Any]]:
@@ -132,9 +129,7 @@ def query_passes(stage: Stage) -> dict[Which, dict[str, float]]:
     return {which: {row["query_id"]: float(_passes(row[f"{which}_why_not"])) for row in rows} for which in WHICH}
 
 
-def read_answers(stage: Stage) -> CheckedAnswers:
-    """What the sealed answers say."""
-    rows = list(stage.rows())
+def _measured(rows: list[dict[str, Any]]) -> CheckedAnswers:
     by_check: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         for place, check in enumerate(row["principles"]["checks"]):

@@ -5,6 +5,7 @@ Left out on purpose: how responses are sampled, pairs built and scored: the modu
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from selfsteer.data.exchange import drop_reason, read_pairs
 from selfsteer.data.files import say_once, source_digest
 from selfsteer.engines.base import Request
 from selfsteer.engines.sampling import sample
+from selfsteer.measures.metrics import Comparison
+from selfsteer.measures.quality import compare
 from selfsteer.models import positions_of
 from selfsteer.pairs import alignment_pair, item_key, reject_reason, sampled_special_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts
@@ -26,9 +29,12 @@ from selfsteer.stages.base import (
     inputs_of,
     kept,
     make_stage,
+    measured,
     policy_as_judge,
+    taking,
 )
-from selfsteer.stages.responses import answers_to, engine_of, note_texts, requests_of
+from selfsteer.stages.responses import answers_to, note_texts, requests_of, sampler_of
+from selfsteer.stages.steering import policy_pairs
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
@@ -41,8 +47,13 @@ PREFERENCES = "5-preferences"
 # --- 5: preference data ----------------------------------------------------------------------------------------------------
 
 
-def preferences_stage(round: Round, principles: Stage, responses: Stage, generators: Generators | None) -> Stage:
-    """Step 4: chosen and rejected for every bare query, from the generator; from the policy where there is none (PBAA)."""
+def preferences_stage(
+    round: Round, principles: Stage, responses: Stage, steering: Stage | None, generators: Generators | None
+) -> Stage:
+    """Step 4: chosen and rejected for every bare query, from the generator; from the policy where there is none (PBAA).
+
+    steering: holds the policy's own pairs, which those of the generator are compared with.
+    """
     recipe = round.recipe
     settings = {
         "responses": recipe.responses.model_dump(),
@@ -56,14 +67,26 @@ def preferences_stage(round: Round, principles: Stage, responses: Stage, generat
         settings["only"] = recipe.queries.holdout
     if recipe.selection.samples > 1:
         settings["samples"] = [recipe.selection.samples, recipe.queries.holdout]
-    if generators is None:
+    if generators is None or steering is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
         return make_stage(round, PREFERENCES, origin, lambda work: _own_preferences(round, work, responses))
-    inputs = inputs_of(round, principles=principles, generator=generators.good)
+    inputs = inputs_of(round, principles=principles, steering=steering, generator=generators.good)
     if generators.bad != generators.good:
         inputs |= inputs_of(round, bad_generator=generators.bad)
     origin = Origin(settings=settings, inputs=inputs)
-    return make_stage(round, PREFERENCES, origin, lambda work: _preferences(round, work, principles, generators))
+
+    def make(work: Work) -> Contents:
+        measures = taking(
+            pairs=lambda: measured(work.stage.written()), comparison=lambda: _compared(work.stage.written(), steering)
+        )
+        return replace(_preferences(round, work, principles, generators), measures=measures)
+
+    return make_stage(round, PREFERENCES, origin, make)
+
+
+def _compared(rows: Iterator[dict[str, Any]], steering: Stage) -> Comparison:
+    """The generator's pairs with those of the policy."""
+    return compare(map(columns.pair, rows), map(columns.pair, policy_pairs(steering)))
 
 
 def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
@@ -91,7 +114,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
         # One role after the other: the embedded engine switches adapters for all that it has under way.
         roles = ({role: model} for role, model in models.items())
         sample(
-            engine_of(round, models),
+            sampler_of(round, models),
             (
                 item
                 for role in roles
@@ -144,7 +167,12 @@ def _preference_pairs(
                 yield from map(columns.pair_row, scores(work.journal, group(item)))
         note_texts(log, texts)
 
-    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+    return _pairs(work, wanted=total, rows=rows(), dropped=dropped)
+
+
+def _pairs(work: Work, *, wanted: int, rows: Iterator[dict[str, Any]], dropped: list[Dropped]) -> Contents:
+    measures = taking(pairs=lambda: measured(work.stage.written()))
+    return Contents(wanted=wanted, rows=rows, dropped=dropped, schema=columns.PAIRS, measures=measures)
 
 
 def given_stage(round: Round, pairs: Path) -> Stage:
@@ -175,7 +203,7 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
             else:
                 yield from map(columns.pair_row, scores(work.journal, item))
 
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+    return _pairs(work, wanted=wanted, rows=rows(), dropped=dropped)
 
 
 def usable_pairs(

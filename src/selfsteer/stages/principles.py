@@ -22,7 +22,7 @@ from selfsteer.data.queries import fold
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Request, Sampling
 from selfsteer.engines.open import sampler_digest
-from selfsteer.engines.sampling import kept_open, request, sample
+from selfsteer.engines.sampling import Sampler, kept_open, request, sample
 from selfsteer.measures.checks import parse_all
 from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts
@@ -324,22 +324,21 @@ def principles_stage(round: Round) -> Stage:
 def _principles(round: Round, work: Work) -> Contents:
     section = round.recipe.principles
     pool = load_pool(section)
-    queries, positions = _queries_of(round), _positions(round)
-    wanted = sum(1 for _ in queries())
+    queries, positions = _Queries(round), _positions(round)
+    wanted = sum(1 for _ in queries)
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
     if section.source == "generate":
-        assign = _generated_principles(round, work, pool, wanted)
+        assign = _generated_principles(round, work, pool, queries)
     dropped: list[Dropped] = []
 
     def rows() -> Iterator[dict[str, Any]]:
-        for item in queries():
+        for item in queries:
             if isinstance(item, Dropped):
                 dropped.append(item)
                 continue
             principles = assign(item)
-            length = max(len(prompt) for prompt in _steered_prompts(round.prompts, item, principles))
-            found = _too_long(round, length, positions)
-            if found is not None:
+            length = _length_beyond(round.prompts, item, principles, _longest_prompt(round, positions))
+            if length is not None and (found := _too_long(round, length, positions)) is not None:
                 dropped.append(Dropped(id=item.id, reason=found.reason, detail=f"with its principle, {found.detail}"))
                 continue
             yield {"query_id": item.id, "messages": list(item.messages), "principles": asdict(principles)}
@@ -351,37 +350,50 @@ def _splits(recipe: Recipe) -> bool:
     return recipe.queries.split_rounds and recipe.rounds > 1
 
 
-def _queries_of(round: Round) -> Callable[[], Iterator[Query | Dropped]]:
-    """What iterates over the round's checked queries; where rounds split them, the first one names the unusable ones."""
-    if not _splits(round.recipe):
-        return lambda: _checked_queries(round)
-    share = share_of_round(round, {item.id for item in _checked_queries(round) if isinstance(item, Query)})
+class _Queries:
+    """The round's queries that can be rendered, up to queries.limit of them, and those that were dropped on the way.
 
-    def own() -> Iterator[Query | Dropped]:
-        for item in _checked_queries(round):
-            if item.id in share if isinstance(item, Query) else round.number == 1:
+    Read from the file at each iteration, and rendered to be checked at the first one only. Where rounds split them, the
+    first round names the unusable ones.
+    """
+
+    def __init__(self, round: Round) -> None:
+        self._round = round
+        self._positions = _positions(round)
+        self._checked = 0
+        self._unfit: dict[int, Dropped] = {}
+        """Of the first `_checked` rows, those that can't be rendered, by their number."""
+        self._share: frozenset[str] | None = None
+        if _splits(round.recipe):
+            self._share = share_of_round(round, {item.id for item in self._all() if isinstance(item, Query)})
+
+    def __iter__(self) -> Iterator[Query | Dropped]:
+        share, number = self._share, self._round.number
+        for item in self._all():
+            if share is None or (item.id in share if isinstance(item, Query) else number == 1):
                 yield item
 
-    return own
+    def _all(self) -> Iterator[Query | Dropped]:
+        section = self._round.recipe.queries
+        kept = 0
+        for number, item in enumerate(reading.read_queries(section.model_copy(update={"limit": None}))):
+            if isinstance(item, Query):
+                item = replace(item, messages=self._round.prompts.fold(item.messages))
+                if number >= self._checked:
+                    self._check(number, item)
+                item = self._unfit.get(number, item)
+                kept += isinstance(item, Query)
+            yield item
+            if section.limit is not None and kept == section.limit:
+                return
 
-
-def _checked_queries(round: Round) -> Iterator[Query | Dropped]:
-    """The recipe's queries that can be rendered, up to queries.limit of them, and those that were dropped on the way."""
-    section, positions = round.recipe.queries, _positions(round)
-    kept = 0
-    for item in reading.read_queries(section.model_copy(update={"limit": None})):
-        if isinstance(item, Query):
-            item = replace(item, messages=round.prompts.fold(item.messages))
-            found = round.prompts.checked_ids(item.messages)
-            if isinstance(found, str):
-                item = Dropped(id=item.id, reason=found)
-            elif (long := _too_long(round, len(found), positions)) is not None:
-                item = Dropped(id=item.id, reason=long.reason, detail=long.detail)
-            else:
-                kept += 1
-        yield item
-        if section.limit is not None and kept == section.limit:
-            return
+    def _check(self, number: int, item: Query) -> None:
+        found = self._round.prompts.checked_ids(item.messages)
+        if isinstance(found, str):
+            self._unfit[number] = Dropped(id=item.id, reason=found)
+        elif (long := _too_long(self._round, len(found), self._positions)) is not None:
+            self._unfit[number] = Dropped(id=item.id, reason=long.reason, detail=long.detail)
+        self._checked = number + 1
 
 
 class _Long(NamedTuple):
@@ -405,7 +417,12 @@ def _too_long(round: Round, tokens: int, positions: int | None) -> _Long | None:
     return None
 
 
-def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> Callable[[Query], Principles]:
+def _longest_prompt(round: Round, positions: int | None) -> int:
+    limit, new = round.recipe.queries.max_prompt_tokens, round.recipe.responses.max_new_tokens
+    return limit if positions is None else min(limit, positions - new)
+
+
+def _generated_principles(round: Round, work: Work, pool: Pool, wanted: _Queries) -> Callable[[Query], Principles]:
     """Sample what the journal lacks; returns a function that reads a query's principles back from it."""
     section, recipe = round.recipe.principles, round.recipe
     writer, prompts = round.policy, round.prompts
@@ -427,11 +444,12 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> 
     def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
         return ((attempt, answer_to(ask(attempt).key)) for attempt in attempts)
 
-    queries = (item for item in _queries_of(round)() if isinstance(item, Query))
+    total = sum(1 for _ in wanted)
+    queries = (item for item in wanted if isinstance(item, Query))
     with kept_open(engine) as opened:  # over all tries
 
         def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-            tried: list[tuple[Attempt, str]] = []  # keys, not requests: a prompt of 450 tokens takes 15 KB
+            tried: list[tuple[Attempt, str]] = []
 
             def asked() -> Iterator[Request]:
                 for attempt in attempts:
@@ -439,7 +457,7 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> 
                     tried.append((attempt, item.key))
                     yield item
 
-            sample(opened, asked(), work.journal, description="principles", total=wanted)
+            sample(Sampler(opened, prompts), asked(), work.journal, description="principles", total=total)
             return ((attempt, answer_to(key)) for attempt, key in tried)
 
         for _ in generate_principles(queries, answer, section, pool, recipe.seed):
@@ -447,5 +465,7 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: int) -> 
     return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
 
 
-def _steered_prompts(prompts: Prompts, query: Query, principles: Principles) -> tuple[tuple[int, ...], ...]:
-    return tuple(prompts.prompt_ids(prompts.steer(query.messages, text)) for text in (principles.good, principles.bad))
+def _length_beyond(prompts: Prompts, query: Query, principles: Principles, limit: int) -> int | None:
+    """The tokens of the longer steered prompt, where they are more than `limit`."""
+    steered = (prompts.steer(query.messages, text) for text in (principles.good, principles.bad))
+    return max((length for each in steered if (length := prompts.length_beyond(each, limit)) is not None), default=None)

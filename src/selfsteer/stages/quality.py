@@ -17,25 +17,36 @@ from typing import Any, Literal, NamedTuple, cast
 import pyarrow as pa
 
 from selfsteer.judges.checks import checks_of, checks_verdicts
-from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge
+from selfsteer.judges.find import RecipeJudge, ask
 from selfsteer.judges.implicit import consistency_verdicts
 from selfsteer.measures.checks import CheckReport, Outcome, Passes, check_report, why_not
-from selfsteer.measures.contamination import check_files, contamination, overlaps, read_evaluation
+from selfsteer.measures.contamination import contamination, overlaps, read_evaluation
 from selfsteer.measures.estimates import Estimate, share_estimate
 from selfsteer.measures.metrics import Contamination, plain
 from selfsteer.measures.verdicts import JudgeReport, Orders, Verdict, judge_report, unanswered
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Pair, Principles, Query
-from selfsteer.stages.base import Round, Work, arithmetic, draw, held_out, inputs_of, kept, make_stage, policy_as_judge
+from selfsteer.stages.base import (
+    Round,
+    Work,
+    arithmetic,
+    draw,
+    held_out,
+    inputs_of,
+    kept,
+    make_stage,
+    policy_as_judge,
+    read_measures,
+    write_measures,
+)
 from selfsteer.stages.principles import concision_pairs, load_pool
-from selfsteer.stages.steering import POLICY_PAIRS
+from selfsteer.stages.status import QUALITY, by_checks, is_judged
+from selfsteer.stages.steering import policy_pairs
 from selfsteer.store import columns
 from selfsteer.store.durable import canonical_json, file_digest, read_json, replacing
 from selfsteer.store.folder import Contents, Origin, Stage
 
 log = logging.getLogger(__name__)
-
-QUALITY = "5-quality"
 
 VERDICTS, CHECKS, _CONTAMINATION = "verdicts.parquet", "checks.parquet", "contamination.json"
 
@@ -77,32 +88,13 @@ CHECK_SCHEMA = pa.schema(
 """Why either response does not pass, null where it does; and of a steering pair, whether y_o does."""
 
 
-def measured(recipe: Recipe, *, principles: bool) -> bool:
-    """Whether the recipe asks for anything here. principles: the pairs come with the principles they were sampled under."""
-    consistency = recipe.quality.principle_consistency and principles
-    judged = recipe.judge.kind not in ("none", "checks") or by_checks(recipe, principles=principles)
-    return consistency or judged or bool(recipe.quality.evaluation_files)
-
-
-def by_checks(recipe: Recipe, *, principles: bool = True) -> bool:
-    """Whether code judges the pairs; those made elsewhere have no principles to hold them against."""
-    return recipe.judge.kind == "checks" and principles
-
-
-def check_judging(recipe: Recipe, *, principles: bool = True) -> None:
-    """Raises ValueError for a judge or an evaluation file that is not there, before anything is sampled.
+def require_checks(recipe: Recipe, *, principles: bool) -> None:
+    """Raises ValueError, before anything is sampled, where code is to judge and has nothing to go by.
 
     principles: the pairs will come with the principles they were sampled under.
     """
-    if recipe.judge.kind == "checks":
-        _require_checks(recipe, principles=principles)
-    judge = find_judge(recipe.judge, recipe.policy)
-    if judge is not None:
-        check_judge(judge)
-    check_files([Path(file) for file in recipe.quality.evaluation_files])
-
-
-def _require_checks(recipe: Recipe, *, principles: bool) -> None:
+    if recipe.judge.kind != "checks":
+        return
     need = "judge.kind: checks needs principles that carry checks"
     if not principles:
         raise ValueError(
@@ -123,9 +115,9 @@ def quality_stage(
 ) -> Stage | None:
     """Verdicts on the pairs of stage 5, and of stage 3 where there is one; None where the recipe asks for none."""
     recipe = round.recipe
-    if not measured(recipe, principles=principles):
+    if not is_judged(recipe, principles=principles):
         return None
-    judge = find_judge(recipe.judge, recipe.policy)
+    judge = round.judge
     files = {f"evaluation {number}": file_digest(Path(file)) for number, file in enumerate(recipe.quality.evaluation_files)}
     inputs = inputs_of(round, preferences=preferences) | files
     if steering is not None:
@@ -143,7 +135,7 @@ def quality_stage(
     # In stage 5 of a run without a generator stand the policy's own pairs.
     sets: dict[DataSet, Rows] = {}
     if steering is not None:
-        sets["pbaa"] = lambda: columns.file_rows(steering.path / POLICY_PAIRS)
+        sets["pbaa"] = lambda: policy_pairs(steering)
     sets["pbaa" if recipe.generator.kind == "none" and principles else "alignment"] = preferences.rows
     task = _Task(judge, bool(settings["principle_consistency"]), by_checks(recipe, principles=principles), sets)
     if task.checks and steering is not None and recipe.generator.objective != "l_minus":
@@ -161,7 +153,7 @@ def reopen_unanswered(stage: Stage, origin: Origin) -> None:
     if not stage.is_current(origin.fingerprint):
         return
     stage.verify()
-    if any(unanswered(verdicts) for judges in read_verdicts(stage).values() for verdicts in judges.values()):
+    if any(unanswered(report) for judges in read_reports(stage).values() for report in judges.values()):
         log.info("%s: the judge left pairs unanswered; it is asked again for those", stage.path.name)
         stage.reopen()
 
@@ -180,12 +172,12 @@ def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Conte
         for by, verdicts in _judged(round, work, name, rows, task)
         for verdict in verdicts
     )
-    columns.write_rows(work.stage.path / VERDICTS, found, VERDICT_SCHEMA)
-    files = [VERDICTS]
+    files: list[str] = []
     if task.checks:
         checked = (check_row(name, row) for name, rows in task.sets.items() for row in _drawn(round, rows))
         columns.write_rows(work.stage.path / CHECKS, checked, CHECK_SCHEMA)
         files.append(CHECKS)
+    files += write_verdicts(work.stage, found, checks=_checked(work.stage) if task.checks else {})
     if round.recipe.quality.evaluation_files:
         _write_contamination(work.stage.path / _CONTAMINATION, round.recipe.quality.evaluation_files, preferences)
         files.append(_CONTAMINATION)
@@ -235,6 +227,14 @@ def verdict_row(name: DataSet, by: JudgeName, verdict: Verdict) -> dict[str, Any
     }
 
 
+def write_verdicts(stage: Stage, rows: Iterator[dict[str, Any]], **more: object) -> tuple[str, ...]:
+    """The verdicts and what they say, as files to be sealed. more: what else the stage measured, by name."""
+    columns.write_rows(stage.path / VERDICTS, rows, VERDICT_SCHEMA)
+    found = read_verdicts(stage).items()
+    reports = {name: {by: judge_report(verdicts) for by, verdicts in judges.items()} for name, judges in found}
+    return (VERDICTS, write_measures(stage, {"reports": reports, **more}))
+
+
 def read_verdicts(stage: Stage) -> dict[DataSet, dict[JudgeName, list[Verdict]]]:
     """The sealed verdicts, by set of pairs and judge."""
     found: defaultdict[DataSet, defaultdict[JudgeName, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
@@ -247,10 +247,7 @@ def read_verdicts(stage: Stage) -> dict[DataSet, dict[JudgeName, list[Verdict]]]
 
 def read_reports(stage: Stage) -> dict[DataSet, dict[JudgeName, JudgeReport]]:
     """What the sealed verdicts say."""
-    return {
-        name: {by: judge_report(verdicts) for by, verdicts in judges.items()}
-        for name, judges in read_verdicts(stage).items()
-    }
+    return read_measures(stage)["reports"]
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------------
@@ -288,12 +285,13 @@ def _without_concision(principles: Principles) -> str:
 
 def read_checks(stage: Stage) -> dict[DataSet, CheckReport]:
     """What the checks say of each set of pairs; empty where the recipe's judge is another."""
-    path = stage.path / CHECKS
-    if not path.exists():
-        return {}
+    return read_measures(stage)["checks"]
+
+
+def _checked(stage: Stage) -> dict[DataSet, CheckReport]:
     outcomes: defaultdict[DataSet, list[Outcome]] = defaultdict(list)
     originals: defaultdict[DataSet, list[bool]] = defaultdict(list)
-    for row in columns.file_rows(path):
+    for row in columns.file_rows(stage.path / CHECKS):
         found = Passes(row["chosen_why_not"] is None, row["rejected_why_not"] is None) if row["checks"] else None
         outcomes[row["pairs"]].append(Outcome(row["principle"], tuple(row["checks"]), found))
         if row["original_passes"] is not None:

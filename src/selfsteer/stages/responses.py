@@ -4,15 +4,15 @@ Left out on purpose: how prompts are rendered and responses sampled: the modules
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from selfsteer.engines import open as opening
-from selfsteer.engines.base import Engine, Failed, Request, Sampling
+from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.engines.open import sampler_digest
-from selfsteer.engines.sampling import request, response, sample, seed_for
+from selfsteer.engines.sampling import Sampler, request, response, sample, seed_for
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Generator
 from selfsteer.records import Checkpoint, Dropped, Response
@@ -73,7 +73,7 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
 
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
-        engine_of(round, models),
+        sampler_of(round, models),
         (item for _, requests in asked() for item in requests.values()),
         work.journal,
         description="responses of the policy",
@@ -122,12 +122,13 @@ def _needs_original(generator: Generator) -> bool:
     return generator.kind != "none" and generator.objective in ("sso", "l_minus")
 
 
-def engine_of(round: Round, models: Mapping[str, Checkpoint]) -> Callable[[], Engine]:
-    """The engine that holds these: one model, or several adapters of one."""
+def sampler_of(round: Round, models: Mapping[str, Checkpoint]) -> Sampler:
+    """With the engine that holds these: one model, or several adapters of one."""
     recipe, model = round.recipe, next(iter(models.values()))
     adapters = list(dict.fromkeys(each.adapter for each in models.values() if each.adapter is not None))
     trust = recipe.policy.trust_remote_code
-    return partial(opening.open_engine, recipe.engine, model, round.prompts, trust_remote_code=trust, adapters=adapters)
+    engine = partial(opening.open_engine, recipe.engine, model, round.prompts, trust_remote_code=trust, adapters=adapters)
+    return Sampler(engine, round.prompts)
 
 
 def requests_of(

@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selfsteer.judges.checks import checks_verdicts
-from selfsteer.judges.find import RecipeJudge, ask, find_judge
+from selfsteer.judges.find import RecipeJudge, ask
 from selfsteer.measures.quality import Rewards, rewards_of
 from selfsteer.measures.text import similarity, words
 from selfsteer.measures.verdicts import Verdict, by_margin
-from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Selection
 from selfsteer.records import Dropped, Pair
-from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, policy_as_judge
-from selfsteer.stages.quality import by_checks
-from selfsteer.stages.training import MODEL, Generators
+from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, measured, policy_as_judge, taking
+from selfsteer.stages.status import SELECTION, by_checks
+from selfsteer.stages.training import Generators, model_of
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, borrow
 from selfsteer.training.scoring import Group, score_missing, scores
@@ -140,9 +139,6 @@ def best_and_near_worst(
     )
 
 
-SELECTION = "5-selection"
-
-
 class Candidates(NamedTuple):
     """A round's pairs, and what they can be scored with."""
 
@@ -170,7 +166,7 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
         settings["judge"] = "checks"
         rank = _by_checks(candidates, held_out(round))
     elif section.by == "judge":
-        judge = find_judge(round.recipe.judge, round.recipe.policy)
+        judge = round.judge
         assert judge is not None, "checked when the recipe was read"
         inputs |= judge.inputs()
         settings["judge"] = judge.settings()
@@ -211,7 +207,8 @@ def _selected(
                 yield columns.pair_row(item.pair)
 
     wanted = sum(1 for _ in _lessons(candidates.preferences, held_out(round)))
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS)
+    measures = taking(pairs=lambda: measured(work.stage.written()))
+    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS, measures=measures)
 
 
 def _lessons(preferences: Stage, spared: frozenset[str]) -> Iterator[Pair]:
@@ -245,7 +242,7 @@ def _by_generator(round: Round, candidates: Candidates) -> Rank:
 
     def rank(work: Work) -> Iterator[Ranked | Dropped]:
         assert candidates.generators is not None
-        model = checkpoint(candidates.generators.good.path / MODEL)
+        model = model_of(candidates.generators.good)
         judge = policy_as_judge(round)._replace(model=model)
         spared = held_out(round)
 

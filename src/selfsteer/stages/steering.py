@@ -15,7 +15,9 @@ from selfsteer.stages.base import (
     inputs_of,
     kept,
     make_stage,
+    measured,
     policy_as_judge,
+    taking,
 )
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
@@ -23,6 +25,11 @@ from selfsteer.training.scoring import Group, score_missing, scores
 
 POLICY_PAIRS = "policy-pairs.parquet"
 """The policy's own responses as alignment pairs (PBAA), scored: what the generator's pairs are compared with."""
+
+
+def policy_pairs(stage: Stage) -> Iterator[dict[str, Any]]:
+    """Their rows."""
+    return columns.file_rows(stage.path / POLICY_PAIRS)
 
 
 def steering_stage(round: Round, responses: Stage) -> Stage:
@@ -67,5 +74,14 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
             else:
                 yield from map(columns.pair_row, scores(work.journal, groups(item)[0]))
 
-    each = 2 if objective in ("sso", "equation_3") else 1
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS, rows_each=each, files=(POLICY_PAIRS,))
+    return Contents(
+        wanted=wanted,
+        rows=rows(),
+        dropped=dropped,
+        schema=columns.PAIRS,
+        rows_each=2 if objective in ("sso", "equation_3") else 1,
+        measures=taking(
+            pairs=lambda: measured(work.stage.written()), policy_pairs=lambda: measured(policy_pairs(work.stage))
+        ),
+        files=(POLICY_PAIRS,),
+    )

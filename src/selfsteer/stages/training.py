@@ -11,26 +11,35 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from selfsteer.measures.metrics import ImplicitReward, plain
+from selfsteer.measures.metrics import ImplicitReward
 from selfsteer.measures.quality import implicit_reward
 from selfsteer.models import adapted, checkpoint
 from selfsteer.recipe.engines import takes_adapters
 from selfsteer.recipe.sections import Alignment, Generator
 from selfsteer.records import Checkpoint, Pair
-from selfsteer.stages.base import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage, policy_as_judge
+from selfsteer.stages.base import (
+    Round,
+    Work,
+    draw_queries,
+    held_out,
+    inputs_of,
+    kept,
+    make_stage,
+    policy_as_judge,
+    sealed,
+    write_measures,
+)
+from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, make_folder, replacing
+from selfsteer.store.durable import file_digest, make_folder
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.training.launch import launch
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
 from selfsteer.training.train import TrainingJob
 
-MODEL, ADAPTER, HISTORY, MEASURES = "model", "adapter", "history.jsonl", "measures.json"
+MODEL, ADAPTER, HISTORY = "model", "adapter", "history.jsonl"
 """What a training stage seals: the Hugging Face folder, with training.lora the adapter that is merged into it, a line an
-optimizer step, and what training did to its pairs."""
-
-GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
-"""Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
+optimizer step, and (as every stage that measures) what training did to its pairs."""
 
 _HALVES = {GOOD_GENERATOR: "l_plus", BAD_GENERATOR: "l_minus"}
 
@@ -42,6 +51,13 @@ class Generators(NamedTuple):
     bad: Stage
 
 
+def model_of(stage: Stage) -> Checkpoint:
+    """The model that a stage has sealed. Its files were hashed when it was sealed or verified, and are not again."""
+    inner = f"{MODEL}/"
+    known = {name.removeprefix(inner): each for name, each in sealed(stage).outputs.items() if name.startswith(inner)}
+    return checkpoint(stage.path / MODEL, known)
+
+
 def samplers(round: Round, generators: Generators) -> list[dict[str, Checkpoint]]:
     """What answers x+ ("good") and x- ("bad"); those of a group are one model or adapters of one, and share an engine.
 
@@ -51,7 +67,7 @@ def samplers(round: Round, generators: Generators) -> list[dict[str, Checkpoint]
     if generators.good == generators.bad:
         only = generators.good
         if round.recipe.training.lora is None:
-            return [dict.fromkeys(generators._fields, checkpoint(only.path / MODEL))]
+            return [dict.fromkeys(generators._fields, model_of(only))]
         model = adapted(round.policy, "generator", only.path / ADAPTER)
         if not takes_adapters(round.recipe.engine):
             model = Checkpoint(path=str(only.path / MODEL), digest=model.digest)
@@ -169,20 +185,23 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         shutil.rmtree(work.stage.path / name, ignore_errors=True)
         (unfinished / name).rename(work.stage.path / name)
     shutil.copyfile(unfinished / HISTORY, work.stage.path / HISTORY)
-    reward = _what_training_did(round, work, pairs, section.beta)
-    measures = {"steps": result.steps, "reward": reward, "saving": result.saving}
-    with replacing(work.stage.path / MEASURES) as file:
-        file.write(canonical_json(plain(measures)))
-    return Contents(wanted=queries, files=(*folders, HISTORY, MEASURES))
+    known = {file.name: file_digest(file) for file in (work.stage.path / MODEL).iterdir() if file.is_file()}
+    trained = checkpoint(work.stage.path / MODEL, known)
+    reward = _what_training_did(round, work, pairs, trained, section.beta)
+    measures = write_measures(work.stage, {"steps": result.steps, "reward": reward, "saving": result.saving})
+    return Contents(
+        wanted=queries,
+        files=(*folders, HISTORY, measures),
+        known={f"{MODEL}/{name}": each for name, each in known.items()},
+    )
 
 
-def _what_training_did(round: Round, work: Work, pairs: Stage, beta: float) -> ImplicitReward:
+def _what_training_did(round: Round, work: Work, pairs: Stage, trained: Checkpoint, beta: float) -> ImplicitReward:
     """Margins and accuracy of the training pairs before and after, on at most quality.sample queries.
 
     Rewards are against the policy at the round's start, whatever reference the loss had.
     """
     drawn = draw_queries(round, pairs, round.recipe.quality.sample, without=_spared(round, work))
-    trained = checkpoint(work.stage.path / MODEL)
     judge = policy_as_judge(round)._replace(model=trained)
 
     def groups() -> Iterator[Group]:

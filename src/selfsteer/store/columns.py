@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,20 @@ def opened(path: Path) -> Generator[pq.ParquetFile]:
         file = pq.ParquetFile(path, pre_buffer=False)
     with file:
         yield file
+
+
+def column(path: Path, name: str) -> list[Any]:
+    """One column of such a file; nothing else is read."""
+    with opened(path) as file, named(path):
+        return file.read(columns=[name]).column(name).to_pylist()
+
+
+def picked(path: Path, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """The rows with these numbers, which ascend, of a file that `write_rows` wrote; row groups without one are not read."""
+    with opened(path) as file, named(path):
+        for group, some in groupby(numbers, lambda number: number // _ROWS):
+            rows = file.read_row_group(group).slice
+            yield from (rows(number % _ROWS, 1).to_pylist()[0] for number in some)
 
 
 def batches(path: Path, file: pq.ParquetFile, columns: list[str] | None = None) -> Iterator[Any]:

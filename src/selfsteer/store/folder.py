@@ -119,6 +119,9 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
 
+MEASURES = "measures.json"
+"""What a stage seals beside its rows or its model: numbers about them."""
+
 Row = Mapping[str, Any]
 
 
@@ -159,8 +162,12 @@ class Contents:
     """Columns of the rows, missing values null; inferred from the first 256 rows when absent."""
     rows_each: int = 1
     """Rows of one kept item: 2 where a query makes two pairs."""
+    measures: Callable[[], Mapping[str, Any]] | None = None
+    """Takes what MEASURES is to hold (JSON values), when the rows are written: they can be read with `Stage.written`."""
     files: tuple[str, ...] = ()
     """Files and folders that the stage wrote itself, relative to its folder; a folder counts with all it holds."""
+    known: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Digests of such files, by path relative to the stage, where they were taken already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,6 +361,10 @@ class Stage:
         if contents.rows is not None:
             names.append(_DATA)
             rows = columns.write_rows(self.path / _DATA, contents.rows, contents.schema)
+        if contents.measures is not None:
+            names.append(MEASURES)
+            with replacing(self.path / MEASURES) as file:
+                file.write(canonical_json(contents.measures()))
         reasons = _write_dropped(self.path / _DROPPED, contents.dropped)
         lost = reasons.total()
         kept = contents.wanted - lost
@@ -362,6 +373,7 @@ class Stage:
                 f"{self.path}: wanted {contents.wanted:,}, dropped {lost:,}, but wrote {rows:,} rows where"
                 f" {kept:,} x {contents.rows_each} were due. Every item must be kept or dropped with a reason."
             )
+        outputs = {path.relative_to(self.path).as_posix(): path for path in _files(self.path, names)}
         manifest = Manifest(
             stage=f"{self.path.parent.name}/{self.path.name}",
             schema_version=SCHEMA_VERSION,
@@ -371,7 +383,7 @@ class Stage:
             dropped=dict(reasons.most_common()),
             settings=dict(origin.settings),
             inputs=dict(origin.inputs),
-            outputs={path.relative_to(self.path).as_posix(): _settle(path) for path in _files(self.path, names)},
+            outputs={name: _settle(path, contents.known.get(name)) for name, path in outputs.items()},
             seconds=seconds,
             created=_now(),
         )
@@ -383,7 +395,23 @@ class Stage:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of a sealed stage, in order, a row group in memory at a time."""
         self._sealed()
+        return self.written()
+
+    def written(self) -> Iterator[dict[str, Any]]:
+        """The same rows for `Contents.measures`, just before the stage is sealed."""
         return _read_rows(self.path)
+
+    def column(self, name: str) -> list[Any]:
+        """One column of the rows of a sealed stage; nothing else is read."""
+        self._sealed()
+        with _damage_named(self.path):
+            return columns.column(self.path / _DATA, name)
+
+    def picked(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The rows with these numbers, which ascend; row groups without one are not read."""
+        self._sealed()
+        with _damage_named(self.path):
+            yield from columns.picked(self.path / _DATA, numbers)
 
     def dropped(self) -> Iterator[Dropped]:
         """The items that a sealed stage did not keep."""
@@ -436,8 +464,15 @@ def _read_manifest(path: Path) -> Manifest | None:
 
 
 def _read_rows(stage: Path) -> Iterator[dict[str, Any]]:
-    try:
+    with _damage_named(stage):
         yield from columns.file_rows(stage / _DATA)
+
+
+@contextmanager
+def _damage_named(stage: Path) -> Generator[None]:
+    """Rows of a sealed stage that can't be read: the file, and the way out."""
+    try:
+        yield
     except (ValueError, FileNotFoundError) as error:
         raise StageDamaged(f"{error}. {_way_out(stage / _MANIFEST)}") from error
 
@@ -466,11 +501,11 @@ def _files(stage: Path, names: Iterable[str]) -> Iterator[Path]:
             yield path
 
 
-def _settle(path: Path) -> str:
+def _settle(path: Path, known: str | None) -> str:
     """Force an output to the disk, with its place in its folder; returns its digest."""
     sync(path)
     sync(path.parent)
-    return file_digest(path)
+    return known or file_digest(path)
 
 
 _PARTS = "parts"

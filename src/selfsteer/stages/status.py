@@ -1,0 +1,183 @@
+"""Which stages a run has, and how far each of them is: read from the run folder alone, without torch.
+
+Left out on purpose: what the stages do (the modules of their names), and their measures (`summary.py`).
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict
+
+from selfsteer.measures.metrics import Method
+from selfsteer.recipe.sections import Recipe, load
+from selfsteer.store.durable import canonical_json, digest, file_digest, replacing
+from selfsteer.store.folder import RunFolder, Stage
+
+GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
+"""Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
+
+QUALITY, SELECTION, PASSES = "5-quality", "5-selection", "7-checks"
+
+STAGES: dict[Method, tuple[str, ...]] = {
+    "sso": ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy"),
+    "dual": (
+        "1-principles",
+        "2-responses",
+        "3-steering",
+        GOOD_GENERATOR,
+        BAD_GENERATOR,
+        "5-preferences",
+        "6-policy",
+    ),
+    "pbaa": ("1-principles", "2-responses", "5-preferences", "6-policy"),
+    "given": ("5-preferences", "6-policy"),
+}
+"""What a run consists of, by where its pairs come from; `stage_names` adds the judgement of the pairs."""
+
+_ALIGNING = (SELECTION, "6-policy", PASSES)
+
+
+def method_of(recipe: Recipe) -> Method:
+    """Where the pairs of a run of this recipe come from."""
+    methods: dict[str, Method] = {"none": "pbaa", "single": "sso", "dual": "dual"}
+    return methods[recipe.generator.kind]
+
+
+def is_judged(recipe: Recipe, *, principles: bool) -> bool:
+    """Whether the recipe asks for stage 5-quality. principles: the pairs come with those they were sampled under."""
+    consistency = recipe.quality.principle_consistency and principles
+    judged = recipe.judge.kind not in ("none", "checks") or by_checks(recipe, principles=principles)
+    return consistency or judged or bool(recipe.quality.evaluation_files)
+
+
+def by_checks(recipe: Recipe, *, principles: bool = True) -> bool:
+    """Whether code judges the pairs; those made elsewhere have no principles to hold them against."""
+    return recipe.judge.kind == "checks" and principles
+
+
+def stage_names(recipe: Recipe, method: Method, *, aligned: bool = True) -> tuple[str, ...]:
+    """The stages of a round, in order. aligned: False for a round that makes its data and aligns no policy on it."""
+    *made, policy = STAGES[method]
+    judged = [QUALITY] if is_judged(recipe, principles=method != "given") else []
+    selected = [SELECTION] if recipe.selection.active else []
+    answered = [PASSES] if recipe.quality.answers and method != "given" else []
+    return tuple(name for name in (*made, *judged, *selected, policy, *answered) if aligned or name not in _ALIGNING)
+
+
+class StageStatus(TypedDict):
+    """How far one stage is."""
+
+    round: int
+    name: str
+    state: Literal["sealed", "partial", "waiting"]
+    wanted: int | None
+    kept: int | None
+    """Of a partial stage, the finished samples in its journal."""
+    dropped: dict[str, int]
+    seconds: float | None
+
+
+class Status(TypedDict):
+    """How far a run is."""
+
+    run: str
+    stages: list[StageStatus]
+    next: str
+
+
+def status(path: Path) -> Status:
+    """How far the run at `path` is; needs no lock. Raises ValueError where there is no run."""
+    folder = RunFolder.view(path)
+    recipe = load(folder.path / "recipe.yaml")
+    method = _method(folder, recipe)
+    stages: list[StageStatus] = []
+    for number in range(1, recipe.rounds + 1):
+        reason = read_end(folder, number)
+        names = stage_names(recipe, method, aligned=reason is None)
+        stages += (_stage_status(folder.stage(number, name), number) for name in names)
+        if reason is not None:
+            return Status(run=str(path), stages=stages, next=f"nothing: {reason}")
+    following = next((each for each in stages if each["state"] != "sealed"), None)
+    if following is None:
+        return Status(run=str(path), stages=stages, next="nothing: the run is complete")
+    verb = "continue" if following["state"] == "partial" else "begin"
+    return Status(run=str(path), stages=stages, next=f"{verb} round {following['round']}, {following['name']}")
+
+
+def _method(folder: RunFolder, recipe: Recipe) -> Method:
+    """Where the pairs of this run come from; those of `selfsteer train` were made elsewhere."""
+    if not folder.stage(1, "1-principles").path.is_dir() and folder.stage(1, "5-preferences").path.is_dir():
+        return "given"
+    return method_of(recipe)
+
+
+def _stage_status(stage: Stage, number: int) -> StageStatus:
+    name = stage.path.name
+    manifest = stage.manifest()
+    if manifest is not None:
+        return StageStatus(
+            round=number,
+            name=name,
+            state="sealed",
+            wanted=manifest.wanted,
+            kept=manifest.kept,
+            dropped=manifest.dropped,
+            seconds=manifest.seconds,
+        )
+    begun = stage.path.is_dir() and any(os.scandir(stage.path))
+    return StageStatus(
+        round=number,
+        name=name,
+        state="partial" if begun else "waiting",
+        wanted=None,
+        kept=stage.finished() if begun else None,
+        dropped={},
+        seconds=None,
+    )
+
+
+# --- what ended a run before its time --------------------------------------------------------------------------------------
+
+_ENDED = "ENDED.json"
+
+
+class _End(NamedTuple):
+    """Why a round did not align the policy, with what that was decided on."""
+
+    reason: str
+    recipe: str
+    data: str
+
+
+def record_end(folder: RunFolder, number: int, reason: str) -> None:
+    """Write down, for whoever asks for the status, that the run ends with this round's data. For the owner of the run."""
+    fields = _End(reason, *_decided_on(folder, number))._asdict()
+    with replacing(_round(folder, number) / _ENDED) as file:
+        file.write(canonical_json({**fields, "sha256": digest(fields)}) + b"\n")
+
+
+def read_end(folder: RunFolder, number: int) -> str | None:
+    """Why the run ended with this round; None where it did not, or the recipe or the data are no longer those."""
+    path = _round(folder, number) / _ENDED
+    if not path.exists():
+        return None
+    try:
+        fields = json.loads(path.read_bytes())
+        claimed = fields.pop("sha256")
+        end = _End(**fields)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+    sound = claimed == digest(fields)
+    return end.reason if sound and (end.recipe, end.data) == _decided_on(folder, number) else None
+
+
+def _round(folder: RunFolder, number: int) -> Path:
+    return folder.path / f"round-{number}"
+
+
+def _decided_on(folder: RunFolder, number: int) -> tuple[str, str]:
+    """Digests of the recipe and of what the rounds up to this one have sealed, their trainings left out."""
+    recipe = folder.path / "recipe.yaml"
+    names = ("5-preferences", QUALITY)
+    manifests = [Stage(_round(folder, each) / name).manifest() for each in range(1, number + 1) for name in names]
+    return file_digest(recipe), digest([None if each is None else each.digest for each in manifests])
