@@ -10,6 +10,9 @@ answer that the task begins in the model's place; code that is run; images). The
 generated.
 """
 
+# lm_eval is an extra: without it nothing of it has a type.
+# pyright: reportMissingImports=false, reportUnknownParameterType=false, reportUntypedBaseClass=false
+
 import difflib
 import json
 import logging
@@ -140,7 +143,7 @@ def _home(name: str) -> tuple[str, str] | None:
 
 def _manager(names: Sequence[str], own: Sequence[Path]) -> TaskManager:
     """With the tasks named, and as little else as may be. own: folders whose definitions replace the harness's."""
-    root = Path(lm_eval.__file__).parent / "tasks"
+    root = Path(str(lm_eval.__file__)).parent / "tasks"
     homes = {home[0] for name in names if (home := _home(name)) is not None}
     folders: list[str | Path] = [*(root / home for home in sorted(homes)), *own]
     manager = TaskManager(include_defaults=False, include_path=folders)

@@ -7,6 +7,9 @@ parameters as a Python module. Here they are written to a folder in NLTK's own f
 algorithm on its own parameters wherever they came from. Left out on purpose: languages other than English.
 """
 
+# Both are in the extra `evaluate`.
+# pyright: reportMissingImports=false
+
 import importlib.util
 from importlib.metadata import version
 from pathlib import Path
