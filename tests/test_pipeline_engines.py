@@ -157,6 +157,25 @@ def test_a_dual_generator_is_served_as_two_adapters_of_one_model(recipe_of: Reci
     assert keys[0] == keys[1]
 
 
+def test_a_lora_generator_is_sampled_as_its_adapter(recipe_of: RecipeOf, tmp_path: Path):
+    """What it is merged into may be rounded; an engine that takes no adapters gets it, with the same keys."""
+    script = tmp_path / "server.py"
+    script.write_text(SERVER, encoding="utf-8")
+    changes = {"generator.max_steps": 1, "alignment.max_steps": 1, "training.lora": {"rank": 2}}
+    keys: list[set[str]] = []
+    asked: list[set[str]] = []
+    for name, engine in (("adapters", {"serve_adapters": "{adapters}"}), ("merged", {})):
+        log, output = tmp_path / f"{name}.log", tmp_path / name
+        command = shlex.join([sys.executable, str(script), str(log)]) + " {model} {port}"
+        run(recipe_of(output, changes) | {"engine": {"kind": "openai", "serve": command, **engine}})
+        asked.append({line for line in log.read_text().splitlines() if not line.startswith("started")})
+        parts = (output / "round-1/5-preferences/parts").glob("*.jsonl")
+        keys.append({json.loads(line)["key"] for part in parts for line in part.read_text().splitlines()})
+    policy = recipe_of(tmp_path)["policy"]["model"]
+    assert asked == [{policy, "generator"}, {policy, str(tmp_path / "merged/round-1/4-generator/model")}]
+    assert keys[0] == keys[1]
+
+
 def test_principles_are_asked_for_again_from_the_same_engine(recipe_of: RecipeOf, tmp_path: Path):
     """What vLLM writes never parses, so each of the six queries is asked three times, by one server."""
     python, log = put_vllm(tmp_path)

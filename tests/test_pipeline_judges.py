@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from misbehaving import Call, MisbehavingServer, Reply, chat, error
+from vllm_script import scripted_vllm
 
 import selfsteer
-from selfsteer.engines import vllm
 from selfsteer.pipeline import GateFailed
 from selfsteer.recipe.gates import MEASURES
 from selfsteer.recipe.sections import Recipe
@@ -225,29 +225,12 @@ def test_a_kill_amid_the_retries_repeats_none_that_happened(judged_by: Callable[
         assert len(later) == 2 * len(found), "the retries that were in flight or not yet durable, and the rest"
 
 
-VLLM = """
-import json, math, sys
-start = json.loads(sys.stdin.readline())
-print(json.dumps({"ready": {"version": "0", "seeded": True}}), flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    answer = {"id": request["id"], "token_ids": [A, 2], "finish_reason": "stop", "logps": None}
-    if request["top_logps"]:
-        answer["first_logps"] = [[A, math.log(0.75)], [B, math.log(0.25)]]
-    print(json.dumps(answer), flush=True)
-"""
-
-
-def test_a_judge_on_vllm_is_another_model_than_the_policy(
-    judged_by: Callable[..., Any], tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from tiny import tiny_tokenizer
-
-    a, b = (tiny_tokenizer().encode(text, add_special_tokens=False) for text in "AB")
-    script = tmp_path / "worker.py"
-    script.write_text(VLLM.replace("[A", f"[{a[0]}").replace("[B", f"[{b[0]}"), encoding="utf-8")
-    monkeypatch.setattr(vllm, "WORKER", script)
-    run(judged_by("", {"judge": {"kind": "llm", "model": tiny_folder, "engine": {"kind": "vllm"}}}))
+def test_a_judge_on_vllm_is_another_model_than_the_policy(judged_by: Callable[..., Any], tiny_folder: str, tmp_path: Path):
+    """Both letters in both orders: the first response is the better one with probability 0.75."""
+    tokens = {"A": math.log(0.75), "B": math.log(0.25)}
+    said = f"choice['logprobs'] = {{'top_logprobs': [{tokens!r}]}}"
+    python = scripted_vllm(tmp_path, during=said)
+    run(judged_by("", {"judge": {"kind": "llm", "model": tiny_folder, "engine": {"kind": "vllm", "python": python}}}))
     for row in verdicts(tmp_path / "run"):
         assert (row["chosen_first"], row["chosen_second"]) == pytest.approx((0.75, 0.25))
 
@@ -289,17 +272,38 @@ def test_every_gate_finds_its_measure_in_a_real_run(recipe_of: RecipeOf, tmp_pat
     """Two rounds with a generator, a judge and an evaluation file: each bound is one that any value keeps."""
     evaluation = tmp_path / "evaluation.jsonl"
     evaluation.write_text(json.dumps({"question": "Something that nobody has asked here."}) + "\n")
+    judged = {name: measure for name, measure in MEASURES.items() if not measure.path.startswith("pairs.checks.")}
     changes = {
         "rounds": 2,
         "generator.max_steps": 1,
         "alignment.max_steps": 1,
         "judge": {"kind": "llm", "model": tiny_folder},
         "quality.evaluation_files": [str(evaluation)],
-        "quality.gates": {name: f">= {max(measure.span.low, -1e9):.0f}" for name, measure in MEASURES.items()},
+        "quality.gates": {name: f">= {max(measure.span.low, -1e9):.0f}" for name, measure in judged.items()},
         "quality.on_failure": "warn",
     }
     last = run(recipe_of(tmp_path / "run", changes))["rounds"][-1]
-    assert [gate.name for gate in last["gates"]] == list(MEASURES)
+    assert [gate.name for gate in last["gates"]] == list(judged)
     # Ten letters are needed to tell a script, and pairs of unequal length on which the orders agree: not always there.
     scarce = {"language_mismatch_chosen", "language_mismatch_rejected", "longer_wins", "length_correlation"}
     assert {gate.name: gate.reason for gate in last["gates"] if not gate.passed and gate.name not in scarce} == {}
+
+
+def test_gates_on_checks_find_their_measures(recipe_of: RecipeOf, tmp_path: Path):
+    """One pair of principles for all queries: what is written under either has at most 1,000 words."""
+    rule = {"name": "length_constraints:number_words", "relation": "at most", "num_words": 1000}
+    pair = {"good": "Answer in few words.", "bad": "Answer in many words.", "check": rule}
+    (tmp_path / "principles.jsonl").write_text(json.dumps(pair) + "\n")
+    changes = {
+        "principles": {"source": "file", "path": str(tmp_path / "principles.jsonl")},
+        "generator.kind": "none",
+        "judge.kind": "checks",
+        "quality.gates": {"passes_chosen": ">= 1", "passes_rejected": ">= 1", "check_wins": "<= 0", "accuracy": ">= 0.5"},
+    }
+    gates = run(recipe_of(tmp_path / "run", changes))["rounds"][-1]["gates"]
+    assert [(gate.name, gate.passed, gate.value.mean) for gate in gates] == [
+        ("passes_chosen", True, 1.0),
+        ("passes_rejected", True, 1.0),
+        ("check_wins", True, 0.0),
+        ("accuracy", True, 0.5),
+    ]

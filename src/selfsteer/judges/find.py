@@ -95,6 +95,8 @@ def _prompts(section: JudgeSection, model: Checkpoint | None, *, trust_remote_co
     path = section.model if model is None else model.path
     if path is None:
         return None
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise ValueError(f"judge.model: no tokenizer at {path!r}; name a folder in Hugging Face format, or a hub id")
     try:
         tokenizer = load_tokenizer(path, chat_template=section.chat_template, trust_remote_code=trust_remote_code)
     except OSError as error:
