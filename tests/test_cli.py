@@ -3,18 +3,21 @@
 `main` is called in this process with a scripted pipeline; logging and start-up are tested in a process of their own.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import selfsteer
 from selfsteer import cli, runtime
 from selfsteer.data.exchange import Exported
+from selfsteer.measures.estimates import Estimate
 from selfsteer.recipe.sections import Recipe, dump, load
 from selfsteer.store.folder import RunFolder
 
@@ -31,9 +34,10 @@ def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch):
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for the modules that the commands call; a test sets the functions that it expects to be called."""
     fake = SimpleNamespace()
-    for name in ("pipeline", "given", "data.exchange"):
+    for name in ("pipeline", "given", "data.exchange", "evaluate", "rewards"):
         monkeypatch.setitem(sys.modules, f"selfsteer.{name}", fake)
-    monkeypatch.setattr(selfsteer, "pipeline", fake, raising=False)
+    for name in ("pipeline", "evaluate", "rewards"):
+        monkeypatch.setattr(selfsteer, name, fake, raising=False)
     monkeypatch.setattr("selfsteer.data.exchange", fake, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     return fake
@@ -284,3 +288,92 @@ cli.main()
     assert ended.returncode == 0, ended.stderr
     assert [line.split(" ", 2)[2] for line in ended.stderr.splitlines()] == ["INFO kept 812 of 1,000", "WARNING shown too"]
     assert "runs/a" in ended.stdout
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_passes_on_what_it_is_given(monkeypatch, capsys, pipeline, tmp_path: Path):
+    seen: list[object] = []
+    estimate = Estimate(0.25, 0.1, 0.5, 8)
+    row = {"task": "ifeval", "metric": "acc", "before": estimate, "after": estimate, "difference": estimate, "items": 8}
+    row |= {
+        "of": 541,
+        "limited": True,
+        "judge": None,
+        "remarks": ["limited: 8 of 541 items"],
+        "form": "share",
+        "part_of": None,
+    }
+
+    def evaluate_models(*given: object) -> dict[str, object]:
+        seen.extend(given)
+        return {"models": {when: {"seconds": 1.0, "tasks": []} for when in ("before", "after")}, "rows": [row]}
+
+    pipeline.evaluate_models, pipeline.read_engine = evaluate_models, lambda file: file
+    out = tmp_path / "found.json"
+    options = ["--before", "b", "--limit", "8", "--data", "d", "--json", str(out), "--output", "o"]
+    assert command(monkeypatch, "evaluate", "a", "--tasks", "ifeval, gsm8k", *options) == 0
+    policies, section, engine, judge, output = seen
+    assert [policy.model for policy in policies] == ["b", "a"]
+    assert (section.tasks, section.limit, section.data) == (["ifeval", "gsm8k"], 8, "d")
+    assert (engine, judge, output) == (None, None, Path("o"))
+    shown = capsys.readouterr().out
+    assert "8 of 541" in shown
+    assert "+25.0%" in shown
+    assert json.loads(out.read_text())["rows"][0]["after"] == {"mean": 0.25, "low": 0.1, "high": 0.5, "n": 8}
+
+
+def test_recorded_judgements_need_no_model(monkeypatch, capsys, tmp_path: Path):
+    rows = [
+        {
+            "instruction": str(i),
+            "output_1": "b",
+            "output_2": "m",
+            "generator_1": "base",
+            "generator_2": "mine",
+            "annotator": "someone",
+            "preference": 1 + (i % 4 > 0),
+        }
+        for i in range(8)
+    ]
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    assert command(monkeypatch, "evaluate", "mine", "--annotations", str(file)) == 0
+    shown = capsys.readouterr().out
+    assert "mine against base, judged by someone" in shown
+    assert "75.0%" in shown
+    assert command(monkeypatch, "evaluate", "mine", "--annotations", str(file), "--tasks", "ifeval") == 2
+
+
+def test_reward_passes_on_what_it_is_given(monkeypatch, capsys, tmp_path: Path):
+    seen: list[Any] = []
+
+    def train_reward_model(*given: Any) -> dict[str, Any]:
+        seen.extend(given)
+        return {"held_out": {"a.jsonl": {"pairs": 9, "accuracy": Estimate(0.75, 0.5, 0.9, 9)}}, "model": "out/model"}
+
+    monkeypatch.setattr("selfsteer.rewards.train_reward_model", train_reward_model)
+    options = ["--model", "m", "--output", "out", "--weights", "1,0.5", "--lora-rank", "8", "--margin", "--center", "0.01"]
+    assert command(monkeypatch, "reward", "a.jsonl", "b.jsonl", *options) == 0
+    sources, model, output, settings, training = seen
+    assert [(str(source.path), source.weight) for source in sources] == [("a.jsonl", 1.0), ("b.jsonl", 0.5)]
+    assert (model, output, settings.holdout) == ("m", Path("out"), 0.1)
+    assert (training.lora_rank, training.margin, training.center, training.learning_rate) == (8, True, 0.01, 1e-4)
+    assert "75.0%" in capsys.readouterr().out
+    assert command(monkeypatch, "reward", "a.jsonl", "--model", "m", "--output", "out", "--weights", "1,2") == 2
+    assert "2 weights for 1 datasets" in capsys.readouterr().err
+
+
+def test_reward_bench_prints_every_subset(monkeypatch, capsys):
+    def reward_bench(model: str, files: list[Path], output: Path, settings: object) -> dict[str, Any]:
+        assert (model, files, output) == ("rm", [Path("f.jsonl")], Path("evaluations"))
+        subset = Estimate(0.5, 0.3, 0.7, 20)
+        found = {"format": "llmbar", "items": 20, "of": 20, "subsets": {"llmbar": subset}, "sections": {}, "score": subset}
+        return {"f.jsonl": found | {"ties": 1, "kappa": 0.1, "missing": [], "refused": {"too long": 2}}}
+
+    monkeypatch.setattr("selfsteer.rewards.reward_bench", reward_bench)
+    assert command(monkeypatch, "reward-bench", "rm", "--data", "f.jsonl") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("f.jsonl (llmbar)", "50.0%", "Cohen's kappa", "20 of 20 items scored; 1 ties; 2 not scored (too long)"):
+        assert text in shown

@@ -18,7 +18,7 @@ FLOORS = (
     {"stages"},
     {"report"},
     {"pipeline"},
-    {"compare", "given"},
+    {"compare", "given", "evaluate", "rewards"},
     {"cli", "__init__"},
     {"__main__"},
 )

@@ -19,6 +19,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe, Training, dump
 from selfsteer.records import Pair
 from selfsteer.stages import summary
+from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs
 from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
@@ -113,6 +114,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
     pairs = _pairs(pairs)
     prepared = prepare(recipe, principles=False)
+    check_evaluation(recipe, prepared.judge)
     next(read_pairs(pairs), None)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())

@@ -27,6 +27,7 @@ from selfsteer.report.page import pick_examples, write_page
 from selfsteer.report.tables import cell, gates_table, table_text, write_metrics
 from selfsteer.stages import summary
 from selfsteer.stages.base import Round, kept
+from selfsteer.stages.evaluation import check_evaluation, evaluate_run
 from selfsteer.stages.passes import PASSES, passes_stage
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import load_pool, principles_stage
@@ -47,6 +48,7 @@ def run(recipe: Recipe) -> Metrics:
     # What can't begin must leave no trace, and must not touch the folder of an earlier run.
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
+    check_evaluation(recipe, prepared.judge)
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
@@ -172,8 +174,11 @@ def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | No
         assert reason is not None, "a round ends without alignment for a reason"
         record_end(folder, ended, reason)
     metrics = summary.metrics(folder, recipe, rounds, ended=reason)
-    write_report(folder, metrics, recipe.seed)
     run = metrics["run"]
+    if recipe.evaluation.tasks and "policy_round" in run:
+        aligned = model_of(folder.stage(run["policy_round"], "6-policy"))
+        metrics["evaluation"] = evaluate_run(recipe, resolve(recipe.policy), aligned, folder.path / "evaluation")
+    write_report(folder, metrics, recipe.seed)
     if "policy_round" not in run:
         return metrics
     facts = CardFacts(
@@ -184,6 +189,8 @@ def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | No
         judged=judged(recipe, method),
         rounds=metrics["rounds"],
     )
+    if "evaluation" in metrics:
+        facts["evaluation"] = metrics["evaluation"]
     if recipe.rounds > 1:
         facts["result"] = f"This is the policy of round {run['policy_round']} of {recipe.rounds}."
         if "ended" in run:

@@ -15,6 +15,7 @@ from selfsteer.engines.ray import RayEngine
 from selfsteer.engines.serving import (
     VLLM_ENVIRONMENT,
     VLLM_KEY,
+    VLLM_ON_CPU,
     Address,
     Serve,
     ServedEngine,
@@ -121,7 +122,7 @@ def _vllm_engine(
         start_seconds=section.start_seconds,
         adapters=tuple(adapters),
         key_env=VLLM_KEY,
-        environment=VLLM_ENVIRONMENT,
+        environment=VLLM_ENVIRONMENT | (VLLM_ON_CPU if found.on_cpu else {}),
     )
     return ServedEngine(serve, connect)
 

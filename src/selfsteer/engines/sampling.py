@@ -48,8 +48,8 @@ class Sampler(NamedTuple):
     """What answers requests."""
 
     open_engine: Callable[[], AbstractContextManager[Engine]]
-    prompts: Prompts
-    """How they are rendered for it."""
+    prompts: Prompts | None
+    """How they are rendered for it; None of a server that renders messages itself."""
 
 
 @contextmanager
@@ -121,7 +121,9 @@ def _lacking(wanted: Iterable[Request], journal: Journal) -> Iterator[Request]:
             yield item
 
 
-def _rendered(item: Request, prompts: Prompts) -> Request:
+def _rendered(item: Request, prompts: Prompts | None) -> Request:
+    if prompts is None:
+        return item
     return replace(item, prompt_ids=prompts.prompt_ids(item.messages))
 
 

@@ -19,7 +19,7 @@ from selfsteer.judges.reward import RewardModel, reward_verdicts
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.engines import runs_already, sampling_identity
+from selfsteer.recipe.engines import TransformersSection, runs_already, sampling_identity
 from selfsteer.recipe.sections import JudgeSection, Policy, Training
 from selfsteer.recipe.text import RecipeError, explain, read_yaml
 from selfsteer.records import Checkpoint
@@ -102,6 +102,17 @@ def _prompts(section: JudgeSection, model: Checkpoint | None, *, trust_remote_co
     except OSError as error:
         raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
     return Prompts(tokenizer, system_role="system")  # nothing is steered here
+
+
+def open_judge(judge: RecipeJudge) -> Engine:
+    """An LLM judge as an engine, for questions that are answered in words. Raises ValueError for what the engine lacks."""
+    assert judge.section.kind == "llm"
+    if judge.section.engine is not None:
+        return _open(judge)
+    assert judge.model is not None
+    assert judge.prompts is not None
+    section = TransformersSection(dtype=judge.section.dtype)
+    return opening.open_engine(section, judge.model, judge.prompts, trust_remote_code=judge.trust_remote_code)
 
 
 def check_judge(judge: RecipeJudge) -> None:

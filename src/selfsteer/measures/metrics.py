@@ -314,6 +314,8 @@ class Metrics(TypedDict):
 
     run: RunFacts
     rounds: list[RoundMetrics]
+    evaluation: NotRequired[dict[str, Any]]
+    """Of the first and of the aligned policy, where the recipe names tasks; `evaluations.results.summary`."""
 
 
 Json = Mapping[str, Any]

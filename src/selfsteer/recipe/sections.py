@@ -397,6 +397,22 @@ class Quality(Section):
         return gates
 
 
+class EvaluationSection(Section):
+    """Whether the policy is better: benchmarks of the first and of the aligned policy, at the end of a run."""
+
+    tasks: list[str] = Field(default_factory=list[str])
+    """ifeval, gsm8k, math500, mmlu, or any other task of lm-evaluation-harness (the extra selfsteer[evaluate]); alpaca_eval,
+    mt_bench and arena_hard with a judge. None when empty."""
+    data: str | None = None
+    """Folder with a folder of files for each task (ifeval, gsm8k, math500, mmlu, alpaca_eval, ...); the hub's when empty."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only so many items of each task, the first ones; every figure of such a run says so."""
+    fewshot: int | None = Field(default=None, ge=0)
+    """Examples shown before each item, instead of the task's own number."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Limit of an answer, instead of the task's own."""
+
+
 class ComparisonSection(Section):
     """What `selfsteer compare` does beyond making and measuring the data of every arm."""
 
@@ -429,6 +445,7 @@ class Recipe(Section):
     launcher: Launcher = Launcher()
     judge: JudgeSection = JudgeSection()
     quality: Quality = Quality()
+    evaluation: EvaluationSection = EvaluationSection()
     compare: ComparisonSection = ComparisonSection()
 
     @model_validator(mode="after")

@@ -4,11 +4,12 @@ The frame is `templates/model_card.md`. Left out on purpose: claims about qualit
 """
 
 import re
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import yaml
 
@@ -75,6 +76,8 @@ class CardFacts(TypedDict):
     """Who judged the pairs, and what came of it; see `judged`."""
     rounds: list[RoundMetrics]
     """As in metrics.json; what is missing is left out of the card."""
+    evaluation: NotRequired[dict[str, Any]]
+    """As in metrics.json."""
     result: NotRequired[str]
     """Which of several rounds this policy comes from, and why."""
     license: NotRequired[str]
@@ -104,7 +107,8 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         version=version("selfsteer"),
         how="\n\n".join(filter(None, (_HOW[facts["method"]], facts["judged"], facts.get("result")))),
         limits=_LIMITS[facts["method"]],
-        tables="\n\n".join(map(tables.markdown, tables.tables(facts["rounds"]))),
+        measured=_MEASURED if "evaluation" not in facts else _EVALUATED,
+        tables="\n\n".join(map(tables.markdown, _tables(facts))),
         fence=_fence(facts["recipe"]),
         recipe=facts["recipe"].rstrip(),
     )
@@ -112,6 +116,18 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
     with replacing(path) as file:
         file.write(text.encode())
     return path
+
+
+_MEASURED = (
+    "These numbers describe the training data and the training, not how good the answers are. Benchmarks are not among them."
+)
+_EVALUATED = "These numbers describe the training data and the training; the last table has benchmarks before and after."
+
+
+def _tables(facts: CardFacts) -> Iterator[tables.Table]:
+    yield from tables.tables(facts["rounds"])
+    if "evaluation" in facts:
+        yield tables.evaluation_table(facts["evaluation"])
 
 
 def _front_matter(facts: CardFacts) -> dict[str, object]:

@@ -52,7 +52,7 @@ def write_page(
         name=escape(run["name"]),
         facts=" · ".join(escape(fact) for fact in facts if fact),
         figures=_figures(metrics["rounds"][-1]) if metrics["rounds"] else "",
-        tables="\n".join(map(table_html, tables.tables(metrics["rounds"]))),
+        tables="\n".join(map(table_html, tables.run_tables(metrics))),
         plots=f"<section><h2>Distributions</h2>{plots}</section>" if plots else "",
         examples=_answers(answers) + _examples(examples),
         closing=escape(tables.closing_line(metrics)),

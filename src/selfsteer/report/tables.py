@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.measures.checks import parse
 from selfsteer.measures.estimates import METHOD, share_estimate
 from selfsteer.measures.metrics import (
@@ -146,9 +147,62 @@ def write_metrics(path: Path, metrics: Metrics) -> None:
 def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     """Print what was made of what, what it measures, and where it is. 100 columns where the output is no terminal."""
     console = console or _console()
-    for table in tables(metrics["rounds"]):
+    for table in run_tables(metrics):
         _print(table, console)
     console.print(Text(closing_line(metrics)), soft_wrap=True)
+
+
+def run_tables(metrics: Metrics) -> Iterator[Table]:
+    """All tables of a run."""
+    yield from tables(metrics["rounds"])
+    if "evaluation" in metrics:
+        yield evaluation_table(metrics["evaluation"])
+
+
+def print_evaluation(found: Json, title: str, console: Console | None = None) -> None:
+    """Print what an evaluation found."""
+    _print(evaluation_table(found, title), console or _console())
+
+
+def print_annotated(found: WinRate, who: str, console: Console | None = None) -> None:
+    """Print the win rates of recorded judgements."""
+    controlled = "published" if found.formula == "length_controlled_v1" else "without difficulty, not the leaderboard's"
+    rows = (
+        Row("win rate", (cell(plain(found.win_rate), "share"), Cell(f"{found.win_rate.n:,}"))),
+        Row("length-controlled win rate", (cell(plain(found.length_controlled), "share"), Cell(f"formula: {controlled}"))),
+        Row("... its published standard error", (cell(found.published_error, "share"), Cell(""))),
+        Row("wins, losses, draws", (Cell(f"{found.wins:,}, {found.baseline_wins:,}, {found.draws:,}"), Cell(""))),
+        Row("no verdict", (cell(found.no_verdict, "number"), Cell(""))),
+    )
+    _print(Table(who, ("", "items"), rows, METHOD, left=True), console or _console())
+
+
+def print_judged(reports: Mapping[str, Json], title: str, console: Console | None = None) -> None:
+    """Print what a judge or a reward model says of several sets of pairs."""
+    found = [cast(Json, plain(report)) for report in reports.values()]
+    rows = [Row("pairs", tuple(cell(report.get("pairs"), "number") for report in found))]
+    rows += [Row(label, tuple(cell(report.get(key), "share") for report in found)) for label, key in VERDICTS]
+    kept = tuple(row for row in rows if any(cell.value for cell in row.cells))
+    _print(Table(title, tuple(reports), kept, METHOD), console or _console())
+
+
+def print_reward_bench(found: Json, name: str, console: Console | None = None) -> None:
+    """Print a reward model's numbers on one benchmark."""
+    found = cast(Json, plain(found))
+    if found["format"] == "pairs":
+        print_judged({name: found}, "Labelled pairs", console)
+        return
+    rows = [Row(subset, (cell(value, "share"), cell(value["n"], "number"))) for subset, value in found["subsets"].items()]
+    rows += [Row(section, (cell(value, "share"), Cell(""))) for section, value in found["sections"].items()]
+    if found["score"] is not None:
+        rows.append(Row("score", (cell(found["score"], "share"), Cell(""))))
+    if found["kappa"] is not None:
+        rows.append(Row("Cohen's kappa", (cell(found["kappa"], "number"), Cell(""))))
+    said = [f"{found['items']:,} of {found['of']:,} items scored", f"{found['ties']:,} ties"]
+    said += [f"{count:,} not scored ({reason})" for reason, count in found["refused"].items()]
+    said += [f"no score: {len(found['missing'])} subsets are missing"] if found["missing"] else []
+    title = f"{name} ({found['format']})"
+    _print(Table(title, ("", "items"), tuple(rows), f"{METHOD} {'; '.join(said)}."), console or _console())
 
 
 def print_measures(measures: Measures, console: Console | None = None) -> None:
@@ -260,6 +314,34 @@ def gates_table(results: Sequence[GateResult], *, title: str = "Gates") -> Table
         for result in results
     ]
     return Table(title, ("measured", "bound", ""), tuple(rows), METHOD, left=True)
+
+
+def evaluation_table(found: Json, title: str = "Evaluation") -> Table:
+    """Benchmarks of one model, or of two side by side; parts of a task (MMLU's subjects) are in the JSON alone."""
+    found = cast(Json, plain(found))
+    both = "before" in found["models"]
+    rows: list[Row] = []
+    for row in found["rows"]:
+        if row["part_of"] is not None:
+            continue
+        form = cast(Form, row["form"])
+        items = f"{row['items']:,}" + (f" of {row['of']:,}" if row["limited"] else "")
+        remarks = [*row["remarks"], *([f"judge: {row['judge']}"] if row["judge"] else [])]
+        figures = (cell(row["before"], form), cell(row["after"], form), cell(row["difference"], form, signed=True))
+        cells = (*(figures if both else figures[1:2]), Cell(items), Cell("; ".join(remarks)))
+        rows.append(Row(f"{row['task']}, {row['metric']}", cells))
+    seconds = ", ".join(f"{when} {duration(model['seconds'])}" for when, model in found["models"].items())
+    notes = dict.fromkeys(
+        note
+        for model in found["models"].values()
+        for task in model["tasks"]
+        if not task["part_of"]
+        for note in task["notes"]
+    )
+    said = f"{'; '.join(notes)}. " if notes else ""
+    note = f"{METHOD} Differences are of the same items. {said}Time: {seconds}."
+    columns = ("before", "after", "after - before") if both else ("",)
+    return Table(title, (*columns, "items", "remarks"), tuple(rows), note, left=True)
 
 
 def _stops_table(results: Sequence[GateResult], title: str) -> Table:

@@ -53,7 +53,7 @@ def deliver(model: PreTrainedModel | PeftModel, to: Delivery, margin: Margin | N
     """
     trained = None if margin is None else margin(model)
     if isinstance(model, PeftModel):
-        with _whole_folder(to.folder.with_name("adapter")) as unfinished:
+        with whole_folder(to.folder.with_name("adapter")) as unfinished:
             _save_adapter(model, unfinished)
         plain = cast(PreTrainedModel, model.merge_and_unload())
     else:
@@ -61,7 +61,7 @@ def deliver(model: PreTrainedModel | PeftModel, to: Delivery, margin: Margin | N
     saving = _in_its_dtype(plain, to, trained, margin, merged=plain is not model)
     plain.config.use_cache = to.given.use_cache  # switched off for training
     restore_dropout(plain.config, to.given)
-    with _whole_folder(to.folder) as unfinished:
+    with whole_folder(to.folder) as unfinished:
         plain.save_pretrained(unfinished)
         to.tokenizer.save_pretrained(unfinished)
     return saving
@@ -136,7 +136,7 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 @contextmanager
-def _whole_folder(folder: Path) -> Generator[Path]:
+def whole_folder(folder: Path) -> Generator[Path]:
     """A folder to fill, which takes the place of `folder` when the block ends."""
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

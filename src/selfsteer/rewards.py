@@ -1,0 +1,288 @@
+"""Reward models: trained on preference pairs from anywhere, and measured on labelled ones.
+
+    output/dropped.jsonl   rows that can't be trained on, with their reasons
+    output/result.json     settings, counts, and the accuracy on held-out pairs
+    output/parts/          rewards of held-out and benchmark responses, under content keys
+
+Held-out are all pairs of a query or none: the same queries in every data set and at every seed. The model is trained and
+scored on the same token ids. Left out on purpose: the training itself (`training/reward.py`).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from selfsteer.data.exchange import find_pairs, read_pairs
+from selfsteer.data.files import check_source, source_digest, source_rows
+from selfsteer.evaluations.reward_bench import Benchmark, Report, read_benchmark, report
+from selfsteer.judges.reward import (
+    Conversation,
+    Renderer,
+    RewardModel,
+    open_renderer,
+    reward_of,
+    reward_verdicts,
+    score_missing,
+)
+from selfsteer.measures.estimates import METHOD
+from selfsteer.measures.metrics import plain
+from selfsteer.measures.verdicts import judge_report
+from selfsteer.models import checkpoint, resolve
+from selfsteer.recipe.engines import DTypeName
+from selfsteer.recipe.sections import Policy
+from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow
+from selfsteer.store.columns import pair
+from selfsteer.store.durable import canonical_json, digest, replacing
+from selfsteer.store.folder import RunFolder
+from selfsteer.store.journal import Journal
+from selfsteer.training.reward import RewardJob, RewardTraining, check_trl, train_reward
+
+SCHEMA = 1
+"""Version of what is trained on; part of the identity of every training."""
+
+MARGINS = (("margin",), ("score_chosen", "score_rejected"), ("metadata.score_chosen", "metadata.score_rejected"))
+"""Where a row may say by how much its chosen response is better: as a number, or as two scores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One data set, and how much it counts."""
+
+    path: Path
+    weight: float = 1.0
+    """Rows of an epoch, as a multiple of the data set: 0.5 takes a fixed half of its queries, 2 takes everything twice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSettings:
+    """How reward models are made, beside the training's own settings."""
+
+    holdout: float = 0.1
+    """Share of the queries that are held out."""
+    max_tokens: int = 2048
+    """Longer conversations are dropped; nothing is ever cut."""
+    chat_template: str | None = None
+    dtype: DTypeName = "auto"
+
+
+class _Files(NamedTuple):
+    tokens: Path
+    counts: dict[str, dict[str, Any]]
+
+
+def train_reward_model(
+    sources: Sequence[Source], model: str, output: Path, settings: RewardSettings, training: RewardTraining
+) -> dict[str, Any]:
+    """Train a reward model, or continue where an earlier call stopped; returns what result.json holds.
+
+    Raises ValueError, before anything is trained, for a file, a model or a setting that will not do, and where the output
+    holds a reward model of other settings.
+    """
+    check_trl()
+    sources = [replace(source, path=find_pairs(source.path).source) for source in sources]
+    base = resolve(Policy(model=model))
+    renderer = open_renderer(_scorer(base, settings))
+    identity = digest(
+        {
+            "schema": SCHEMA,
+            "model": base.digest,
+            "template": renderer.prompts.digest,
+            "sources": [[source_digest(source.path), source.weight] for source in sources],
+            "settings": asdict(settings) | {"chat_template": None},
+            "training": training.digest(),
+        }
+    )
+    with RunFolder(output) as folder:
+        known = _known(folder.path / "result.json")
+        if known is not None and known["identity"] == identity:
+            return known
+        if known is not None:
+            raise ValueError(
+                f"{output} holds a reward model of other data or settings; choose another --output, or remove that one"
+            )
+        tokens, counts = _tokenized(sources, renderer, folder.path, settings, margin=training.margin)
+        if not sum(count["trained on"] for count in counts.values()):
+            raise ValueError(f"no pair is left to train on: {counts}")
+        trained = train_reward(RewardJob(base.path, tokens, folder.path, identity), renderer.tokenizer, training)
+        tokens.unlink()
+        result = {
+            "identity": identity,
+            "model": str(trained),
+            "base": model,
+            "data": counts,
+            "settings": asdict(settings) | asdict(training),
+            "held_out": _held_out(sources, trained, folder.path, settings),
+            "method": METHOD,
+        }
+        with replacing(folder.path / "result.json") as file:
+            file.write(canonical_json(plain(result)))
+        return json.loads((folder.path / "result.json").read_bytes())
+
+
+def _known(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_bytes()) if file.is_file() else None
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------------
+
+
+def _tokenized(
+    sources: Sequence[Source], renderer: Renderer, folder: Path, settings: RewardSettings, *, margin: bool
+) -> _Files:
+    """Both conversations of every pair to be trained on as token ids, and what became of the rows of every data set."""
+    counts: dict[str, dict[str, Any]] = {}
+    tokens = folder / "tokens.jsonl"
+    with tokens.open("w", encoding="utf-8") as out, (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped:
+        for source in sources:
+            name = _name(source, sources)
+            count: dict[str, Any] = {"rows": 0, "trained on": 0, "held out": 0, "weight": source.weight, "dropped": {}}
+            counts[name] = count
+            rows = zip(read_pairs(source.path), source_rows(source.path), strict=True)
+            for row, (_, raw, _) in rows:
+                count["rows"] += 1
+                line = row if isinstance(row, Dropped) else _line(row, renderer)
+                if isinstance(line, Dropped):
+                    count["dropped"][line.reason] = count["dropped"].get(line.reason, 0) + 1
+                    dropped.write(json.dumps({"file": name} | asdict(line)) + "\n")
+                    continue
+                assert not isinstance(row, Dropped)
+                if is_held_out(row["query_id"], settings.holdout):
+                    count["held out"] += 1
+                    continue
+                if margin:
+                    line["margin"] = _margin(raw, f"{source.path}, query {row['query_id']}")
+                copies = _copies(row["query_id"], source.weight)
+                count["trained on"] += copies
+                out.write((json.dumps(line) + "\n") * copies)
+    return _Files(tokens, counts)
+
+
+def _name(source: Source, sources: Sequence[Source]) -> str:
+    """The file's name; with its folder where two have the same."""
+    alike = sum(other.path.name == source.path.name for other in sources)
+    return source.path.name if alike == 1 else f"{source.path.parent.name}/{source.path.name}"
+
+
+def _line(row: PairRow, renderer: Renderer) -> dict[str, Any] | Dropped:
+    ids: list[list[int]] = []
+    for conversation in _conversations(pair(row)):
+        reason = renderer.refusal(conversation)
+        if reason is not None:
+            return Dropped(id=row["query_id"], reason=reason)
+        ids.append(list(renderer.ids(conversation)))
+    chosen, rejected = ids
+    return {"chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def _conversations(pair: Pair) -> tuple[Conversation, Conversation]:
+    return (*pair.prompt, *pair.chosen.messages), (*pair.prompt, *pair.rejected.messages)
+
+
+def _share_of(query_id: str, purpose: str) -> float:
+    """A number in [0, 1) that belongs to the query, the same in every data set and run."""
+    return int(digest([purpose, query_id])[:8], 16) / 2**32
+
+
+def is_held_out(query_id: str, share: float) -> bool:
+    """Whether the pairs of a query are kept for measuring."""
+    return _share_of(query_id, "held out") < share
+
+
+def _copies(query_id: str, weight: float) -> int:
+    return int(weight) + (_share_of(query_id, "weight") < weight - int(weight))
+
+
+def _margin(raw: Mapping[str, Any], where: str) -> float:
+    for names in MARGINS:
+        values = [_at(raw, name) for name in names]
+        if all(isinstance(value, int | float) for value in values):
+            return float(values[0]) if len(values) == 1 else float(values[0]) - float(values[1])
+    raise ValueError(f"{where}: --margin needs one of {[' and '.join(names) for names in MARGINS]}; found {sorted(raw)}")
+
+
+def _at(raw: Mapping[str, Any], path: str) -> Any:
+    found: Any = raw
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+# --- measured --------------------------------------------------------------------------------------------------------------
+
+
+def _held_out(sources: Sequence[Source], trained: Path, folder: Path, settings: RewardSettings) -> dict[str, Any]:
+    """What the trained model says of the held-out pairs, data set by data set."""
+    reward = _scorer(checkpoint(trained), replace(settings, chat_template=None))
+    with Journal(folder / "parts") as journal:
+        found: dict[str, Any] = {}
+        for source in sources:
+            pairs = list(_pairs_of(source.path, settings.holdout))
+            if pairs:
+                found[_name(source, sources)] = judge_report(
+                    reward_verdicts(reward, lambda pairs=pairs: pairs, journal, total=len(pairs))
+                )
+        return found
+
+
+def _scorer(model: Checkpoint, settings: RewardSettings) -> RewardModel:
+    return RewardModel(
+        model=model,
+        policy=Policy(model=model.path, chat_template=settings.chat_template),
+        dtype=settings.dtype,
+        max_tokens=settings.max_tokens,
+    )
+
+
+def _pairs_of(path: Path, share: float) -> Iterator[Pair]:
+    """The pairs of the queries held out; of a share of 1 all."""
+    for row in read_pairs(path):
+        if not isinstance(row, Dropped) and is_held_out(row["query_id"], share):
+            yield pair(row)
+
+
+def reward_bench(model: str, files: Sequence[Path], output: Path, settings: RewardSettings) -> dict[str, Any]:
+    """A reward model on labelled data: RewardBench, RewardBench 2, LLMBar, or plain preference pairs.
+
+    Rewards are kept in output/parts. Raises ValueError, before anything is scored, for a file of no known format.
+    """
+    for file in files:
+        check_source(file, "labelled data")
+    reward = _scorer(resolve(Policy(model=model)), settings)
+    open_renderer(reward)
+    benchmarks = {file.name: _benchmark(file) for file in files}
+    with RunFolder(output) as folder, Journal(folder.path / "parts") as journal:
+        return {name: _measured(reward, benchmark, journal) for name, benchmark in benchmarks.items()}
+
+
+def _benchmark(file: Path) -> Benchmark | list[Pair]:
+    """A benchmark by its columns; else plain pairs."""
+    rows = [row.fields for row in source_rows(file)]
+    if rows and ("subset" in rows[0] or "output_1" in rows[0]):
+        return read_benchmark(rows, str(file))
+    return list(_pairs_of(file, 1.0))
+
+
+def _measured(reward: RewardModel, benchmark: Benchmark | list[Pair], journal: Journal) -> dict[str, Any]:
+    if isinstance(benchmark, list):
+        verdicts = reward_verdicts(reward, lambda: benchmark, journal, total=len(benchmark))
+        return {"format": "pairs", **judge_report(verdicts)}
+    renderer = open_renderer(reward)
+    wanted = {
+        item.id: [(*item.prompt, Message(role="assistant", content=text)) for text in item.responses]
+        for item in benchmark.items
+    }
+    refused = {id: reason for id, all in wanted.items() if (reason := next(filter(None, map(renderer.refusal, all)), None))}
+    asked = [conversation for id, all in wanted.items() if id not in refused for conversation in all]
+    score_missing(reward, asked, journal, description="rewards", total=len(asked))
+    scores: list[Sequence[float] | None] = []
+    for item in benchmark.items:
+        rewards = [] if item.id in refused else [reward_of(reward, each, journal) for each in wanted[item.id]]
+        complete = [each for each in rewards if each is not None]
+        scores.append(complete if complete and len(complete) == len(item.responses) else None)
+    found: Report = report(benchmark, scores)
+    reasons: dict[str, int] = {}
+    for reason in refused.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return asdict(found) | {"refused": reasons}

@@ -1,0 +1,167 @@
+"""Benchmarks of the first and of the aligned policy, at the end of a run; and a judge as evaluations want one.
+
+    <run>/evaluation/parts/      answers and verdicts, under content keys: what is there is not asked again
+    <run>/evaluation/data/       local data, laid out
+    <run>/evaluation/result.json the summary, with the digest of what made it
+
+Not a stage: nothing later is made of it. Left out on purpose: what the tasks are (`evaluations/`).
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from selfsteer.engines.base import Failed, Request
+from selfsteer.engines.sampling import Sampler, kept_open, response, sample
+from selfsteer.evaluations.asking import Answer, Asked
+from selfsteer.evaluations.evaluate import Answering, Plan, answering, gives_scores
+from selfsteer.evaluations.judged import Verdicts
+from selfsteer.evaluations.results import summary
+from selfsteer.judges.find import RecipeJudge, ask, find_judge, open_judge
+from selfsteer.measures.metrics import plain
+from selfsteer.measures.verdicts import Verdict
+from selfsteer.recipe.engines import EngineSection
+from selfsteer.recipe.sections import EvaluationSection, Recipe
+from selfsteer.records import Checkpoint, Pair
+from selfsteer.store.durable import canonical_json, digest, replacing
+from selfsteer.store.journal import Journal
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+"""Version of the journalled answers in words and of the result; part of every key."""
+
+
+def verdicts_of(judge: RecipeJudge, journal: Journal) -> Verdicts:
+    """The judge for evaluations: in words where it has any, and by pairs."""
+
+    def compare(pairs: Sequence[Pair]) -> Sequence[Verdict]:
+        return list(ask(judge, lambda: pairs, journal, total=len(pairs)))
+
+    def in_words(items: Sequence[Asked]) -> Sequence[Answer]:
+        requests = [_request(judge, item) for item in items]
+        wanted = [each for each in requests if isinstance(each, Request)]
+        with kept_open(lambda: open_judge(judge)) as engine:
+            sample(
+                Sampler(engine, judge.prompts),
+                iter(wanted),
+                journal,
+                description="verdicts in words",
+                total=len(journal) + len(wanted),
+            )
+        return [each if isinstance(each, Answer) else _answer(journal, each) for each in requests]
+
+    return Verdicts(judge_name(judge), in_words if judge.section.kind == "llm" else None, compare)
+
+
+def judge_name(judge: RecipeJudge) -> str:
+    """What people call it: its model's name, no folder of this machine."""
+    section = judge.section
+    model = section.model or (
+        section.engine.model if section.engine is not None and section.engine.kind == "openai" else None
+    )
+    name = str(model)
+    return Path(name).name if Path(name).exists() else name
+
+
+def _request(judge: RecipeJudge, asked: Asked) -> Request | Answer:
+    prompts = judge.prompts
+    if prompts is not None:
+        found = prompts.checked_ids(asked.messages)
+        if isinstance(found, str):
+            return Answer("", error=found)
+        if len(found) > judge.section.max_prompt_tokens:
+            return Answer("", error="too long for the judge")
+    content = {
+        "schema": SCHEMA,
+        "judge": judge.name,
+        "messages": list(asked.messages),
+        "prompts": None if prompts is None else prompts.digest,
+        "temperature": asked.sampling.temperature,
+        "top_p": asked.sampling.top_p,
+        "max_new_tokens": asked.sampling.max_new_tokens,
+        "repeat": asked.repeat,
+    }
+    key = digest(content)
+    return Request(key=key, messages=asked.messages, sampling=asked.sampling, seed=int(key[:8], 16))
+
+
+def _answer(journal: Journal, wanted: Request) -> Answer:
+    said = response(journal, wanted)
+    if isinstance(said, Failed):
+        return Answer("", error=said.reason)
+    return Answer(said.text, cut=said.finish_reason == "length")
+
+
+def evaluate(
+    models: Sequence[Answering], section: EvaluationSection, judge: RecipeJudge | None, folder: Path
+) -> dict[str, Any]:
+    """Every task of the section asked of every model: the one before, if there are two, and the one after.
+
+    Raises ValueError, before anything is generated, for what can't be asked.
+    """
+    with Journal(folder / "parts") as journal:
+        verdicts = None if judge is None else verdicts_of(judge, journal)
+        scores = all(gives_scores(model.engine) for model in models)
+        plan = Plan(section, folder, verdicts, scores=scores)
+        found = [plan.evaluate(model, journal) for model in models]
+    settings = {
+        **section.model_dump(exclude={"data"}),
+        "engine": models[-1].engine.kind,
+        "judge": None if verdicts is None else verdicts.name,
+        "versions": _versions(),
+    }
+    return summary(found[-1], found[0] if len(found) > 1 else None, settings)
+
+
+def check_evaluation(recipe: Recipe, judge: RecipeJudge | None) -> None:
+    """Raise ValueError where the recipe's tasks could not be asked at the end of its run. Leaves nothing behind."""
+    section = recipe.evaluation
+    if not section.tasks:
+        return
+    with TemporaryDirectory() as scratch, Journal(Path(scratch) / "parts") as journal:
+        verdicts = None if judge is None else verdicts_of(judge, journal)
+        Plan(section, Path(scratch), verdicts, scores=gives_scores(recipe.engine))
+
+
+def evaluate_run(recipe: Recipe, first: Checkpoint, aligned: Checkpoint, folder: Path) -> dict[str, Any]:
+    """The recipe's tasks before and after. What was found once is not asked again."""
+    section = recipe.evaluation
+    judge = find_judge(recipe.judge, recipe.policy)
+    made_of = digest(
+        {
+            "schema": SCHEMA,
+            "models": [first.digest, aligned.digest],
+            "section": section.model_dump(),
+            "engine": recipe.engine.model_dump(mode="json"),
+            "judge": None if judge is None else {"name": judge.name, "settings": judge.settings()},
+            "versions": _versions(),
+        }
+    )
+    file = folder / "result.json"
+    if file.is_file() and (known := json.loads(file.read_bytes()))["made_of"] == made_of:
+        return known["result"]
+    models = [_named(recipe, first, "first policy"), _named(recipe, aligned, "aligned policy")]
+    result = plain(evaluate(models, section, judge, folder))
+    with replacing(file) as out:
+        out.write(canonical_json({"made_of": made_of, "result": result}))
+    return result
+
+
+def _named(recipe: Recipe, model: Checkpoint, name: str) -> Answering:
+    engine: EngineSection = recipe.engine
+    return answering(recipe.policy.model_copy(update={"model": model.path, "revision": None}), engine, name=name)
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in ("selfsteer", "lm_eval", "transformers", "vllm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,172 @@
+"""Tasks of lm_eval on made-up items, answered by scripts: figures by hand, what is asked, and what is refused."""
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra selfsteer[evaluate]")
+
+from selfsteer.evaluations.asking import Answer, Asked, Choices
+from selfsteer.evaluations.harness import Harness, Settings, check_tasks
+from selfsteer.evaluations.results import TaskResult
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the harness and its libraries warn of themselves
+
+IFEVAL = [
+    {"key": 1, "prompt": "Say hello.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    {
+        "key": 2,
+        "prompt": "Write fewer than three sentences, in lower case.",
+        "instruction_id_list": ["length_constraints:number_sentences", "change_case:english_lowercase"],
+        "kwargs": [{"num_sentences": 3, "relation": "less than"}, {}],
+    },
+    {
+        "key": 3,
+        "prompt": "Shout two words.",
+        "instruction_id_list": ["change_case:capital_word_frequency"],
+        "kwargs": [{"capital_frequency": 2, "capital_relation": "at least"}],
+    },
+]
+GSM8K = [
+    {"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"},
+    {"question": "What is 2 + 2?", "answer": "2 + 2 = 4\n#### 4"},
+    {"question": "What is 3 + 3?", "answer": "3 + 3 = 6\n#### 6"},
+]
+
+
+def write(folder: Path, name: str, file: str, rows: Sequence[object]) -> None:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def no_scores(items: Sequence[Choices]) -> list[list[float]]:
+    raise AssertionError("nothing is compared")
+
+
+def no_answers(items: Sequence[Asked]) -> list[Answer]:
+    raise AssertionError("nothing is answered")
+
+
+def values(result: TaskResult) -> dict[str, float]:
+    return {figure.metric: figure.value for figure in result.figures}
+
+
+def test_ifeval_by_hand(tmp_path: Path):
+    """Strict: 1 of 1, 1 of 2, 1 of 1: 2 of 3 prompts, 3 of 4 instructions. Loose: without its first line the second answer
+    is in lower case, and one sentence: each instruction counts alone, so all 4 are met."""
+    write(tmp_path, "ifeval", "input_data.jsonl", IFEVAL)
+    answers = {
+        "Say hello.": "Hello there",
+        "Write fewer than three sentences, in lower case.": "Dr. Smith came.\nand then he left the room without a word.",
+        "Shout two words.": "HELLO THERE my friend",
+    }
+    asked: list[Asked] = []
+
+    def ask(items: Sequence[Asked]) -> list[Answer]:
+        asked.extend(items)
+        return [Answer(answers[item.messages[-1]["content"]]) for item in items]
+
+    (found,) = Harness(Settings(tasks=("ifeval",), data=tmp_path, scratch=tmp_path / "out")).evaluate(ask, no_scores)
+    assert values(found) == {
+        "prompt_level_strict_acc": pytest.approx(2 / 3),
+        "inst_level_strict_acc": pytest.approx(3 / 4),
+        "prompt_level_loose_acc": 1.0,
+        "inst_level_loose_acc": 1.0,
+    }
+    assert [(item.messages, item.sampling.temperature, item.sampling.max_new_tokens) for item in asked[:1]] == [
+        (({"role": "user", "content": "Say hello."},), 0.0, 1280)
+    ]
+    assert (found.items, found.of, found.fewshot) == (3, 3, 0)
+    (note,) = found.notes
+    assert note.startswith("sentences: Punkt of nltk")
+    assert "; 2 checks" in note, "sentences and capital words"
+    instructions = next(figure for figure in found.figures if figure.metric == "inst_level_strict_acc")
+    # p + (s - p n) N / P with p = 3/4, N / P = 3/4: (1, 1), (1, 2) and (1, 1).
+    assert instructions.by_item == {
+        "0": pytest.approx(3 / 4 + 3 / 16),
+        "1": pytest.approx(3 / 4 - 3 / 8),
+        "2": pytest.approx(3 / 4 + 3 / 16),
+    }
+
+
+def test_a_limited_run_says_so_and_the_unanswered_count(tmp_path: Path):
+    write(tmp_path, "ifeval", "input_data.jsonl", IFEVAL)
+
+    def ask(items: Sequence[Asked]) -> list[Answer]:
+        assert [item.sampling.max_new_tokens for item in items] == [7, 7]
+        return [Answer("Hello there", cut=True), Answer("", error="refused by the server")]
+
+    settings = Settings(tasks=("ifeval",), data=tmp_path, scratch=tmp_path / "out", limit=2, max_new_tokens=7)
+    (found,) = Harness(settings).evaluate(ask, no_scores)
+    assert values(found)["prompt_level_strict_acc"] == 0.5
+    assert (found.items, found.of, found.cut, found.unanswered) == (2, 3, 1, {"refused by the server": 1})
+
+
+def test_gsm8k_by_hand(tmp_path: Path):
+    """Strict reads only "#### n", flexible the last number; what follows the next question is not part of an answer."""
+    write(tmp_path, "gsm8k", "test.jsonl", GSM8K)
+    texts = ["So it is\n#### 2", "It must be 4.", "It is 6.\n\nQuestion: What is 7?"]
+    with pytest.raises(ValueError, match=r"gsm8k shows 5 examples.*train.jsonl.*gsm8k_cot"):
+        Harness(Settings(tasks=("gsm8k",), data=tmp_path, scratch=tmp_path / "out"))
+    harness = Harness(Settings(tasks=("gsm8k",), data=tmp_path, scratch=tmp_path / "out", fewshot=0))
+    (found,) = harness.evaluate(lambda items: [Answer(text) for text in texts[: len(items)]], no_scores)
+    assert values(found) == {"exact_match (strict-match)": pytest.approx(1 / 3), "exact_match (flexible-extract)": 1.0}
+    strict = found.figures[0]
+    assert strict.by_item == {"0": 1.0, "1": 0.0, "2": 0.0}
+    assert strict.estimate is not None
+    # Wilson, 1 of 3: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+    assert strict.estimate[1:3] == pytest.approx((0.06149, 0.79234), abs=1e-5)
+    assert found.data.startswith("local, sha256 ")
+
+
+def test_examples_become_turns(tmp_path: Path):
+    write(tmp_path, "gsm8k", "test.jsonl", GSM8K[:1])
+    write(tmp_path, "gsm8k", "train.jsonl", GSM8K[1:])
+    asked: list[Asked] = []
+
+    def ask(items: Sequence[Asked]) -> list[Answer]:
+        asked.extend(items)
+        return [Answer("#### 2")]
+
+    Harness(Settings(tasks=("gsm8k",), data=tmp_path, scratch=tmp_path / "out", fewshot=1)).evaluate(ask, no_scores)
+    ((example, answer, question),) = [item.messages for item in asked]
+    assert example["role"] == question["role"] == "user"
+    assert answer["role"] == "assistant"
+    assert "#### " in answer["content"]
+    assert question["content"] == "Question: What is 1 + 1?\nAnswer:"
+
+
+def test_mmlu_compares_the_letters(tmp_path: Path):
+    """Two questions, right are B and D; the scores prefer B and A."""
+    (tmp_path / "mmlu").mkdir()
+    with zipfile.ZipFile(tmp_path / "mmlu" / "mmlu.zip", "w") as archive:
+        archive.writestr("data/test/anatomy_test.csv", '"Which, of these?",a,b,c,d,B\nAnd now?,e,f,g,h,D\n')
+        archive.writestr("data/dev/anatomy_dev.csv", "Before?,a,b,c,d,A\n")
+    seen: list[Choices] = []
+
+    def score(items: Sequence[Choices]) -> list[list[float]]:
+        seen.extend(items)
+        return [[-2.0, -1.0, -3.0, -4.0], [-1.0, -2.0, -2.0, -2.0]]
+
+    settings = Settings(tasks=("mmlu_anatomy",), data=tmp_path, scratch=tmp_path / "out")
+    (found,) = Harness(settings).evaluate(no_answers, score)
+    assert values(found) == {"acc": 0.5}
+    assert seen[0].continuations == ("A", "B", "C", "D")
+    assert seen[0].messages[-1]["content"] == "Which, of these?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+    with pytest.raises(ValueError, match="mmlu_anatomy compares the log-probabilities"):
+        Harness(settings, scores=False)
+
+
+def test_what_is_refused_at_the_start(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"'gsm8kk' is no task of lm_eval; near it are \[.*'gsm8k'"):
+        check_tasks(["ifeval", "gsm8kk"])
+    with pytest.raises(ValueError, match="name each task once"):
+        check_tasks(["math500", "minerva_math500"])
+    with pytest.raises(ValueError, match="ifeval is not a folder"):
+        Harness(Settings(tasks=("ifeval",), data=tmp_path, scratch=tmp_path / "out"))
+    write(tmp_path, "ifeval", "input_data.jsonl", [{"prompt": "x"}])
+    with pytest.raises(ValueError, match=r"input_data.jsonl: line 1 has no \['key'"):
+        Harness(Settings(tasks=("ifeval",), data=tmp_path, scratch=tmp_path / "out"))
