@@ -30,7 +30,7 @@ from selfsteer.stages.base import Round, kept
 from selfsteer.stages.evaluation import check_evaluation, evaluate_run
 from selfsteer.stages.passes import PASSES, passes_stage
 from selfsteer.stages.preferences import preferences_stage
-from selfsteer.stages.principles import principles_stage
+from selfsteer.stages.principles import load_pool, principles_stage
 from selfsteer.stages.quality import quality_stage, require_checks
 from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
@@ -103,6 +103,8 @@ def prepare(recipe: Recipe, *, principles: bool = True) -> Prepared:
     """
     policy = resolve(recipe.policy)
     prompts = _prompts_of(recipe, policy)
+    if principles:
+        load_pool(recipe.principles)
     require_checks(recipe, principles=principles)
     known = {recipe.policy.model: policy} if recipe.policy.revision is None else {}
     judge = find_judge(recipe.judge, recipe.policy, known)

@@ -151,8 +151,8 @@ def test_a_kill_among_held_out_answers_costs_what_was_in_flight(recipe_of: Recip
 
 
 def test_a_full_disk_stops_with_a_name_and_loses_nothing(recipe: dict[str, Any], undisturbed: Path, tmp_path: Path):
-    """No file may grow beyond 6,000 bytes: the journal of the responses fails first. Then there is room again."""
-    found, said = scripted(tmp_path, recipe, "full:6000", "full:6000", "through:0")
+    """No file may grow beyond 8,000 bytes: the journal of the responses fails first. Then there is room again."""
+    found, said = scripted(tmp_path, recipe, "full:8000", "full:8000", "through:0")
     assert found == [2, 2, 0], said
     assert "2-responses/parts/" in said
     assert "make room or repair the disk" in said

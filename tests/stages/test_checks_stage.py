@@ -203,6 +203,14 @@ def test_what_cannot_be_checked_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_misspelt_check_is_refused_at_the_start_whoever_judges(tmp_path: Path, recipe_of: RecipeOf, files: dict[str, str]):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"good": "G", "bad": "B", "check": "punctuation:no_commas"}) + "\n")
+    changes = {"principles.path": str(tmp_path / "p.jsonl"), "judge": {"kind": "none"}}
+    with pytest.raises(ValueError, match=r"p\.jsonl: line 1: there is no check .* did you mean 'punctuation:no_comma'"):
+        run(recipe_of(tmp_path / "run", checked(files, **changes)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_pairs_made_elsewhere_have_no_principles_to_check(tmp_path: Path, recipe_of: RecipeOf, files: dict[str, str]):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n")

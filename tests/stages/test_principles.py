@@ -337,14 +337,17 @@ def test_a_query_that_the_file_does_not_serve_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"good": "G"}], r"p\.jsonl:1: 'bad' is missing; a row needs good and bad as text, found the keys \['good'\]"),
-        ([{"good": "G", "bad": "B"}, {"good": 1, "bad": "B"}], r"p\.jsonl:2: 'good' is no text or is empty"),
-        ([{"good": " ", "bad": "B"}], r"p\.jsonl:1: 'good' is no text or is empty"),
-        ([{"good": "G", "bad": "B", "quality": 3}], r"p\.jsonl:1: 'quality' is no text or is empty"),
-        ([{"good": "G ", "bad": " G"}], r"p\.jsonl:1: good and bad are the same text"),
-        ([{"good": "G", "bad": "B", "qualty": "q"}], r"p\.jsonl:1: unknown keys \['qualty'\]; a row takes good, bad"),
-        ([{"good": "G", "bad": "B", "query": "q"}] * 2, r"p\.jsonl:2: a second pair for the query 'q'; keep one"),
-        (["G"], r"p\.jsonl:1 is text; expected one object a line"),
+        (
+            [{"good": "G"}],
+            r"p\.jsonl: line 1: 'bad' is missing; a row needs good and bad as text, found the keys \['good'\]",
+        ),
+        ([{"good": "G", "bad": "B"}, {"good": 1, "bad": "B"}], r"p\.jsonl: line 2: 'good' is no text or is empty"),
+        ([{"good": " ", "bad": "B"}], r"p\.jsonl: line 1: 'good' is no text or is empty"),
+        ([{"good": "G", "bad": "B", "quality": 3}], r"p\.jsonl: line 1: 'quality' is no text or is empty"),
+        ([{"good": "G ", "bad": " G"}], r"p\.jsonl: line 1: good and bad are the same text"),
+        ([{"good": "G", "bad": "B", "qualty": "q"}], r"p\.jsonl: line 1: unknown keys \['qualty'\]; a row takes good, bad"),
+        ([{"good": "G", "bad": "B", "query": "q"}] * 2, r"p\.jsonl: line 2: a second pair for the query 'q'; keep one"),
+        (["G"], r"p\.jsonl: line 1 is text; expected one object a line"),
         ([], r"p\.jsonl: no principles; expected one"),
     ],
 )
