@@ -35,9 +35,7 @@ def steered_logps(folder: str, principle: str, row: dict[str, Any], side: str) -
     messages = [{"role": "system", "content": principle}, *row["prompt"]]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    answer = tokenizer(row[side][0]["content"], add_special_tokens=False)["input_ids"]
-    if row[f"{side}_finish"] == "stop":
-        answer = [*answer, tokenizer.eos_token_id]
+    answer = row[f"{side}_ids"]
     with torch.no_grad():
         logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
@@ -149,7 +147,10 @@ def test_what_cannot_be_held_is_refused_at_load(recipe_of: RecipeOf, tmp_path: P
     ("changes", "message"),
     [
         ({"judge": {"kind": "llm", "model": "/nowhere/judge"}}, "judge.model: '/nowhere/judge'"),
-        ({"quality.evaluation_files": ["/nowhere/eval.jsonl"]}, "no such evaluation file"),
+        (
+            {"quality.evaluation_files": ["/nowhere/eval.jsonl"]},
+            r"/nowhere/eval\.jsonl: no such file",
+        ),
     ],
 )
 def test_a_missing_judge_or_file_leaves_no_trace(recipe_of: RecipeOf, tmp_path: Path, changes: dict[str, Any], message: str):
