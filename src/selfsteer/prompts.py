@@ -64,11 +64,9 @@ class Prompts:
         self, tokenizer: PreTrainedTokenizerBase, *, system_role: Literal["auto", "system", "user"] = "auto"
     ) -> None:
         self.tokenizer = tokenizer
-        self.special_ids = frozenset(tokenizer.all_special_ids) | {
-            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
         self._turn = assistant_turn(tokenizer)
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
+        self.special_ids = frozenset(tokenizer.all_special_ids) | self._controls()
         self._expected_specials: dict[tuple[str, ...], list[int]] = {}
 
     @property
@@ -170,6 +168,27 @@ class Prompts:
             if stripped.endswith(end):
                 return stripped.removesuffix(end).rstrip()
         return text
+
+    def _controls(self) -> frozenset[int]:
+        """Added tokens that are marked special, and those that the template writes: they open and close turns, too.
+
+        Raises ValueError for a template that leaves out what the user says.
+        """
+        user, assistant = Message(role="user", content=_MARKER), Message(role="assistant", content=_HARMLESS)
+        written = ""
+        for messages in ((user,), (user, assistant, user), (Message(role="system", content=_HARMLESS), user)):
+            try:
+                text = self._render(messages)
+            except TemplateError:  # what it refuses it can't write
+                continue
+            if _MARKER not in text:
+                raise ValueError(
+                    "the chat template leaves out what the user says (it may want the content as a list of parts); name another"
+                    " with policy.chat_template: FILE.jinja"
+                )
+            written += text
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(token_id for token_id, token in added if token.special or token.content in written)
 
     def _detect_system_role(self) -> Literal["system", "user"]:
         try:
