@@ -183,8 +183,8 @@ class Prompts:
                 continue
             if _MARKER not in text:
                 raise ValueError(
-                    "the chat template leaves out what the user says (it may want the content as a list of parts); name another"
-                    " with policy.chat_template: FILE.jinja"
+                    "the chat template leaves out what the user says (it may want the content as a list of parts); name"
+                    " another with policy.chat_template: FILE.jinja"
                 )
             written += text
         added = self.tokenizer.added_tokens_decoder.items()
