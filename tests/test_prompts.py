@@ -290,4 +290,4 @@ def test_a_template_that_leaves_the_user_out_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'][0]['text'] }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves out what the user says"):
-        Prompts(tokenizer)
+        Prompts(tokenizer).whole()

@@ -198,7 +198,7 @@ def test_stopped_by_a_signal_in_every_stage(recipe: Path, undisturbed: Path):
 
 def test_a_second_process_names_the_holder(recipe: Path):
     """It ends with 2 and leaves the folder as it is; the first one does not notice."""
-    command = [sys.executable, "-m", "selfsteer", "run", str(recipe), "responses.max_new_tokens=400"]
+    command = [sys.executable, "-m", "selfsteer", "run", str(recipe), "generator.epochs=5000"]
     folder = recipe.parent / "run"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
         try:

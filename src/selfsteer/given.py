@@ -52,7 +52,7 @@ def measure_given(path: Path, policy: str, trained: str | None = None) -> Measur
 
 def _scorer(model: str, training: Training) -> Judge:
     found = resolve(Policy(model=model))
-    return Judge(found, Policy(model=found.path), Prompts(load_tokenizer(found.path)), training)
+    return Judge(found, Policy(model=found.path), Prompts(load_tokenizer(found.path)).whole(), training)
 
 
 class _Scored:
@@ -86,7 +86,7 @@ class _Scored:
 def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
     """What a judge says about a preference dataset; nothing is kept. policy: whose prompts decide which pairs are usable."""
     found = resolve(policy)
-    prompts, positions = Prompts(load_tokenizer(found.path)), positions_of(found.path)
+    prompts, positions = Prompts(load_tokenizer(found.path)).whole(), positions_of(found.path)
 
     def pairs() -> Iterator[Pair]:
         return (item for item in usable_pairs(path, prompts, None, positions) if isinstance(item, Pair))

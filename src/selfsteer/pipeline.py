@@ -124,7 +124,7 @@ def _prompts_of(recipe: Recipe, policy: Checkpoint) -> Prompts:
     tokenizer = load_tokenizer(
         policy.path, chat_template=recipe.policy.chat_template, trust_remote_code=recipe.policy.trust_remote_code
     )
-    return Prompts(tokenizer, system_role=recipe.policy.system_role)
+    return Prompts(tokenizer, system_role=recipe.policy.system_role).whole()
 
 
 def may_align(round: Round, method: Method) -> bool:

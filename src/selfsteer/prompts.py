@@ -6,8 +6,9 @@ text is quarantined.
 """
 
 import logging
+from contextlib import suppress
 from functools import cached_property
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, Self, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -169,24 +170,22 @@ class Prompts:
                 return stripped.removesuffix(end).rstrip()
         return text
 
-    def _controls(self) -> frozenset[int]:
-        """Added tokens that are marked special, and those that the template writes: they open and close turns, too.
+    def whole(self) -> Self:
+        """Itself. Raises ValueError for a template that leaves out what the user says: nothing could be asked with it."""
+        if _MARKER not in self._render((Message(role="user", content=_MARKER),)):
+            raise ValueError(
+                "the chat template leaves out what the user says (it may want the content as a list of parts); name another"
+                " with policy.chat_template: FILE.jinja"
+            )
+        return self
 
-        Raises ValueError for a template that leaves out what the user says.
-        """
+    def _controls(self) -> frozenset[int]:
+        """Added tokens that are marked special, and those that the template writes: they open and close turns, too."""
         user, assistant = Message(role="user", content=_MARKER), Message(role="assistant", content=_HARMLESS)
         written = ""
         for messages in ((user,), (user, assistant, user), (Message(role="system", content=_HARMLESS), user)):
-            try:
-                text = self._render(messages)
-            except TemplateError:  # what it refuses it can't write
-                continue
-            if _MARKER not in text:
-                raise ValueError(
-                    "the chat template leaves out what the user says (it may want the content as a list of parts); name"
-                    " another with policy.chat_template: FILE.jinja"
-                )
-            written += text
+            with suppress(TemplateError):  # what it refuses it can't write
+                written += self._render(messages)
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(token_id for token_id, token in added if token.special or token.content in written)
 

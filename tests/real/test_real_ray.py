@@ -287,7 +287,7 @@ def _elsewhere(path: str) -> Any:
 
 JOIN = """
 import json, sys
-from selfsteer.ray_cluster import joined
+from selfsteer.cluster import joined
 try:
     with joined(sys.argv[1]) as nodes:
         print(json.dumps({"joined": nodes}))
@@ -344,7 +344,7 @@ def test_a_run_killed_amid_its_responses_goes_on(cluster: str, recipe_of: Recipe
 
 HOLD = """
 import time
-from selfsteer.ray_cluster import joined
+from selfsteer.cluster import joined
 with joined(None):
     print("joined", flush=True)
     time.sleep(10_000)

@@ -20,6 +20,7 @@ from selfsteer import runtime
 from selfsteer.models import checkpoint, load_tokenizer
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy
+from selfsteer.records import side
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Judge, score_missing, scores
 
@@ -41,7 +42,7 @@ def judge_of(folder: str) -> Judge:
 
 def groups(judge: Judge, count: int) -> Iterator[Group]:
     pair, _ = steering_group(3)
-    return (judge.group([replace(pair, rejected=f"No {number}.")]) for number in range(count))
+    return (judge.group([replace(pair, rejected=side(f"No {number}."))]) for number in range(count))
 
 
 def score_all(judge: Judge, folder: Path, count: int, launcher: Launcher) -> list[Any]:
@@ -85,7 +86,7 @@ def test_two_processes_score_as_one_and_go_on_as_one(judge: Judge, tmp_path: Pat
 def test_a_process_that_breaks_off_costs_what_was_in_flight(judge: Judge, tmp_path: Path):
     """An empty response can't be scored, and is no row that a stage hands on: the error comes with a way to go on."""
     pair, _ = steering_group(1)
-    poison = judge.group([replace(pair, chosen="", chosen_finish="length")])
+    poison = judge.group([replace(pair, chosen=side("", "length"))])
     together = judge._replace(launcher=TOGETHER)
     with Journal(tmp_path / "parts") as journal:
         asked = [*groups(judge, 40), poison]

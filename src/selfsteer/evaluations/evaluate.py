@@ -77,7 +77,7 @@ def answering(policy: Policy, engine: EngineSection, *, name: str | None = None)
     """
     model = resolve(policy)
     tokenizer = load_tokenizer(model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
-    prompts = Prompts(tokenizer, system_role=policy.system_role)
+    prompts = Prompts(tokenizer, system_role=policy.system_role).whole()
     configuration = load_configuration(model.path, trust_remote_code=policy.trust_remote_code)
     found = Answering(
         name=name or policy.model,

@@ -101,7 +101,7 @@ def _prompts(section: JudgeSection, model: Checkpoint | None, *, trust_remote_co
         tokenizer = load_tokenizer(path, chat_template=section.chat_template, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
-    return Prompts(tokenizer, system_role="system")  # nothing is steered here
+    return Prompts(tokenizer, system_role="system").whole()  # nothing is steered here
 
 
 def open_judge(judge: RecipeJudge) -> Engine:

@@ -428,7 +428,7 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: _Queries
     writer, prompts = round.policy, round.prompts
     if section.model is not None:
         writer = resolve(Policy(model=section.model, trust_remote_code=recipe.policy.trust_remote_code))
-        prompts = Prompts(load_tokenizer(writer.path))
+        prompts = Prompts(load_tokenizer(writer.path)).whole()
     engine_section = section.engine or recipe.engine
     model_digest = sampler_digest(engine_section, writer)
     engine = partial(opening.open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
