@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import END_ID, PAD_ID, tiny_adapter, tiny_model, tiny_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -256,3 +257,26 @@ def test_models_that_the_slots_do_not_hold_for_are_found(model_dir: str):
     forward = wrong.forward
     wrong.forward = lambda **kwargs: forward(**kwargs | {"position_ids": None})
     assert "differ" in (why_not_slots(wrong, prompt) or "")
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_logits_that_are_not_finite_stop_the_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: bool):
+    """One weight that is no number: the first logits end it, with the model, the prompt and the way out."""
+    folder = tiny_model_dir(tmp_path / "tiny")
+    weights = load_file(Path(folder) / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    if not slots:
+        monkeypatch.setattr(engine_module, "why_not_slots", lambda *_: "as the test says")
+    asked = Request(
+        key="k",
+        messages=({"role": "user", "content": "Why is the fox quick?"},),
+        prompt_ids=(5, 6, 7),
+        sampling=Sampling(max_new_tokens=4),
+        seed=0,
+    )
+    with (
+        engine_module.TransformersEngine(folder, batch_size=2, dtype=torch.float32) as engine,
+        pytest.raises(ValueError, match=r"tiny: the logits are not finite.*fox quick.*engine\.dtype=float32"),
+    ):
+        list(engine.generate([asked]))

@@ -55,6 +55,10 @@ class _Sequence:
         return len(self.request.prompt_ids) + len(self.tokens)
 
 
+class _NotFiniteError(ValueError):
+    """Nothing can be sampled from these logits."""
+
+
 class _Vocabulary(NamedTuple):
     """What the sampler has to know of a model's tokens."""
 
@@ -130,7 +134,7 @@ class TransformersEngine:
                 if reason is not None:
                     log.warning("%s: sampling with model.generate, which is slower: %s", self.model_path, reason)
             sample = _sample_in_slots if self._slots_hold else _sample_in_batches
-            for sequence, reason in sample(self._model, waiting, self.batch_size, self._vocabulary):
+            for sequence, reason in self._named(sample(self._model, waiting, self.batch_size, self._vocabulary)):
                 yield Completion(
                     key=sequence.request.key,
                     text=self._decoded(sequence.tokens),
@@ -150,6 +154,13 @@ class TransformersEngine:
         else:
             layers.enable_adapter_layers()
             self._adapted.set_adapter(adapter)
+
+    def _named(self, finished: "_Finished") -> "_Finished":
+        """The same, with the model in the message where its numbers fail."""
+        try:
+            yield from finished
+        except _NotFiniteError as error:
+            raise ValueError(f"{self.model_path}: {error}") from None
 
     def _with_adapters(self, model: PreTrainedModel) -> PeftModel | None:
         """The model with all adapters upon it, which puts them into its own layers as well."""
@@ -327,6 +338,13 @@ def _forward(model: PreTrainedModel, cache: SlotCache, active: list[_Sequence], 
 @torch.inference_mode()
 def _drawn(logits: Tensor, sequences: list[_Sequence], never: list[int], *, at: int | None = None) -> list[int]:
     """The next token of each sequence, drawn with its random number `at` (default: its next one); none of `never`."""
+    finite = logits.amax(dim=-1).isfinite()  # NaN and infinity come through the maximum
+    if not finite.all():
+        asked = sequences[int((~finite).nonzero()[0])].request.messages[-1]["content"]
+        raise _NotFiniteError(
+            f"the logits are not finite numbers, first after the prompt that ends in {asked[-80:]!r}. Look at the model's"
+            " weights, or set engine.dtype=float32"
+        )
     if never:
         logits = logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf)
     numbers = [

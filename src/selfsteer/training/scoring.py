@@ -17,6 +17,7 @@ the run.
 
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -121,6 +122,11 @@ def _score_batch(
     batch = to_device(packing([row for _, group in groups for row in group.rows]), model.device)
     with torch.no_grad():
         logps: list[float] = model(**batch).tolist()
+    if not all(map(math.isfinite, logps)):
+        raise ValueError(
+            f"{model.config.name_or_path}: log-probabilities that are not finite, at query {groups[0][0][0].query_id} or"
+            " next to it. Look at the model's weights, or set training.dtype=float32"
+        )
     numbers = list(zip(logps, batch["layout"].tokens, strict=True))
     start = 0
     for pairs, group in groups:
