@@ -290,7 +290,7 @@ def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lenders: tuple[RunFo
             passing = {} if answered is None else {f"passes_{which}": each for which, each in query_passes(answered).items()}
             answers = None if method == "given" else answers_stage(round, folder.stage(1, "1-principles"), aligned)
             wins = [] if answers is None else win_verdicts(answers)
-            metrics = finish(folder, recipe, method)
+            metrics = finish(round, method)
         else:
             metrics = summary.unaligned(folder, recipe, method)
             write_report(folder, metrics, recipe.seed)

@@ -123,7 +123,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
         candidates = Candidates(preferences, quality_stage(round, preferences, principles=False))
         may_align(round, "given")
         policy_stage(round, selection_stage(round, candidates))
-        return finish(folder, recipe, "given")
+        return finish(round, "given")
 
 
 def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measures:

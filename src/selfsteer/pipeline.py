@@ -56,9 +56,9 @@ def run(recipe: Recipe) -> Metrics:
         round = first_round(folder, recipe, prepared)
         while (aligned := run_round(round)) is not None:
             if round.number == recipe.rounds:
-                return finish(folder, recipe, method_of(recipe))
+                return finish(round, method_of(recipe))
             round = replace(round, number=round.number + 1, policy=aligned)
-        return finish(folder, recipe, method_of(recipe), ended=round.number)
+        return finish(round, method_of(recipe), ended=True)
 
 
 def run_round(round: Round) -> Checkpoint | None:
@@ -142,7 +142,7 @@ def may_align(round: Round, method: Method) -> bool:
     if text is not None and section.on_failure == "warn":
         log.warning("%s\nquality.on_failure is warn: the policy is aligned on these pairs all the same.", text)
     elif text is not None:
-        finish(round.folder, round.recipe, method, ended=round.number)
+        finish(round, method, ended=True)
         require(results)
     holding = [each.name for each in found.get("stop_when", []) if each.passed]
     if holding:
@@ -163,21 +163,22 @@ def _examples(stage: Stage, seed: int) -> Iterator[dict[str, Any]]:
     return stage.picked(pick_examples(range(kept(stage)), seed=seed))
 
 
-def finish(folder: RunFolder, recipe: Recipe, method: Method, *, ended: int | None = None) -> Metrics:
+def finish(last: Round, method: Method, *, ended: bool = False) -> Metrics:
     """Write metrics.json, report.html and the model card from the sealed stages.
 
-    ended: the round that made its data and did not align the policy on it.
+    last: the last round. ended: it made its data and did not align the policy on it.
     """
-    rounds, reason = summary.round_metrics(folder, recipe, method, unaligned=ended), None
-    if ended is not None:
-        reason = why_not_aligned(rounds[-1], number=ended, gates_stop=recipe.quality.on_failure == "stop")
+    folder, recipe = last.folder, last.recipe
+    rounds, reason = summary.round_metrics(folder, recipe, method, unaligned=last.number if ended else None), None
+    if ended:
+        reason = why_not_aligned(rounds[-1], number=last.number, gates_stop=recipe.quality.on_failure == "stop")
         assert reason is not None, "a round ends without alignment for a reason"
-        record_end(folder, ended, reason)
+        record_end(folder, last.number, reason)
     metrics = summary.metrics(folder, recipe, rounds, ended=reason)
     run = metrics["run"]
     if recipe.evaluation.tasks and "policy_round" in run:
         aligned = model_of(folder.stage(run["policy_round"], "6-policy"))
-        metrics["evaluation"] = evaluate_run(recipe, resolve(recipe.policy), aligned, folder.path / "evaluation")
+        metrics["evaluation"] = evaluate_run(recipe, last.first, aligned, last.judge, folder.path / "evaluation")
     write_report(folder, metrics, recipe.seed)
     if "policy_round" not in run:
         return metrics

@@ -21,7 +21,7 @@ from selfsteer.evaluations.asking import Answer, Asked
 from selfsteer.evaluations.evaluate import Answering, Plan, answering, gives_scores
 from selfsteer.evaluations.judged import Verdicts
 from selfsteer.evaluations.results import summary
-from selfsteer.judges.find import RecipeJudge, ask, find_judge, open_judge
+from selfsteer.judges.find import RecipeJudge, ask, open_judge
 from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.recipe.engines import EngineSection
@@ -128,10 +128,11 @@ def check_evaluation(recipe: Recipe, judge: RecipeJudge | None) -> None:
         Plan(section, Path(scratch), verdicts, scores=gives_scores(recipe.engine))
 
 
-def evaluate_run(recipe: Recipe, first: Checkpoint, aligned: Checkpoint, folder: Path) -> dict[str, Any]:
+def evaluate_run(
+    recipe: Recipe, first: Checkpoint, aligned: Checkpoint, judge: RecipeJudge | None, folder: Path
+) -> dict[str, Any]:
     """The recipe's tasks before and after. What was found once is not asked again."""
     section = recipe.evaluation
-    judge = find_judge(recipe.judge, recipe.policy)
     made_of = digest(
         {
             "schema": SCHEMA,
