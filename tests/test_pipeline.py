@@ -286,6 +286,31 @@ def test_a_changed_temperature_makes_new_samples_and_keeps_the_old(copy: Path, r
     assert samples(copy, "2-responses") == again["2-responses"], "and back: the first samples are still there"
 
 
+def test_the_original_response_has_a_sampling_of_its_own(copy: Path, recipe_of: RecipeOf, tiny_folder: str):
+    """Greedily: y_o is what the policy finds most probable, token by token; y+ and y- are those of before."""
+    before, old = rows(copy, "2-responses"), samples(copy, "2-responses")
+    run(recipe_of(copy, {"responses.original": {"temperature": 0}, "generator.max_steps": 1, "alignment.max_steps": 1}))
+    now = rows(copy, "2-responses")
+    assert len(samples(copy, "2-responses")) == len(old) + len(QUERIES), "one new sample a query"
+    assert [[row["good"], row["bad"]] for row in now] == [[row["good"], row["bad"]] for row in before]
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    for row in now:
+        prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        greedy = model.generate(prompt, do_sample=False, max_new_tokens=8)[0, prompt.shape[1] :].tolist()
+        sampled = row["original"]["token_ids"]
+        assert greedy[: len(sampled)] == sampled
+        assert row["original"]["finish_reason"] == "length" or greedy[len(sampled)] == row["original"]["end_id"]
+
+
+def test_without_an_original_response_its_sampling_changes_nothing(recipe_of: RecipeOf, tmp_path: Path):
+    changes = {"generator.kind": "none", "alignment.max_steps": 1}
+    run(recipe_of(tmp_path / "run", changes))
+    made = ("2-responses", "5-preferences", "6-policy")
+    before = [manifest(tmp_path / "run", stage) for stage in made]
+    run(recipe_of(tmp_path / "run", {**changes, "responses.original": {"temperature": 0}}))
+    assert [manifest(tmp_path / "run", stage) for stage in made] == before
+
+
 def test_a_changed_alignment_rate_reuses_everything_before_it(copy: Path, recipe_of: RecipeOf):
     before = contents(copy)
     run(recipe_of(copy, {"alignment.learning_rate": 2e-3}))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.recipe.sections import Lora, Recipe, describe, dump, load
+from selfsteer.recipe.sections import Lora, Recipe, Sampled, describe, dump, load
 from selfsteer.recipe.text import RecipeError, kinds_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -64,6 +64,7 @@ def test_the_papers_numbers(name: str):
     assert (generator.learning_rate, generator.batch_size, alignment.batch_size) == (5e-7, 32, 256)
     assert (alignment.loss, alignment.beta, alignment.learning_rate) == ("dpo", 0.1, 5e-7)
     assert (responses.temperature, responses.top_p, responses.max_new_tokens) == (0.7, 0.8, 2048)
+    assert responses.bare == responses.steered, "y_o is drawn as the others"
     assert (generator.kind, generator.objective) == ("single", "sso")
 
 
@@ -147,6 +148,17 @@ def test_an_override_that_is_not_yaml(smallest: Path):
     )
 
 
+# ---- what sections say ----------------------------------------------------------------------------------------------
+
+
+def test_the_original_response_is_drawn_as_the_others_unless_it_is_said(smallest: Path):
+    changes = ["responses.temperature=0.9", "responses.max_new_tokens=64", "responses.original.temperature=0"]
+    responses = load(smallest, changes).responses
+    assert responses.steered == Sampled(temperature=0.9, top_p=0.8, max_new_tokens=64)
+    assert responses.bare == Sampled(temperature=0, top_p=0.8, max_new_tokens=64)
+    assert load(smallest, ["responses.original={top_p: 1}"]).responses.bare == Sampled(temperature=0.7, top_p=1.0)
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +168,7 @@ def test_an_override_that_is_not_yaml(smallest: Path):
         ("generator.bata=1", "generator.bata: unknown key; did you mean generator.beta?"),
         ("generater.beta=1", "generater: unknown key; did you mean generator?"),
         ("generator.lr=1", "generator.lr: unknown key; did you mean generator.learning_rate?"),
-        ("top_p=0.9", "top_p: unknown key; did you mean responses.top_p?"),
+        ("top_p=0.9", "top_p: unknown key; did you mean responses.top_p or responses.original.top_p?"),
         (
             "training.sft_weight=0",
             "training.sft_weight: unknown key; did you mean generator.sft_weight or alignment.sft_weight?",

@@ -343,7 +343,7 @@ class PrincipleSource(Section):
 
 
 class Sampled(Section):
-    """How responses are drawn, by the policy and by the data generator."""
+    """How answers are drawn."""
 
     temperature: float = Field(default=0.7, ge=0)
     """0 takes the most probable token."""
@@ -351,6 +351,31 @@ class Sampled(Section):
     """Nucleus: the smallest set of tokens with at least this probability."""
     max_new_tokens: int = Field(default=2048, ge=1)
     """Limit of a response."""
+
+
+class OriginalSampled(Section):
+    """How y_o alone is drawn, the answer to the bare query that L- pulls the bad response towards."""
+
+    temperature: float | None = Field(default=None, ge=0)
+    """That of the other responses when empty, as the paper has it; 0 takes the most probable token."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """That of the other responses when empty."""
+
+
+class ResponsesSection(Sampled):
+    """How responses are drawn, by the policy and by the data generator."""
+
+    original: OriginalSampled = OriginalSampled()
+
+    @property
+    def steered(self) -> Sampled:
+        """How y+ and y- are drawn, and answers that are compared."""
+        return Sampled(temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens)
+
+    @property
+    def bare(self) -> Sampled:
+        """How y_o is drawn."""
+        return self.steered.model_copy(update=self.original.model_dump(exclude_none=True))
 
 
 class Filters(Section):
@@ -434,7 +459,7 @@ class Recipe(Section):
     policy: Policy
     queries: Queries
     principles: PrincipleSource = PrincipleSource()
-    responses: Sampled = Sampled()
+    responses: ResponsesSection = ResponsesSection()
     engine: EngineSection = TransformersSection()
     """What turns prompts into responses: kind transformers (embedded), vllm, openai or ray, each with fields of its own."""
     filters: Filters = Filters()

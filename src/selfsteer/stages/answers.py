@@ -30,7 +30,7 @@ def answers_stage(round: Round, principles: Stage, policy: Stage) -> Stage | Non
     if judge is None:
         return None
     settings = {
-        "responses": round.recipe.responses.model_dump(),
+        "responses": round.recipe.responses.steered.model_dump(),
         "judge": judge.settings(),
         "holdout": round.recipe.queries.holdout,
         "seed": round.recipe.seed,
@@ -59,7 +59,7 @@ class _Asked:
             self.round.prompts,
             query.messages,
             model_digest=sampler_digest(recipe.engine, self.models[number]),
-            sampling=Sampling(**recipe.responses.model_dump()),
+            sampling=Sampling(**recipe.responses.steered.model_dump()),
             seed=seed_for(recipe.seed, "answer", query.id),
         )
 

@@ -40,7 +40,7 @@ def passes_stage(round: Round, policy: Stage) -> Stage | None:
         return None
     principles = round.folder.stage(round.number, "1-principles")
     settings = {
-        "responses": recipe.responses.model_dump(),
+        "responses": recipe.responses.steered.model_dump(),
         "answers": recipe.quality.answers,
         "holdout": recipe.queries.holdout,
         "seed": recipe.seed,
@@ -69,7 +69,7 @@ class _Asked(NamedTuple):
             prompts,
             prompts.steer(query.messages, principles.good) if which == "prompted" else query.messages,
             model_digest=sampler_digest(recipe.engine, self.model(which)),
-            sampling=Sampling(**recipe.responses.model_dump()),
+            sampling=Sampling(**recipe.responses.steered.model_dump()),
             seed=seed_for(recipe.seed, "answer", query.id),
         )
 
