@@ -376,6 +376,9 @@ def test_a_run_that_gives_up_its_generator_shows_nothing_of_it(copy: Path, recip
         ("apo_zero", "sso"),
         ("robust_dpo", "equation_3"),
         ("sppo", "sso"),
+        ("dpo_norm", "sso"),
+        ("dpop", "sso"),
+        ("bdpo", "equation_3"),
     ],
 )
 def test_every_loss_trains_generator_and_policy(loss: str, objective: str, copy: Path, recipe_of: RecipeOf):

@@ -206,8 +206,8 @@ filters: 5
         " expected: A .jsonl, .json, .csv or .parquet file, or hub:NAME for a hub data set.",
         "recipe.yaml:4: queries.colum: unknown key; did you mean queries.column?",
         "recipe.yaml:6: generator.loss: given 'xpo',"
-        " expected 'dpo', 'ipo', 'hinge', 'simpo', 'orpo', 'apo_zero', 'robust_dpo'"
-        " or 'sppo'",
+        " expected 'dpo', 'ipo', 'hinge', 'simpo', 'orpo', 'apo_zero', 'robust_dpo',"
+        " 'sppo', 'dpo_norm', 'dpop' or 'bdpo'",
         "recipe.yaml:7: generator.beta: given 0, expected greater than 0",
         "recipe.yaml:8: filters: given 5, expected a section with keys of its own",
     ]
@@ -407,7 +407,7 @@ def test_description_as_text(smallest: Path):
     assert "  beta: 0.5  # default: 0.1\n" in text
     assert "  lora:  # default: null\n" in text
     assert "    rank: 8  # default: 16\n" in text
-    assert "[dpo | ipo | hinge | simpo | orpo | apo_zero | robust_dpo | sppo]" in text
+    assert "ipo | hinge | simpo | orpo | apo_zero | robust_dpo | sppo | dpo_norm | dpop | bdpo]" in text
     assert text.count("# default:") == 3
 
 

@@ -47,11 +47,46 @@ def logistic(x: float) -> float:
         ("apo_zero", 0.5, 1 - 1 / (1 + math.exp(-1.0)) + 1 / (1 + math.exp(-0.5))),
         ("robust_dpo", 0.5, (0.9 * 0.474077 - 0.1 * 0.974077) / 0.8),
         ("sppo", 0.5, (2 - 1) ** 2 + (1 + 1) ** 2),
+        ("dpo_norm", 5.0, math.log(2)),  # 2/4 against 1/2: no gap a token
+        ("dpop", 0.5, 0.474077),  # the chosen response has lost nothing: DPO
+        ("bdpo", 0.5, logistic(0.5 * (2 - math.log(0.5 * math.e + 0.5)))),
     ],
 )
 def test_losses_by_hand(loss: LossName, beta: float, expected: float):
     pairs = pair_logps(-8.0, -5.0, ref=(-10.0, -6.0))
     assert LOSSES[loss](pairs, beta=beta).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_dpo_norm_by_hand():
+    """Log-ratios 2 over 4 tokens and -1 over 2, beta 5: -log sigmoid(5 * (0.5 + 0.5)) = 0.006715."""
+    pairs = pair_logps(-8.0, -7.0, ref=(-10.0, -6.0))
+    assert LOSSES["dpo_norm"](pairs, beta=5.0).item() == pytest.approx(0.006715, abs=1e-6)
+
+
+def test_dpop_counts_what_the_chosen_lost():
+    """Chosen -10.1 against -10, rejected -8 against -6: the gap of 1.9 becomes 1.9 - 50 * 0.1 = -3.1; beta 0.3."""
+    loss = LOSSES["dpop"](pair_logps(-10.1, -8.0, ref=(-10.0, -6.0)), beta=0.3)
+    assert loss.item() == pytest.approx(logistic(0.3 * -3.1), abs=1e-5)
+
+
+def test_bdpo_gains_nothing_from_a_rejected_response_that_is_gone():
+    """Rejected at a log-ratio of -200: its term is log(1 - 0.5), its gradient nought; at 0 it is DPO's, times 0.5."""
+    gone = tensor([-206.0], requires_grad=True)
+    even = tensor([-6.0], requires_grad=True)
+    for rejected, loss, slope in ((gone, logistic(0.5 * math.log(2)), 0.0), (even, math.log(2), 0.5 * 0.5 * 0.5)):
+        pairs = PairLogps(
+            chosen=tensor([-10.0]),
+            rejected=rejected,
+            ref_chosen=tensor([-10.0]),
+            ref_rejected=tensor([-6.0]),
+            chosen_tokens=tensor([4]),
+            rejected_tokens=tensor([2]),
+        )
+        found = LOSSES["bdpo"](pairs, beta=0.5)
+        found.sum().backward()
+        assert found.item() == pytest.approx(loss, abs=1e-6)
+        assert rejected.grad is not None
+        assert rejected.grad.item() == pytest.approx(slope, abs=1e-6)
 
 
 def test_every_loss_of_the_recipe_exists_and_falls_as_the_chosen_gains():
@@ -82,7 +117,14 @@ def test_orpo_stays_finite_for_an_almost_certain_completion():
 @pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [("dpo", "sigmoid"), ("ipo", "ipo"), ("hinge", "hinge"), ("apo_zero", "apo_zero"), ("sppo", "sppo_hard")],
+    [
+        ("dpo", "sigmoid"),
+        ("ipo", "ipo"),
+        ("hinge", "hinge"),
+        ("apo_zero", "apo_zero"),
+        ("sppo", "sppo_hard"),
+        ("dpo_norm", "sigmoid_norm"),
+    ],
 )
 def test_equal_to_trl_on_the_same_batch(ours: LossName, theirs: str, tmp_path, tiny_trl_batch):
     logps, trl_loss = tiny_trl_batch(theirs)

@@ -149,7 +149,7 @@ class Selection(Section):
         return self
 
 
-LossName = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "apo_zero", "robust_dpo", "sppo"]
+LossName = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "apo_zero", "robust_dpo", "sppo", "dpo_norm", "dpop", "bdpo"]
 
 ObjectiveName = Literal["sso", "equation_3", "l_plus", "l_minus"]
 
@@ -165,7 +165,7 @@ class Generator(Section):
     objective: ObjectiveName = "sso"
     """sso (equation 4), equation_3 (the obvious L-), or one half alone."""
     loss: LossName = "dpo"
-    """L_base, the preference loss."""
+    """L_base, the preference loss; dpo_norm, dpop and bdpo guard against displacement (`docs/quality.md`)."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the tie to the reference model (tau for IPO)."""
     sft_weight: float = Field(default=0.1, ge=0)
@@ -195,7 +195,7 @@ class Alignment(Section):
     """The alignment of the policy on the pairs that the generator made."""
 
     loss: LossName = "dpo"
-    """L_base, the preference loss."""
+    """L_base, the preference loss; dpo_norm, dpop and bdpo guard against displacement (`docs/quality.md`)."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the tie to the reference model (tau for IPO)."""
     sft_weight: float = Field(default=0.0, ge=0)

@@ -4,6 +4,7 @@ Every loss takes the same record and returns one loss a pair, shape (pairs,); me
 purpose: models, tokens, batches.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,6 +56,12 @@ SIMPO_MARGIN_RATIO = 0.5
 
 FLIP_RATE = 0.1
 """Robust DPO's epsilon: the assumed share of pairs whose labels are the wrong way round (arXiv 2403.00409)."""
+
+CHOSEN_PENALTY = 50.0
+"""DPO-positive's lambda: how much a nat that the chosen response lost counts (arXiv 2402.13228, which trained with 50)."""
+
+MIXTURE = 0.5
+"""Bounded DPO's lambda: the share of the policy in the mixture (arXiv 2506.12725, best of those that it tried)."""
 
 REFERENCE_FREE: frozenset[LossName] = frozenset({"simpo", "orpo"})
 """Losses that never look at the reference model."""
@@ -177,6 +184,33 @@ def sppo(pairs: PairLogps, *, beta: float) -> Tensor:
     return (pairs.chosen_ratio - half).square() + (pairs.rejected_ratio + half).square()
 
 
+def dpo_norm(pairs: PairLogps, *, beta: float) -> Tensor:
+    """Length-normalised DPO (Tulu 3, arXiv 2411.15124, section 5; open-instruct's dpo_norm): DPO of log-ratios a token.
+
+    -log sigmoid(beta * (chosen log-ratio / |y_w| - rejected log-ratio / |y_l|)). Tulu 3's beta is 5: a gap a token is |y|
+    times smaller than its sum. Here and in L_sft a token then pulls alike, so that sft_weight means the same at any length.
+    """
+    return -F.logsigmoid(beta * (pairs.chosen_ratio / pairs.chosen_tokens - pairs.rejected_ratio / pairs.rejected_tokens))
+
+
+def dpop(pairs: PairLogps, *, beta: float) -> Tensor:
+    """DPO-positive (Smaug, arXiv 2402.13228, equation 3): what the chosen response lost is taken off the gap.
+
+    -log sigmoid(beta * (gap - lambda * max(0, -chosen log-ratio))), lambda = CHOSEN_PENALTY.
+    """
+    return -F.logsigmoid(beta * (pairs.ratio_gap - CHOSEN_PENALTY * F.relu(-pairs.chosen_ratio)))
+
+
+def bdpo(pairs: PairLogps, *, beta: float) -> Tensor:
+    """Bounded DPO (arXiv 2506.12725): the rejected response's policy is mixed with the reference.
+
+    -log sigmoid(beta * (chosen log-ratio - log(lambda * pi / pi_ref + 1 - lambda))), lambda = MIXTURE. The rejected term has
+    the floor log(1 - lambda), so that pushing the rejected response down wins nothing more and its gradient fades.
+    """
+    mixed = torch.logaddexp(pairs.rejected_ratio + math.log(MIXTURE), torch.tensor(math.log(1 - MIXTURE)).to(pairs.rejected))
+    return -F.logsigmoid(beta * (pairs.chosen_ratio - mixed))
+
+
 LOSSES: Mapping[LossName, PreferenceLoss] = {
     "dpo": dpo,
     "ipo": ipo,
@@ -186,6 +220,9 @@ LOSSES: Mapping[LossName, PreferenceLoss] = {
     "apo_zero": apo_zero,
     "robust_dpo": robust_dpo,
     "sppo": sppo,
+    "dpo_norm": dpo_norm,
+    "dpop": dpop,
+    "bdpo": bdpo,
 }
 
 
