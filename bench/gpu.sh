@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# What a card must show, in pieces of under ten minutes each; nothing is fetched. Give the pieces by name; all of them if none.
+#
+#   bench/gpu.sh [tests] [step] [step-1b] [step-8b] [sampler] [run]
+#
+# PYTHON: the interpreter (python3); OUT: a folder for logs.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-runs/gpu}
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+"$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)' | tee "$OUT/card.txt"
+
+piece() {
+  case $1 in
+    tests) "$PYTHON" -m pytest -p no:cacheprovider tests/training tests/engines/test_decoding.py tests/engines/test_embedded.py tests/test_pipeline.py ;;
+    step) "$PYTHON" bench/trainer.py --queries 16 --steps 6 --repeats 3 ;;
+    step-1b) "$PYTHON" bench/trainer.py --random 1b --queries 8 --steps 5 --cases bf16 "bf16 LoRA" ;;
+    step-8b) "$PYTHON" bench/trainer.py --random 8b --queries 4 --steps 4 --cases "bf16 LoRA" ;;
+    sampler) "$PYTHON" bench/sampler.py ;;
+    run) "$PYTHON" -m selfsteer run recipes/quickstart.yaml "output=$OUT/quickstart" training.micro_batch_size=8 ;;
+    *) echo "no piece $1" >&2; return 2 ;;
+  esac
+}
+
+failed=0
+for name in "${@:-tests step step-1b step-8b sampler run}"; do
+  for each in $name; do
+    echo "== $each"
+    piece "$each" 2>&1 | tee "$OUT/$each.log" || failed=1
+  done
+done
+exit $failed
