@@ -10,7 +10,7 @@ import pytest
 from conftest import QUERIES
 from tiny import CHAT_TEMPLATE
 
-from selfsteer import compare
+from selfsteer import compare, run
 from selfsteer.recipe.sections import Recipe
 from selfsteer.report.comparison import ComparisonResult
 
@@ -106,3 +106,50 @@ def test_another_chat_template_of_the_judge_decides_wins_anew(recipe: Recipe, re
     new = [record for record in records if record["key"] not in answered]
     assert new
     assert not any("token_ids" in json.dumps(record) for record in new), "verdicts alone are new"
+
+
+@pytest.fixture(scope="module")
+def controls(recipe_of: RecipeOf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ComparisonResult]:
+    folder = tmp_path_factory.mktemp("controls") / "all"
+    changes = {"queries.holdout": 2, "generator.max_steps": 1, "generator.batch_size": 8, "compare.cooler": 0.3}
+    recipe = Recipe.model_validate(recipe_of(folder, changes))
+    return folder, compare.compare(recipe, ["pbaa", "sso", "sft_only", "cooler"], [0])
+
+
+def test_sft_only_trains_on_the_chosen_responses_alone(controls: tuple[Path, ComparisonResult]):
+    """The first loss is the mean over the queries of -(log pi(y+ | x+) / |y+| + log pi(y_o | x-) / |y_o|)."""
+    folder, result = controls
+    steering = rows(folder, "sft_only", "3-steering")
+    assert steering == rows(folder, "sso", "3-steering")
+    losses = [-row["ref_chosen_logps"] / row["chosen_tokens"] for row in steering]
+    assert result["arms"]["sft_only"]["generator"]["first"] == pytest.approx(2 * sum(losses) / len(losses), rel=1e-5)
+    assert manifest(folder, "sft_only", "4-generator")["settings"]["objective"]["sft_weight"] == 0
+
+
+def test_cooler_is_the_policy_at_another_temperature(controls: tuple[Path, ComparisonResult]):
+    folder, result = controls
+    settings = {arm: manifest(folder, arm, "2-responses")["settings"] for arm in ("pbaa", "sso", "cooler")}
+    assert [each["responses"]["temperature"] for each in settings.values()] == [0.7, 0.7, 0.3]
+    assert "generator" not in result["arms"]["cooler"]
+    seeds = [[row["good"]["seed"] for row in rows(folder, arm, "2-responses")] for arm in ("pbaa", "cooler")]
+    assert seeds[0] == seeds[1], "the same random numbers"
+    texts = [[row["good"]["text"] for row in rows(folder, arm, "2-responses")] for arm in ("pbaa", "cooler")]
+    assert texts[0] != texts[1]
+    measures = {arm: result["arms"][arm]["measures"]["on_policy_all"].mean for arm in ("pbaa", "cooler")}
+    assert measures["cooler"] > measures["pbaa"], "cooler is more probable, steered or not"
+    assert "| cooler |" in (folder / "comparison.md").read_text()
+    assert "Variety" in (folder / "comparison.md").read_text()
+
+
+def test_a_generator_may_answer_at_another_temperature(recipe_of: RecipeOf, tmp_path: Path):
+    """The policy's responses, and what is trained on them, are those of before."""
+    folder = tmp_path / "run"
+    changes = {"generator.max_steps": 1, "alignment.max_steps": 1}
+    run(Recipe.model_validate(recipe_of(folder, changes)))
+    before = {stage: (folder / f"round-1/{stage}/MANIFEST.json").read_text() for stage in ("2-responses", "4-generator")}
+    pairs = (folder / "round-1/5-preferences/MANIFEST.json").read_text()
+    run(Recipe.model_validate(recipe_of(folder, {**changes, "generator.temperature": 0.2})))
+    assert before == {stage: (folder / f"round-1/{stage}/MANIFEST.json").read_text() for stage in before}
+    now = json.loads((folder / "round-1/5-preferences/MANIFEST.json").read_text())
+    assert now["settings"]["responses"]["temperature"] == 0.2
+    assert now["outputs"] != json.loads(pairs)["outputs"]

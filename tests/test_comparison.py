@@ -41,6 +41,15 @@ def test_values_by_hand():
     assert values["on_policy_all"] == {"a": pytest.approx((math.exp(-1) + math.exp(-2)) / 2)}
     assert values["margin_per_token"] == {"a": pytest.approx(1.0)}
     assert values["accuracy"] == {"a": 0.5}
+    assert values["overlap"] == {"a": 1.0}, "both say Yes."
+    assert "repetition" not in values, "a word is no 3-gram"
+
+
+def test_repetition_by_hand():
+    """Of "to be or to be or": to be or, be or to, or to be, to be or: one of four was said before; the other says none."""
+    both = pair("a", -2, -4)
+    both = replace(both, chosen=replace(both.chosen, messages=side("To be or, to be or!").messages))
+    assert query_values(iter([both]), {}, frozenset("a"))["repetition"] == {"a": 0.25}
 
 
 def test_seeds_are_averaged_within_a_query_before_arms_are_compared(recipe_of: RecipeOf, tmp_path: Path):
@@ -66,6 +75,8 @@ def test_seeds_are_averaged_within_a_query_before_arms_are_compared(recipe_of: R
         (["pbaa", "dual"], {}, "needs training.lora"),
         (["given"], {}, "needs compare.given"),
         (["sso", "sso"], {}, "named twice"),
+        (["pbaa", "cooler"], {"responses.temperature": 0.5}, "compare.cooler: 0.5 is not below"),
+        (["pbaa", "cooler"], {"generator.temperature": 0.3}, "the other arms, 0.3"),
         (
             ["pbaa"],
             {"engine": SERVER, "generator.kind": "none", "judge": JUDGE, "compare.align": True},

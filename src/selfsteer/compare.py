@@ -18,6 +18,7 @@ from selfsteer.engines.open import check_engines
 from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference
 from selfsteer.measures.metrics import RoundMetrics, TrainingSummary
 from selfsteer.measures.quality import scored
+from selfsteer.measures.text import repetition, similarity, words
 from selfsteer.measures.verdicts import Verdict, judge_report, points
 from selfsteer.pipeline import Prepared, finish, first_round, log, make_data, prepare, write_report
 from selfsteer.recipe.engines import runs_already
@@ -80,6 +81,14 @@ ARMS: Mapping[str, Arm] = {
     "l_minus": Arm("a generator trained with L- alone", {**_SSO, "generator.objective": "l_minus"}),
     "equation_3": Arm("a generator trained with the obvious L-", {**_SSO, "generator.objective": "equation_3"}),
     "dual": Arm("two generators, one on L+ and one on L-", {**_SSO, "generator.kind": "dual"}),
+    "sft_only": Arm(
+        "a generator trained by the SFT term alone: what sharpening gains without preferences",
+        {**_SSO, "generator.loss": "sft", "generator.sft_weight": 0.0},
+    ),
+    "cooler": Arm(
+        "the policy's own responses at compare.cooler: what a lower temperature gains without training",
+        {"generator.kind": "none"},
+    ),
     "ipo": Arm("as sso, with IPO in both trainings", {**_SSO, "generator.loss": "ipo", "alignment.loss": "ipo"}),
     "weak_principles": Arm(
         "as sso, the principles written by the policy itself",
@@ -98,7 +107,8 @@ def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
     output = str(Path(recipe.output) / arm_folder(name, seed))
     unused: dict[str, object] = {"quality.gates": {}, "quality.stop_when": {}, "selection": {}}
     common: dict[str, object] = {"output": output, "seed": seed, "rounds": 1, **unused}
-    for key, value in {**common, **ARMS[name].changes}.items():
+    cooler = {"generator.temperature": recipe.compare.cooler} if name == "cooler" else {}
+    for key, value in {**common, **ARMS[name].changes, **cooler}.items():
         data = apply_override(data, Override(key, value))
     return Recipe.model_validate(data)
 
@@ -121,6 +131,11 @@ def check_arms(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Non
         )
     if "given" in arms and recipe.compare.given is None:
         raise ValueError('the arm "given" needs compare.given, a file of preference pairs')
+    if "cooler" in arms and recipe.compare.cooler >= recipe.of_pairs.temperature:
+        raise ValueError(
+            f"compare.cooler: {recipe.compare.cooler:g} is not below the temperature of the other arms,"
+            f" {recipe.of_pairs.temperature:g}; lower it, or leave out the arm"
+        )
     if runs_already(recipe.engine) and recipe.compare.align and recipe.judge.kind != "none":
         raise ValueError(
             "engine: a server that runs already can't hold the policies whose answers are judged. Set engine.serve to the"
@@ -162,7 +177,11 @@ def query_values(pairs: Iterator[Pair], verdicts: Mapping[JudgeName, Sequence[Ve
             "margin_per_token": good.mean_logps - bad.mean_logps,
             "length_chosen": float(good.tokens),
             "length_rejected": float(bad.tokens),
+            "overlap": similarity(pair.chosen.text, pair.rejected.text),
         }
+        repeated = [each for side in (pair.chosen, pair.rejected) if (each := repetition(words(side.text))) is not None]
+        if repeated:
+            found["repetition"] = _average(repeated)
         for name, value in found.items():
             gathered[name][pair.query_id].append(value)
     judged: dict[JudgeName, str] = {"judge": "accuracy", "principle_consistency": "principle_consistency"}

@@ -159,6 +159,15 @@ def test_the_original_response_is_drawn_as_the_others_unless_it_is_said(smallest
     assert load(smallest, ["responses.original={top_p: 1}"]).responses.bare == Sampled(temperature=0.7, top_p=1.0)
 
 
+def test_the_pairs_may_have_a_temperature_of_their_own(smallest: Path):
+    recipe = load(smallest, ["generator.temperature=0.4"])
+    assert recipe.of_pairs == Sampled(temperature=0.4)
+    assert recipe.responses.steered == recipe.responses.bare == Sampled(), "the policy answers as before"
+    assert load(smallest).of_pairs == Sampled()
+    (mistake,) = mistakes(smallest, "generator.temperature=0", "selection.samples=2")
+    assert mistake.endswith("at generator.temperature 0 all samples are the same one")
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +216,7 @@ filters: 5
         "recipe.yaml:4: queries.colum: unknown key; did you mean queries.column?",
         "recipe.yaml:6: generator.loss: given 'xpo',"
         " expected 'dpo', 'ipo', 'hinge', 'simpo', 'orpo', 'apo_zero', 'robust_dpo',"
-        " 'sppo', 'dpo_norm', 'dpop' or 'bdpo'",
+        " 'sppo', 'dpo_norm', 'dpop', 'bdpo' or 'sft'",
         "recipe.yaml:7: generator.beta: given 0, expected greater than 0",
         "recipe.yaml:8: filters: given 5, expected a section with keys of its own",
     ]
@@ -407,7 +416,7 @@ def test_description_as_text(smallest: Path):
     assert "  beta: 0.5  # default: 0.1\n" in text
     assert "  lora:  # default: null\n" in text
     assert "    rank: 8  # default: 16\n" in text
-    assert "ipo | hinge | simpo | orpo | apo_zero | robust_dpo | sppo | dpo_norm | dpop | bdpo]" in text
+    assert "ipo | hinge | simpo | orpo | apo_zero | robust_dpo | sppo | dpo_norm | dpop | bdpo | sft]" in text
     assert text.count("# default:") == 3
 
 

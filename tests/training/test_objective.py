@@ -50,6 +50,7 @@ def logistic(x: float) -> float:
         ("dpo_norm", 5.0, math.log(2)),  # 2/4 against 1/2: no gap a token
         ("dpop", 0.5, 0.474077),  # the chosen response has lost nothing: DPO
         ("bdpo", 0.5, logistic(0.5 * (2 - math.log(0.5 * math.e + 0.5)))),
+        ("sft", 0.5, 8 / 4),  # of the chosen response alone, per token
     ],
 )
 def test_losses_by_hand(loss: LossName, beta: float, expected: float):

@@ -38,6 +38,7 @@ from selfsteer.measures.text import (
     is_refusal,
     leaks_principle,
     near_repeats,
+    repetition,
     script_mismatch,
     signature,
     similarity,
@@ -83,9 +84,9 @@ class _Responses:
         self.words.append(len(text_words))
         if side.tokens is not None:
             self.tokens.append(side.tokens)
-        trigrams = list(zip(text_words, text_words[1:], text_words[2:], strict=False))
-        if trigrams:
-            self.repetition.append(1 - len(set(trigrams)) / len(trigrams))
+        repeated = repetition(text_words)
+        if repeated is not None:
+            self.repetition.append(repeated)
         self.digests.append(_digest(text))
         if len(self.vocabulary_ids) < WORD_BUDGET:
             self.vocabulary_ids.extend(vocabulary.setdefault(word, len(vocabulary)) for word in text_words[:WORD_BUDGET])
@@ -296,9 +297,9 @@ def _variety(chosen: _Responses, rejected: _Responses) -> tuple[dict[str, Variet
     varieties: dict[str, Variety] = {}
     for name, repetitions in (("chosen", chosen.repetition), ("rejected", rejected.repetition)):
         variety = Variety()
-        repetition = mean_estimate(repetitions)
-        if repetition is not None:
-            variety["repetition"] = repetition
+        repeated = mean_estimate(repetitions)
+        if repeated is not None:
+            variety["repetition"] = repeated
         first = ids[name][: np.searchsorted(np.cumsum(ids[name] >= 0), size) + 1]
         for key, n in (("distinct_1", 1), ("distinct_2", 2), ("distinct_3", 3)):
             share = _distinct(first, n)

@@ -38,6 +38,12 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+def repetition(text_words: list[str]) -> float | None:
+    """The share of a text's word 3-grams that it has said before; None of fewer than three words."""
+    trigrams = list(zip(text_words, text_words[1:], text_words[2:], strict=False))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else None
+
+
 def ngram_hashes(text_words: list[str], size: int) -> NDArray[np.uint64]:
     """64-bit hashes of the word n-grams, shape (n-grams,), in order and the same on every machine.
 

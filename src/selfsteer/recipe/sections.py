@@ -149,7 +149,9 @@ class Selection(Section):
         return self
 
 
-LossName = Literal["dpo", "ipo", "hinge", "simpo", "orpo", "apo_zero", "robust_dpo", "sppo", "dpo_norm", "dpop", "bdpo"]
+LossName = Literal[
+    "dpo", "ipo", "hinge", "simpo", "orpo", "apo_zero", "robust_dpo", "sppo", "dpo_norm", "dpop", "bdpo", "sft"
+]
 
 ObjectiveName = Literal["sso", "equation_3", "l_plus", "l_minus"]
 
@@ -165,11 +167,15 @@ class Generator(Section):
     objective: ObjectiveName = "sso"
     """sso (equation 4), equation_3 (the obvious L-), or one half alone."""
     loss: LossName = "dpo"
-    """L_base, the preference loss; dpo_norm, dpop and bdpo guard against displacement (`docs/quality.md`)."""
+    """L_base, the preference loss; dpo_norm, dpop and bdpo guard against displacement (`docs/quality.md`); sft: none, the
+    SFT term itself stands in its place (a control)."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the tie to the reference model (tau for IPO)."""
     sft_weight: float = Field(default=0.1, ge=0)
     """gamma, the weight of the SFT term on the chosen response."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Of the responses that become the alignment pairs, by the generator or, with kind: none, by the policy; that of
+    responses when empty. Lower than that, it makes any response more probable, generator or not."""
     queries: int | None = Field(default=8000, ge=1)
     """Train on this many queries, drawn with the seed; all when empty."""
     learning_rate: float = Field(default=5e-7, gt=0)
@@ -445,6 +451,8 @@ class ComparisonSection(Section):
     """Align a policy on each arm's data as well, and let the judge, if there is one, compare it with the first policy."""
     given: str | None = None
     """Preference data made elsewhere, for the arm "given"."""
+    cooler: float = Field(default=0.5, ge=0)
+    """generator.temperature of the arm "cooler", the policy without a generator; it is to be below that of the others."""
 
 
 class Recipe(Section):
@@ -506,9 +514,16 @@ class Recipe(Section):
             raise ValueError("selection.by: judge needs a judge; set judge.kind and judge.model")
         if section.active and section.by == "generator" and self.generator.kind == "none":
             raise ValueError("selection.by: generator needs a generator; set generator.kind, or selection.by=judge")
-        if section.samples > 1 and self.responses.temperature == 0:
-            raise ValueError("selection.samples: at responses.temperature 0 all samples are the same one")
+        if section.samples > 1 and self.of_pairs.temperature == 0:
+            key = "responses" if self.generator.temperature is None else "generator"
+            raise ValueError(f"selection.samples: at {key}.temperature 0 all samples are the same one")
         return self
+
+    @property
+    def of_pairs(self) -> Sampled:
+        """How the responses that become the alignment pairs are drawn."""
+        own = self.generator.temperature
+        return self.responses.steered if own is None else self.responses.steered.model_copy(update={"temperature": own})
 
     def _not_measured(self) -> dict[str, str]:
         """Measures that this recipe does not take, by the beginning of their path, with the way to have them."""

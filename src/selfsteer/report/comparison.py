@@ -30,17 +30,20 @@ _ORDER = {
     "length rejected": "length_rejected",
 }
 
+_VARIETY = {"said before (3-grams)": "repetition", "overlap in a pair": "overlap"}
+
 _PASSING = {"before alignment": "passes_before", "after": "passes_after", "told to": "passes_prompted"}
 
 _GROUPS = (
     ("On-policy probability", _ON_POLICY),
     ("Order and length in tokens", _ORDER),
+    ("Variety", _VARIETY),
     ("Held-out answers that pass the checks of their principle", _PASSING),
 )
 
 _JUDGED = {"accuracy": "accuracy", "principle consistency": "principle_consistency"}
 
-SHARES = frozenset((*_JUDGED.values(), *_PASSING.values()))
+SHARES = frozenset((*_JUDGED.values(), *_VARIETY.values(), *_PASSING.values()))
 """Measures that are shares."""
 
 

@@ -56,7 +56,7 @@ def preferences_stage(
     """
     recipe = round.recipe
     settings = {
-        "responses": recipe.responses.steered.model_dump(),
+        "responses": recipe.of_pairs.model_dump(),
         "filters": recipe.filters.model_dump(),
         "seed": recipe.seed,
         "round": round.number,

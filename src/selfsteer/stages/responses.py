@@ -14,7 +14,7 @@ from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import Sampler, request, response, sample, seed_for
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.recipe.sections import Generator, ResponsesSection
+from selfsteer.recipe.sections import Generator, Recipe, Sampled
 from selfsteer.records import Checkpoint, Dropped, Response
 from selfsteer.stages.base import (
     Round,
@@ -40,7 +40,7 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
     """Step 2: y+, y- and y_o from the policy, for the queries that train the generator (for all, where there is none)."""
     generator = round.recipe.generator
     settings = {
-        "responses": round.recipe.responses.steered.model_dump(),
+        "responses": _steered(round.recipe, RESPONSES).model_dump(),
         "dtype": None if round.recipe.engine.kind == "openai" else round.recipe.engine.dtype,
         **sampling_identity(round.recipe.engine),
         "queries": None if generator.kind == "none" else generator.queries,
@@ -122,9 +122,9 @@ def _needs_original(generator: Generator) -> bool:
     return generator.kind != "none" and generator.objective in ("sso", "l_minus")
 
 
-def sampling_of(section: ResponsesSection, role: str) -> Sampling:
-    """How the response of this role ("good", "bad", "original") is drawn."""
-    return Sampling(**(section.bare if role == "original" else section.steered).model_dump())
+def _steered(recipe: Recipe, stage: str) -> Sampled:
+    """How y+ and y- are drawn; without a generator those of stage 2 are the alignment pairs."""
+    return recipe.of_pairs if stage != RESPONSES or recipe.generator.kind == "none" else recipe.responses.steered
 
 
 def sampler_of(round: Round, models: Mapping[str, Checkpoint]) -> Sampler:
@@ -150,13 +150,14 @@ def requests_of(
         "bad": round.prompts.steer(query.messages, principles.bad),
         "original": query.messages,
     }
+    steered, bare = _steered(round.recipe, stage), round.recipe.responses.bare
     found: dict[str, Request] = {}
     for role, model in models.items():
         item = request(
             round.prompts,
             messages[role],
             model_digest=sampler_digest(round.recipe.engine, model),
-            sampling=sampling_of(round.recipe.responses, role),
+            sampling=Sampling(**(bare if role == "original" else steered).model_dump()),
             seed=seed_for(round.recipe.seed, round.number, stage, query.id, role, number),
         )
         found[role] = item if model.adapter is None else replace(item, adapter=model.adapter.name)

@@ -98,7 +98,7 @@ def policy_stage(round: Round, preferences: Stage) -> Stage:
 
 def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | Alignment) -> Stage:
     settings: dict[str, Any] = {
-        "objective": section.model_dump(exclude={"kind", "objective", "queries", "reference", "weighting"}),
+        "objective": section.model_dump(exclude={"kind", "objective", "queries", "temperature", "reference", "weighting"}),
         "training": round.recipe.training.model_dump(exclude={"save_steps", "report_to", "gradient_checkpointing"}),
         "seed": round.recipe.seed,
     }

@@ -63,7 +63,7 @@ CHOSEN_PENALTY = 50.0
 MIXTURE = 0.5
 """Bounded DPO's lambda: the share of the policy in the mixture (arXiv 2506.12725, best of those that it tried)."""
 
-REFERENCE_FREE: frozenset[LossName] = frozenset({"simpo", "orpo"})
+REFERENCE_FREE: frozenset[LossName] = frozenset({"simpo", "orpo", "sft"})
 """Losses that never look at the reference model."""
 
 
@@ -211,6 +211,16 @@ def bdpo(pairs: PairLogps, *, beta: float) -> Tensor:
     return -F.logsigmoid(beta * (pairs.chosen_ratio - mixed))
 
 
+def sft(pairs: PairLogps) -> Tensor:
+    """L_sft: the mean negative log-likelihood per token of the chosen response, shape (pairs,)."""
+    return -pairs.mean_chosen
+
+
+def sft_only(pairs: PairLogps, *, beta: float) -> Tensor:
+    """L_sft in place of a preference loss, as a control: it looks at no reference model and no rejected response."""
+    return sft(pairs)
+
+
 LOSSES: Mapping[LossName, PreferenceLoss] = {
     "dpo": dpo,
     "ipo": ipo,
@@ -223,12 +233,8 @@ LOSSES: Mapping[LossName, PreferenceLoss] = {
     "dpo_norm": dpo_norm,
     "dpop": dpop,
     "bdpo": bdpo,
+    "sft": sft_only,
 }
-
-
-def sft(pairs: PairLogps) -> Tensor:
-    """L_sft: the mean negative log-likelihood per token of the chosen response, shape (pairs,)."""
-    return -pairs.mean_chosen
 
 
 def objective(loss: LossName, *, beta: float, sft_weight: float) -> Callable[[PairLogps], Tensor]:
