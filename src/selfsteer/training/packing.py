@@ -212,7 +212,7 @@ def _behind_prompt(query: Tensor, key: Tensor, value: Tensor, layout: Layout, op
         layout.masks[shape] = mask.repeat(heads // groups, 1)
     folded = query.reshape(1, groups, heads // groups * length, size)
     output = F.scaled_dot_product_attention(folded, key, value, attn_mask=layout.masks[shape], **options)
-    return output.view(1, heads, length, size)
+    return output.reshape(1, heads, length, size)
 
 
 def _tokens(rows: Sequence[Row]) -> tuple[int, ...]:
