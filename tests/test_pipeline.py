@@ -302,6 +302,22 @@ def test_the_original_response_has_a_sampling_of_its_own(copy: Path, recipe_of: 
         assert row["original"]["finish_reason"] == "length" or greedy[len(sampled)] == row["original"]["end_id"]
 
 
+def test_wrapped_principles_steer_and_are_shown_bare(copy: Path, recipe_of: RecipeOf):
+    """Every steered prompt has the sentence, of the samples and of the training; the principles stay as they are."""
+    before = {row["query_id"]: row["principles"] for row in rows(copy, "1-principles")}
+    old = samples(copy, "2-responses")
+    run(recipe_of(copy, {"principles.wrap": True, "generator.max_steps": 1, "alignment.max_steps": 1}))
+    for row in rows(copy, "1-principles"):
+        wrapped = row["principles"]
+        assert wrapped == {**before[row["query_id"]], "wrap": wrapped["wrap"]}
+        assert "{principle}" in wrapped["wrap"]
+    assert len(samples(copy, "2-responses")) == len(old) + 2 * len(QUERIES), "y+ and y- anew, y_o as it was"
+    for row in rows(copy, "3-steering"):
+        side = "good" if row["kind"] == "l_plus" else "bad"
+        system = row["prompt"][0]["content"]
+        assert system == row["principles"]["wrap"].replace("{principle}", row["principles"][side])
+
+
 def test_without_an_original_response_its_sampling_changes_nothing(recipe_of: RecipeOf, tmp_path: Path):
     changes = {"generator.kind": "none", "alignment.max_steps": 1}
     run(recipe_of(tmp_path / "run", changes))

@@ -23,8 +23,8 @@ def steering_pairs(responses: Responses, prompts: Prompts, objective: ObjectiveN
     Table 4); "l_plus" and "l_minus" keep one half.
     """
     query, principles = responses.query, responses.principles
-    good_prompt = prompts.steer(query.messages, principles.good)
-    bad_prompt = prompts.steer(query.messages, principles.bad)
+    good_prompt = prompts.steer(query.messages, principles.good_message)
+    bad_prompt = prompts.steer(query.messages, principles.bad_message)
     plus = _pair(responses, "l_plus", good_prompt, (responses.good, responses.bad))
     if objective == "l_plus":
         return (plus,)
@@ -75,7 +75,9 @@ def reject_reason(good: Response, bad: Response, principles: Principles, filters
         return "length ratio"
     if filters.refusals and is_refusal(good.text):
         return "refusal in the chosen response"
-    if filters.leakage and (leaks_principle(good.text, principles.good) or leaks_principle(bad.text, principles.bad)):
+    if filters.leakage and (
+        leaks_principle(good.text, principles.good_message) or leaks_principle(bad.text, principles.bad_message)
+    ):
         return "principle leakage"
     if similarity(good.text, bad.text) >= filters.near_identical:
         return "near-identical responses"

@@ -65,6 +65,21 @@ class Principles:
     """Why a library pair stands in for a generated one."""
     checks: tuple[str, ...] = ()
     """What code can check of a response to the good principle (`measures/checks.py`), each as canonical JSON."""
+    wrap: str | None = None
+    """What either principle is set into, at {principle}; None: it stands alone."""
+
+    @property
+    def good_message(self) -> str:
+        """What steers towards p+."""
+        return self._message(self.good)
+
+    @property
+    def bad_message(self) -> str:
+        """What steers towards p-."""
+        return self._message(self.bad)
+
+    def _message(self, principle: str) -> str:
+        return principle if self.wrap is None else self.wrap.replace("{principle}", principle)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

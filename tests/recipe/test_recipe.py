@@ -37,6 +37,7 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
 
 def test_recipes_are_shipped():
     assert [path.stem for path in RECIPES] == [
+        "authors-qwen2-7b",
         "comparison-cpu",
         "house-style",
         "llama3-8b",
@@ -66,6 +67,18 @@ def test_the_papers_numbers(name: str):
     assert (responses.temperature, responses.top_p, responses.max_new_tokens) == (0.7, 0.8, 2048)
     assert responses.bare == responses.steered, "y_o is drawn as the others"
     assert (generator.kind, generator.objective) == ("single", "sso")
+
+
+def test_what_the_authors_code_does():
+    """Only what it says otherwise than the paper differs from the paper's recipe (AutoAlign, algorithms/sso)."""
+    authors, paper = (load(path) for path in RECIPES if path.stem in ("authors-qwen2-7b", "qwen2-7b"))
+    expected = paper.model_dump()
+    expected["output"] = "runs/authors-qwen2-7b"
+    expected["principles"] |= {"model": None, "wrap": True, "concision": 0.0}
+    expected["responses"]["original"]["temperature"] = 0.0
+    expected["generator"]["queries"] = None
+    expected["training"] |= {"weight_decay": 0.1, "warmup_ratio": 0.04}
+    assert authors.model_dump() == expected
 
 
 def test_every_field_is_described():

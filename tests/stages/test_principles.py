@@ -25,6 +25,7 @@ from selfsteer.stages.principles import (
     load_pool,
     parse_principles,
     principle_messages,
+    wrapping,
 )
 from selfsteer.store import columns
 
@@ -42,6 +43,22 @@ QUERIES = [make(f"request number {number}") for number in range(5000)]
 
 def source(**settings: object) -> sections.PrincipleSource:
     return sections.PrincipleSource.model_validate(settings)
+
+
+# --- wrapping --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrapped_principle_stands_in_a_sentence_that_asks_not_to_mention_it():
+    text = wrapping(source(wrap=True))
+    assert text is not None
+    assert text.count("{principle}") == 1
+    assert re.search(r"never mention", text, re.IGNORECASE)
+    principles = Principles(good=GOOD, bad=BAD, quality="logic", source="library", wrap=text)
+    before, after = text.split("{principle}")
+    assert principles.good_message == before + GOOD + after
+    assert principles.bad_message == before + BAD + after
+    assert wrapping(source()) is None
+    assert replace(principles, wrap=None).good_message == GOOD
 
 
 # --- the library -----------------------------------------------------------------------------------------------------------

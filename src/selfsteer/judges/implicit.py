@@ -96,5 +96,7 @@ def _refusal(both: tuple[Pair, Pair], prompts: Prompts) -> str | None:
 def _under_both(pair: Pair, prompts: Prompts) -> tuple[Pair, Pair]:
     """Both responses under x+, and under x-: two rows with a shared prompt each."""
     assert pair.principles is not None, "pairs made elsewhere are not asked"
-    plus, minus = (prompts.steer(pair.prompt, which) for which in (pair.principles.good, pair.principles.bad))
+    plus, minus = (
+        prompts.steer(pair.prompt, which) for which in (pair.principles.good_message, pair.principles.bad_message)
+    )
     return (replace(pair, prompt=plus), replace(pair, prompt=minus))

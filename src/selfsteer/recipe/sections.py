@@ -320,6 +320,8 @@ class PrincipleSource(Section):
     """With source: generate, the principle generator; the policy itself when empty."""
     engine: EngineSection | None = None
     """With source: generate, the engine that holds the principle generator; the one of the responses when empty."""
+    wrap: bool = False
+    """Set the principle into a sentence that asks to follow it without mentioning it, instead of sending it bare."""
     concision: float = Field(default=0.2, ge=0, le=1)
     """Share of the queries that get the concision pair added, against length bias."""
     temperature: float = Field(default=0.7, ge=0)

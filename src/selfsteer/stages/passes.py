@@ -67,7 +67,7 @@ class _Asked(NamedTuple):
         prompts, recipe = self.round.prompts, self.round.recipe
         return request(
             prompts,
-            prompts.steer(query.messages, principles.good) if which == "prompted" else query.messages,
+            prompts.steer(query.messages, principles.good_message) if which == "prompted" else query.messages,
             model_digest=sampler_digest(recipe.engine, self.model(which)),
             sampling=Sampling(**recipe.responses.steered.model_dump()),
             seed=seed_for(recipe.seed, "answer", query.id),

@@ -140,8 +140,17 @@ def _only(pairs: Sequence[PrinciplePair], qualities: Sequence[str] | None) -> tu
 # --- library and file ------------------------------------------------------------------------------------------------------
 
 
+def _template_text(name: str) -> str:
+    return resources.files("selfsteer").joinpath("templates", name).read_text(encoding="utf-8")
+
+
 def _template(name: str) -> object:
-    return yaml.safe_load(resources.files("selfsteer").joinpath("templates", name).read_text(encoding="utf-8"))
+    return yaml.safe_load(_template_text(name))
+
+
+def wrapping(section: sections.PrincipleSource) -> str | None:
+    """What the principles are set into, None where they stand alone."""
+    return _template_text("principle_wrap.txt").strip() if section.wrap else None
 
 
 @cache
@@ -309,7 +318,8 @@ def principles_stage(round: Round) -> Stage:
         inputs["principles"] = file_digest(Path(section.path))
     settings = {
         "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds"}),
-        "principles": section.model_dump(exclude={"path", "engine", "limit"}),
+        "principles": section.model_dump(exclude={"path", "engine", "limit", "wrap"}),
+        "wrap": wrapping(section),
         **(sampling_identity(section.engine or round.recipe.engine) if section.source == "generate" else {}),
         "system_role": round.prompts.system_role,
         "library": digest([[*pair[:3], *pair.checks] for pair in load_pool(section).pairs]),
@@ -323,7 +333,7 @@ def principles_stage(round: Round) -> Stage:
 
 def _principles(round: Round, work: Work) -> Contents:
     section = round.recipe.principles
-    pool = load_pool(section)
+    pool, wrap = load_pool(section), wrapping(section)
     queries, positions = _Queries(round), _positions(round)
     wanted = sum(1 for _ in queries)
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
@@ -336,7 +346,7 @@ def _principles(round: Round, work: Work) -> Contents:
             if isinstance(item, Dropped):
                 dropped.append(item)
                 continue
-            principles = assign(item)
+            principles = replace(assign(item), wrap=wrap)
             length = _length_beyond(round.prompts, item, principles, _longest_prompt(round, positions))
             if length is not None and (found := _too_long(round, length, positions)) is not None:
                 dropped.append(Dropped(id=item.id, reason=found.reason, detail=f"with its principle, {found.detail}"))
@@ -467,5 +477,5 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: _Queries
 
 def _length_beyond(prompts: Prompts, query: Query, principles: Principles, limit: int) -> int | None:
     """The tokens of the longer steered prompt, where they are more than `limit`."""
-    steered = (prompts.steer(query.messages, text) for text in (principles.good, principles.bad))
+    steered = (prompts.steer(query.messages, text) for text in (principles.good_message, principles.bad_message))
     return max((length for each in steered if (length := prompts.length_beyond(each, limit)) is not None), default=None)

@@ -146,8 +146,8 @@ def requests_of(
     """
     query, principles = columns.query(row), columns.principles(row)
     messages = {
-        "good": round.prompts.steer(query.messages, principles.good),
-        "bad": round.prompts.steer(query.messages, principles.bad),
+        "good": round.prompts.steer(query.messages, principles.good_message),
+        "bad": round.prompts.steer(query.messages, principles.bad_message),
         "original": query.messages,
     }
     steered, bare = _steered(round.recipe, stage), round.recipe.responses.bare

@@ -26,6 +26,7 @@ _PRINCIPLES = pa.struct(
         ("concision", pa.bool_()),
         ("fallback", pa.string()),
         ("checks", pa.list_(pa.string())),
+        ("wrap", pa.string()),
     ]
 )
 
