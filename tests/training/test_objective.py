@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, tensor
 
 from selfsteer.recipe.sections import LossName
-from selfsteer.training.objective import LOSSES, PairLogps, dpo, objective, sft
+from selfsteer.training.objective import LOSSES, PairLogps, chosen_pulls, dpo, objective, sft
 
 
 def pair_logps(
@@ -108,6 +108,18 @@ def test_objective_adds_the_weighted_sft_term():
     pairs = pair_logps(-8.0, -5.0, ref=(-10.0, -6.0))
     total = objective("dpo", beta=0.5, sft_weight=0.1)(pairs)
     assert total.item() == pytest.approx(dpo(pairs, beta=0.5).item() + 0.1 * 2.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "base"),
+    [("dpo", 0.1 / 2), ("dpo_norm", 0.1 / 2 / 96), ("ipo", 2 * 5 / 96)],  # of IPO d (h - 1 / (2 tau))^2, h = 0
+)
+def test_the_share_of_the_sft_term_at_the_first_step(loss: LossName, base: float):
+    """No margin, 96 tokens, beta and gamma 0.1: L_sft pulls with 0.1 / 96, two hundredths of DPO's 0.05."""
+    pairs = pair_logps(-80.0, -90.0, ref=(-80.0, -90.0), tokens=(96, 40))
+    of_base, of_sft = chosen_pulls(objective(loss, beta=0.1, sft_weight=0.1), pairs, 0.1)
+    assert of_sft.tolist() == pytest.approx([0.1 / 96])
+    assert of_base.tolist() == pytest.approx([base], rel=1e-4)
 
 
 def test_orpo_stays_finite_for_an_almost_certain_completion():

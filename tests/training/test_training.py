@@ -117,6 +117,15 @@ def test_first_margins_are_exactly_zero(dtype: Any, lora: Lora | None, job: Trai
     assert result.last["margin"] > 0.0
 
 
+def test_the_share_of_the_sft_term_is_in_the_history(job: TrainingJob, pairs: Path):
+    """At the first step every margin is zero: the sum of 0.1 / |y_w| over the pairs, against that and 0.05 a pair."""
+    result = train(replace(job, batch_size=6, epochs=1))
+    pulls = [0.1 / tokens for tokens in pq.read_table(pairs).column("chosen_tokens").to_pylist()]
+    assert result.first["sft_share"] == pytest.approx(sum(pulls) / (sum(pulls) + 0.05 * len(pulls)), rel=1e-4)
+    without = train(replace(changed(job, "without"), sft_weight=0.0, max_steps=1))
+    assert "sft_share" not in without.first
+
+
 def test_l_sso_equals_an_oracle_written_out(job: TrainingJob, groups: Any):
     """Equations 1, 2 and 4 with plain forwards of a second model: mean over queries of L+ + L-, at step 2."""
     result = train(replace(job, batch_size=6, epochs=2))

@@ -569,18 +569,20 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
     def texts(label: str, values: Iterator[str]) -> Row:
         return Row(label, tuple(map(Cell, values)))
 
-    curves = [[entry["loss"] for entry in side.get("curve", []) if "loss" in entry] for side in sides]
-    weights_of = [[entry["weight"] for entry in side.get("curve", []) if "weight" in entry] for side in sides]
+    def ends(name: str, places: int) -> Iterator[str]:
+        """A value of the first and of the last step that has it."""
+        for side in sides:
+            values = [entry[name] for entry in side.get("curve", []) if name in entry]
+            yield " -> ".join(f"{values[i]:.{places}f}" for i in (0, -1)) if values else ""
+
     rows = (
         line("optimizer steps", "steps"),
         texts("time", (duration(side["seconds"]) if "seconds" in side else "" for side in sides)),
         line("tokens a second", "tokens_per_second"),
         texts("peak memory", (f"{side['peak_memory'] / 1e9:.1f} GB" if "peak_memory" in side else "" for side in sides)),
-        texts("loss, first -> last", (f"{curve[0]:.4f} -> {curve[-1]:.4f}" if curve else "" for curve in curves)),
-        texts(
-            "weight of a pair",
-            (" -> ".join(f"{weights[i]:.3f}" for i in (0, -1)) if weights else "" for weights in weights_of),
-        ),
+        texts("loss, first -> last", ends("loss", 4)),
+        texts("weight of a pair", ends("weight", 3)),
+        texts("share of the SFT term", ends("sft_share", 3)),
         Row("on its own pairs"),
         line("pairs measured", "reward.pairs"),
         line("accuracy before", "reward.before.accuracy", "share"),

@@ -6,7 +6,7 @@ purpose: models, tokens, batches.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -249,6 +249,20 @@ def objective(loss: LossName, *, beta: float, sft_weight: float) -> Callable[[Pa
         return (losses if pairs.weights is None else pairs.weights * losses) + sft_weight * sft(pairs)
 
     return pair_losses
+
+
+def chosen_pulls(pair_losses: Callable[[PairLogps], Tensor], pairs: PairLogps, sft_weight: float) -> tuple[Tensor, Tensor]:
+    """What pulls at the chosen response of each pair: |d L_base / d log pi(y_w)|, and gamma / |y_w| of L_sft; (pairs,) each.
+
+    Both terms reach the weights through log pi(y_w), so their shares of its gradient are their shares of what the chosen
+    responses do to the weights: at DPO's first step gamma / |y_w| against beta / 2. pair_losses: what `objective` made.
+    """
+    chosen = pairs.chosen.detach().requires_grad_()
+    alone = replace(pairs, chosen=chosen, rejected=pairs.rejected.detach())
+    with torch.enable_grad():
+        (slopes,) = torch.autograd.grad(pair_losses(alone).sum(), chosen)
+    of_sft = sft_weight / pairs.chosen_tokens
+    return (slopes + of_sft).abs(), of_sft
 
 
 def _log_odds(mean_logps: Tensor) -> Tensor:

@@ -155,6 +155,7 @@ def train(job: TrainingJob) -> TrainingResult:
             collator=Collator(packing),
             loss=objective(job.loss, beta=job.beta, sft_weight=job.sft_weight),
             beta=job.beta,
+            sft_weight=job.sft_weight,
             weighted=job.weighting != "none",
             advance=advance,
         )

@@ -30,7 +30,7 @@ from selfsteer.store import columns
 from selfsteer.store.durable import read_object, replacing
 from selfsteer.training import checkpoints, parallel
 from selfsteer.training.logps import Packing, to_device
-from selfsteer.training.objective import PairLogps, pair_weights, sft
+from selfsteer.training.objective import PairLogps, chosen_pulls, pair_weights, sft
 from selfsteer.training.packing import Batch, TokenPair, share_prompts
 from selfsteer.training.scoring import tokenize
 
@@ -187,6 +187,8 @@ class Step(TypedDict):
     sft: float
     weight: NotRequired[float]
     """What L_base of a pair counts, where pairs are weighted."""
+    sft_share: NotRequired[float]
+    """Of what pulls at the chosen responses, the share of the SFT term (`objective.chosen_pulls`), where there is one."""
     tokens: int
     """Completion tokens that were trained on."""
     seconds: float
@@ -234,8 +236,8 @@ class Collator:
         )
 
 
-_MEANS = ("margin", "accuracy", "chosen_logps", "rejected_logps", "sft", "weight")
-"""Of a `Step`, the means over its pairs."""
+_MEANS = ("margin", "accuracy", "chosen_logps", "rejected_logps", "sft", "weight", "base_pull", "sft_pull")
+"""The means over a step's pairs: those of a `Step`, and what its `sft_share` is made of."""
 
 
 class PreferenceTrainer(Trainer):
@@ -295,7 +297,8 @@ class PreferenceTrainer(Trainer):
         margin = self._job.beta * pairs.ratio_gap.detach()
         tokens = (pairs.chosen_tokens + pairs.rejected_tokens).sum()
         weights = torch.ones_like(margin) if pairs.weights is None else pairs.weights
-        means = (margin, margin > 0, pairs.chosen, pairs.rejected, sft(pairs), weights)
+        pulls = chosen_pulls(self._job.loss, pairs, self._job.sft_weight)
+        means = (margin, margin > 0, pairs.chosen, pairs.rejected, sft(pairs), weights, *pulls)
         sums = [torch.tensor(float(len(margin))), *(values.detach().double().sum().cpu() for values in means), tokens.cpu()]
         self._sums += torch.stack([value.double() for value in sums])
 
@@ -355,6 +358,9 @@ class PreferenceTrainer(Trainer):
             sums = self._sums.to(self.args.device) if self.args.world_size > 1 else self._sums
             count, *means, tokens = cast(Tensor, self.accelerator.reduce(sums, "sum")).tolist()
             logs |= {name: value / count for name, value in zip(_MEANS, means, strict=True)}
+            base, of_sft = logs.pop("base_pull"), logs.pop("sft_pull")
+            if self._job.sft_weight > 0:
+                logs["sft_share"] = of_sft / (base + of_sft)
             if not self._job.weighted:
                 del logs["weight"]
             now = time.perf_counter()
@@ -402,6 +408,8 @@ class JobParts:
     collator: Collator
     loss: Callable[[PairLogps], Tensor]
     beta: float
+    sft_weight: float
+    """That `loss` was made with."""
     weighted: bool = False
     """The model gives the weights of completions beside their log-probabilities (`logps.teach`)."""
     advance: Callable[[int], None] = field(default=lambda _: None)
