@@ -12,18 +12,17 @@ judges (`answers.py`), and benchmarks.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from selfsteer.engines.base import Failed, Request, Sampling
-from selfsteer.engines.open import sampler_digest
-from selfsteer.engines.sampling import request, response, sample, seed_for
+from selfsteer.engines.base import Failed, Request
+from selfsteer.engines.sampling import response
 from selfsteer.judges.checks import checks_of
 from selfsteer.measures.estimates import paired_difference, share_estimate
 from selfsteer.measures.metrics import AnswerShares, CheckedAnswers
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Checkpoint, Dropped, Principles, Query, Response
+from selfsteer.records import Checkpoint, Dropped, Response
 from selfsteer.stages.base import Round, Work, draw, held_out, inputs_of, make_stage, taking
-from selfsteer.stages.responses import sampler_of
+from selfsteer.stages.responses import answer_request, sample_answers
 from selfsteer.stages.status import PASSES
 from selfsteer.stages.training import model_of
 from selfsteer.store import columns
@@ -49,62 +48,43 @@ def passes_stage(round: Round, policy: Stage) -> Stage | None:
     inputs = inputs_of(round, principles=principles, aligned=policy) | {"first policy": round.first.digest}
     if round.number > 1:  # what the first policy has answered already
         borrow(round.folder.stage(round.number, PASSES), [round.folder.stage(1, PASSES)])
-    asked = _Asked(round, model_of(policy))
     origin = Origin(settings=settings, inputs=inputs)
-    return make_stage(round, PASSES, origin, lambda work: _answers(round, work, principles, asked))
+    return make_stage(round, PASSES, origin, lambda work: _answers(round, work, principles, model_of(policy)))
 
 
-class _Asked(NamedTuple):
-    """The questions to both policies."""
-
-    round: Round
-    aligned: Checkpoint
-
-    def model(self, which: Which) -> Checkpoint:
-        return self.aligned if which == "after" else self.round.first
-
-    def request(self, query: Query, principles: Principles, which: Which) -> Request:
-        prompts, recipe = self.round.prompts, self.round.recipe
-        return request(
-            prompts,
-            prompts.steer(query.messages, principles.good_message) if which == "prompted" else query.messages,
-            model_digest=sampler_digest(recipe.engine, self.model(which)),
-            sampling=Sampling(**recipe.responses.steered.model_dump()),
-            seed=seed_for(recipe.seed, "answer", query.id),
-        )
-
-
-def _answers(round: Round, work: Work, principles: Stage, asked: _Asked) -> Contents:
+def _answers(round: Round, work: Work, principles: Stage, aligned: Checkpoint) -> Contents:
     rows = _held_out_rows(round, principles)
-    queries = [(columns.query(row), columns.principles(row)) for row in rows]
-    by_model: tuple[tuple[Checkpoint, tuple[Which, ...]], ...]
-    by_model = (round.first, ("before", "prompted")), (asked.aligned, ("after",))
-    for model, some in by_model:
-        sample(
-            sampler_of(round, {"answer": model}),
-            (asked.request(*each, which) for which in some for each in queries),
-            work.journal,
-            description=f"answers of the {'aligned' if model is asked.aligned else 'first'} policy",
-            total=len(work.journal) + len(some) * len(queries),
-        )
+    asked = [_requests(round, row, aligned) for row in rows]
+    first: tuple[Which, ...] = ("before", "prompted")
+    sample_answers(round, work, round.first, [each[which] for which in first for each in asked], whose="first")
+    sample_answers(round, work, aligned, [each["after"] for each in asked], whose="aligned")
     dropped: list[Dropped] = []
 
     def answered() -> Iterator[dict[str, Any]]:
-        for row, each in zip(rows, queries, strict=True):
+        for row, requests in zip(rows, asked, strict=True):
             found: dict[Which, Response] = {}
             for which in WHICH:
-                answer = response(work.journal, asked.request(*each, which))
+                answer = response(work.journal, requests[which])
                 if not isinstance(answer, Failed):
                     found[which] = answer
             if len(found) < len(WHICH):
-                dropped.append(Dropped(id=each[0].id, reason="no answer"))
+                dropped.append(Dropped(id=row["query_id"], reason="no answer"))
                 continue
-            checks = checks_of(each[1].checks)
+            checks = checks_of(columns.principles(row).checks)
             why_not = {f"{which}_why_not": [check.why_not(found[which].text) for check in checks] for which in WHICH}
             yield {**row, **{which: columns.response_columns(found[which]) for which in WHICH}, **why_not}
 
     measures = taking(answers=lambda: _measured(list(work.stage.written())))
     return Contents(wanted=len(rows), rows=answered(), dropped=dropped, schema=columns.ANSWERS, measures=measures)
+
+
+def _requests(round: Round, row: dict[str, Any], aligned: Checkpoint) -> dict[Which, Request]:
+    query, good = columns.query(row), columns.principles(row).good_message
+    return {
+        "before": answer_request(round, round.first, query),
+        "after": answer_request(round, aligned, query),
+        "prompted": answer_request(round, round.first, query, good),
+    }
 
 
 def _held_out_rows(round: Round, principles: Stage) -> list[dict[str, Any]]:

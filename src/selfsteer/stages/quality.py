@@ -166,15 +166,16 @@ class _Task(NamedTuple):
 
 
 def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Contents:
+    drawn: dict[DataSet, Rows] = {name: _drawn(round, rows) for name, rows in task.sets.items()}
     found = (
         verdict_row(name, by, verdict)
-        for name, rows in task.sets.items()
+        for name, rows in drawn.items()
         for by, verdicts in _judged(round, work, name, rows, task)
         for verdict in verdicts
     )
     files: list[str] = []
     if task.checks:
-        checked = (check_row(name, row) for name, rows in task.sets.items() for row in _drawn(round, rows))
+        checked = (check_row(name, row) for name, rows in drawn.items() for row in rows())
         columns.write_rows(work.stage.path / CHECKS, checked, CHECK_SCHEMA)
         files.append(CHECKS)
     files += write_verdicts(work.stage, found, checks=_checked(work.stage) if task.checks else {})
@@ -184,12 +185,12 @@ def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Conte
     return Contents(wanted=kept(preferences), files=tuple(files))
 
 
-def _drawn(round: Round, rows: Rows) -> Iterator[dict[str, Any]]:
-    """The rows that are judged."""
+def _drawn(round: Round, rows: Rows) -> Rows:
+    """Those that are judged."""
     ids = {row["query_id"] for row in rows()}
     # Beside a generator the policy's own pairs are of the queries that trained it: of those none is held out.
     drawn = draw(round, ids & held_out(round) or ids, round.recipe.quality.sample)
-    return (row for row in rows() if row["query_id"] in drawn)
+    return lambda: (row for row in rows() if row["query_id"] in drawn)
 
 
 def _judged(
@@ -198,9 +199,9 @@ def _judged(
     """The verdicts of every judge on one set of pairs."""
 
     def pairs() -> Iterator[Pair]:
-        return map(columns.pair, _drawn(round, rows))
+        return map(columns.pair, rows())
 
-    total = sum(1 for _ in _drawn(round, rows))
+    total = sum(1 for _ in rows())
     if task.checks:
         yield "judge", checks_verdicts(pairs())
     if task.consistency and name != "steering":

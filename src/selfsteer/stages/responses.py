@@ -1,10 +1,10 @@
-"""Stage 2: y+, y- and y_o, sampled from the policy.
+"""Stage 2: y+, y- and y_o, sampled from the policy; and what all stages that sample ask it.
 
 Left out on purpose: how prompts are rendered and responses sampled: the modules of that name.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import Sampler, request, response, sample, seed_for
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Generator, Recipe, Sampled
-from selfsteer.records import Checkpoint, Dropped, Response
+from selfsteer.records import Checkpoint, Dropped, Message, Query, Response
 from selfsteer.stages.base import (
     Round,
     Work,
@@ -153,12 +153,34 @@ def requests_of(
     steered, bare = _steered(round.recipe, stage), round.recipe.responses.bare
     found: dict[str, Request] = {}
     for role, model in models.items():
-        item = request(
-            round.prompts,
-            messages[role],
-            model_digest=sampler_digest(round.recipe.engine, model),
-            sampling=Sampling(**(bare if role == "original" else steered).model_dump()),
-            seed=seed_for(round.recipe.seed, round.number, stage, query.id, role, number),
-        )
+        seed = seed_for(round.recipe.seed, round.number, stage, query.id, role, number)
+        item = _request(round, model, messages[role], bare if role == "original" else steered, seed)
         found[role] = item if model.adapter is None else replace(item, adapter=model.adapter.name)
     return found
+
+
+def answer_request(round: Round, model: Checkpoint, query: Query, principle: str | None = None) -> Request:
+    """A held-out query, bare or under a principle, with one seed whichever policy answers it."""
+    messages = query.messages if principle is None else round.prompts.steer(query.messages, principle)
+    return _request(round, model, messages, round.recipe.responses.steered, seed_for(round.recipe.seed, "answer", query.id))
+
+
+def sample_answers(round: Round, work: Work, model: Checkpoint, wanted: Sequence[Request], *, whose: str) -> None:
+    """Answers of a policy, "first" or "aligned", into the stage's journal."""
+    sample(
+        sampler_of(round, {"answer": model}),
+        wanted,
+        work.journal,
+        description=f"answers of the {whose} policy",
+        total=len(work.journal) + len(wanted),
+    )
+
+
+def _request(round: Round, model: Checkpoint, messages: tuple[Message, ...], sampled: Sampled, seed: int) -> Request:
+    return request(
+        round.prompts,
+        messages,
+        model_digest=sampler_digest(round.recipe.engine, model),
+        sampling=Sampling(**sampled.model_dump()),
+        seed=seed,
+    )

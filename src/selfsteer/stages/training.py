@@ -64,19 +64,18 @@ def samplers(round: Round, generators: Generators) -> list[dict[str, Checkpoint]
     What was trained is what is sampled: an adapter, where the engine takes any, and not the model that it is merged into,
     which half precision may round away. The digest is that of the adapter in both cases: a run may go on with the other.
     """
-    if generators.good == generators.bad:
-        only = generators.good
+    together = takes_adapters(round.recipe.engine)
+
+    def trained(role: str, stage: Stage) -> Checkpoint:
         if round.recipe.training.lora is None:
-            return [dict.fromkeys(generators._fields, model_of(only))]
-        model = adapted(round.policy, "generator", only.path / ADAPTER)
-        if not takes_adapters(round.recipe.engine):
-            model = Checkpoint(path=str(only.path / MODEL), digest=model.digest)
-        return [dict.fromkeys(generators._fields, model)]
-    stages = generators._asdict()
-    both = {role: adapted(round.policy, role, stage.path / ADAPTER) for role, stage in stages.items()}
-    if takes_adapters(round.recipe.engine):
-        return [both]
-    return [{role: Checkpoint(path=str(stage.path / MODEL), digest=both[role].digest)} for role, stage in stages.items()]
+            return model_of(stage)
+        model = adapted(round.policy, role, stage.path / ADAPTER)
+        return model if together else Checkpoint(path=str(stage.path / MODEL), digest=model.digest)
+
+    if generators.good == generators.bad:
+        return [dict.fromkeys(generators._fields, trained("generator", generators.good))]
+    both = {role: trained(role, stage) for role, stage in generators._asdict().items()}
+    return [both] if together else [{role: model} for role, model in both.items()]
 
 
 def generator_stage(round: Round, steering: Stage) -> Generators:
