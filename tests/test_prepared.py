@@ -15,7 +15,7 @@ from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.sampling import Sampler, request, sample
 from selfsteer.judges.llm import LLMJudge, judge_template, sampled_verdicts
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.sections import Recipe
+from selfsteer.recipe.sections import JudgeSection, Recipe
 from selfsteer.records import Message, Pair, side
 from selfsteer.stages import training
 from selfsteer.store import folder as store
@@ -88,7 +88,7 @@ def test_a_key_depends_on_all_that_the_tokens_depend_on():
 
 def test_a_judge_renders_what_it_sends(renderings: list[str], tmp_path: Path):
     """Two prompts a pair, each checked and sent as one rendering; with two retries of nonsense, four more; to read, two."""
-    judge = LLMJudge(name="j", prompts=Prompts(tiny_tokenizer()), template=judge_template(), retries=2)
+    judge = LLMJudge(name="j", prompts=Prompts(tiny_tokenizer()), template=judge_template(), section=JudgeSection(retries=2))
     pairs = [
         Pair(
             query_id="q",

@@ -26,7 +26,7 @@ from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.training import policy_stage
 from selfsteer.store.folder import RunFolder
 from selfsteer.store.journal import Journal
-from selfsteer.training.scoring import Group, Judge, score_missing, scores
+from selfsteer.training.scoring import Group, Scorer, score_missing, scores
 
 log = logging.getLogger(__name__)
 
@@ -50,32 +50,32 @@ def measure_given(path: Path, policy: str, trained: str | None = None) -> Measur
         return measures
 
 
-def _scorer(model: str, training: Training) -> Judge:
+def _scorer(model: str, training: Training) -> Scorer:
     found = resolve(Policy(model=model))
-    return Judge(found, Policy(model=found.path), Prompts(load_tokenizer(found.path)).whole(), training)
+    return Scorer(found, Policy(model=found.path), Prompts(load_tokenizer(found.path)).whole(), training)
 
 
 class _Scored:
     """The usable pairs of a file under one model, scored once."""
 
-    def __init__(self, path: Path, judge: Judge, journal: Journal) -> None:
-        self._path, self._judge, self._journal = path, judge, journal
+    def __init__(self, path: Path, scorer: Scorer, journal: Journal) -> None:
+        self._path, self._scorer, self._journal = path, scorer, journal
         self.dropped: Counter[str] = Counter()
         total = 0
-        self._positions = positions_of(judge.model.path)
-        for item in usable_pairs(path, judge.prompts, None, self._positions):
+        self._positions = positions_of(scorer.model.path)
+        for item in usable_pairs(path, scorer.prompts, None, self._positions):
             if isinstance(item, Pair):
                 total += 1
             else:
                 self.dropped[item.reason] += 1
         if total == 0:
             raise ValueError(f"{path}: no pair is left of {self.dropped.total():,}: {counted(self.dropped)}")
-        score_missing(judge, self._groups(), journal, description="log-probabilities of the pairs", total=total)
+        score_missing(scorer, self._groups(), journal, description="log-probabilities of the pairs", total=total)
 
     def _groups(self) -> Iterator[Group]:
-        for item in usable_pairs(self._path, self._judge.prompts, None, self._positions):
+        for item in usable_pairs(self._path, self._scorer.prompts, None, self._positions):
             if isinstance(item, Pair):
-                yield self._judge.group((item,))
+                yield self._scorer.group((item,))
 
     def pairs(self) -> Iterator[Pair]:
         """Each pair with its log-probabilities."""

@@ -11,7 +11,7 @@ from selfsteer.models import load_tokenizer
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Training
 from selfsteer.records import Checkpoint, FinishReason, Message, Pair, side
-from selfsteer.training.scoring import Judge, open_scorer, score, tokenize
+from selfsteer.training.scoring import Scorer, open_scorer, score, tokenize
 
 FLOAT32 = Training(dtype="float32")
 
@@ -59,7 +59,7 @@ def test_sampled_ids_are_scored_as_they_are(policy: Policy):
 
 def test_the_key_of_a_score_is_over_what_is_scored(policy: Policy):
     """Ids that differ are another question; a seed, an earlier score and whose query it is are not."""
-    judge = Judge(Checkpoint(path=policy.model, digest="d"), policy, Prompts(load_tokenizer(policy.model)), FLOAT32)
+    judge = Scorer(Checkpoint(path=policy.model, digest="d"), policy, Prompts(load_tokenizer(policy.model)), FLOAT32)
     sampled = replace(pair(1), chosen=replace(side("Paris"), token_ids=(5, 6)))
     other = replace(sampled, chosen=replace(sampled.chosen, token_ids=(5, 7)))
     scored = replace(sampled, query_id="2", chosen=replace(sampled.chosen, seed=3, logps=-1.0, tokens=2))

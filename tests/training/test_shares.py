@@ -22,7 +22,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy
 from selfsteer.records import side
 from selfsteer.store.journal import Journal
-from selfsteer.training.scoring import Group, Judge, score_missing, scores
+from selfsteer.training.scoring import Group, Scorer, score_missing, scores
 
 ALONE, TOGETHER = Launcher(), Launcher(kind="accelerate", processes=2)
 MANY = 1200
@@ -32,25 +32,25 @@ SECONDS = 600
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    return judge_of(tiny_model_dir(tmp_path_factory.mktemp("shares") / "tiny"))
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
+    return scorer_of(tiny_model_dir(tmp_path_factory.mktemp("shares") / "tiny"))
 
 
-def judge_of(folder: str) -> Judge:
-    return Judge(checkpoint(Path(folder)), Policy(model=folder), Prompts(load_tokenizer(folder)), FLOAT32)
+def scorer_of(folder: str) -> Scorer:
+    return Scorer(checkpoint(Path(folder)), Policy(model=folder), Prompts(load_tokenizer(folder)), FLOAT32)
 
 
-def groups(judge: Judge, count: int) -> Iterator[Group]:
+def groups(scorer: Scorer, count: int) -> Iterator[Group]:
     pair, _ = steering_group(3)
-    return (judge.group([replace(pair, rejected=side(f"No {number}."))]) for number in range(count))
+    return (scorer.group([replace(pair, rejected=side(f"No {number}."))]) for number in range(count))
 
 
-def score_all(judge: Judge, folder: Path, count: int, launcher: Launcher) -> list[Any]:
-    judge = judge._replace(launcher=launcher)
+def score_all(scorer: Scorer, folder: Path, count: int, launcher: Launcher) -> list[Any]:
+    scorer = scorer._replace(launcher=launcher)
     with Journal(folder / "parts") as journal:
-        score_missing(judge, groups(judge, count), journal, description="scores", total=count)
+        score_missing(scorer, groups(scorer, count), journal, description="scores", total=count)
         assert not (folder / "scoring").exists()
-        return [scores(journal, group) for group in groups(judge, count)]
+        return [scores(journal, group) for group in groups(scorer, count)]
 
 
 def keys(folder: Path) -> dict[str, list[str]]:
@@ -71,29 +71,29 @@ def both_at_work(folder: Path) -> bool:
     return len(keys(folder)) == 2 and all(keys(folder).values())
 
 
-def test_two_processes_score_as_one_and_go_on_as_one(judge: Judge, tmp_path: Path):
+def test_two_processes_score_as_one_and_go_on_as_one(scorer: Scorer, tmp_path: Path):
     """Bit for bit; each has half of the groups. What is asked for later, in one process or in two, is not scored again."""
-    assert score_all(judge, tmp_path / "alone", 21, ALONE) == score_all(judge, tmp_path / "together", 21, TOGETHER)
+    assert score_all(scorer, tmp_path / "alone", 21, ALONE) == score_all(scorer, tmp_path / "together", 21, TOGETHER)
     assert {name: len(found) for name, found in keys(tmp_path / "together").items()} == {
         "main-0-0.jsonl": 11,
         "main-1-0.jsonl": 10,
     }
-    score_all(judge, tmp_path / "together", 23, ALONE)
+    score_all(scorer, tmp_path / "together", 23, ALONE)
     assert len(keys(tmp_path / "together")["main-0.jsonl"]) == 2
     once(tmp_path / "together", 23)
 
 
-def test_a_process_that_breaks_off_costs_what_was_in_flight(judge: Judge, tmp_path: Path):
+def test_a_process_that_breaks_off_costs_what_was_in_flight(scorer: Scorer, tmp_path: Path):
     """An empty response can't be scored, and is no row that a stage hands on: the error comes with a way to go on."""
     pair, _ = steering_group(1)
-    poison = judge.group([replace(pair, chosen=side("", "length"))])
-    together = judge._replace(launcher=TOGETHER)
+    poison = scorer.group([replace(pair, chosen=side("", "length"))])
+    together = scorer._replace(launcher=TOGETHER)
     with Journal(tmp_path / "parts") as journal:
-        asked = [*groups(judge, 40), poison]
+        asked = [*groups(scorer, 40), poison]
         with pytest.raises(ChildProcessError, match="The same command scores the rest"):
             score_missing(together, asked, journal, description="scores", total=len(asked))
         assert len(journal) >= 16, "what was finished counts at once"
-        score_missing(judge, groups(judge, 40), journal, description="scores", total=40)
+        score_missing(scorer, groups(scorer, 40), journal, description="scores", total=40)
     once(tmp_path, 40)
 
 
@@ -101,34 +101,34 @@ PARENT = """
 import sys; from pathlib import Path; sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 from pathlib import Path
 from test_shares import *
-score_all(judge_of(sys.argv[3]), Path(sys.argv[2]), MANY, TOGETHER)
+score_all(scorer_of(sys.argv[3]), Path(sys.argv[2]), MANY, TOGETHER)
 """
 
 
-def test_a_killed_parent_takes_its_group_along(judge: Judge, tmp_path: Path):
+def test_a_killed_parent_takes_its_group_along(scorer: Scorer, tmp_path: Path):
     """kill -9 while both score: they notice and end; a session that begins meanwhile waits, and scores only the rest."""
-    command = [sys.executable, "-c", PARENT, str(Path(__file__).parent), str(tmp_path), judge.model.path]
+    command = [sys.executable, "-c", PARENT, str(Path(__file__).parent), str(tmp_path), scorer.model.path]
     with (tmp_path / "said").open("w") as said, subprocess.Popen(command, stderr=said) as parent:
         until(lambda: both_at_work(tmp_path) or parent.poll() is not None, "both at work", seconds=SECONDS)
         parent.kill()
     assert parent.returncode == -signal.SIGKILL, (tmp_path / "said").read_text()
     with Journal(tmp_path / "parts") as journal:
-        score_missing(judge, groups(judge, MANY), journal, description="scores", total=MANY)
+        score_missing(scorer, groups(scorer, MANY), journal, description="scores", total=MANY)
     found = keys(tmp_path)
     assert set(found) == {"main-0-0.jsonl", "main-1-0.jsonl", "main-0.jsonl"}, "they had not come to their end"
     once(tmp_path, MANY)
 
 
-def test_a_signal_stops_the_group_and_keeps_what_is_finished(judge: Judge, tmp_path: Path):
+def test_a_signal_stops_the_group_and_keeps_what_is_finished(scorer: Scorer, tmp_path: Path):
     def stop() -> None:
         until(lambda: both_at_work(tmp_path), "both at work", seconds=SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    together = judge._replace(launcher=TOGETHER)
+    together = scorer._replace(launcher=TOGETHER)
     with runtime.graceful_stop(), Journal(tmp_path / "parts") as journal:
         threading.Thread(target=stop, daemon=True).start()
         with pytest.raises(runtime.Interrupted):
-            score_missing(together, groups(judge, MANY), journal, description="scores", total=MANY)
+            score_missing(together, groups(scorer, MANY), journal, description="scores", total=MANY)
         assert 32 <= len(journal) < MANY
         assert not (tmp_path / "scoring").exists(), "the group has ended before its parent"
     once(tmp_path, len(journal))

@@ -3,11 +3,10 @@
 Both samplings of the method (by the policy, by the data generator) and the generation of principles are this one loop.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
-from itertools import chain
 from typing import NamedTuple
 
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
@@ -17,9 +16,6 @@ from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.store.durable import digest
 from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
-
-_DURABLE_EVERY = 16
-"""Completions appended to the journal at once: one fdatasync for so many."""
 
 
 def seed_for(*parts: str | int) -> int:
@@ -74,25 +70,12 @@ def sample(
     for the progress bar.
     Returns the number of new samples. Raises Interrupted, with all finished samples durable, when a signal asked to stop.
     """
-    lacking = (_rendered(item, sampler.prompts) for item in _lacking(wanted, journal))
-    first = next(lacking, None)
-    if first is None:
+    lacking = journal.lacking(wanted, key=lambda item: item.key)
+    if lacking is None:
         return 0
-    new = 0
-    batch: list[Completion | Failed] = []
+    to_send = (_rendered(item, sampler.prompts) for item in lacking)
     with progress(description, max(0, total - len(journal)), unit="responses") as advance, sampler.open_engine() as engine:
-        try:
-            for answer in engine.generate(chain([first], lacking)):
-                batch.append(answer)
-                if len(batch) >= _DURABLE_EVERY:
-                    _append(journal, batch)
-                    new += len(batch)
-                    advance(len(batch))
-                    batch = []
-        finally:  # also when the engine breaks off: what it had finished is kept
-            _append(journal, batch)
-        new += len(batch)
-        advance(len(batch))
+        new = journal.fill(((answer.key, _data(answer)) for answer in engine.generate(to_send)), advance)
     raise_if_stopped()
     return new
 
@@ -112,24 +95,10 @@ def response(journal: Journal, wanted: Request) -> Response | Failed:
     )
 
 
-def _lacking(wanted: Iterable[Request], journal: Journal) -> Iterator[Request]:
-    """The wanted requests that have no durable answer, each key once."""
-    seen: set[str] = set()
-    for item in wanted:
-        if item.key not in journal and item.key not in seen:
-            seen.add(item.key)
-            yield item
-
-
 def _rendered(item: Request, prompts: Prompts | None) -> Request:
     if prompts is None:
         return item
     return replace(item, prompt_ids=prompts.prompt_ids(item.messages))
-
-
-def _append(journal: Journal, batch: list[Completion | Failed]) -> None:
-    if batch:
-        journal.append([(item.key, _data(item)) for item in batch])
 
 
 def _data(item: Completion | Failed) -> dict[str, object]:

@@ -28,7 +28,7 @@ from selfsteer.recipe.engines import DTypeName, EngineSection, runs_already
 from selfsteer.recipe.sections import EvaluationSection, Policy, Training
 from selfsteer.records import Checkpoint, Message, Pair, side
 from selfsteer.store.journal import Journal
-from selfsteer.training.scoring import Group, Judge, score_missing, scores
+from selfsteer.training.scoring import Group, Scorer, score_missing, scores
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +123,11 @@ def _answer(journal: Journal, wanted: Request) -> Answer:
 
 def score_with(model: Answering, training: Training, journal: Journal) -> Score:
     """`Score` through the forward pass that training takes, each prompt computed once for two continuations."""
-    judge = Judge(model.model, model.policy, model.prompts, training)
+    scorer = Scorer(model.model, model.policy, model.prompts, training)
 
     def score(items: Sequence[Choices]) -> list[list[float]]:
-        groups = [judge.group(list(_pairs(model.prompts, item))) for item in items]
-        score_missing(judge, iter(groups), journal, description="given answers", total=len(groups))
+        groups = [scorer.group(list(_pairs(model.prompts, item))) for item in items]
+        score_missing(scorer, iter(groups), journal, description="given answers", total=len(groups))
         return [_scored(journal, group, len(item.continuations)) for group, item in zip(groups, items, strict=True)]
 
     return score

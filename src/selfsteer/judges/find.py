@@ -11,7 +11,7 @@ from typing import cast
 from pydantic import ValidationError
 
 from selfsteer.engines import open as opening
-from selfsteer.engines.base import Engine, Sampling
+from selfsteer.engines.base import Engine
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.openai import OpenAIEngine, Tokens
 from selfsteer.judges.llm import EmbeddedJudge, LLMJudge, Pairs, embedded_verdicts, judge_template, sampled_verdicts
@@ -25,7 +25,7 @@ from selfsteer.recipe.text import RecipeError, explain, read_yaml
 from selfsteer.records import Checkpoint
 from selfsteer.store.durable import digest, file_digest, read_object
 from selfsteer.store.journal import Journal
-from selfsteer.training.scoring import Judge
+from selfsteer.training.scoring import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +164,7 @@ def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> It
             name=judge.name,
             prompts=prompts,
             template=judge.template,
-            sampling=Sampling(temperature=0.0, top_p=1.0, max_new_tokens=section.max_new_tokens),
-            top_logps=section.top_logps,
-            retries=section.retries,
-            max_prompt_tokens=_within(judge, section.max_new_tokens),
+            section=section.model_copy(update={"max_prompt_tokens": _within(judge, section.max_new_tokens)}),
         )
         return sampled_verdicts(asked, pairs, lambda: _open(judge), journal, total=total)
     assert judge.model is not None
@@ -176,7 +173,7 @@ def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> It
     if section.kind == "reward_model":
         reward = RewardModel(model=judge.model, policy=source, dtype=section.dtype, max_tokens=_within(judge, 0))
         return reward_verdicts(reward, pairs, journal, total=total)
-    scoring = Judge(judge.model, source, prompts, Training(dtype=section.dtype))
+    scoring = Scorer(judge.model, source, prompts, Training(dtype=section.dtype))
     embedded = EmbeddedJudge(scoring=scoring, template=judge.template, max_prompt_tokens=_within(judge, _LETTER))
     return embedded_verdicts(embedded, pairs, journal, total=total)
 

@@ -21,7 +21,7 @@ from selfsteer.pairs import special_token_reason
 from selfsteer.prompts import Prompts
 from selfsteer.records import Pair
 from selfsteer.store.journal import Journal
-from selfsteer.training.scoring import Group, Judge, score_missing, scores
+from selfsteer.training.scoring import Group, Scorer, score_missing, scores
 
 
 def implicit_verdicts(before: Iterable[Pair], after: Iterable[Pair], *, beta: float) -> Iterator[Verdict]:
@@ -52,7 +52,7 @@ class Consistency(NamedTuple):
 
 
 def consistency_verdicts(
-    judge: Judge, pairs: Callable[[], Iterable[Pair]], journal: Journal, *, total: int
+    scorer: Scorer, pairs: Callable[[], Iterable[Pair]], journal: Journal, *, total: int
 ) -> Iterator[Consistency]:
     """Does log pi(y|x+) - log pi(y|x-) rank chosen above rejected? One forward pass a query, journalled.
 
@@ -64,19 +64,19 @@ def consistency_verdicts(
 
     def asked() -> Iterator[Group]:
         for number, pair in enumerate(pairs()):
-            both = _under_both(pair, judge.prompts)
-            reason = _refusal(both, judge.prompts)
+            both = _under_both(pair, scorer.prompts)
+            reason = _refusal(both, scorer.prompts)
             if reason is None:
-                yield judge.group(both)
+                yield scorer.group(both)
             else:
                 refused[number] = reason
 
-    score_missing(judge, asked(), journal, description="principle consistency", total=total)
+    score_missing(scorer, asked(), journal, description="principle consistency", total=total)
     for number, pair in enumerate(pairs()):
         if number in refused:
             yield Consistency(failure(pair, refused[number]), failure(pair, refused[number]))
             continue
-        plus, minus = scores(journal, judge.group(_under_both(pair, judge.prompts)))
+        plus, minus = scores(journal, scorer.group(_under_both(pair, scorer.prompts)))
         sides = ((plus.chosen.score, minus.chosen.score), (plus.rejected.score, minus.rejected.score))
         summed = [good.logps - bad.logps for good, bad in sides]
         per_token = [good.mean_logps - bad.mean_logps for good, bad in sides]

@@ -21,19 +21,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.measures.verdicts import Orders, Verdict, by_orders, failure, no_answer
 from selfsteer.prompts import Prompts
+from selfsteer.recipe.sections import JudgeSection
 from selfsteer.records import Message, Pair, side
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.store.durable import digest, read_small_text, regular_file
 from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
-from selfsteer.training.scoring import Group, Judge, score_missing, scores
+from selfsteer.training.scoring import Group, Scorer, score_missing, scores
 
 FIRST, SECOND = "A", "B"
 """The closed set of answers: the response shown first is better, or the second."""
@@ -114,8 +114,8 @@ Rendered = tuple[tuple[int, ...], ...]
 """Token ids of the prompts of a `BothOrders`."""
 
 
-def rendered(asked: BothOrders, prompts: Prompts, limit: int) -> Rendered | str:
-    """Both prompts as token ids, or why a judge with this tokenizer must not be asked."""
+def rendered(asked: Sequence[tuple[Message, ...]], prompts: Prompts, limit: int) -> Rendered | str:
+    """The prompts as token ids, or why a judge with this tokenizer must not be asked."""
     found: list[tuple[int, ...]] = []
     for messages in asked:
         ids = prompts.checked_ids(messages)
@@ -135,16 +135,10 @@ Pairs = Callable[[], Iterable[Pair]]
 _SPACES = " \t\r\n\u2581\u0120\u010a"
 """White space around a letter in the text of a token; the last three are SentencePiece's and byte-level BPE's."""
 
-_DURABLE_EVERY = 16
-
 _RETRY_TEMPERATURE = 0.7
-"""Of the further tries after an unreadable answer, where the first one was greedy and would repeat itself."""
+"""Of the further tries after an unreadable answer; the first one is greedy and would repeat itself."""
 
 # --- an LLM behind an engine -----------------------------------------------------------------------------------------------
-
-
-GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=16)
-"""A letter needs no more tokens; a model that thinks first does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,20 +151,15 @@ class LLMJudge:
     """Its tokenizer, for engines that take token ids; None for a server that renders messages itself. Only with it can
     texts that would be read as special tokens be kept from the judge."""
     template: str
-    """See `judge_prompts.judge_template`."""
-    sampling: Sampling = GREEDY
-    top_logps: int = 20
-    """Judge by the probabilities of so many likely first tokens, where the engine tells them; 0: by the letter alone."""
-    retries: int = 2
-    """Further tries of an answer that can't be read."""
-    max_prompt_tokens: int = 8192
-    """Longer questions are not asked, where the tokenizer is known; nothing is ever cut."""
+    """See `judge_template`."""
+    section: JudgeSection
+    """How it is asked: `top_logps`, `max_new_tokens`, `retries`; questions of more than `max_prompt_tokens` are not, where
+    the tokenizer is known."""
 
     def request(self, messages: tuple[Message, ...], attempt: int) -> Request:
         """One try of one question, under a key of what determines the answer; not yet rendered."""
-        sampling = self.sampling
-        if attempt and sampling.temperature == 0:
-            sampling = replace(sampling, temperature=_RETRY_TEMPERATURE)
+        temperature = _RETRY_TEMPERATURE if attempt else 0.0
+        sampling = Sampling(temperature=temperature, top_p=1.0, max_new_tokens=self.section.max_new_tokens)
         content = {
             "schema": SCHEMA_VERSION,
             "judge": self.name,
@@ -179,16 +168,18 @@ class LLMJudge:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_new_tokens": sampling.max_new_tokens,
-            "top_logps": self.top_logps,
+            "top_logps": self.section.top_logps,
             "attempt": attempt,
         }
         key = digest(content)
         seed = int(key[:8], 16)
-        return Request(key=key, messages=messages, sampling=sampling, seed=seed, top_logps=self.top_logps)
+        return Request(key=key, messages=messages, sampling=sampling, seed=seed, top_logps=self.section.top_logps)
 
-    def rendered(self, both: BothOrders) -> Rendered | str:
-        """Both prompts as token ids (none for a server that renders them itself), or why it must not be asked."""
-        return ((), ()) if self.prompts is None else rendered(both, self.prompts, self.max_prompt_tokens)
+    def rendered(self, asked: Sequence[tuple[Message, ...]]) -> Rendered | str:
+        """The prompts as token ids (none for a server that renders them itself), or why it must not be asked."""
+        if self.prompts is None:
+            return ((),) * len(asked)
+        return rendered(asked, self.prompts, self.section.max_prompt_tokens)
 
 
 LEAST_MASS = 0.02
@@ -252,15 +243,13 @@ def sampled_verdicts(
     """
     failures = _Failures()
     refused: dict[int, str] = {}
-    for attempt in range(1 + judge.retries):
-        wanted = _lacking(judge, pairs(), journal, refused) if attempt == 0 else _unread(judge, pairs(), attempt, journal)
-        first = next(wanted, None)
-        if first is None:  # perhaps a later try was broken off
+    for attempt in range(1 + judge.section.retries):
+        wanted = journal.lacking(_unread(judge, pairs(), attempt, journal, refused), key=lambda request: request.key)
+        if wanted is None:  # perhaps a later try was broken off
             continue
         with progress("verdicts", 2 * total, unit="answers") as advance:
-            for batch in _answers(open_engine, chain([first], wanted), failures):
-                journal.append([(each.key, _data(each)) for each in batch])
-                advance(len(batch))
+            answers = _answers(open_engine, wanted, failures)
+            journal.fill(((answer.key, _data(answer)) for answer in answers), advance)
         raise_if_stopped()
         if failures.gone:
             for _ in wanted:  # those that must not be asked are named all the same
@@ -273,37 +262,26 @@ def sampled_verdicts(
             yield _verdict(judge, pair, journal, failures.reasons)
 
 
-def _lacking(judge: LLMJudge, pairs: Iterable[Pair], journal: Journal, refused: dict[int, str]) -> Iterator[Request]:
-    """The first tries that have no answer, each once; notes why a pair, by its number, must not be asked about.
+def _unread(
+    judge: LLMJudge, pairs: Iterable[Pair], attempt: int, journal: Journal, refused: dict[int, str]
+) -> Iterator[Request]:
+    """The questions that were answered unreadably in every earlier try: at the first one, all of them.
 
-    This is where all questions are rendered, once, to be checked and to be sent.
+    They are rendered here, to be checked and to be sent; notes why a pair, by its number, must not be asked about.
     """
-    asked: set[str] = set()
+
+    def unread(messages: tuple[Message, ...]) -> bool:
+        tries = (judge.request(messages, number).key for number in range(attempt))
+        return all(key in journal and _read(journal, key) is None for key in tries)
+
     for number, pair in enumerate(pairs):
-        both = questions(judge.template, pair)
-        found = judge.rendered(both)
+        asked = [messages for messages in questions(judge.template, pair) if unread(messages)]
+        found = judge.rendered(asked)
         if isinstance(found, str):
             refused[number] = found
             continue
-        for messages, prompt_ids in zip(both, found, strict=True):
-            request = judge.request(messages, 0)
-            if request.key not in journal and request.key not in asked:
-                asked.add(request.key)
-                yield replace(request, prompt_ids=prompt_ids)
-
-
-def _unread(judge: LLMJudge, pairs: Iterable[Pair], attempt: int, journal: Journal) -> Iterator[Request]:
-    """The questions that were answered unreadably in every earlier try and have no answer to this one, each once."""
-    asked: set[str] = set()
-    for pair in pairs:
-        for messages in questions(judge.template, pair):
-            tries = [judge.request(messages, number).key for number in range(attempt)]
-            if any(key not in journal or _read(journal, key) is not None for key in tries):
-                continue
-            request = judge.request(messages, attempt)
-            if request.key not in journal and request.key not in asked:
-                asked.add(request.key)
-                yield request if judge.prompts is None else replace(request, prompt_ids=judge.prompts.prompt_ids(messages))
+        for messages, prompt_ids in zip(asked, found, strict=True):
+            yield replace(judge.request(messages, attempt), prompt_ids=prompt_ids)
 
 
 @dataclass(slots=True)
@@ -320,32 +298,20 @@ class _Failures:
         log.warning("the judge has gone; pairs that it has not answered get no verdict until the next run: %s", error)
 
 
-def _answers(
-    open_engine: Callable[[], Engine], requests: Iterable[Request], failures: _Failures
-) -> Iterator[list[Completion]]:
-    """Batches of answers to make durable; notes why requests failed. An engine that breaks off ends them."""
+def _answers(open_engine: Callable[[], Engine], requests: Iterable[Request], failures: _Failures) -> Iterator[Completion]:
+    """The answers; notes why requests failed. An engine that breaks off ends them."""
     with ExitStack() as stack:
         try:
             answers = stack.enter_context(open_engine()).generate(requests)
+            answer = next(answers, None)
+            while answer is not None:
+                if isinstance(answer, Failed):
+                    failures.reasons[answer.key] = answer.reason
+                else:
+                    yield answer
+                answer = next(answers, None)
         except OSError as error:
             failures.give_up(error)
-            return
-        batch: list[Completion] = []
-        while True:
-            try:
-                answer = next(answers, None)
-            except OSError as error:
-                failures.give_up(error)
-                answer = None
-            if isinstance(answer, Failed):
-                failures.reasons[answer.key] = answer.reason
-            elif answer is not None:
-                batch.append(answer)
-            if batch and (answer is None or len(batch) == _DURABLE_EVERY):
-                yield batch
-                batch = []
-            if answer is None:
-                return
 
 
 def _data(answer: Completion) -> dict[str, object]:
@@ -378,7 +344,7 @@ def _thought_first(tokens: Sequence[tuple[str, float]], text: str, letter: str |
 def _verdict(judge: LLMJudge, pair: Pair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
     said: list[Answer] = []
     for messages in questions(judge.template, pair):
-        tries = [judge.request(messages, attempt).key for attempt in range(1 + judge.retries)]
+        tries = [judge.request(messages, attempt).key for attempt in range(1 + judge.section.retries)]
         answered = [key for key in tries if key in journal]
         answer = next((answer for key in answered if (answer := _read(journal, key)) is not None), None)
         if answer is None and len(answered) == len(tries):
@@ -404,11 +370,11 @@ def _by_answers(pair: Pair, said: Sequence[Answer]) -> Verdict:
 class EmbeddedJudge:
     """An LLM in this process."""
 
-    scoring: Judge
+    scoring: Scorer
     """The model, and how it computes log-probabilities. A small judge's averaged probabilities lie so close to one half
     that rounding to bfloat16 turns some of them: take float32 where it can be paid."""
     template: str
-    """See `judge_prompts.judge_template`."""
+    """See `judge_template`."""
     max_prompt_tokens: int = 8192
     """Longer questions are not asked; nothing is ever cut."""
 

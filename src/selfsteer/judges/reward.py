@@ -30,7 +30,7 @@ from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal, Record
 
 _WINDOW = 128
-"""Conversations sorted by length among themselves, and made durable at once."""
+"""Conversations sorted by length among themselves."""
 
 Conversation = tuple[Message, ...]
 """Ends with the assistant's response."""
@@ -139,16 +139,12 @@ def score_missing(
 
     total, the number of conversations, is for the progress bar. Raises Interrupted when a signal asked to stop.
     """
-    lacking = (conversation for conversation in conversations if reward.key(conversation) not in journal)
-    window = list(islice(lacking, _WINDOW))
-    if not window:
+    lacking = journal.lacking(conversations, key=reward.key)
+    if lacking is None:
         return
     renderer = open_renderer(reward)
     with progress(description, total, unit="responses") as advance, open_reward_model(reward) as model:
-        while window and not stop_requested():
-            journal.append(list(_rewards(model, renderer, reward, window)))
-            advance(len(window))
-            window = list(islice(lacking, _WINDOW))
+        journal.fill(_rewards(model, renderer, reward, lacking), advance)
     raise_if_stopped()
 
 
@@ -158,20 +154,21 @@ def reward_of(reward: RewardModel, conversation: Conversation, journal: Journal)
 
 
 def _rewards(
-    model: PreTrainedModel, renderer: Renderer, reward: RewardModel, conversations: Sequence[Conversation]
+    model: PreTrainedModel, renderer: Renderer, reward: RewardModel, conversations: Iterator[Conversation]
 ) -> Iterator[Record]:
-    """Key and reward of each conversation; those of like length share a forward pass."""
-    rows = sorted(
-        ((renderer.ids(conversation), reward.key(conversation)) for conversation in conversations),
-        key=lambda row: len(row[0]),
-    )
-    batch: list[tuple[TokenIds, str]] = []
-    for row in rows:
-        if batch and len(row[0]) * (len(batch) + 1) > reward.batch_tokens:
-            yield from _scored(model, batch)
-            batch = []
-        batch.append(row)
-    yield from _scored(model, batch)
+    """Key and reward of each conversation, until a signal asks to stop; those of like length share a forward pass."""
+    while not stop_requested() and (window := list(islice(conversations, _WINDOW))):
+        rows = sorted(
+            ((renderer.ids(conversation), reward.key(conversation)) for conversation in window),
+            key=lambda row: len(row[0]),
+        )
+        batch: list[tuple[TokenIds, str]] = []
+        for row in rows:
+            if batch and len(row[0]) * (len(batch) + 1) > reward.batch_tokens:
+                yield from _scored(model, batch)
+                batch = []
+            batch.append(row)
+        yield from _scored(model, batch)
 
 
 def _scored(model: PreTrainedModel, batch: Sequence[tuple[TokenIds, str]]) -> Iterator[Record]:

@@ -22,7 +22,7 @@ from selfsteer.store import columns
 from selfsteer.store.durable import canonical_json, read_json, replacing
 from selfsteer.store.folder import MEASURES, Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
 from selfsteer.store.journal import Journal
-from selfsteer.training.scoring import Judge
+from selfsteer.training.scoring import Scorer
 
 log = logging.getLogger(__name__)
 
@@ -155,9 +155,9 @@ def arithmetic(training: Training) -> dict[str, Any]:
     return training.model_dump(include={"dtype", "prefix_sharing"})
 
 
-def policy_as_judge(round: Round) -> Judge:
+def policy_scorer(round: Round) -> Scorer:
     """What gives the reference log-probabilities: the policy, computing as the trainings will."""
-    return Judge(round.policy, round.recipe.policy, round.prompts, round.recipe.training, round.recipe.launcher)
+    return Scorer(round.policy, round.recipe.policy, round.prompts, round.recipe.training, round.recipe.launcher)
 
 
 def draw_queries(round: Round, stage: Stage, count: int | None, *, without: Collection[str] = ()) -> set[str] | None:

@@ -30,7 +30,7 @@ from selfsteer.stages.base import (
     kept,
     make_stage,
     measured,
-    policy_as_judge,
+    policy_scorer,
     taking,
 )
 from selfsteer.stages.responses import answers_to, note_texts, requests_of, sampler_of
@@ -141,7 +141,7 @@ def _preference_pairs(
     round: Round, work: Work, answered: Callable[[], Iterator[Responses | Dropped]], total: int
 ) -> Contents:
     """Filtered alignment pairs with their log-probabilities under the policy: reference and on-policy measure in one."""
-    judge = policy_as_judge(round)
+    scorer = policy_scorer(round)
     dropped: list[Dropped] = []
     reasons: dict[tuple[str, int], str] = {}
 
@@ -150,10 +150,10 @@ def _preference_pairs(
         return found or sampled_special_reason((item.good, item.bad), round.prompts)
 
     def group(item: Responses) -> Group:
-        return judge.group((alignment_pair(item),))
+        return scorer.group((alignment_pair(item),))
 
     every_group = map(group, usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
-    score_missing(judge, every_group, work.journal, description="log-probabilities of the pairs", total=total)
+    score_missing(scorer, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
     def rows() -> Iterator[dict[str, Any]]:
         texts = 0
@@ -183,18 +183,18 @@ def given_stage(round: Round, pairs: Path) -> Stage:
 
 
 def _given(round: Round, work: Work, path: Path) -> Contents:
-    judge = policy_as_judge(round)
+    scorer = policy_scorer(round)
     limit = round.recipe.queries.max_prompt_tokens
     positions = positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
     dropped: list[Dropped] = []
 
     def groups() -> Iterator[Group | Dropped]:
         for item in usable_pairs(path, round.prompts, limit, positions):
-            yield item if isinstance(item, Dropped) else judge.group((item,))
+            yield item if isinstance(item, Dropped) else scorer.group((item,))
 
     wanted = sum(1 for _ in usable_pairs(path, round.prompts, limit, positions))
     to_score = (group for group in groups() if isinstance(group, Group))
-    score_missing(judge, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
+    score_missing(scorer, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
 
     def rows() -> Iterator[dict[str, Any]]:
         for item in groups():

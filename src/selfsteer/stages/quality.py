@@ -35,7 +35,7 @@ from selfsteer.stages.base import (
     inputs_of,
     kept,
     make_stage,
-    policy_as_judge,
+    policy_scorer,
     read_measures,
     write_measures,
 )
@@ -205,7 +205,7 @@ def _judged(
     if task.checks:
         yield "judge", checks_verdicts(pairs())
     if task.consistency and name != "steering":
-        both = consistency_verdicts(policy_as_judge(round), pairs, work.journal, total=total)
+        both = consistency_verdicts(policy_scorer(round), pairs, work.journal, total=total)
         yield "principle_consistency", (each.summed for each in both)
     if task.judge is not None:
         yield "judge", ask(task.judge, pairs, work.journal, total=total)

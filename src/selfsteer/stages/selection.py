@@ -19,7 +19,7 @@ from selfsteer.measures.text import similarity, words
 from selfsteer.measures.verdicts import Verdict, by_margin
 from selfsteer.recipe.sections import Selection
 from selfsteer.records import Dropped, Pair
-from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, measured, policy_as_judge, taking
+from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, measured, policy_scorer, taking
 from selfsteer.stages.status import SELECTION, by_checks
 from selfsteer.stages.training import Generators, model_of
 from selfsteer.store import columns
@@ -243,15 +243,15 @@ def _by_generator(round: Round, candidates: Candidates) -> Rank:
     def rank(work: Work) -> Iterator[Ranked | Dropped]:
         assert candidates.generators is not None
         model = model_of(candidates.generators.good)
-        judge = policy_as_judge(round)._replace(model=model)
+        scorer = policy_scorer(round)._replace(model=model)
         spared = held_out(round)
 
         def groups() -> Iterator[Group]:
             for _, each in groupby(_lessons(candidates.preferences, spared), key=lambda pair: pair.query_id):
-                yield judge.group(list(each))
+                yield scorer.group(list(each))
 
         total = len({pair.query_id for pair in _lessons(candidates.preferences, spared)})
-        score_missing(judge, groups(), work.journal, description="implicit rewards of the generator", total=total)
+        score_missing(scorer, groups(), work.journal, description="implicit rewards of the generator", total=total)
         for group in groups():
             # Stage 5 has scored its pairs.
             both = zip(group.pairs, scores(work.journal, group), strict=True)

@@ -16,7 +16,7 @@ from selfsteer.stages.base import (
     kept,
     make_stage,
     measured,
-    policy_as_judge,
+    policy_scorer,
     taking,
 )
 from selfsteer.store import columns
@@ -44,7 +44,7 @@ def steering_stage(round: Round, responses: Stage) -> Stage:
 
 
 def _steering(round: Round, work: Work, responses: Stage) -> Contents:
-    objective, judge = round.recipe.generator.objective, policy_as_judge(round)
+    objective, scorer = round.recipe.generator.objective, policy_scorer(round)
     dropped: list[Dropped] = []
 
     reasons: dict[tuple[str, int], str] = {}
@@ -53,12 +53,12 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         return map(columns.responses, responses.rows())
 
     def groups(item: Responses) -> tuple[Group, Group]:
-        return judge.group(steering_pairs(item, round.prompts, objective)), judge.group((alignment_pair(item),))
+        return scorer.group(steering_pairs(item, round.prompts, objective)), scorer.group((alignment_pair(item),))
 
     wanted = kept(responses)
     good = usable(answered(), lambda item: steering_reject_reason(item, round.recipe.filters, round.prompts), reasons)
     every_group = (group for item in good for group in groups(item))
-    score_missing(judge, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
+    score_missing(scorer, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
     own = (
         columns.pair_row(pair)
         for item in answered()

@@ -25,7 +25,7 @@ from selfsteer.stages.base import (
     inputs_of,
     kept,
     make_stage,
-    policy_as_judge,
+    policy_scorer,
     sealed,
     write_measures,
 )
@@ -34,7 +34,7 @@ from selfsteer.store import columns
 from selfsteer.store.durable import file_digest, make_folder
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.training.launch import launch
-from selfsteer.training.scoring import Group, Judge, score_missing, scores
+from selfsteer.training.scoring import Group, Scorer, score_missing, scores
 from selfsteer.training.train import TrainingJob
 
 MODEL, ADAPTER, HISTORY = "model", "adapter", "history.jsonl"
@@ -133,20 +133,20 @@ def _spared(round: Round, work: Work) -> frozenset[str]:
 
 def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[Pair]:
     """The same with the reference log-probabilities of the policy that the run began with."""
-    judge = policy_as_judge(round)._replace(model=round.first)
+    scorer = policy_scorer(round)._replace(model=round.first)
 
     def groups() -> Iterator[Group]:
-        return _groups(judge, _lessons(round, work, pairs))
+        return _groups(scorer, _lessons(round, work, pairs))
 
-    score_missing(judge, groups(), work.journal, description="log-probabilities of the first policy", total=kept(pairs))
+    score_missing(scorer, groups(), work.journal, description="log-probabilities of the first policy", total=kept(pairs))
     for group in groups():
         yield from scores(work.journal, group)
 
 
-def _groups(judge: Judge, pairs: Iterator[Pair]) -> Iterator[Group]:
+def _groups(scorer: Scorer, pairs: Iterator[Pair]) -> Iterator[Group]:
     """The pairs of each query, to be scored together."""
     for _, of_query in groupby(pairs, key=lambda pair: pair.query_id):
-        yield judge.group(list(of_query))
+        yield scorer.group(list(of_query))
 
 
 def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignment) -> Contents:
@@ -201,14 +201,14 @@ def _what_training_did(round: Round, work: Work, pairs: Stage, trained: Checkpoi
     Rewards are against the policy at the round's start, whatever reference the loss had.
     """
     drawn = draw_queries(round, pairs, round.recipe.quality.sample, without=_spared(round, work))
-    judge = policy_as_judge(round)._replace(model=trained)
+    scorer = policy_scorer(round)._replace(model=trained)
 
     def groups() -> Iterator[Group]:
         lessons = _lessons(round, work, pairs)
-        return _groups(judge, (pair for pair in lessons if drawn is None or pair.query_id in drawn))
+        return _groups(scorer, (pair for pair in lessons if drawn is None or pair.query_id in drawn))
 
     total = kept(pairs) if drawn is None else len(drawn)
-    score_missing(judge, groups(), work.journal, description="margins after training", total=total)
+    score_missing(scorer, groups(), work.journal, description="margins after training", total=total)
     before = (pair for group in groups() for pair in group.pairs)
     after = (pair for group in groups() for pair in scores(work.journal, group))
     return implicit_reward(before, after, beta=beta)

@@ -21,10 +21,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,11 @@ log = logging.getLogger(__name__)
 
 Record = tuple[str, Mapping[str, Any]]
 """Key and data."""
+
+Item = TypeVar("Item")
+
+_DURABLE_EVERY = 16
+"""Records that `fill` appends at once: one fsync for so many."""
 
 # Place of a line in the index: part number * _PART + offset.
 _PART = 1 << 44
@@ -186,9 +192,19 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return _slot(key) in self._index
 
-    def missing(self, keys: Iterable[str]) -> Iterator[str]:
-        """Those of the wanted keys that have no good record, in their order."""
-        return (key for key in keys if key not in self)
+    def lacking(self, items: Iterable[Item], key: Callable[[Item], str]) -> Iterator[Item] | None:
+        """The items that have no good record, each key once, in their order and read lazily; None where there is none."""
+        found = self._lacking(items, key)
+        first = next(found, None)
+        return None if first is None else chain([first], found)
+
+    def _lacking(self, items: Iterable[Item], key: Callable[[Item], str]) -> Iterator[Item]:
+        seen: set[str] = set()
+        for item in items:
+            its = key(item)
+            if its not in self and its not in seen:
+                seen.add(its)
+                yield item
 
     def get(self, key: str) -> dict[str, Any]:
         """The data of a record, read back from disk. Raises KeyError, and ValueError when it was damaged since opening."""
@@ -234,6 +250,30 @@ class Journal:
         for key, line in lines.items():
             self._index.add(_slot(key), place)
             place += len(line)
+
+    def fill(self, records: Iterable[Record], advance: Callable[[int], None]) -> int:
+        """Append records as they come, some at a time; also those that came before an error. Returns how many came.
+
+        advance: told how many more are durable.
+        """
+        count = 0
+        batch: list[Record] = []
+
+        def settle() -> None:
+            nonlocal count, batch
+            self.append(batch)
+            count += len(batch)
+            advance(len(batch))
+            batch = []
+
+        try:
+            for record in records:
+                batch.append(record)
+                if len(batch) == _DURABLE_EVERY:
+                    settle()
+        finally:
+            settle()
+        return count
 
     def _read_parts(self, *, repair: bool) -> None:
         for _, _, part in _parts_in(self.folder):

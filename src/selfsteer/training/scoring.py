@@ -42,19 +42,80 @@ from selfsteer.store import columns
 from selfsteer.store.columns import pair_row
 from selfsteer.store.durable import canonical_json, digest, make_folder
 from selfsteer.store.folder import SCHEMA_VERSION
-from selfsteer.store.journal import Journal, Record
+from selfsteer.store.journal import Journal
 from selfsteer.training.logps import Packing, choose_packing, teach, to_device
 from selfsteer.training.packing import Rows, TokenPair, share_prompts
 from selfsteer.training.parallel import run_group, taking_part, wait_for_group
 
-KeyedPairs = tuple[str, Sequence[Pair]]
-"""The pairs of a query, under the key of their scores."""
 
-_DURABLE_EVERY = 16
-"""Groups appended to the journal at once."""
+class Group(NamedTuple):
+    """The pairs of one query that are computed together, as training will compute them."""
+
+    key: str
+    pairs: Sequence[Pair]
 
 
 class Scorer(NamedTuple):
+    """The model that scores, and how it computes."""
+
+    model: Checkpoint
+    policy: Policy
+    """The recipe's policy section, from which the model is loaded."""
+    prompts: Prompts
+    training: Training
+    launcher: Launcher = Launcher()
+    """Whose processes score."""
+
+    def group(self, pairs: Sequence[Pair]) -> Group:
+        """The pairs under a key of what determines their log-probabilities."""
+        content = {
+            "schema": SCHEMA_VERSION,
+            "model": self.model.digest,
+            "prompts": self.prompts.digest,
+            "dtype": str(compute_dtype(self.training.dtype, pick_device())),
+            "prefix_sharing": self.training.prefix_sharing,
+            "pairs": [_identity(pair) for pair in pairs],
+        }
+        return Group(key=digest(content), pairs=pairs)
+
+
+def _identity(pair: Pair) -> dict[str, Any]:
+    """What of a pair determines its log-probabilities."""
+    sides = (
+        {"text": side.text, "finish": side.finish} if side.token_ids is None else {"ids": side.token_ids}
+        for side in (pair.chosen, pair.rejected)
+    )
+    return {"prompt": pair.prompt, "responses": list(sides)}
+
+
+def score_missing(scorer: Scorer, groups: Iterable[Group], journal: Journal, *, description: str, total: int) -> None:
+    """Score every group that the journal lacks; the model is loaded only when there is one.
+
+    total, the number of groups, is for the progress bar. Raises Interrupted when a signal asked to stop.
+    """
+    settle(journal)
+    lacking = journal.lacking(groups, key=lambda group: group.key)
+    if lacking is None:
+        return
+    policy = scorer.policy.model_copy(update={"model": scorer.model.path})
+    if scorer.launcher.kind == "accelerate":
+        score_shared(lacking, journal, Scoring(policy, scorer.training, description), scorer.launcher)
+    else:
+        with progress(description, total, unit="queries") as advance:
+            score_into(journal, lacking, (policy, scorer.training), advance)
+    raise_if_stopped()
+
+
+def scores(journal: Journal, group: Group) -> list[Pair]:
+    """The group's pairs with the journalled log-probabilities, in their order."""
+    found = journal.get(group.key)["scores"]
+    return [_scored(pair, numbers) for pair, numbers in zip(group.pairs, found, strict=True)]
+
+
+# --- in this process -------------------------------------------------------------------------------------------------------
+
+
+class OpenScorer(NamedTuple):
     """A model that scores pairs; `open_scorer` makes it."""
 
     model: PreTrainedModel
@@ -62,6 +123,17 @@ class Scorer(NamedTuple):
     prompts: Prompts
     training: Training
     """The mechanics that training will use, so that both compute alike."""
+
+
+@contextmanager
+def open_scorer(policy: Policy, training: Training) -> Generator[OpenScorer]:
+    """The policy (a local folder) ready to score; the model is let go of when the block ends."""
+    device = pick_device()
+    tokenizer = load_tokenizer(policy.model, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
+    # Master weights in float32 and autocast, as in training: weights rounded beforehand would give other numbers.
+    model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=policy.trust_remote_code)
+    teach(model, compute_dtype(training.dtype, device))
+    yield OpenScorer(model, Prompts(tokenizer, system_role=policy.system_role), training)
 
 
 def tokenize(pair: Pair, prompts: Prompts, positions: int | None = None) -> TokenPair:
@@ -87,18 +159,7 @@ def tokenize(pair: Pair, prompts: Prompts, positions: int | None = None) -> Toke
     return TokenPair(prompt, chosen, rejected)
 
 
-@contextmanager
-def open_scorer(policy: Policy, training: Training) -> Generator[Scorer]:
-    """The policy (a local folder) ready to score; the model is let go of when the block ends."""
-    device = pick_device()
-    tokenizer = load_tokenizer(policy.model, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
-    # Master weights in float32 and autocast, as in training: weights rounded beforehand would give other numbers.
-    model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=policy.trust_remote_code)
-    teach(model, compute_dtype(training.dtype, device))
-    yield Scorer(model, Prompts(tokenizer, system_role=policy.system_role), training)
-
-
-def score(scorer: Scorer, groups: Iterable[Sequence[Pair]]) -> Iterator[list[Pair]]:
+def score(scorer: OpenScorer, groups: Iterable[Sequence[Pair]]) -> Iterator[list[Pair]]:
     """The pairs of each query with their log-probabilities, in order; one query after the other is read and computed.
 
     groups: the pairs of a query together, as they are trained. `training.micro_batch_size` queries share a forward pass;
@@ -157,25 +218,16 @@ def _scored(pair: Pair, numbers: Numbers) -> Pair:
 
 
 def score_into(
-    journal: Journal, groups: Iterable[KeyedPairs], how: tuple[Policy, Training], advance: Callable[[int], None]
+    journal: Journal, groups: Iterable[Group], how: tuple[Policy, Training], advance: Callable[[int], None]
 ) -> None:
     """Score every group and append it to the journal; returns early when a signal asked to stop, with all of it durable."""
     keys: deque[str] = deque()
-    batch: list[Record] = []
     with open_scorer(*how) as scorer:
-        try:
-            for scored in score(scorer, _until_stopped(groups, keys)):
-                batch.append((keys.popleft(), {"scores": [_numbers(pair) for pair in scored]}))
-                if len(batch) == _DURABLE_EVERY:
-                    journal.append(batch)
-                    advance(len(batch))
-                    batch = []
-        finally:  # also when a pair can't be scored: what was finished is kept
-            journal.append(batch)
-            advance(len(batch))
+        found = score(scorer, _until_stopped(groups, keys))
+        journal.fill(((keys.popleft(), {"scores": [_numbers(pair) for pair in scored]}) for scored in found), advance)
 
 
-def _until_stopped(groups: Iterable[KeyedPairs], keys: deque[str]) -> Iterator[Sequence[Pair]]:
+def _until_stopped(groups: Iterable[Group], keys: deque[str]) -> Iterator[Sequence[Pair]]:
     """The pairs of each group; keys notes whose turn it is, because scoring may read ahead."""
     for key, pairs in groups:
         if stop_requested():
@@ -184,7 +236,7 @@ def _until_stopped(groups: Iterable[KeyedPairs], keys: deque[str]) -> Iterator[S
         yield pairs
 
 
-_FOLDER, _GROUPS, _SCORING_JOB = "scoring", "groups.jsonl", "job.json"
+# --- in several processes --------------------------------------------------------------------------------------------------
 
 
 class Scoring(NamedTuple):
@@ -194,6 +246,9 @@ class Scoring(NamedTuple):
     """`policy.model` is a local folder."""
     training: Training
     description: str
+
+
+_FOLDER, _GROUPS, _SCORING_JOB = "scoring", "groups.jsonl", "job.json"
 
 
 def settle(journal: Journal) -> None:
@@ -206,7 +261,7 @@ def settle(journal: Journal) -> None:
     shutil.rmtree(folder)
 
 
-def score_shared(groups: Iterable[KeyedPairs], journal: Journal, scoring: Scoring, launcher: Launcher) -> None:
+def score_shared(groups: Iterable[Group], journal: Journal, scoring: Scoring, launcher: Launcher) -> None:
     """Score groups that the journal lacks, each key once; returns, or raises, with all that was finished in the journal.
 
     Raises ChildProcessError when a process ended early, and leaves a stop that was asked for to the caller.
@@ -236,9 +291,6 @@ def _folder(journal: Journal) -> Path:
     return journal.folder.with_name(_FOLDER)
 
 
-# --- one process of the group ----------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     """Score this process's share."""
     folder = Path(sys.argv[1])
@@ -262,87 +314,13 @@ def main() -> None:
         score_into(journal, _share(folder, rank, count), (policy, training), advance)
 
 
-def _share(folder: Path, rank: int, count: int) -> Iterator[KeyedPairs]:
+def _share(folder: Path, rank: int, count: int) -> Iterator[Group]:
     with (folder / _GROUPS).open("rb") as lines:
         for number, line in enumerate(lines):
             if number % count == rank:
                 group = json.loads(line)
-                yield group["key"], [columns.pair(row) for row in group["pairs"]]
+                yield Group(group["key"], [columns.pair(row) for row in group["pairs"]])
 
 
 if __name__ == "__main__":
     main()
-
-
-class Group(NamedTuple):
-    """The pairs of one query that are computed together, as training will compute them."""
-
-    key: str
-    pairs: Sequence[Pair]
-
-
-def _identity(pair: Pair) -> dict[str, Any]:
-    """What of a pair determines its log-probabilities."""
-    sides = (
-        {"text": side.text, "finish": side.finish} if side.token_ids is None else {"ids": side.token_ids}
-        for side in (pair.chosen, pair.rejected)
-    )
-    return {"prompt": pair.prompt, "responses": list(sides)}
-
-
-class Judge(NamedTuple):
-    """The model that scores, and how it computes."""
-
-    model: Checkpoint
-    policy: Policy
-    """The recipe's policy section, from which the model is loaded."""
-    prompts: Prompts
-    training: Training
-    launcher: Launcher = Launcher()
-    """Whose processes score."""
-
-    def group(self, pairs: Sequence[Pair]) -> Group:
-        """The pairs under a key of what determines their log-probabilities."""
-        content = {
-            "schema": SCHEMA_VERSION,
-            "model": self.model.digest,
-            "prompts": self.prompts.digest,
-            "dtype": str(compute_dtype(self.training.dtype, pick_device())),
-            "prefix_sharing": self.training.prefix_sharing,
-            "pairs": [_identity(pair) for pair in pairs],
-        }
-        return Group(key=digest(content), pairs=pairs)
-
-
-def score_missing(judge: Judge, groups: Iterable[Group], journal: Journal, *, description: str, total: int) -> None:
-    """Score every group that the journal lacks; the model is loaded only when there is one.
-
-    total, the number of groups, is for the progress bar. Raises Interrupted when a signal asked to stop.
-    """
-    settle(journal)
-    lacking = (group for group in groups if group.key not in journal)
-    first = next(lacking, None)
-    if first is None:
-        return
-    policy = judge.policy.model_copy(update={"model": judge.model.path})
-    missing = chain([first], lacking)
-    if judge.launcher.kind == "accelerate":
-        score_shared(_each_once(missing), journal, Scoring(policy, judge.training, description), judge.launcher)
-    else:
-        with progress(description, total, unit="queries") as advance:
-            score_into(journal, missing, (policy, judge.training), advance)
-    raise_if_stopped()
-
-
-def _each_once(groups: Iterable[Group]) -> Iterator[Group]:
-    seen: set[str] = set()
-    for group in groups:
-        if group.key not in seen:
-            seen.add(group.key)
-            yield group
-
-
-def scores(journal: Journal, group: Group) -> list[Pair]:
-    """The group's pairs with the journalled log-probabilities, in their order."""
-    found = journal.get(group.key)["scores"]
-    return [_scored(pair, numbers) for pair, numbers in zip(group.pairs, found, strict=True)]
