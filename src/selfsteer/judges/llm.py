@@ -265,14 +265,15 @@ def sampled_verdicts(
 def _unread(
     judge: LLMJudge, pairs: Iterable[Pair], attempt: int, journal: Journal, refused: dict[int, str]
 ) -> Iterator[Request]:
-    """The questions that were answered unreadably in every earlier try: at the first one, all of them.
+    """The questions that were answered unreadably in every earlier try and have no answer to this one.
 
-    They are rendered here, to be checked and to be sent; notes why a pair, by its number, must not be asked about.
+    At the first try all of them, rendered to be checked; notes why a pair, by its number, must not be asked about.
     """
 
     def unread(messages: tuple[Message, ...]) -> bool:
-        tries = (judge.request(messages, number).key for number in range(attempt))
-        return all(key in journal and _read(journal, key) is None for key in tries)
+        *earlier, this = (judge.request(messages, number).key for number in range(1 + attempt))
+        answered = attempt > 0 and this in journal
+        return not answered and all(key in journal and _read(journal, key) is None for key in earlier)
 
     for number, pair in enumerate(pairs):
         asked = [messages for messages in questions(judge.template, pair) if unread(messages)]
