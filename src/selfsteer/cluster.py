@@ -5,7 +5,7 @@ code for strangers), a cluster that lets in whoever has no token, and one withou
 for ever. A cluster of our own (no address) lives as long as the run; it has a token that no file holds, sends no usage
 statistics and starts no dashboard.
 
-Left out on purpose: what runs on the cluster (`engines/ray.py`, `launch_ray.py`), and starting nodes.
+Left out on purpose: what runs on the cluster (`engines/ray.py`, `training/launch.py`), and starting nodes.
 """
 
 import importlib

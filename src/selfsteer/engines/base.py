@@ -84,7 +84,7 @@ class Engine(Protocol):
     A request that cannot be answered for a reason of its own is yielded as `Failed`: it becomes a dropped row. What
     concerns all requests is raised.
 
-    An engine looks at `interrupt.stop_requested()` before it admits a further request: once it is true, the engine
+    An engine looks at `runtime.stop_requested()` before it admits a further request: once it is true, the engine
     finishes what is under way and returns.
     """
 

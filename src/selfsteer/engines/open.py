@@ -41,7 +41,7 @@ def open_engine(
 ) -> Engine:
     """The engine that the section names, holding this model; enter it to load or start it.
 
-    adapters: what requests may name, where the engine takes any (`recipe_engines.takes_adapters`).
+    adapters: what requests may name, where the engine takes any (`recipe.engines.takes_adapters`).
 
     A server that runs already holds the model that it holds. Raises ValueError, before anything is started, for what the
     engine lacks: an interpreter, GPUs, a program, an API key.

@@ -1,6 +1,7 @@
 """The judge that a recipe names: an LLM in this process or behind an engine, or a reward model.
 
-Left out on purpose: how they judge (`judges.py`), and the judges that need no model of their own (`self_judges.py`).
+Left out on purpose: how they judge (`llm.py`, `reward.py`), and the judges that need no model of their own
+(`implicit.py`, `checks.py`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -157,7 +158,7 @@ def _guess(model: str) -> JudgeSection:
 
 
 def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
-    """A verdict for every pair, in order; see `judges.py`. total, the number of pairs, is for the progress bar."""
+    """A verdict for every pair, in order; see `llm.py`. total, the number of pairs, is for the progress bar."""
     section, prompts = judge.section, judge.prompts
     if section.engine is not None:
         asked = LLMJudge(

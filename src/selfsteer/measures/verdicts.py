@@ -1,4 +1,4 @@
-"""What judges say about pairs, and the arithmetic of their reports. No model runs here; `judges.py` makes verdicts.
+"""What judges say about pairs, and the arithmetic of their reports. No model runs here; `judges/` makes verdicts.
 
 Conventions. A pair whose two orders disagree is a tie, and a tie counts one half in the accuracy, as it does in the win
 rates of MT-bench and AlpacaEval. A pair without a verdict (an error) is never a win: it stays out of every share and is

@@ -1,6 +1,6 @@
 """Recipes as text: YAML and `key=value` in, commented YAML and readable mistakes out.
 
-Knows pydantic sections in general and nothing of any one of them; the sections are in `recipe.py`.
+Knows pydantic sections in general and nothing of any one of them; the sections are in `sections.py`.
 """
 
 import difflib

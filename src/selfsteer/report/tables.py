@@ -1,4 +1,4 @@
-"""From metrics to metrics.json, to tables, and to what the terminal shows at the end. The shape is in `metrics.py`.
+"""From metrics to metrics.json, to tables, and to what the terminal shows at the end. The shape is in `measures/metrics.py`.
 
 The tables are built once (`tables`), and drawn by `print_summary` here and by `page.py` as HTML. Left out on purpose:
 measuring; a number that is not in the metrics is not in the report.

@@ -2,7 +2,7 @@
 
 A stage that was made from the same origin (settings and digests of its inputs) is reused as it is; one whose settings
 changed is made again from its journal, so that only samples that are new are paid for. Left out on purpose: the stages
-themselves (`data_stages.py`, `training_stages.py`) and their order (`pipeline.py`).
+themselves (the other files here) and their order (`pipeline.py`).
 """
 
 import logging

@@ -3,7 +3,7 @@
 A dual generator is two trainings, each on one half of L_SSO. What they train is sampled as two adapters of one model by
 engines that can do that, merged by others; margins are measured on the merged model.
 
-Left out on purpose: the trainer (`training.py`); files are the contract: sealed pairs in, a Hugging Face folder out.
+Left out on purpose: the trainer (`training/`); files are the contract: sealed pairs in, a Hugging Face folder out.
 """
 
 import shutil

@@ -1,6 +1,6 @@
 """Canonical JSON, digests, and files that are wholly there or not there at all.
 
-Left out on purpose: locks, formats and resuming (`store.py`, `journal.py`). POSIX only. What the disk itself promises for
+Left out on purpose: locks, formats and resuming (`folder.py`, `journal.py`). POSIX only. What the disk itself promises for
 an fsync is not checked (a macOS drive, for one, may still hold it in its cache).
 """
 

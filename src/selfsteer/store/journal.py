@@ -9,7 +9,7 @@ Guarantees
 - A torn last line is cut off and kept in `<part>.torn`, unless its writer is still alive (it holds a lock on its part).
 - Nobody appends to a part that another process began, so a torn line never swallows the next record.
 - The first record of a key wins, in the order of writer and n; appending a key again writes nothing.
-- Memory holds about 40 bytes a record, whatever its size: a hash of the key and where the line begins (`places.py`).
+- Memory holds about 40 bytes a record, whatever its size: a hash of the key and where the line begins (`Places`).
 
 Left out on purpose: seeing what other processes append while this one is open, unless it is told to (`reread`); deleting or
 compacting records; threads.
