@@ -7,8 +7,8 @@ over is answered by whoever has room.
 
 Why not Ray Data: it wants a finite data set before it starts, its vLLM stage keeps one of n outputs and no finish reason,
 and its own checkpoint has lost samples. Why not an actor's streaming generator: it has no way in for further requests, so
-that each batch would drain before the next one begins. Durability is the journal's (`store/journal.py`), which the process of
-the run writes: a sample counts when it is there.
+that each batch would drain before the next one begins. Durability is the journal's (`store/journal.py`), which the process
+of the run writes: a sample counts when it is there.
 
 Left out on purpose: the cluster (`cluster.py`), and everything that the replicas' engines do.
 """

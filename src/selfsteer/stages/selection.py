@@ -2,7 +2,7 @@
 
     5-selection/data.parquet    those kept, some turned round or put together of several samples; dropped.jsonl the others
 
-Wanted are the pairs of stage 5 that are not held out. Left out on purpose: the rules (`selection.py`), and measuring.
+Wanted are the pairs of stage 5 that are not held out. Left out on purpose: measuring.
 """
 
 from collections.abc import Callable, Iterator, Sequence
