@@ -6,6 +6,7 @@ are against PBAA, query by query; several seeds are averaged within a query firs
 depends on the queries, not on the training seed; for that there are the estimates of each seed.
 """
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,9 @@ from selfsteer.cluster import cluster_of
 from selfsteer.engines.open import check_engines
 from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference
 from selfsteer.measures.metrics import RoundMetrics, TrainingSummary
-from selfsteer.measures.quality import scored
 from selfsteer.measures.text import repetition, similarity, words
 from selfsteer.measures.verdicts import Verdict, judge_report, points
-from selfsteer.pipeline import Prepared, finish, first_round, log, make_data, prepare, write_report
+from selfsteer.pipeline import Prepared, finish, first_round, make_data, prepare, write_report
 from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.recipe.text import Override, apply_override
@@ -43,6 +43,8 @@ from selfsteer.stages.status import method_of
 from selfsteer.stages.training import policy_stage
 from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 class Arm(NamedTuple):
@@ -166,7 +168,7 @@ def query_values(pairs: Iterator[Pair], verdicts: Mapping[JudgeName, Sequence[Ve
     """Every measure of each held-out query; a query with several pairs counts with their mean."""
     gathered: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
-        if pair.query_id not in only or not scored(pair):
+        if pair.query_id not in only or not pair.scored:
             continue
         good, bad = pair.chosen.score, pair.rejected.score
         chosen, rejected = math.exp(good.mean_logps), math.exp(bad.mean_logps)

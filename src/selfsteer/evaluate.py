@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from selfsteer.data.queries import read_queries
 from selfsteer.engines.base import Sampling
-from selfsteer.engines.sampling import kept_open
+from selfsteer.engines.sampling import Sampler, kept_open
 from selfsteer.evaluations.alpaca_eval import annotated_win_rate, gamed_of, read_annotations
 from selfsteer.evaluations.asking import Answer, Asked
 from selfsteer.evaluations.evaluate import Answering, answering, ask_with
@@ -81,7 +81,7 @@ def compare_answers(
 
 def _answers(model: Answering, queries: Sequence[Query], sampling: Sampling, journal: Journal) -> Sequence[Answer]:
     with kept_open(model.open) as engine:
-        ask = ask_with(model, engine, journal, f"answers of {Path(model.name).name}")
+        ask = ask_with(Sampler(engine, model.prompts), model.request, journal, f"answers of {Path(model.name).name}")
         return ask([Asked(query.messages, sampling) for query in queries])
 
 

@@ -11,7 +11,7 @@ from selfsteer.data.exchange import counted, find_pairs, read_pairs
 from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
 from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
-from selfsteer.measures.quality import measure, scored
+from selfsteer.measures.quality import measure
 from selfsteer.measures.verdicts import JudgeReport, judge_report
 from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.pipeline import finish, first_round, may_align, prepare
@@ -43,7 +43,7 @@ def measure_given(path: Path, policy: str, trained: str | None = None) -> Measur
         measures = measure(before.pairs())
         if before.dropped:
             measures["dropped"] = dict(before.dropped.most_common())
-        measures["likelihood"] = judge_report(likelihood_verdicts(filter(scored, before.pairs())))
+        measures["likelihood"] = judge_report(likelihood_verdicts(pair for pair in before.pairs() if pair.scored))
         if trained is not None:
             after = _Scored(path, _scorer(trained, training), journal)
             measures["implicit_reward"] = judge_report(implicit_verdicts(before.pairs(), after.pairs(), beta=1.0))

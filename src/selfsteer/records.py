@@ -3,6 +3,7 @@
 Left out on purpose: behaviour. How records become prompts is in `prompts.py`, how they become pairs in `pairs.py`.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, NotRequired, Self, TypedDict
 
@@ -182,8 +183,16 @@ class Pair:
 
     @property
     def scored(self) -> bool:
-        """Whether both responses carry their log-probability."""
-        return None not in (self.chosen.logps, self.chosen.tokens, self.rejected.logps, self.rejected.tokens)
+        """Whether both responses carry their log-probability. ValueError where they cannot be any."""
+        if None in (self.chosen.logps, self.chosen.tokens, self.rejected.logps, self.rejected.tokens):
+            return False
+        for side in (self.chosen, self.rejected):
+            if not math.isfinite(side.score.logps) or side.score.tokens < 1:
+                raise ValueError(
+                    f"query {self.query_id}: a log-probability of {side.logps} over {side.tokens} tokens is no measure; "
+                    "delete the scores of these pairs and let them be computed again."
+                )
+        return True
 
     def turned(self) -> Self:
         """Chosen and rejected exchanged. The principles stay: the good one still names what has now been rejected."""

@@ -18,9 +18,9 @@ from selfsteer.data.exchange import find_pairs, read_pairs
 from selfsteer.data.files import check_source, source_digest, source_rows
 from selfsteer.evaluations.reward_bench import Benchmark, Report, read_benchmark, report
 from selfsteer.judges.reward import (
-    Conversation,
     Renderer,
     RewardModel,
+    conversations,
     open_renderer,
     reward_of,
     reward_verdicts,
@@ -167,17 +167,13 @@ def _name(source: Source, sources: Sequence[Source]) -> str:
 
 def _line(row: PairRow, renderer: Renderer) -> dict[str, Any] | Dropped:
     ids: list[list[int]] = []
-    for conversation in _conversations(pair(row)):
+    for conversation in conversations(pair(row)):
         reason = renderer.refusal(conversation)
         if reason is not None:
             return Dropped(id=row["query_id"], reason=reason)
         ids.append(list(renderer.ids(conversation)))
     chosen, rejected = ids
     return {"chosen_ids": chosen, "rejected_ids": rejected}
-
-
-def _conversations(pair: Pair) -> tuple[Conversation, Conversation]:
-    return (*pair.prompt, *pair.chosen.messages), (*pair.prompt, *pair.rejected.messages)
 
 
 def _share_of(query_id: str, purpose: str) -> float:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Completion, Request, Sampling
-from selfsteer.engines.sampling import kept_open
+from selfsteer.engines.sampling import Sampler, kept_open
 from selfsteer.evaluate import compare_answers, evaluate_models, read_engine
 from selfsteer.evaluations.asking import Asked, Choices
 from selfsteer.evaluations.evaluate import answering, ask_with, score_with
@@ -134,7 +134,9 @@ def test_what_can_not_be_asked_is_counted_by_its_reason(tmp_path: Path):
     greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=64)
     texts = ["Who?", "x <|im_end|> y", "fox " * 60]
     with Journal(tmp_path / "parts") as journal, kept_open(model.open) as engine:
-        said = ask_with(model, engine, journal, "answers")([Asked(user(text), greedy) for text in texts])
+        said = ask_with(Sampler(engine, model.prompts), model.request, journal, "answers")(
+            [Asked(user(text), greedy) for text in texts]
+        )
     assert [answer.error for answer in said] == [None, "special tokens in the text", "longer than the model's context"]
 
 
@@ -143,7 +145,9 @@ def test_greedy_answers_are_those_of_generate(tiny_folder: str, tmp_path: Path):
     model = answering(Policy(model=tiny_folder), FLOAT32)
     greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=8)
     with Journal(tmp_path) as journal, kept_open(model.open) as engine:
-        (said,) = ask_with(model, engine, journal, "answers")([Asked(user("Explain how rainbows form."), greedy)])
+        (said,) = ask_with(Sampler(engine, model.prompts), model.request, journal, "answers")(
+            [Asked(user("Explain how rainbows form."), greedy)]
+        )
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     network = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(

@@ -11,7 +11,6 @@ and is counted by its reason beside every figure. Left out on purpose: which jud
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,21 +93,16 @@ def answering(policy: Policy, engine: EngineSection, *, name: str | None = None)
 # --- answers and scores ----------------------------------------------------------------------------------------------------
 
 
-def ask_with(
-    model: Answering, open_engine: Callable[[], AbstractContextManager[Engine]], journal: Journal, description: str
-) -> Ask:
-    """`Ask` through an engine and a journal: what was answered before is not asked again."""
+def ask_with(sampler: Sampler, request: Callable[[Asked], Request | str], journal: Journal, description: str) -> Ask:
+    """`Ask` through an engine and a journal: what was answered before is not asked again.
+
+    request: an item as the engine is asked it, or why it must not be.
+    """
 
     def ask(items: Sequence[Asked]) -> Sequence[Answer]:
-        requests = [model.request(item) for item in items]
+        requests = [request(item) for item in items]
         wanted = [each for each in requests if not isinstance(each, str)]
-        sample(
-            Sampler(open_engine, model.prompts),
-            iter(wanted),
-            journal,
-            description=description,
-            total=len(journal) + len(wanted),
-        )
+        sample(sampler, wanted, journal, description=description, total=len(journal) + len(wanted))
         return [Answer("", error=each) if isinstance(each, str) else _answer(journal, each) for each in requests]
 
     return ask
@@ -193,7 +187,7 @@ class Plan:
         started = time.monotonic()
         found: list[TaskResult] = []
         with kept_open(model.open) as engine:
-            ask = ask_with(model, engine, journal, f"answers of {Path(model.name).name}")
+            ask = ask_with(Sampler(engine, model.prompts), model.request, journal, f"answers of {Path(model.name).name}")
             if self._harness is not None:
                 found += self._harness(ask, score_with(model, Training(dtype=_dtype(model.engine)), journal))
             answered = [task(_capped(ask, self.section.max_new_tokens)) for task in self._judged]

@@ -7,6 +7,7 @@ on purpose: which judge, and how it is reached.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,36 +61,29 @@ def mt_bench_task(folder: Path, judge: Verdicts, limit: int | None) -> JudgedTas
     whole, ask_judge = mt_bench.read_mt_bench(folder), _in_words(judge, "mt_bench")
     bench = replace(whole, questions=whole.questions[:limit])
 
-    def task(ask: Ask) -> Callable[[], TaskResult]:
-        answers = mt_bench.answer_both_turns(bench, ask)
+    def judged(answers: Sequence[tuple[Answer, Answer]]) -> TaskResult:
+        found = mt_bench.grade(bench, answers, ask_judge)
+        score = _there(found.score, "mt_bench")
+        figures = [_figure("mt_bench", "grade (1 to 10)", score, found.by_question)]
+        for name, turn in zip(("grade, first turn", "grade, second turn"), found.turns, strict=True):
+            figures += [] if turn is None else [_figure("mt_bench", name, turn, None)]
+        prompts = "the published prompts" if found.published_prompts else "selfsteer's own prompts, not the published ones"
+        return TaskResult(
+            task="mt_bench",
+            figures=figures,
+            items=len(bench.questions),
+            of=len(whole.questions),
+            fewshot=None,
+            version="1",
+            data=_local(folder / "question.jsonl"),
+            unanswered=found.ungraded,
+            cut=sum(answer.cut for both in answers for answer in both),
+            judge=judge.name,
+            notes=[prompts, *(f"{name} {category.mean:.2f}" for name, category in found.categories.items())],
+            first=_user(bench.questions[0].turns[0]),
+        )
 
-        def judged() -> TaskResult:
-            found = mt_bench.grade(bench, answers, ask_judge)
-            score = _there(found.score, "mt_bench")
-            figures = [_figure("mt_bench", "grade (1 to 10)", score, found.by_question)]
-            for name, turn in zip(("grade, first turn", "grade, second turn"), found.turns, strict=True):
-                figures += [] if turn is None else [_figure("mt_bench", name, turn, None)]
-            prompts = (
-                "the published prompts" if found.published_prompts else "selfsteer's own prompts, not the published ones"
-            )
-            return TaskResult(
-                task="mt_bench",
-                figures=figures,
-                items=len(bench.questions),
-                of=len(whole.questions),
-                fewshot=None,
-                version="1",
-                data=_local(folder / "question.jsonl"),
-                unanswered=found.ungraded,
-                cut=sum(answer.cut for both in answers for answer in both),
-                judge=judge.name,
-                notes=[prompts, *(f"{name} {category.mean:.2f}" for name, category in found.categories.items())],
-                first=_user(bench.questions[0].turns[0]),
-            )
-
-        return judged
-
-    return task
+    return lambda ask: partial(judged, mt_bench.answer_both_turns(bench, ask))
 
 
 def arena_hard_task(folder: Path, judge: Verdicts, limit: int | None) -> JudgedTask:
@@ -97,31 +91,26 @@ def arena_hard_task(folder: Path, judge: Verdicts, limit: int | None) -> JudgedT
     whole, ask_judge = arena_hard.read_arena_hard(folder), _in_words(judge, "arena_hard")
     arena = replace(whole, prompts=whole.prompts[:limit])
 
-    def task(ask: Ask) -> Callable[[], TaskResult]:
-        answers = arena_hard.answer(arena, ask)
+    def judged(answers: Sequence[Answer]) -> TaskResult:
+        found = arena_hard.judge_answers(arena, answers, ask_judge)
+        rate = _there(found.win_rate, "arena_hard")
+        prompts = "the published prompt" if arena.published_prompt else "selfsteer's own prompt, not the published one"
+        return TaskResult(
+            task="arena_hard",
+            figures=[_figure("arena_hard", f"win rate against {arena_hard.BASELINE}", rate, found.by_prompt)],
+            items=len(arena.prompts),
+            of=len(whole.prompts),
+            fewshot=None,
+            version="0.1",
+            data=_local(folder / "question.jsonl"),
+            unanswered=found.no_verdict,
+            cut=sum(answer.cut for answer in answers),
+            judge=judge.name,
+            notes=[prompts, f"{found.flips} of {found.prompts} flip with the order"],
+            first=_user(arena.prompts[0].text),
+        )
 
-        def judged() -> TaskResult:
-            found = arena_hard.judge_answers(arena, answers, ask_judge)
-            rate = _there(found.win_rate, "arena_hard")
-            prompts = "the published prompt" if arena.published_prompt else "selfsteer's own prompt, not the published one"
-            return TaskResult(
-                task="arena_hard",
-                figures=[_figure("arena_hard", f"win rate against {arena_hard.BASELINE}", rate, found.by_prompt)],
-                items=len(arena.prompts),
-                of=len(whole.prompts),
-                fewshot=None,
-                version="0.1",
-                data=_local(folder / "question.jsonl"),
-                unanswered=found.no_verdict,
-                cut=sum(answer.cut for answer in answers),
-                judge=judge.name,
-                notes=[prompts, f"{found.flips} of {found.prompts} flip with the order"],
-                first=_user(arena.prompts[0].text),
-            )
-
-        return judged
-
-    return task
+    return lambda ask: partial(judged, arena_hard.answer(arena, ask))
 
 
 def alpaca_eval_task(folder: Path, judge: Verdicts, limit: int | None) -> JudgedTask:
@@ -131,30 +120,25 @@ def alpaca_eval_task(folder: Path, judge: Verdicts, limit: int | None) -> Judged
     # The published formula is over all instructions; of a part of them only the one without difficulty can be fitted.
     gamed = gamed_of(folder) if len(wanted) == len(baseline.outputs) else None
 
-    def task(ask: Ask) -> Callable[[], TaskResult]:
-        answers = ask([Asked(_user(each.instruction), _ALPACA_EVAL) for each in wanted])
+    def judged(answers: Sequence[Answer]) -> TaskResult:
+        outputs = [Answer(each.output) for each in wanted]
+        compared = compare(judge, [_user(each.instruction) for each in wanted], answers, outputs)
+        return TaskResult(
+            task="alpaca_eval",
+            figures=compared.figures("alpaca_eval", gamed),
+            items=len(wanted),
+            of=len(baseline.outputs),
+            fewshot=None,
+            version="2",
+            data=f"local, {len(baseline.outputs)} answers of {baseline.generator}, sha256 {digest(list(wanted))[:16]}",
+            unanswered=compared.unanswered,
+            cut=sum(answer.cut for answer in answers),
+            judge=judge.name,
+            notes=["selfsteer's own prompt in both orders, not the published one in one order", *compared.notes(gamed)],
+            first=_user(wanted[0].instruction),
+        )
 
-        def judged() -> TaskResult:
-            outputs = [Answer(each.output) for each in wanted]
-            compared = compare(judge, [_user(each.instruction) for each in wanted], answers, outputs)
-            return TaskResult(
-                task="alpaca_eval",
-                figures=compared.figures("alpaca_eval", gamed),
-                items=len(wanted),
-                of=len(baseline.outputs),
-                fewshot=None,
-                version="2",
-                data=f"local, {len(baseline.outputs)} answers of {baseline.generator}, sha256 {digest(list(wanted))[:16]}",
-                unanswered=compared.unanswered,
-                cut=sum(answer.cut for answer in answers),
-                judge=judge.name,
-                notes=["selfsteer's own prompt in both orders, not the published one in one order", *compared.notes(gamed)],
-                first=_user(wanted[0].instruction),
-            )
-
-        return judged
-
-    return task
+    return lambda ask: partial(judged, ask([Asked(_user(each.instruction), _ALPACA_EVAL) for each in wanted]))
 
 
 JUDGED: Mapping[str, Callable[[Path, Verdicts, int | None], JudgedTask]] = {

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from selfsteer.measures.quality import rewards_of, scored
+from selfsteer.measures.quality import rewards_of
 from selfsteer.measures.verdicts import Verdict, by_margin, failure
 from selfsteer.pairs import special_token_reason
 from selfsteer.prompts import Prompts
@@ -31,7 +31,7 @@ def implicit_verdicts(before: Iterable[Pair], after: Iterable[Pair], *, beta: fl
     order. ValueError when the lengths differ.
     """
     for reference, trained in zip(before, after, strict=True):
-        if not scored(reference):
+        if not reference.scored:
             yield failure(reference, "no reference log-probabilities")
             continue
         rewards = rewards_of(reference, trained, beta=beta)

@@ -191,7 +191,7 @@ def reward_verdicts(judge: RewardModel, pairs: Pairs, journal: Journal, *, total
 
     def wanted() -> Iterator[Conversation]:
         for number, pair in enumerate(pairs()):
-            both = _conversations(pair)
+            both = conversations(pair)
             reason = next(filter(None, map(renderer.refusal, both)), None)
             if reason is None:
                 yield from both
@@ -203,12 +203,13 @@ def reward_verdicts(judge: RewardModel, pairs: Pairs, journal: Journal, *, total
         if number in refused:
             yield failure(pair, refused[number])
             continue
-        chosen, rejected = (reward_of(judge, conversation, journal) for conversation in _conversations(pair))
+        chosen, rejected = (reward_of(judge, conversation, journal) for conversation in conversations(pair))
         if chosen is None or rejected is None:
             yield failure(pair, "reward is not finite")
         else:
             yield by_margin(pair, chosen - rejected)
 
 
-def _conversations(pair: Pair) -> tuple[Conversation, ...]:
-    return tuple((*pair.prompt, *side.messages) for side in (pair.chosen, pair.rejected))
+def conversations(pair: Pair) -> tuple[Conversation, Conversation]:
+    """With the chosen response, and with the rejected one."""
+    return (*pair.prompt, *pair.chosen.messages), (*pair.prompt, *pair.rejected.messages)

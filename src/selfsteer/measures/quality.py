@@ -58,13 +58,17 @@ WORD_BUDGET = 200_000
 BINS = 24
 
 
+def _numbers() -> "array[float]":
+    return array("d")
+
+
 @dataclass(slots=True)
 class _Responses:
     """What is gathered about the chosen, or about the rejected responses, one number a row."""
 
-    words: "array[float]" = field(default_factory=lambda: array("d"))
-    tokens: "array[float]" = field(default_factory=lambda: array("d"))
-    repetition: "array[float]" = field(default_factory=lambda: array("d"))
+    words: "array[float]" = field(default_factory=_numbers)
+    tokens: "array[float]" = field(default_factory=_numbers)
+    repetition: "array[float]" = field(default_factory=_numbers)
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     vocabulary_ids: "array[int]" = field(default_factory=lambda: array("q"))
     """The words of the first responses as numbers, up to WORD_BUDGET; -1 ends a response."""
@@ -105,11 +109,11 @@ class _Responses:
 class _Scores:
     """What the log-probabilities of the scored rows say, one number a row."""
 
-    chosen: "array[float]" = field(default_factory=lambda: array("d"))
-    rejected: "array[float]" = field(default_factory=lambda: array("d"))
-    margin: "array[float]" = field(default_factory=lambda: array("d"))
-    per_token: "array[float]" = field(default_factory=lambda: array("d"))
-    length_difference: "array[float]" = field(default_factory=lambda: array("d"))
+    chosen: "array[float]" = field(default_factory=_numbers)
+    rejected: "array[float]" = field(default_factory=_numbers)
+    margin: "array[float]" = field(default_factory=_numbers)
+    per_token: "array[float]" = field(default_factory=_numbers)
+    length_difference: "array[float]" = field(default_factory=_numbers)
 
     def add(self, chosen: Scored, rejected: Scored) -> None:
         """Take in one scored pair."""
@@ -133,7 +137,7 @@ def measure(pairs: Iterable[Pair]) -> Measures:
         sampled += pair.kind != "given"
         overlaps.append(similarity(pair.chosen.text, pair.rejected.text))
         digests.append(_digest(json.dumps([pair.prompt, pair.chosen.text, pair.rejected.text])))
-        if scored(pair):
+        if pair.scored:
             scores.add(pair.chosen.score, pair.rejected.score)
     if not digests:
         return Measures(pairs=0)
@@ -171,19 +175,6 @@ def measure(pairs: Iterable[Pair]) -> Measures:
     return measures
 
 
-def scored(pair: Pair) -> bool:
-    """Whether the pair carries log-probabilities. ValueError where they cannot be any."""
-    if not pair.scored:
-        return False
-    for side in (pair.chosen, pair.rejected):
-        if not math.isfinite(side.score.logps) or side.score.tokens < 1:
-            raise ValueError(
-                f"query {pair.query_id}: a log-probability of {side.logps} over {side.tokens} tokens is no measure; "
-                "delete the scores of these pairs and let them be computed again."
-            )
-    return True
-
-
 class Rewards(NamedTuple):
     """beta * (log pi - log pi_ref) of both responses (arXiv 2305.18290)."""
 
@@ -205,7 +196,7 @@ def implicit_reward(before: Iterable[Pair], after: Iterable[Pair], *, beta: floa
     before_scores, after_scores = _Scores(), _Scores()
     rewards = array("d"), array("d")
     for reference, trained in zip(before, after, strict=True):
-        if not scored(reference):
+        if not reference.scored:
             continue
         before_scores.add(reference.chosen.score, reference.rejected.score)
         after_scores.add(trained.chosen.score, trained.rejected.score)
@@ -249,7 +240,7 @@ def _by_query(pairs: Iterable[Pair]) -> dict[str, NDArray[np.float64]]:
     """On-policy probability of chosen, rejected and both, margin per token, shape (4,): the mean over a query's pairs."""
     gathered: defaultdict[str, list[tuple[float, ...]]] = defaultdict(list)
     for pair in pairs:
-        if scored(pair):
+        if pair.scored:
             means = pair.chosen.score.mean_logps, pair.rejected.score.mean_logps
             chosen, rejected = map(math.exp, means)
             gathered[pair.query_id].append((chosen, rejected, (chosen + rejected) / 2, means[0] - means[1]))

@@ -13,7 +13,6 @@ from string import Template
 from typing import Any, TypeVar, cast
 
 from selfsteer.measures.metrics import Metrics, RoundMetrics, find, plain
-from selfsteer.measures.quality import scored
 from selfsteer.records import Message, Pair
 from selfsteer.report import tables
 from selfsteer.report.tables import Form, Table, cell, duration
@@ -149,7 +148,7 @@ def _examples(pairs: Sequence[Pair]) -> str:
 
 
 def _example(pair: Pair) -> str:
-    counts = scored(pair)
+    counts = pair.scored
     sides: list[str] = []
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         facts = [name]

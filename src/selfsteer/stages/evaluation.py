@@ -10,15 +10,16 @@ Not a stage: nothing later is made of it. Left out on purpose: what the tasks ar
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from selfsteer.engines.base import Failed, Request
-from selfsteer.engines.sampling import Sampler, kept_open, response, sample
-from selfsteer.evaluations.asking import Answer, Asked
-from selfsteer.evaluations.evaluate import Answering, Plan, answering, gives_scores
+from selfsteer.engines.base import Request
+from selfsteer.engines.sampling import Sampler
+from selfsteer.evaluations.asking import Asked
+from selfsteer.evaluations.evaluate import Answering, Plan, answering, ask_with, gives_scores
 from selfsteer.evaluations.judged import Verdicts
 from selfsteer.evaluations.results import summary
 from selfsteer.judges.find import RecipeJudge, ask, open_judge
@@ -42,19 +43,8 @@ def verdicts_of(judge: RecipeJudge, journal: Journal) -> Verdicts:
     def compare(pairs: Sequence[Pair]) -> Sequence[Verdict]:
         return list(ask(judge, lambda: pairs, journal, total=len(pairs)))
 
-    def in_words(items: Sequence[Asked]) -> Sequence[Answer]:
-        requests = [_request(judge, item) for item in items]
-        wanted = [each for each in requests if isinstance(each, Request)]
-        with kept_open(lambda: open_judge(judge)) as engine:
-            sample(
-                Sampler(engine, judge.prompts),
-                iter(wanted),
-                journal,
-                description="verdicts in words",
-                total=len(journal) + len(wanted),
-            )
-        return [each if isinstance(each, Answer) else _answer(journal, each) for each in requests]
-
+    sampler = Sampler(lambda: open_judge(judge), judge.prompts)
+    in_words = ask_with(sampler, partial(_request, judge), journal, "verdicts in words")
     return Verdicts(judge_name(judge), in_words if judge.section.kind == "llm" else None, compare)
 
 
@@ -68,14 +58,14 @@ def judge_name(judge: RecipeJudge) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _request(judge: RecipeJudge, asked: Asked) -> Request | Answer:
+def _request(judge: RecipeJudge, asked: Asked) -> Request | str:
     prompts = judge.prompts
     if prompts is not None:
         found = prompts.checked_ids(asked.messages)
         if isinstance(found, str):
-            return Answer("", error=found)
+            return found
         if len(found) > judge.section.max_prompt_tokens:
-            return Answer("", error="too long for the judge")
+            return "too long for the judge"
     content = {
         "schema": SCHEMA,
         "judge": judge.name,
@@ -88,13 +78,6 @@ def _request(judge: RecipeJudge, asked: Asked) -> Request | Answer:
     }
     key = digest(content)
     return Request(key=key, messages=asked.messages, sampling=asked.sampling, seed=int(key[:8], 16))
-
-
-def _answer(journal: Journal, wanted: Request) -> Answer:
-    said = response(journal, wanted)
-    if isinstance(said, Failed):
-        return Answer("", error=said.reason)
-    return Answer(said.text, cut=said.finish_reason == "length")
 
 
 def evaluate(

@@ -7,7 +7,6 @@ Wanted are the pairs of stage 5 that are not held out. Left out on purpose: meas
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -247,8 +246,7 @@ def _by_generator(round: Round, candidates: Candidates) -> Rank:
         spared = held_out(round)
 
         def groups() -> Iterator[Group]:
-            for _, each in groupby(_lessons(candidates.preferences, spared), key=lambda pair: pair.query_id):
-                yield scorer.group(list(each))
+            return scorer.by_query(_lessons(candidates.preferences, spared))
 
         total = len({pair.query_id for pair in _lessons(candidates.preferences, spared)})
         score_missing(scorer, groups(), work.journal, description="implicit rewards of the generator", total=total)

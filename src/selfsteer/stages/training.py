@@ -8,7 +8,6 @@ Left out on purpose: the trainer (`training/`); files are the contract: sealed p
 
 import shutil
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from selfsteer.measures.metrics import ImplicitReward
@@ -34,7 +33,7 @@ from selfsteer.store import columns
 from selfsteer.store.durable import file_digest, make_folder
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.training.launch import launch
-from selfsteer.training.scoring import Group, Scorer, score_missing, scores
+from selfsteer.training.scoring import Group, score_missing, scores
 from selfsteer.training.train import TrainingJob
 
 MODEL, ADAPTER, HISTORY = "model", "adapter", "history.jsonl"
@@ -136,17 +135,11 @@ def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[Pair]:
     scorer = policy_scorer(round)._replace(model=round.first)
 
     def groups() -> Iterator[Group]:
-        return _groups(scorer, _lessons(round, work, pairs))
+        return scorer.by_query(_lessons(round, work, pairs))
 
     score_missing(scorer, groups(), work.journal, description="log-probabilities of the first policy", total=kept(pairs))
     for group in groups():
         yield from scores(work.journal, group)
-
-
-def _groups(scorer: Scorer, pairs: Iterator[Pair]) -> Iterator[Group]:
-    """The pairs of each query, to be scored together."""
-    for _, of_query in groupby(pairs, key=lambda pair: pair.query_id):
-        yield scorer.group(list(of_query))
 
 
 def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignment) -> Contents:
@@ -205,7 +198,7 @@ def _what_training_did(round: Round, work: Work, pairs: Stage, trained: Checkpoi
 
     def groups() -> Iterator[Group]:
         lessons = _lessons(round, work, pairs)
-        return _groups(scorer, (pair for pair in lessons if drawn is None or pair.query_id in drawn))
+        return scorer.by_query(pair for pair in lessons if drawn is None or pair.query_id in drawn)
 
     total = kept(pairs) if drawn is None else len(drawn)
     score_missing(scorer, groups(), work.journal, description="margins after training", total=total)

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,11 @@ class Scorer(NamedTuple):
             "pairs": [_identity(pair) for pair in pairs],
         }
         return Group(key=digest(content), pairs=pairs)
+
+    def by_query(self, pairs: Iterable[Pair]) -> Iterator[Group]:
+        """The pairs of each query, which stand next to each other, as a group."""
+        for _, of_query in groupby(pairs, key=lambda pair: pair.query_id):
+            yield self.group(list(of_query))
 
 
 def _identity(pair: Pair) -> dict[str, Any]:
