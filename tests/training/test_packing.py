@@ -8,8 +8,9 @@ from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from selfsteer.training import packing
 from selfsteer.training.logps import TokenLogps, choose_packing, teach
-from selfsteer.training.packing import Row, Span, TokenPair, pack, pad, share_prompts
+from selfsteer.training.packing import Row, Span, TokenPair, attention, pack, pad, segments_of, share_prompts
 
 ROWS = [Row((1, 2), ((3, 4, 5), (6, 7))), Row((8,), ((9,),))]
 
@@ -31,6 +32,58 @@ def test_pad_literally():
     assert batch["sources"].tolist() == [1, 2, 3, 5, 6, 8]
     assert batch["targets"].tolist() == [3, 4, 5, 6, 7, 9]
     assert batch["layout"].spans is None
+
+
+def test_segments_literally():
+    """Two completions behind a prompt of two, one without queries of its own behind a prompt of one."""
+    segments = segments_of((Span(2, (2, 1)), Span(1, (0,))), torch.device("cpu"))
+    assert segments.keys.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5]
+    assert segments.query_ends.tolist() == [0, 2, 4, 5, 6]
+    assert segments.key_ends.tolist() == [0, 2, 6, 9, 10]
+    assert (segments.longest_query, segments.longest_key) == (2, 4)
+
+
+def states(layout: packing.Layout, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Query, key and value of one layer with four heads in two groups."""
+    assert layout.spans is not None
+    total = sum(span.prompt + sum(span.completions) for span in layout.spans)
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(1, heads, total, 16, generator=generator) for heads in (4, 2, 2)]
+    return [each.to(device, dtype).requires_grad_() for each in made]
+
+
+def test_segments_hold_what_attention_segment_by_segment_sees():
+    """The kernel's arguments, followed one segment after the other: each query sees the keys up to its own end."""
+    layout = pack(random_rows())["layout"]
+    query, key, value = states(layout)
+    by_segment, _ = attention(torch.nn.Module(), query, key, value, None, layout=layout)
+    assert layout.spans is not None
+    segments = segments_of(layout.spans, query.device)
+    for index in range(len(segments.query_ends) - 1):
+        own = slice(int(segments.query_ends[index]), int(segments.query_ends[index + 1]))
+        seen = segments.keys[int(segments.key_ends[index]) : int(segments.key_ends[index + 1])]
+        length, total = own.stop - own.start, len(seen)
+        mask = torch.ones(length, total, dtype=torch.bool).tril(total - length)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, own], key[:, :, seen], value[:, :, seen], attn_mask=mask, enable_gqa=True
+        )
+        torch.testing.assert_close(by_segment[0, own], expected[0].transpose(0, 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel over all segments runs on CUDA")
+def test_one_kernel_equals_segment_by_segment(monkeypatch: pytest.MonkeyPatch):
+    """Outputs and gradients, within the rounding of bfloat16."""
+    layout = pack(random_rows())["layout"]
+    found: list[list[torch.Tensor]] = []
+    for kernel in (True, False):
+        if not kernel:
+            monkeypatch.setattr(packing, "_half_precision", lambda query: None)
+        made = states(layout, "cuda", torch.bfloat16)
+        output, _ = attention(torch.nn.Module(), *made, None, layout=layout)
+        output.float().square().sum().backward()
+        found.append([output.float(), *(each.grad.float() for each in made if each.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.03, atol=0.03)
 
 
 def test_prompts_and_completions_are_computed_once():

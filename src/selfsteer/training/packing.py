@@ -2,12 +2,14 @@
 
 A micro-batch is one sequence (1, T): the rows of its queries back to back, each row a prompt and then its completions, with
 position ids that restart behind the prompt for every completion. The prompt attends causally to itself, each completion to
-the prompt and itself. No mask of T x T exists: attention runs segment by segment. The last token of a completion predicts
-nothing and is not computed.
+the prompt and itself. No mask of T x T exists: attention runs segment by segment, or on a GPU in half precision over all
+segments in one kernel. The last token of a completion predicts nothing and is not computed.
 
 Left out on purpose: sliding windows and recurrent layers. `logps.choose_packing` finds out whether a model can be packed.
 """
 
+import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
@@ -15,12 +17,19 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "selfsteer"
 """The name of our attention function in transformers' registry."""
+
+_WIDEST_HEAD = 256
+"""What FlashAttention computes."""
+
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""Before torch 2.12 it takes fewer key-value heads than query heads without being told."""
 
 TokenIds = tuple[int, ...]
 
@@ -66,6 +75,22 @@ class Layout:
     """The rows of a packed batch; None for a padded one."""
     masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict[tuple[int, int, int], Tensor], compare=False)
     """Masks of completions over prompts, made by the first layer and used by all: (prompt, completion, heads per group)."""
+    segments: "dict[torch.device, Segments]" = field(default_factory=dict[torch.device, "Segments"], compare=False)
+    """For `_in_one_kernel`, made by the first layer and used by all."""
+
+
+class Segments(NamedTuple):
+    """The prompts and completions of a packed sequence, S in all, as a kernel for sequences of many lengths takes them."""
+
+    keys: Tensor
+    """(K,) what each segment attends to, one after the other: positions in the packed sequence; a prompt comes once for
+    itself and once before each of its completions."""
+    query_ends: Tensor
+    """(S + 1,) where the queries of each segment end, 0 before the first."""
+    key_ends: Tensor
+    """(S + 1,) the same of `keys`."""
+    longest_query: int
+    longest_key: int
 
 
 class Batch(TypedDict):
@@ -182,6 +207,9 @@ def attention(
             raise NotImplementedError(f"{unsupported} with shared prompts")
     assert layout.spans is not None
     options: dict[str, Any] = {"dropout_p": kwargs.get("dropout", 0.0), "scale": kwargs.get("scaling")}
+    half = _half_precision(query)
+    if half is not None and not options["dropout_p"]:
+        return _in_one_kernel(query.to(half), key.to(half), value.to(half), layout, options["scale"]), None
     lengths = [length for span in layout.spans for length in (span.prompt, *span.completions)]
     # One split instead of slices: the gradient of a slice is a whole tensor of zeros, that of a split one concatenation.
     queries, keys, values = (iter(states.split(lengths, dim=2)) for states in (query, key, value))
@@ -213,6 +241,67 @@ def _behind_prompt(query: Tensor, key: Tensor, value: Tensor, layout: Layout, op
     folded = query.reshape(1, groups, heads // groups * length, size)
     output = F.scaled_dot_product_attention(folded, key, value, attn_mask=layout.masks[shape], **options)
     return output.reshape(1, heads, length, size)
+
+
+def _half_precision(query: Tensor) -> torch.dtype | None:
+    """The dtype in which a GPU's kernel takes these states, or None where it does not."""
+    size = query.shape[-1]
+    if not query.is_cuda or size > _WIDEST_HEAD or size % 8 or torch.version.hip is not None:
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def segments_of(spans: Sequence[Span], device: torch.device) -> Segments:
+    """Every segment with queries of its own: prompts attend to themselves, completions to their prompt and themselves."""
+    keys: list[int] = []
+    queries: list[int] = []
+    seen: list[int] = []
+    start = 0
+    for prompt, completions in spans:
+        whole = range(start, start + prompt)
+        start += prompt
+        keys += whole
+        queries.append(prompt)
+        seen.append(prompt)
+        for length in filter(None, completions):
+            keys += (*whole, *range(start, start + length))
+            queries.append(length)
+            seen.append(prompt + length)
+            start += length
+
+    def ends(lengths: list[int]) -> Tensor:
+        return torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+
+    return Segments(torch.tensor(keys, device=device), ends(queries), ends(seen), max(queries), max(seen))
+
+
+def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:
+    """All segments at once, by FlashAttention-2 for sequences of many lengths (arXiv 2307.08691).
+
+    Its causal mask ends with the last key of the last query, which is what a completion behind its prompt needs. The keys of
+    a prompt are copied for each completion: K tokens instead of T, for the time of one layer.
+    """
+    assert layout.spans is not None
+    if query.device not in layout.segments:
+        layout.segments[query.device] = segments_of(layout.spans, query.device)
+    segments = layout.segments[query.device]
+    flat = [states[0].transpose(0, 1) for states in (query, key, value)]  # (T, heads, size)
+    keys, values = (states.index_select(0, segments.keys) for states in flat[1:])
+    attended = varlen_attn(
+        flat[0],
+        keys,
+        values,
+        segments.query_ends,
+        segments.key_ends,
+        segments.longest_query,
+        segments.longest_key,
+        scale=scale,
+        window_size=(-1, 0),  # causal
+        **_GROUPED,
+    )
+    assert isinstance(attended, Tensor)
+    return attended[None]
 
 
 def _tokens(rows: Sequence[Row]) -> tuple[int, ...]:
