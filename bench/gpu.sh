@@ -15,9 +15,9 @@ mkdir -p "$OUT"
 piece() {
   case $1 in
     tests) "$PYTHON" -m pytest -p no:cacheprovider tests/training tests/engines/test_decoding.py tests/engines/test_embedded.py tests/test_pipeline.py ;;
-    step) "$PYTHON" bench/trainer.py --queries 16 --steps 6 --repeats 3 ;;
-    step-1b) "$PYTHON" bench/trainer.py --random 1b --queries 8 --steps 5 --cases bf16 "bf16 LoRA" ;;
-    step-8b) "$PYTHON" bench/trainer.py --random 8b --queries 4 --steps 4 --cases "bf16 LoRA" ;;
+    step) "$PYTHON" bench/trainer.py --queries 16 --steps 6 --repeats 3 && "$PYTHON" bench/trainer.py --queries 32 --micro 8 --steps 4 --cases bf16 ;;
+    step-1b) "$PYTHON" bench/trainer.py --random 1b --queries 16 --micro 4 --steps 4 --cases bf16 "bf16 LoRA" ;;
+    step-8b) "$PYTHON" bench/trainer.py --random 8b --queries 8 --micro 2 --steps 4 --cases "bf16 LoRA" ;;
     sampler) "$PYTHON" bench/sampler.py ;;
     run) "$PYTHON" -m selfsteer run recipes/quickstart.yaml "output=$OUT/quickstart" training.micro_batch_size=8 ;;
     *) echo "no piece $1" >&2; return 2 ;;

@@ -3,10 +3,10 @@
     python bench/trainer.py --pairs train_clean.jsonl
     python bench/trainer.py --random 1b --cases bf16 --steps 5
 
-Every case runs in a process of its own. Both trainers see one query a micro-batch and take optimizer steps over all
-queries; neither recomputes activations. TRL runs twice: with its reference log-probabilities precomputed, and as it comes,
-with the reference model in every step. "+ reference" adds what comes before the step: scoring here, precomputing there
-(with its tokenisation). The check that a model allows shared prompts is paid once a training and shown apart.
+Every case runs in a process of its own. Both trainers see one query a micro-batch (or --micro of them) and take optimizer
+steps over all queries; neither recomputes activations. TRL runs twice: with its reference log-probabilities precomputed,
+and as it comes, with the reference model in every step. "+ reference" adds what comes before the step: scoring here (in at
+least two micro-batches), precomputing there (with its tokenisation). The check that a model allows shared prompts is paid once a training and shown apart.
 
 On a GPU give some --steps: the first is left out of the median, since kernels are chosen in it, and memory is what the
 device held at most. Speed needs no trained weights: --random makes a Llama of that size.
@@ -78,17 +78,18 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps; with several, the median without the first")
+    parser.add_argument("--micro", type=int, default=1, help="queries a micro-batch, of both trainers")
     parser.add_argument("--random", choices=[*RANDOM], help="a randomly initialised model instead of SmolLM2-135M")
     parser.add_argument("--child", nargs=3, metavar=("TRAINER", "CASE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         trainer, case, folder = arguments.child
-        print(json.dumps(CHILDREN[trainer](Path(folder), *CASES[case], arguments.steps)))
+        print(json.dumps(CHILDREN[trainer](Path(folder), *CASES[case], arguments.steps, arguments.micro)))
         return
     with tempfile.TemporaryDirectory() as folder:
         work = prepare(Path(folder), arguments.pairs, arguments.queries, arguments.random)
         for case in arguments.cases:
-            compare(case, Path(folder), work, arguments.repeats, arguments.steps)
+            compare(case, Path(folder), work, arguments.repeats, [str(arguments.steps), str(arguments.micro)])
 
 
 def random_model(size: str, vocabulary: int) -> Any:
@@ -192,13 +193,13 @@ def pair_json(pair: Any) -> dict[str, Any]:
     return columns.pair_row(pair)
 
 
-def compare(case: str, folder: Path, work: dict[str, float], repeats: int, steps: int) -> None:
+def compare(case: str, folder: Path, work: dict[str, float], repeats: int, settings: list[str]) -> None:
     peak = matmul_peak(getattr(torch, CASES[case][0]))
     print(f"\n{case}: matrix products peak at {peak / 1e9:.0f} GFLOP/s")
     print(f"  {'':17} {'s/query':>8} {'+ reference':>12} {'tokens/s':>9} {'peak GB':>8} {'of peak':>8}")
     results = {}
     for name in CHILDREN:
-        runs = [run_child(name, case, folder, steps) for _ in range(repeats)]
+        runs = [run_child(name, case, folder, *settings) for _ in range(repeats)]
         step = statistics.median(run["step"] for run in runs) / work["queries"]
         reference = statistics.median(run["reference"] for run in runs) / work["queries"]
         memory = statistics.median(run["memory"] for run in runs)
@@ -216,8 +217,8 @@ def compare(case: str, folder: Path, work: dict[str, float], repeats: int, steps
         )
 
 
-def run_child(name: str, case: str, folder: Path, steps: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--steps", str(steps), "--child", name, case, str(folder)]
+def run_child(name: str, case: str, folder: Path, steps: str, micro: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--steps", steps, "--micro", micro, "--child", name, case, str(folder)]
     with tempfile.TemporaryFile("w+") as errors:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
         if done.returncode:
@@ -259,7 +260,7 @@ def typical(seconds: list[float]) -> float:
     return statistics.median(seconds[1:] or seconds)
 
 
-def run_selfsteer(folder: Path, dtype: str, lora: bool, steps: int) -> dict[str, float]:
+def run_selfsteer(folder: Path, dtype: str, lora: bool, steps: int, micro: int) -> dict[str, float]:
     """Score and train; scoring in a child of its own, so that the peak is training's."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -271,7 +272,7 @@ def run_selfsteer(folder: Path, dtype: str, lora: bool, steps: int) -> dict[str,
     from selfsteer.training.trainer import read_history
 
     policy = Policy(model=(folder / "policy").read_text())
-    training = Training(dtype=dtype, lora=Lora() if lora else None, save_steps=1000)
+    training = Training(dtype=dtype, lora=Lora() if lora else None, save_steps=1000, micro_batch_size=micro)
     groups = [[columns.pair(row) for row in group] for group in json.loads((folder / "groups.json").read_text())]
     pairs = folder / "pairs.parquet"
     seconds_file = folder / "seconds"
@@ -279,12 +280,13 @@ def run_selfsteer(folder: Path, dtype: str, lora: bool, steps: int) -> dict[str,
         rows = []
         with open_scorer(policy, training) as scorer:
             ends = [time.perf_counter()]
-            for group in score(scorer, groups):
-                ends.append(time.perf_counter())
+            for number, group in enumerate(score(scorer, groups), start=1):
+                if number % micro == 0 or number == len(groups):
+                    ends.append(time.perf_counter())
                 rows += map(columns.pair_row, group)
             # The first one includes the check that prompts may be shared, which a training pays once.
             first, *others = (end - start for start, end in itertools.pairwise(ends))
-            reference = statistics.mean(others) * len(groups)
+            reference = statistics.mean(others) * len(groups) / micro
             seconds_file.write_text(json.dumps({"reference": reference, "check": first - statistics.mean(others)}))
         pq.write_table(pa.Table.from_pylist(rows), pairs)
         os._exit(0)
@@ -313,7 +315,7 @@ def run_selfsteer(folder: Path, dtype: str, lora: bool, steps: int) -> dict[str,
     }
 
 
-def run_trl(folder: Path, dtype: str, lora: bool, steps: int, *, precompute: bool) -> dict[str, float]:
+def run_trl(folder: Path, dtype: str, lora: bool, steps: int, micro: int, *, precompute: bool) -> dict[str, float]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -340,8 +342,8 @@ def run_trl(folder: Path, dtype: str, lora: bool, steps: int, *, precompute: boo
         loss_weights=[1.0, 0.1],
         beta=0.1,
         learning_rate=5e-7,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=len(pairs) // 2,
+        per_device_train_batch_size=2 * micro,
+        gradient_accumulation_steps=len(pairs) // (2 * micro),
         num_train_epochs=steps,
         max_length=None,
         activation_checkpointing=False,
