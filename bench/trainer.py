@@ -5,8 +5,9 @@
 
 Every case runs in a process of its own. Both trainers see one query a micro-batch (or --micro of them) and take optimizer
 steps over all queries; neither recomputes activations. TRL runs twice: with its reference log-probabilities precomputed,
-and as it comes, with the reference model in every step. "+ reference" adds what comes before the step: scoring here (in at
-least two micro-batches), precomputing there (with its tokenisation). The check that a model allows shared prompts is paid once a training and shown apart.
+and as it comes, with the reference model in every step. "+ reference" adds what comes before the step: scoring here (in
+two micro-batches or more), precomputing there (with its tokenisation). The check that a model allows shared prompts is paid
+once a training and shown apart.
 
 On a GPU give some --steps: the first is left out of the median, since kernels are chosen in it, and memory is what the
 device held at most. Speed needs no trained weights: --random makes a Llama of that size.
