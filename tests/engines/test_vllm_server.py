@@ -209,9 +209,11 @@ def test_the_key_is_random_and_in_the_environment_alone(
 
 
 def test_a_refused_prompt_fails_alone(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
-    during = 'if asked["prompt"] == [11]: return self.answer({"error": "too long"}, 400)'
+    """Of two tokens: the server is asked for one token behind the first of them, whether it is well."""
+    during = 'if asked["prompt"] == [1, 11]: return self.answer({"error": "too long"}, 400)'
     with open_vllm(scripted(during=during)) as engine:
-        answers = {answer.key: answer for answer in engine.generate(requests(3))}
+        wanted = (replace(each, prompt_ids=(1, *each.prompt_ids)) for each in requests(3))
+        answers = {answer.key: answer for answer in engine.generate(wanted)}
     refused = answers.pop("k1")
     assert isinstance(refused, Failed)
     assert refused.reason == "refused by the server"
