@@ -26,7 +26,7 @@ from selfsteer.recipe.sections import Recipe
 from selfsteer.stages.status import status
 from selfsteer.store.folder import RunFolder
 
-STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
+STAGES = ("1-principles", "2-responses", "3-steering", "3-headroom", "4-generator", "5-preferences", "6-policy")
 RecipeOf = Callable[..., dict[str, Any]]
 
 

@@ -9,7 +9,6 @@ anything is done.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +17,21 @@ from selfsteer.data.queries import read_queries
 from selfsteer.engines.open import check_engines
 from selfsteer.judges.find import RecipeJudge, check_judge, find_judge
 from selfsteer.measures.contamination import check_files
-from selfsteer.measures.metrics import GateResult, Method, Metrics, RoundMetrics, plain
+from selfsteer.measures.gates import evaluate
+from selfsteer.measures.headroom import in_words
+from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics, plain
 from selfsteer.models import load_tokenizer, resolve
 from selfsteer.prompts import Prompts
+from selfsteer.recipe.gates import parse, source_of
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.records import Checkpoint, Query
 from selfsteer.report.card import CardFacts, judged, write_model_card
 from selfsteer.report.page import pick_examples, write_page
 from selfsteer.report.tables import cell, gates_table, table_text, write_metrics
 from selfsteer.stages import summary
-from selfsteer.stages.base import Round, kept
+from selfsteer.stages.base import Round, kept, read_measures
 from selfsteer.stages.evaluation import check_evaluation, evaluate_run
+from selfsteer.stages.headroom import headroom_stage
 from selfsteer.stages.passes import PASSES, passes_stage
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import load_pool, principles_stage
@@ -39,14 +42,13 @@ from selfsteer.stages.status import method_of, record_end
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import MODEL, generator_stage, model_of, policy_stage
 from selfsteer.store import columns
-from selfsteer.store.folder import RunFolder, Stage, began
+from selfsteer.store.folder import RunFolder, Stage
 
 log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> Metrics:
     """Align recipe.policy, or continue where an earlier call with the same output folder stopped."""
-    recipe = dated(recipe)
     # What can't begin must leave no trace, and must not touch the folder of an earlier run.
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
@@ -84,20 +86,28 @@ def make_data(round: Round) -> Candidates:
         preferences = preferences_stage(round, principles, responses, None, None)
         return Candidates(preferences, quality_stage(round, preferences))
     steering = steering_stage(round, responses)
+    require_headroom(round, headroom_stage(round, responses, steering))
     generators = generator_stage(round, steering)
     preferences = preferences_stage(round, principles, responses, steering, generators)
     return Candidates(preferences, quality_stage(round, preferences, steering), generators)
 
 
-def dated(recipe: Recipe) -> Recipe:
-    """The recipe with the day that chat templates are told: that on which the run, or the comparison, began.
-
-    What is sampled on one day and trained on the next must stand behind one prompt.
-    """
-    if recipe.policy.date is not None:
-        return recipe
-    day = began(Path(recipe.output)) or datetime.now(UTC).date().isoformat()
-    return recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"date": day})})
+def require_headroom(round: Round, stage: Stage | None) -> None:
+    """Say what a generator can win. Raises `GateFailed` where a gate on it fails and the recipe stops on failure."""
+    if stage is None:
+        return
+    found: Headroom = read_measures(stage)["headroom"]
+    log.info("%s", in_words(found))
+    section = round.recipe.quality
+    gates = [gate for gate in parse(section.gates) if source_of(gate.name).startswith("headroom")]
+    results = evaluate(gates, RoundMetrics(headroom=found), number=round.number)
+    text = complaint(results)
+    if text is None:
+        return
+    text = f"{text}\n{in_words(found)}"
+    if section.on_failure == "stop":
+        raise GateFailed(text)
+    log.warning("%s\nquality.on_failure is warn: the generator is trained all the same.", text)
 
 
 class Prepared(NamedTuple):
@@ -137,7 +147,7 @@ def _prompts_of(recipe: Recipe, policy: Checkpoint) -> Prompts:
     tokenizer = load_tokenizer(
         policy.path, chat_template=recipe.policy.chat_template, trust_remote_code=recipe.policy.trust_remote_code
     )
-    return Prompts.of(recipe.policy, tokenizer).whole().direct()
+    return Prompts(tokenizer, system_role=recipe.policy.system_role).whole()
 
 
 def may_align(round: Round, method: Method) -> bool:

@@ -28,12 +28,21 @@ from safetensors.torch import load_file
 from faults.scripted import IN_FLIGHT, ScriptedEngine, calls
 from selfsteer import cli, pipeline
 from selfsteer.engines import open as opening
-from selfsteer.engines.sampling import _DURABLE_EVERY
 from selfsteer.report import tables
 from selfsteer.store.folder import Stage
+from selfsteer.store.journal import _DURABLE_EVERY
 
 IMPORTED = (pipeline, tables)  # by the command itself, in every child anew
-STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "5-quality", "6-policy")
+STAGES = (
+    "1-principles",
+    "2-responses",
+    "3-steering",
+    "3-headroom",
+    "4-generator",
+    "5-preferences",
+    "5-quality",
+    "6-policy",
+)
 SAMPLED = ("1-principles", "2-responses", "5-preferences")
 """The stages that ask the engine."""
 REQUEST_SECONDS = 0.005

@@ -20,10 +20,10 @@ import yaml
 import selfsteer
 from faults.scripted import IN_FLIGHT, ScriptedEngine, calls
 from selfsteer.engines import open as opening
-from selfsteer.engines.sampling import _DURABLE_EVERY
 from selfsteer.recipe.sections import Recipe
 from selfsteer.store import folder
 from selfsteer.store.folder import RunFolder, StageDamaged
+from selfsteer.store.journal import _DURABLE_EVERY
 from selfsteer.training import checkpoints
 from selfsteer.training.trainer import Keeper
 

@@ -191,6 +191,35 @@ class Comparison(TypedDict, total=False):
     margin_per_token: Estimate
 
 
+class HeadroomAt(TypedDict):
+    """The same in a range of token positions, over the queries whose three responses all reach it."""
+
+    first: int
+    """Position of its first token, counted from 1."""
+    last: int | None
+    """None of the last range, which has no end."""
+    original: Estimate
+    good: Estimate
+    bad: Estimate
+    all: Estimate
+
+
+class Headroom(TypedDict):
+    """On-policy probability of the policy's own answer y_o beside y+ and y-, all given the bare query: what is to be won."""
+
+    queries: int
+    original: Estimate
+    good: Estimate
+    bad: Estimate
+    chosen: Estimate
+    """y_o - y+, query by query."""
+    rejected: Estimate
+    """y_o - y-."""
+    all: Estimate
+    """y_o - the mean of y+ and y-: what pairs would gain if steering cost them nothing."""
+    positions: list[HeadroomAt]
+
+
 class Contamination(TypedDict):
     """Queries that share text with evaluation files."""
 
@@ -270,6 +299,8 @@ class RoundMetrics(TypedDict, total=False):
     """The data generator's pairs, or pairs made elsewhere: what the policy is aligned on."""
     selected: Measures
     """Of `alignment` (or `pbaa`), what the recipe's selection aligned the policy on; not judged again."""
+    headroom: Headroom
+    """Before the generator, where one trains on y_o."""
     comparison: Comparison
     """alignment - pbaa."""
     contamination: Contamination

@@ -18,6 +18,7 @@ from rich.text import Text
 from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.measures.checks import parse
 from selfsteer.measures.estimates import METHOD, share_estimate
+from selfsteer.measures.headroom import in_words
 from selfsteer.measures.metrics import (
     AnswerShares,
     CheckedAnswers,
@@ -25,6 +26,7 @@ from selfsteer.measures.metrics import (
     Contamination,
     Drift,
     GateResult,
+    Headroom,
     Json,
     Measures,
     Metrics,
@@ -270,6 +272,8 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
         suffix = f", round {number}" if len(rounds) > 1 else ""
         if "stages" in this:
             yield _stages(this, f"Stages{suffix}")
+        if "headroom" in this:
+            yield _headroom(this["headroom"], f"Headroom before the generator{suffix}")
         columns = data_sets(this)
         if columns:
             yield measures_table(columns, this.get("comparison"), title=f"Preference data{suffix}")
@@ -451,6 +455,20 @@ def _stages(this: RoundMetrics, title: str) -> Table:
         numbers = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]))
         rows.append(Row(name, (*map(Cell, numbers), Cell(listed))))
     return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), left=True)
+
+
+def _headroom(found: Headroom, title: str) -> Table:
+    values = cast(Json, plain(found))
+
+    def line(label: str, part: Json) -> Row:
+        figures = (cell(part.get(key), "number", signed=key == "all") for key in ("original", "good", "bad", "all"))
+        return Row(label, (*figures, cell(part["all"]["n"], "number")))
+
+    rows = [
+        line("whole responses", values),
+        *(line(f"tokens {each['first']} to {each['last'] or 'the end'}", each) for each in values["positions"]),
+    ]
+    return Table(title, ("y_o", "y+", "y-", "y_o - mean of both", "queries"), tuple(rows), f"{in_words(found)} {METHOD}")
 
 
 def _checks(this: RoundMetrics, suffix: str) -> Iterator[Table]:

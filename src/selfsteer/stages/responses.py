@@ -14,7 +14,7 @@ from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import Sampler, request, response, sample, seed_for
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.recipe.sections import Generator, Recipe, Sampled
+from selfsteer.recipe.sections import Recipe, Sampled
 from selfsteer.records import Checkpoint, Dropped, Message, Query, Response
 from selfsteer.stages.base import (
     Round,
@@ -44,7 +44,7 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
         "dtype": None if round.recipe.engine.kind == "openai" else round.recipe.engine.dtype,
         **sampling_identity(round.recipe.engine),
         "queries": None if generator.kind == "none" else generator.queries,
-        "original": round.recipe.responses.bare.model_dump() if _needs_original(generator) else None,
+        "original": round.recipe.responses.bare.model_dump() if generator.uses_original else None,
         "seed": round.recipe.seed,
         "round": round.number,
     }
@@ -63,7 +63,7 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         wanted_ids = draw_queries(round, principles, generator.queries, without=held_out(round))
     elif round.held_out_only:
         wanted_ids = set(held_out(round))
-    roles = ["good", "bad", "original"] if _needs_original(generator) else ["good", "bad"]
+    roles = ["good", "bad", "original"] if generator.uses_original else ["good", "bad"]
     models = dict.fromkeys(roles, round.policy)
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
@@ -116,10 +116,6 @@ def answers_to(journal: Journal, query_id: str, requests: dict[str, Request]) ->
             return Dropped(id=query_id, reason=answer.reason, detail=f"{role}: {answer.detail}")
         answers[role] = answer
     return answers
-
-
-def _needs_original(generator: Generator) -> bool:
-    return generator.kind != "none" and generator.objective in ("sso", "l_minus")
 
 
 def _steered(recipe: Recipe, stage: str) -> Sampled:

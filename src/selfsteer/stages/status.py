@@ -16,7 +16,7 @@ from selfsteer.store.folder import RunFolder, Stage
 GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
 """Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
 
-QUALITY, SELECTION, PASSES = "5-quality", "5-selection", "7-checks"
+HEADROOM, QUALITY, SELECTION, PASSES = "3-headroom", "5-quality", "5-selection", "7-checks"
 
 STAGES: dict[Method, tuple[str, ...]] = {
     "sso": ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy"),
@@ -32,7 +32,7 @@ STAGES: dict[Method, tuple[str, ...]] = {
     "pbaa": ("1-principles", "2-responses", "5-preferences", "6-policy"),
     "given": ("5-preferences", "6-policy"),
 }
-"""What a run consists of, by where its pairs come from; `stage_names` adds the judgement of the pairs."""
+"""What a run consists of, by where its pairs come from; `stage_names` adds what measures."""
 
 _ALIGNING = (SELECTION, "6-policy", PASSES)
 
@@ -58,6 +58,8 @@ def by_checks(recipe: Recipe, *, principles: bool = True) -> bool:
 def stage_names(recipe: Recipe, method: Method, *, aligned: bool = True) -> tuple[str, ...]:
     """The stages of a round, in order. aligned: False for a round that makes its data and aligns no policy on it."""
     *made, policy = STAGES[method]
+    if "3-steering" in made and recipe.generator.uses_original:
+        made.insert(made.index("3-steering") + 1, HEADROOM)
     judged = [QUALITY] if is_judged(recipe, principles=method != "given") else []
     selected = [SELECTION] if recipe.selection.active else []
     answered = [PASSES] if recipe.quality.answers and method != "given" else []

@@ -14,7 +14,7 @@ from selfsteer.recipe.gates import parse
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages.base import read_measures, sealed
 from selfsteer.stages.quality import read_checks, read_contamination, read_reports
-from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR, PASSES, QUALITY, SELECTION, stage_names
+from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR, HEADROOM, PASSES, QUALITY, SELECTION, stage_names
 from selfsteer.stages.training import HISTORY, MODEL
 from selfsteer.store.folder import RunFolder, Stage
 from selfsteer.training.trainer import read_history
@@ -107,6 +107,8 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
         steering = read_measures(stages["3-steering"])
         found["steering"], found["pbaa"] = steering["pairs"], steering["policy_pairs"]
         found["comparison"] = measures["comparison"]
+    if HEADROOM in stages:
+        found["headroom"] = read_measures(stages[HEADROOM])["headroom"]
     if SELECTION in stages:
         found["selected"] = read_measures(stages[SELECTION])["pairs"]
     if QUALITY in stages:

@@ -47,6 +47,11 @@ PRINCIPLES = pa.schema([("query_id", pa.string()), ("messages", _MESSAGES), ("pr
 RESPONSES = pa.schema([*PRINCIPLES, ("good", _RESPONSE), ("bad", _RESPONSE), ("original", _RESPONSE)])
 """Stage 2: the three responses of a query a row."""
 
+_PREFIXES = pa.list_(pa.struct([("tokens", pa.int64()), ("logps", pa.float64())]))
+
+HEADROOM = pa.schema([("query_id", pa.string()), *((name, _PREFIXES) for name in ("original", "good", "bad"))])
+"""Stage 3: of each response to a query, the summed log-probability up to several positions and as a whole a row."""
+
 _WHICH = ("before", "after", "prompted")
 
 ANSWERS = pa.schema(
