@@ -197,13 +197,23 @@ def test_run_prints_the_summary(monkeypatch, capsys, pipeline):
 def test_train_and_measure_pass_on_what_they_are_given(monkeypatch, capsys, pipeline):
     given: list[object] = []
     pipeline.train_pairs = lambda pairs, recipe: given.append((pairs, recipe)) or metrics("runs/trained")
-    pipeline.measure_pairs = lambda pairs, policy, judge: given.append((pairs, policy, judge)) or {"pairs": 4321}
+    pipeline.measure_pairs = lambda *arguments: given.append(arguments) or {"pairs": 4321}
     assert command(monkeypatch, "train", "pairs.jsonl", QUICKSTART, "seed=3") == 0
-    assert command(monkeypatch, "measure", "pairs.jsonl", "--policy", "some/model", "--judge", "other/model") == 0
-    assert given == [(Path("pairs.jsonl"), load(QUICKSTART, ["seed=3"])), (Path("pairs.jsonl"), "some/model", "other/model")]
+    options = ("--policy", "some/model", "--judge", "other/model", "--template-arguments", "{thinking: false}")
+    assert command(monkeypatch, "measure", "pairs.jsonl", *options) == 0
+    train, measure = given
+    assert train == (Path("pairs.jsonl"), load(QUICKSTART, ["seed=3"]))
+    assert measure == (Path("pairs.jsonl"), "some/model", "other/model", {"thinking": False})
     printed = capsys.readouterr().out
     assert "runs/trained/policy" in printed
     assert "4,321" in printed
+
+
+@pytest.mark.parametrize("given", ["thinking", "[1]", "{1: 2}", "{a: b: c}"])
+def test_template_arguments_are_names_and_values(given: str, monkeypatch, capsys, pipeline):
+    pipeline.measure_pairs = lambda *_: {"pairs": 1}
+    assert command(monkeypatch, "measure", "pairs.jsonl", "--policy", "m", "--template-arguments", given) == 2
+    assert "--template-arguments" in capsys.readouterr().err
 
 
 def test_export_passes_on_what_it_is_given(monkeypatch, capsys, caplog):

@@ -83,10 +83,13 @@ def tiny_adapter(folder: Path, base: str, *, seed: int) -> None:
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "model")
 
 
-def tiny_model_dir(folder: Path, *, seed: int = 0, max_positions: int = 512) -> str:
-    """Save the tiny model and its tokenizer as an ordinary Hugging Face folder; returns its path."""
+def tiny_model_dir(folder: Path, *, seed: int = 0, max_positions: int = 512, spare_rows: int = 0) -> str:
+    """Save the tiny model and its tokenizer as an ordinary Hugging Face folder; returns its path.
+
+    spare_rows: of the embedding, that no token has.
+    """
     tokenizer = tiny_tokenizer()
-    model = tiny_model(seed=seed, vocab_size=len(tokenizer), max_positions=max_positions)
+    model = tiny_model(seed=seed, vocab_size=len(tokenizer) + spare_rows, max_positions=max_positions)
     model.generation_config = GenerationConfig(pad_token_id=PAD_ID, bos_token_id=START_ID, eos_token_id=END_ID)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from selfsteer.recipe import sections as recipes
 from selfsteer.recipe.engines import DTypeName
@@ -46,6 +48,15 @@ PairsFile = Annotated[
     typer.Argument(
         metavar="PAIRS",
         help="A preference dataset (prompt, chosen, rejected): a file, a run folder, or hub:NAME.",
+        show_default=False,
+    ),
+]
+
+TemplateArguments = Annotated[
+    str | None,
+    typer.Option(
+        metavar="YAML",
+        help="Arguments of the models' chat template, such as '{enable_thinking: false}'.",
         show_default=False,
     ),
 ]
@@ -118,13 +129,14 @@ def measure(
             show_default=False,
         ),
     ] = None,
+    template_arguments: TemplateArguments = None,
 ) -> None:
     """Measure a preference dataset: on-policy probability, margins, lengths, overlap, and a judge's accuracy."""
     with graceful_stop():
         from selfsteer.given import measure_pairs
         from selfsteer.report.tables import print_measures
 
-        found = measure_pairs(pairs, policy, judge)
+        found = measure_pairs(pairs, policy, judge, _template_arguments(template_arguments))
         print_measures(found)
         _print_dropped(found.get("dropped", {}), found.get("pairs", 0))
 
@@ -205,6 +217,7 @@ def evaluate(
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="A Jinja chat template, for a model without.")
     ] = None,
+    template_arguments: TemplateArguments = None,
     output: Output = Path("evaluations"),
     json: Json = None,
 ) -> None:
@@ -226,7 +239,12 @@ def evaluate(
             fewshot=fewshot,
             max_new_tokens=max_new_tokens,
         )
-        policies = [Policy(model=name, chat_template=chat_template) for name in (before, model) if name is not None]
+        arguments = _template_arguments(template_arguments)
+        policies = [
+            Policy(model=name, chat_template=chat_template, template_arguments=arguments)
+            for name in (before, model)
+            if name is not None
+        ]
         found = evaluating.evaluate_models(policies, section, evaluating.read_engine(engine), judge, output)
         print_evaluation(found, f"Evaluation of {model}" + (f" against {before}" if before else ""))
         _write_json(json, found)
@@ -245,6 +263,7 @@ def compare_answers(
     temperature: Annotated[float, typer.Option(help="Of the answers; 0 takes the most probable token.", min=0)] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus of the answers.")] = 0.8,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of an answer.", min=1)] = 2048,
+    template_arguments: TemplateArguments = None,
     engine: EngineFile = None,
     output: Output = Path("evaluations"),
     json: Json = None,
@@ -255,8 +274,9 @@ def compare_answers(
         from selfsteer.recipe.sections import Policy, Queries, Sampled
         from selfsteer.report.tables import print_evaluation
 
+        arguments = _template_arguments(template_arguments)
         found = evaluating.compare_answers(
-            (Policy(model=a), Policy(model=b)),
+            (Policy(model=a, template_arguments=arguments), Policy(model=b, template_arguments=arguments)),
             Queries(path=str(queries), column=column, limit=limit),
             Sampled(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens),
             (evaluating.read_engine(engine), judge),
@@ -316,6 +336,17 @@ def reward(
         found = rewards.train_reward_model(sources, model, output, settings, training)
         print_judged(found["held_out"], "Held-out pairs")
         typer.echo(f"reward model  {found['model']}")
+
+
+def _template_arguments(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        return TypeAdapter(dict[str, Any], config=ConfigDict(strict=True)).validate_python(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError):
+        raise ValueError(
+            f"--template-arguments: {text!r}; expected names and values, such as '{{thinking: false}}'"
+        ) from None
 
 
 def _weight(text: str) -> float:

@@ -20,7 +20,7 @@ from selfsteer.measures.estimates import Estimate, mean_estimate, paired_differe
 from selfsteer.measures.metrics import RoundMetrics, TrainingSummary
 from selfsteer.measures.text import repetition, similarity, words
 from selfsteer.measures.verdicts import Verdict, judge_report, points
-from selfsteer.pipeline import Prepared, finish, first_round, make_data, prepare, write_report
+from selfsteer.pipeline import Prepared, dated, finish, first_round, make_data, prepare, write_report
 from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.recipe.text import Override, apply_override
@@ -274,6 +274,7 @@ def _average(values: Sequence[float]) -> float:
 def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> ComparisonResult:
     """Every arm under every seed, in run folders below recipe.output that lend each other what they have in common."""
     check_arms(recipe, arms, seeds)
+    recipe = dated(recipe)
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
     runs: dict[str, list[ArmRun]] = {name: [] for name in arms}

@@ -2,9 +2,10 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from selfsteer.cluster import cluster_of
 from selfsteer.data.exchange import counted, find_pairs, read_pairs
@@ -14,10 +15,10 @@ from selfsteer.measures.metrics import Measures, Metrics
 from selfsteer.measures.quality import measure
 from selfsteer.measures.verdicts import JudgeReport, judge_report
 from selfsteer.models import load_tokenizer, positions_of, resolve
-from selfsteer.pipeline import finish, first_round, may_align, prepare
+from selfsteer.pipeline import dated, finish, first_round, may_align, prepare
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe, Training, dump
-from selfsteer.records import Pair
+from selfsteer.records import Checkpoint, Pair
 from selfsteer.stages import summary
 from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs
@@ -31,8 +32,8 @@ from selfsteer.training.scoring import Group, Scorer, score_missing, scores
 log = logging.getLogger(__name__)
 
 
-def measure_given(path: Path, policy: str, trained: str | None = None) -> Measures:
-    """Every measure of a preference dataset, with log-probabilities under `policy` (a model reference as in a recipe).
+def measure_given(path: Path, policy: Policy, trained: str | None = None) -> Measures:
+    """Every measure of a preference dataset, with log-probabilities under `policy`.
 
     trained: a model trained from the policy, whose implicit reward judges the pairs. Both then compute in float32, as small
     differences decide. Nothing is kept.
@@ -45,14 +46,18 @@ def measure_given(path: Path, policy: str, trained: str | None = None) -> Measur
             measures["dropped"] = dict(before.dropped.most_common())
         measures["likelihood"] = judge_report(likelihood_verdicts(pair for pair in before.pairs() if pair.scored))
         if trained is not None:
-            after = _Scored(path, _scorer(trained, training), journal)
+            after = _Scored(path, _scorer(policy.model_copy(update={"model": trained}), training), journal)
             measures["implicit_reward"] = judge_report(implicit_verdicts(before.pairs(), after.pairs(), beta=1.0))
         return measures
 
 
-def _scorer(model: str, training: Training) -> Scorer:
-    found = resolve(Policy(model=model))
-    return Scorer(found, Policy(model=found.path), Prompts(load_tokenizer(found.path)).whole(), training)
+def _scorer(policy: Policy, training: Training) -> Scorer:
+    found = resolve(policy)
+    return Scorer(found, policy.model_copy(update={"model": found.path}), _prompts(policy, found), training)
+
+
+def _prompts(policy: Policy, found: Checkpoint) -> Prompts:
+    return Prompts.of(policy, load_tokenizer(found.path)).whole().direct()
 
 
 class _Scored:
@@ -86,7 +91,7 @@ class _Scored:
 def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
     """What a judge says about a preference dataset; nothing is kept. policy: whose prompts decide which pairs are usable."""
     found = resolve(policy)
-    prompts, positions = Prompts(load_tokenizer(found.path)).whole(), positions_of(found.path)
+    prompts, positions = _prompts(policy, found), positions_of(found.path)
 
     def pairs() -> Iterator[Pair]:
         return (item for item in usable_pairs(path, prompts, None, positions) if isinstance(item, Pair))
@@ -112,7 +117,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     recipe = recipe.model_copy(update={"rounds": 1})
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
-    pairs = _pairs(pairs)
+    pairs, recipe = _pairs(pairs), dated(recipe)
     prepared = prepare(recipe, principles=False)
     check_evaluation(recipe, prepared.judge)
     next(read_pairs(pairs), None)
@@ -126,18 +131,22 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
         return finish(round, "given")
 
 
-def measure_pairs(pairs: Path, policy: str, judge: str | None = None) -> Measures:
+def measure_pairs(
+    pairs: Path, policy: str, judge: str | None = None, arguments: Mapping[str, Any] | None = None
+) -> Measures:
     """On-policy probability, margins, lengths and overlap of any preference dataset, or of a run, under a policy.
 
+    arguments: of the policy's chat template.
     judge: who judges the pairs, too. An LLM or a reward model, which of the two its configuration says; a YAML file with a
     judge's section, as in a recipe; or "implicit:MODEL", a model trained from the policy, by its implicit reward.
     """
     trained = judge.removeprefix(IMPLICIT) if judge is not None and judge.startswith(IMPLICIT) else None
-    found = None if judge is None or trained is not None else find_judge(read_judge(judge), Policy(model=policy))
+    named = Policy(model=policy, template_arguments=dict(arguments or {}))
+    found = None if judge is None or trained is not None else find_judge(read_judge(judge), named)
     if found is not None:
         check_judge(found)
     pairs = _pairs(pairs)
-    measures = measure_given(pairs, policy, trained)
+    measures = measure_given(pairs, named, trained)
     if found is not None:
-        measures["judge"] = judge_given(pairs, found, Policy(model=policy))
+        measures["judge"] = judge_given(pairs, found, named)
     return measures

@@ -9,6 +9,7 @@ anything is done.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +43,14 @@ from selfsteer.stages.status import method_of, record_end
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import MODEL, generator_stage, model_of, policy_stage
 from selfsteer.store import columns
-from selfsteer.store.folder import RunFolder, Stage
+from selfsteer.store.folder import RunFolder, Stage, began
 
 log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> Metrics:
     """Align recipe.policy, or continue where an earlier call with the same output folder stopped."""
+    recipe = dated(recipe)
     # What can't begin must leave no trace, and must not touch the folder of an earlier run.
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
@@ -90,6 +92,17 @@ def make_data(round: Round) -> Candidates:
     generators = generator_stage(round, steering)
     preferences = preferences_stage(round, principles, responses, steering, generators)
     return Candidates(preferences, quality_stage(round, preferences, steering), generators)
+
+
+def dated(recipe: Recipe) -> Recipe:
+    """The recipe with the day that chat templates are told: that on which the run, or the comparison, began.
+
+    What is sampled on one day and trained on the next must stand behind one prompt.
+    """
+    if recipe.policy.date is not None:
+        return recipe
+    day = began(Path(recipe.output)) or datetime.now(UTC).date().isoformat()
+    return recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"date": day})})
 
 
 def require_headroom(round: Round, stage: Stage | None) -> None:
@@ -147,7 +160,7 @@ def _prompts_of(recipe: Recipe, policy: Checkpoint) -> Prompts:
     tokenizer = load_tokenizer(
         policy.path, chat_template=recipe.policy.chat_template, trust_remote_code=recipe.policy.trust_remote_code
     )
-    return Prompts(tokenizer, system_role=recipe.policy.system_role).whole()
+    return Prompts.of(recipe.policy, tokenizer).whole().direct()
 
 
 def may_align(round: Round, method: Method) -> bool:

@@ -2,17 +2,25 @@
 
 A principle becomes the system message; where a template knows no system role it goes before the first user turn. User text
 can never introduce a special token: a prompt whose special tokens differ from those of the same conversation with harmless
-text is quarantined.
+text is quarantined, and so is text that spells what a template writes around turns as plain text ("### Response:").
+
+A thought before an answer is no part of a response: templates that have a model think are refused, a response with a thought
+is dropped, and of a text made elsewhere what stands behind the thought is taken.
 """
 
+import json
 import logging
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import UTC, date, datetime
 from functools import cached_property
-from typing import Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from selfsteer.recipe.sections import Policy
 from selfsteer.records import FinishReason, Message
 from selfsteer.store.durable import digest
 
@@ -20,6 +28,32 @@ log = logging.getLogger(__name__)
 
 _HARMLESS = "a"
 _MARKER = "selfsteer-marker"
+
+_THOUGHT_NAMES = r"(?:think|thinking|thought|reasoning|reflection)"
+
+_THOUGHT_BEGINS = re.compile(rf"<(?:seed:)?{_THOUGHT_NAMES}>|<\|?begin_of_thought\|?>|\[THINK\]|◁think▷", re.IGNORECASE)
+
+THOUGHT_ENDS = re.compile(rf"</(?:seed:)?{_THOUGHT_NAMES}>|<\|?end_of_thought\|?>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+"""What models put behind their thought where no server takes it out of the text."""
+
+
+def behind_thought(text: str) -> str | None:
+    """What a model says after it has thought; the whole text where it has not, None where its thought never ends."""
+    said = THOUGHT_ENDS.split(text)[-1]
+    if _THOUGHT_BEGINS.match(said.lstrip()):
+        return None
+    return text if said == text else said.lstrip()
+
+
+_DATE = re.compile(r"""\bstrftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+
+
+def _dated(template: str, day: date) -> str:
+    """The template with what it would write of the date of now written of that day, at midnight.
+
+    transformers hands templates plain data and its own strftime_now, so the call is what has to give way.
+    """
+    return _DATE.sub(lambda found: json.dumps(day.strftime(found[1] or found[2] or "")), template)
 
 
 class AssistantTurn(NamedTuple):
@@ -33,8 +67,8 @@ class AssistantTurn(NamedTuple):
     """That control token; the tokenizer's end token where the template writes none."""
 
 
-def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
-    """How the chat template closes an assistant's turn.
+def assistant_turn(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> AssistantTurn:
+    """How the chat template, given these arguments, closes an assistant's turn.
 
     Gemma's, for one, closes turns with <end_of_turn> while its end token is <eos>, which stands in no conversation.
     """
@@ -43,8 +77,9 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
     asked = [{"role": "user", "content": _HARMLESS}]
     answered = [*asked, {"role": "assistant", "content": _MARKER}]
     try:
-        header = cast(str, tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-        rendered = cast(str, tokenizer.apply_chat_template(answered, tokenize=False))
+        more = arguments or {}
+        header = cast(str, tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **more))
+        rendered = cast(str, tokenizer.apply_chat_template(answered, tokenize=False, **more))
     except TemplateError:  # what is wrong with it is told where it is first used
         return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     start, marker, rest = rendered.rpartition(_MARKER)
@@ -62,13 +97,28 @@ class Prompts:
     """Renders conversations with one tokenizer's chat template; what a prompt looks like is decided here."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, system_role: Literal["auto", "system", "user"] = "auto"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system_role: Literal["auto", "system", "user"] = "auto",
+        arguments: Mapping[str, Any] | None = None,
+        day: date | None = None,
     ) -> None:
+        """arguments: of the chat template; day: what it is told of the date, today's when empty."""
         self.tokenizer = tokenizer
-        self._turn = assistant_turn(tokenizer)
+        self.arguments = dict(arguments or {})
+        self._day = day or datetime.now(UTC).date()
+        self._turn = assistant_turn(tokenizer, self._given(self._day))
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
         self.special_ids = frozenset(tokenizer.all_special_ids) | self._controls()
+        self._control_text = self._plain_controls()
         self._expected_specials: dict[tuple[str, ...], list[int]] = {}
+
+    @classmethod
+    def of(cls, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """As the policy's section of a recipe says."""
+        day = None if policy.date is None else date.fromisoformat(policy.date)
+        return cls(tokenizer, system_role=policy.system_role, arguments=policy.template_arguments, day=day)
 
     @property
     def end_id(self) -> int:
@@ -81,7 +131,9 @@ class Prompts:
         size, some = len(self.tokenizer), 4096
         parts = (range(start, min(start + some, size)) for start in range(0, size, some))
         vocabulary = [digest(self.tokenizer.convert_ids_to_tokens(list(ids))) for ids in parts]
-        template = {"chat_template": self.tokenizer.chat_template, "system_role": self.system_role}
+        template: dict[str, Any] = {"chat_template": self.tokenizer.chat_template, "system_role": self.system_role}
+        template |= {"arguments": self.arguments} if self.arguments else {}
+        template |= {"date": self._day.isoformat()} if self._asks_for_the_date() else {}
         return digest({**template, "vocabulary": vocabulary})
 
     def fold(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -106,6 +158,10 @@ class Prompts:
     def prompt_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         """The rendered conversation with the header of the answer behind it, as token ids."""
         return self._ids(self._render(messages))
+
+    def conversation_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        """The same without that header: a conversation that the assistant has ended."""
+        return self._ids(self._rendered(messages, self._given(self._day), header=False))
 
     def length_beyond(self, messages: tuple[Message, ...], limit: int) -> int | None:
         """The number of tokens of a rendered conversation that has more than `limit`; None of one that fits."""
@@ -132,7 +188,9 @@ class Prompts:
         return (*ids, self._turn.end_id) if finish == "stop" and not self._turn.behind else ids
 
     def checked_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...] | str:
-        """`prompt_ids`, or why this conversation must not be rendered (its text contains special tokens)."""
+        """`prompt_ids`, or why this conversation must not be rendered (its text contains what opens or closes turns)."""
+        if any(self._spells_control(message["content"]) for message in messages):
+            return "control text of the chat template in the text"
         roles = tuple(message["role"] for message in messages)
         try:
             rendered = self.prompt_ids(messages)
@@ -149,12 +207,28 @@ class Prompts:
         return found if isinstance(found, str) else None
 
     def contains_special(self, text: str) -> bool:
-        """Whether a completion's text would be read as containing special tokens."""
-        return not self.special_ids.isdisjoint(self._ids(text))
+        """Whether a completion's text would be read as containing special tokens, or what else opens and closes turns."""
+        return self._spells_control(text) or not self.special_ids.isdisjoint(self._ids(text))
+
+    def _spells_control(self, text: str) -> bool:
+        return self._control_text is not None and self._control_text.search(text) is not None
 
     def _render(self, messages: tuple[Message, ...]) -> str:
+        return self._rendered(messages, self._given(self._day))
+
+    def _rendered(self, messages: tuple[Message, ...], given: Mapping[str, Any], *, header: bool = True) -> str:
         conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
-        return cast(str, self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        return cast(
+            str, self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
+        )
+
+    def _given(self, day: date) -> dict[str, Any]:
+        """What the template is rendered with."""
+        template = self.tokenizer.chat_template
+        return {**({"chat_template": _dated(template, day)} if isinstance(template, str) else {}), **self.arguments}
+
+    def _asks_for_the_date(self) -> bool:
+        return isinstance(self.tokenizer.chat_template, str) and _DATE.search(self.tokenizer.chat_template) is not None
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
@@ -179,15 +253,60 @@ class Prompts:
             )
         return self
 
+    def direct(self) -> Self:
+        """Itself. Raises ValueError for a template that has the model think before it answers.
+
+        What a model says behind a thought was sampled under that thought: trained and scored behind the bare prompt it would
+        be another model's word.
+        """
+        asked = (Message(role="user", content=_MARKER),)
+        header = self._render(asked).rpartition(_MARKER)[2]
+        way_out = (
+            "Set policy.template_arguments={enable_thinking: false}, or name a template without it (policy.chat_template)"
+        )
+        begun = [found.end() for found in _THOUGHT_BEGINS.finditer(header)]
+        if begun and THOUGHT_ENDS.search(header, begun[-1]) is None:
+            raise ValueError(
+                f"the chat template has the model think before it answers (a prompt ends in {header!r}). {way_out}"
+            )
+        switch = "enable_thinking"
+        if switch in self.arguments:
+            return self
+        if self._rendered(asked, {**self._given(self._day), switch: False}) != self._render(asked):
+            raise ValueError(f"the chat template lets the model think before it answers unless it is told not to. {way_out}")
+        return self
+
+    def _written(self) -> Iterator[str]:
+        """A few conversations as the template writes them, each with the header of an answer behind it."""
+        user, assistant = Message(role="user", content=_MARKER), Message(role="assistant", content=_MARKER)
+        for messages in ((user,), (user, assistant, user), (Message(role="system", content=_MARKER), user)):
+            with suppress(TemplateError):  # what it refuses it can't write
+                yield self._render(messages)
+
     def _controls(self) -> frozenset[int]:
         """Added tokens that are marked special, and those that the template writes: they open and close turns, too."""
-        user, assistant = Message(role="user", content=_MARKER), Message(role="assistant", content=_HARMLESS)
-        written = ""
-        for messages in ((user,), (user, assistant, user), (Message(role="system", content=_HARMLESS), user)):
-            with suppress(TemplateError):  # what it refuses it can't write
-                written += self._render(messages)
-        added = self.tokenizer.added_tokens_decoder.items()
+        added, written = self.tokenizer.added_tokens_decoder.items(), "\0".join(self._written())
         return frozenset(token_id for token_id, token in added if token.special or token.content in written)
+
+    def _plain_controls(self) -> re.Pattern[str] | None:
+        """Finds what the template writes around turns in plain text, such as "### Response:" or "[INST]"; None for nothing.
+
+        That is the last line before what somebody says, the first one behind it, and the tags in them. Words alone ("user",
+        which ChatML writes behind its special token) are none, and a name with a colon is one only where the template puts
+        it: at the beginning of a line, or behind a space.
+        """
+        specials = "|".join(re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values())
+        found: set[str] = set()
+        for written in self._written():
+            for piece in re.split(specials, written) if specials else [written]:
+                before, *behind = piece.split(_MARKER)
+                if not behind:
+                    continue
+                for text in (before, *behind[:-1]):
+                    found |= _control_patterns(text, last=True)
+                for text in behind:
+                    found |= _control_patterns(text, last=False)
+        return re.compile("|".join(sorted(found)), re.MULTILINE) if found else None
 
     def _detect_system_role(self) -> Literal["system", "user"]:
         try:
@@ -203,6 +322,30 @@ class Prompts:
             return "system"
         log.warning("the chat template knows no system role: principles go before the user's first turn")
         return "user"
+
+
+_TAG = re.compile(r"<\|[^<>|\s]+\|>|<</?\w+>>|</?\w+>|\[/?\w+\]")
+
+_CONTROL_WORDS = 4
+"""In a line of control text; longer ones are prose, such as a built-in system message."""
+
+
+def _control_patterns(written: str, *, last: bool) -> set[str]:
+    """Patterns of the control text in the last (or first) line that a template writes beside what somebody says.
+
+    None for a line of mere words, of mere marks, or of prose.
+    """
+    lines = [line for line in written.splitlines() if line.strip()]
+    if not lines:
+        return set()
+    line = lines[-1 if last else 0]
+    text = line.strip()
+    found = {re.escape(tag) for tag in _TAG.findall(text)}
+    if re.fullmatch(r"[\w\s]*|[\W_]*", text) or len(text.split()) > _CONTROL_WORDS:
+        return found
+    inline = not last and "\n" not in written.partition(text)[0]  # behind what was said, in its line
+    name = re.fullmatch(r"[\w\s]+:", text) is not None
+    return found | {(r"(?:^|\s)" if inline else r"^") * name + re.escape(text)}
 
 
 def _before_first_user_turn(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:

@@ -61,7 +61,7 @@ def many(count: int) -> list[Request]:
 
 def engine_for(server: MisbehavingServer, **settings: Any) -> OpenAIEngine:
     quick = {"concurrency": 4, "tries": 3, "first_pause": 0.01, "total_seconds": 5.0, "idle_seconds": 2.0}
-    section = OpenAISection(kind="openai", base_url=server.base_url, model="m", **(quick | settings))
+    section = OpenAISection(kind="openai", model="m", **({"base_url": server.base_url} | quick | settings))
     return OpenAIEngine(section, TOKENS)
 
 
@@ -853,3 +853,91 @@ def test_an_answer_stays_one_whatever_its_logprobs(logprobs: object, first: obje
     answer = read_answer(json.dumps(body).encode())
     assert answer.text == "A"
     assert answer.first_logps == first
+
+
+# ---- what the server knows of tokens --------------------------------------------------------------------------------------
+
+
+def completion(**choice: Any) -> Reply:
+    """A completion (no chat)."""
+    return Reply(body=json.dumps({"choices": [{"text": "AB", "finish_reason": "stop", **choice}]}).encode())
+
+
+def with_tokens(server: MisbehavingServer, **more: Any) -> OpenAIEngine:
+    return OpenAIEngine(engine_for(server, send="token_ids").server, replace(TOKENS, **more))
+
+
+def test_ids_that_no_token_has_are_no_answer():
+    """Rows of the embedding that nobody trained: their text is nothing, so only the ids tell."""
+    ids = {1: [65, 66, 2], 2: [65, 511, 2]}
+    with (
+        MisbehavingServer(lambda call: completion(token_ids=ids[call.number])) as server,
+        with_tokens(server, known_ids=frozenset(range(256))) as engine,
+    ):
+        first, second = (next(engine.generate([wanted])) for wanted in many(2))
+    assert isinstance(first, Completion)
+    assert first.token_ids == (65, 66)
+    assert isinstance(second, Failed)
+    assert second.reason == "ids without a token in the server's answer"
+
+
+def test_a_server_that_returns_no_ids_is_named_once(caplog: pytest.LogCaptureFixture):
+    with MisbehavingServer(lambda _: completion()) as server, with_tokens(server) as engine:
+        answers = list(engine.generate(many(3)))
+    assert all(isinstance(answer, Completion) and answer.reencoded for answer in answers)
+    assert caplog.text.count("returns no token ids") == 1
+
+
+def test_where_ids_are_needed_such_a_server_ends_the_run():
+    with MisbehavingServer(lambda _: completion()) as server, with_tokens(server, ids_needed=True) as engine:
+        outcomes, error = until_error(engine, many(3))
+    assert outcomes == []
+    assert "returns no token ids" in str(error)
+
+
+def test_likely_tokens_are_named_by_their_ids():
+    """By their texts, two tokens that say the same would be one."""
+    top = {"token_id:65": -0.1, "token_id:321": -3.0, "B": -4.0}
+    with (
+        MisbehavingServer(lambda _: completion(logprobs={"top_logprobs": [top]}, token_ids=[65])) as server,
+        with_tokens(server, piece=lambda token_id: chr(token_id % 256)) as engine,
+    ):
+        (answer,) = engine.generate([replace(many(1)[0], top_logps=5)])
+        list(engine.generate(many(1)))
+    assert isinstance(answer, Completion)
+    assert answer.first_logps == (("A", -0.1), ("A", -3.0), ("B", -4.0))
+    asked, without = server.calls
+    assert asked.body["return_tokens_as_token_ids"] is True
+    assert "return_tokens_as_token_ids" not in without.body
+
+
+def test_arguments_of_the_template_go_to_a_server_that_renders():
+    told = replace(TOKENS, template_arguments={"enable_thinking": False})
+    with MisbehavingServer(echo) as server:
+        with OpenAIEngine(engine_for(server).server, told) as engine:
+            list(engine.generate(many(1)))
+        list(answered(server, many(1)))
+    assert server.calls[0].body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "chat_template_kwargs" not in server.calls[1].body
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+def test_no_proxy_stands_before_this_machine(variable: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    with MisbehavingServer(echo) as server:
+        for host in ("127.0.0.1", "localhost"):
+            address = server.base_url.replace("127.0.0.1", host)
+            with engine_for(server, base_url=address) as engine:
+                assert [type(answer) for answer in engine.generate(many(1))] == [Completion]
+
+
+def test_a_proxy_stands_before_others(monkeypatch: pytest.MonkeyPatch):
+    """Of the environment, which is meant: nothing listens there."""
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with MisbehavingServer(echo) as server:
+        monkeypatch.setenv("HTTP_PROXY", server.base_url.removesuffix("/v1"))
+        with engine_for(server, base_url="http://a-server.invalid/v1") as engine:
+            assert [type(answer) for answer in engine.generate(many(1))] == [Completion]

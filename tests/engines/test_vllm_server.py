@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import END_ID
+from tiny import END_ID, tiny_model_dir
 from vllm_script import scripted_vllm
 from waiting import alive, until
 
 from selfsteer.engines import serving
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
-from selfsteer.engines.open import open_engine
+from selfsteer.engines.open import check_engines, open_engine
 from selfsteer.engines.openai import ServerError
 from selfsteer.models import checkpoint, load_tokenizer
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import VllmSection
+from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Adapter, Checkpoint
 
 
@@ -208,9 +209,11 @@ def test_the_key_is_random_and_in_the_environment_alone(
 
 
 def test_a_refused_prompt_fails_alone(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
-    during = 'if asked["prompt"] == [11]: return self.answer({"error": "too long"}, 400)'
+    """Of two tokens: the server is asked for one token behind the first of them, whether it is well."""
+    during = 'if asked["prompt"] == [1, 11]: return self.answer({"error": "too long"}, 400)'
     with open_vllm(scripted(during=during)) as engine:
-        answers = {answer.key: answer for answer in engine.generate(requests(3))}
+        wanted = (replace(each, prompt_ids=(1, *each.prompt_ids)) for each in requests(3))
+        answers = {answer.key: answer for answer in engine.generate(wanted)}
     refused = answers.pop("k1")
     assert isinstance(refused, Failed)
     assert refused.reason == "refused by the server"
@@ -291,3 +294,29 @@ def test_a_server_ends_with_its_keeper(scripted: Callable[..., str]):
         os.kill(keeper, signal.SIGKILL)
         until(lambda: not alive(pid), "the end of the server", seconds=60)
         owner.kill()
+
+
+# --- room and rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_ids_without_a_token_are_never_sampled(scripted: Callable[..., str], tmp_path: Path):
+    """The embedding has 9 rows more than the tokenizer has tokens."""
+    folder = tiny_model_dir(tmp_path / "model", spare_rows=9)
+    tokenizer = load_tokenizer(folder)
+    size = len(tokenizer)
+    python = scripted(during=f"open({str(tmp_path / 'asked')!r}, 'w').write(json.dumps(asked))")
+    section = VllmSection(kind="vllm", python=python)
+    with open_engine(section, checkpoint(Path(folder)), Prompts(tokenizer), trust_remote_code=False) as engine:
+        list(engine.generate(requests(1)))
+    asked = json.loads((tmp_path / "asked").read_text())
+    assert asked["logit_bias"] == {str(size + row): -100 for row in range(9)}
+
+
+@pytest.mark.parametrize("kind", ["vllm", "ray"])
+def test_no_room_for_a_response_is_said_at_the_start(kind: str, model: Checkpoint, recipe_of: Callable[..., dict[str, Any]]):
+    """vLLM would refuse every request, and every row would be dropped."""
+    vllm: dict[str, Any] = {"kind": "vllm", "max_model_len": 64}
+    changes = {"engine": vllm if kind == "vllm" else {"kind": "ray", "replica": vllm}, "responses.max_new_tokens": 60}
+    recipe = Recipe.model_validate(recipe_of(Path("run"), changes))
+    with pytest.raises(ValueError, match=r"engine\.max_model_len: 64 tokens .*responses\.max_new_tokens is 60"):
+        check_engines(recipe, model, Prompts(load_tokenizer(model.path)))

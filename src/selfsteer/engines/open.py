@@ -23,11 +23,18 @@ from selfsteer.engines.serving import (
     find_vllm,
     vllm_command,
 )
-from selfsteer.models import compute_dtype, end_ids, pick_device
+from selfsteer.models import compute_dtype, end_ids, load_configuration, pick_device, untrained_ids
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.engines import EngineSection, OpenAISection, VllmSection, runs_already, sampling_identity
+from selfsteer.recipe.engines import (
+    EngineSection,
+    OpenAISection,
+    VllmSection,
+    context_limit,
+    runs_already,
+    sampling_identity,
+)
 from selfsteer.recipe.sections import Recipe
-from selfsteer.records import Adapter, Checkpoint
+from selfsteer.records import Adapter, Checkpoint, Message
 from selfsteer.store.durable import digest
 
 log = logging.getLogger(__name__)
@@ -81,8 +88,22 @@ def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
 def check_engines(recipe: Recipe, policy: Checkpoint, prompts: Prompts) -> None:
     """Raise ValueError when an engine of the recipe lacks something that can be seen before it is started."""
     principles = recipe.principles.engine
+    _check_room(recipe.engine, prompts, ("responses.max_new_tokens", recipe.responses.max_new_tokens))
+    if recipe.principles.source == "generate":
+        _check_room(principles or recipe.engine, prompts, ("principles.max_new_tokens", recipe.principles.max_new_tokens))
     for section in (recipe.engine,) if principles is None else (recipe.engine, principles):
         open_engine(section, policy, prompts, trust_remote_code=recipe.policy.trust_remote_code)  # and never entered
+
+
+def _check_room(section: EngineSection, prompts: Prompts, new: tuple[str, int]) -> None:
+    """Raise ValueError where no prompt leaves room for the wanted response: the server would refuse every request."""
+    limit, (name, wanted) = context_limit(section), new
+    shortest = len(prompts.prompt_ids((Message(role="user", content="Hi"),)))
+    if limit is not None and shortest + wanted > limit:
+        raise ValueError(
+            f"engine.max_model_len: {limit} tokens for a prompt and its response, and {name} is {wanted}: no prompt leaves"
+            f" room for that. Raise engine.max_model_len, or lower {name}"
+        )
 
 
 def _vllm_engine(
@@ -101,7 +122,17 @@ def _vllm_engine(
         extra["seed"] = None
     # A few more than are sampled, so that the server has something to start while we are busy.
     in_flight = section.replicas * (section.max_num_seqs + max(1, section.max_num_seqs // 4))
-    tokens = Tokens(encode=partial(_encode, prompts), decode=partial(_decode, prompts), end_ids=ends)
+    rows = load_configuration(model.path, trust_remote_code="trust_remote_code" in arguments).get_text_config().vocab_size
+    if never := untrained_ids(prompts.tokenizer, rows):
+        extra["logit_bias"] = {str(token_id): -100 for token_id in never}
+    tokens = Tokens(
+        encode=partial(_encode, prompts),
+        decode=partial(_decode, prompts),
+        piece=partial(_piece, prompts),
+        end_ids=ends,
+        known_ids=_known(prompts),
+        ids_needed=True,
+    )
 
     def connect(address: Address) -> OpenAIEngine:
         client = OpenAISection(
@@ -130,8 +161,11 @@ def _vllm_engine(
 def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, adapters: Sequence[Adapter]) -> Engine:
     tokens = Tokens(
         encode=partial(_encode, prompts),
+        piece=partial(_piece, prompts),
         end_ids=_ends(model, prompts),
         special_ids=prompts.special_ids,
+        known_ids=_known(prompts),
+        template_arguments=prompts.arguments,
     )
     if section.serve is None:
         return OpenAIEngine(section, tokens)
@@ -157,6 +191,16 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, 
 
 def _encode(prompts: Prompts, text: str) -> tuple[int, ...]:
     return prompts.completion_ids(text, "length")
+
+
+def _piece(prompts: Prompts, token_id: int) -> str:
+    """As vLLM writes it: the decoded text, and where that is none (a part of a character) the name in the vocabulary."""
+    text = cast(str, prompts.tokenizer.decode([token_id]))
+    return cast(str, prompts.tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in text else text
+
+
+def _known(prompts: Prompts) -> frozenset[int]:
+    return frozenset(prompts.tokenizer.get_vocab().values())
 
 
 def _decode(prompts: Prompts, token_ids: Iterable[int]) -> str:

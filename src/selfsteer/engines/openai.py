@@ -20,6 +20,7 @@ Left out on purpose: streaming of single answers, several answers a request, sta
 
 import base64
 import html
+import ipaddress
 import json
 import logging
 import math
@@ -30,13 +31,13 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from queue import SimpleQueue
 from typing import Annotated, NamedTuple, Self
-from urllib.parse import unquote_plus
+from urllib.parse import unquote_plus, urlsplit
 
 import anyio
 import httpx2
@@ -370,17 +371,26 @@ class Tokens:
     sampled."""
     decode: Callable[[Iterable[int]], str] | None = None
     """The text of token ids, for servers that return them; None takes the server's text."""
+    ids_needed: bool = False
+    """A server that returns no token ids, though it was asked for them, ends the run; else its text is encoded."""
     end_ids: Collection[int] = frozenset()
     """The model's end tokens, taken off returned token ids."""
+    piece: Callable[[int], str] | None = None
+    """The text of one token, as it stands among others; None leaves a server's names of tokens as they are."""
     special_ids: Collection[int] = frozenset()
     """What a text must not spell: encoded, it would be other tokens than were sampled, and end a turn or open one."""
+    known_ids: Collection[int] | None = None
+    """The ids that have a token: an embedding may have more rows, which nobody trained. None where that is not known."""
+    template_arguments: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Of the chat template, for servers that render messages."""
 
 
 class OpenAIEngine:
     """Implements `Engine` over HTTP; opens its connections on entry and closes them on exit.
 
     server: of one that runs already; for one that we have started, with its address and model filled in, and key.
-    Proxies come from the usual environment variables. Raises ValueError when the named key is not in the environment.
+    Proxies come from the usual environment variables, but none stands between us and this machine.
+    Raises ValueError when the named key is not in the environment.
     """
 
     def __init__(self, server: OpenAISection, tokens: Tokens, *, key: str | None = None) -> None:
@@ -401,6 +411,7 @@ class OpenAIEngine:
         self._unknown_ends = 0
         self._last_answer = 0.0
         self._failed_tries = 0
+        self._said_no_ids = False
         self._last_warning = -WARN_EVERY
 
     def __enter__(self) -> Self:
@@ -415,6 +426,7 @@ class OpenAIEngine:
             limits=httpx2.Limits(
                 max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=KEEPALIVE
             ),
+            mounts=_past_proxies(self.url),
             # A server is silent while it generates, so the wait for its answer is limited by the total alone.
             timeout=httpx2.Timeout(connect=idle, write=idle, read=None, pool=None),
         )
@@ -481,6 +493,8 @@ class OpenAIEngine:
         # Here and not in the loop's thread: tokenizers must not be used by two threads at once.
         text, ids, end_id = outcome.text, outcome.token_ids, None
         if ids is None:
+            if self.server.send == "token_ids":
+                self._note_no_ids()
             ids = self._tokens.encode(text)
             if not frozenset(ids).isdisjoint(self._tokens.special_ids):
                 yield Failed(key=key, reason="special tokens in the server's answer", detail=excerpt(text.encode()))
@@ -488,6 +502,9 @@ class OpenAIEngine:
         else:
             if outcome.finish_reason == "stop" and ids and ids[-1] in self._tokens.end_ids:
                 ids, end_id = ids[:-1], ids[-1]
+            if self._tokens.known_ids is not None and not frozenset(ids).issubset(self._tokens.known_ids):
+                yield Failed(key=key, reason="ids without a token in the server's answer", detail=excerpt(text.encode()))
+                return
             text = text if self._tokens.decode is None else self._tokens.decode(ids)
         yield Completion(
             key=key,
@@ -496,8 +513,24 @@ class OpenAIEngine:
             end_id=end_id,
             reencoded=outcome.token_ids is None,
             finish_reason=outcome.finish_reason,
-            first_logps=outcome.first_logps,
+            first_logps=None if outcome.first_logps is None else tuple(map(self._named, outcome.first_logps)),
         )
+
+    def _named(self, token: TokenLogp) -> TokenLogp:
+        """With its text, where the server named it by its id."""
+        found = _TOKEN_ID.fullmatch(token.text)
+        if found is None or self._tokens.piece is None:
+            return token
+        return TokenLogp(self._tokens.piece(int(found[1])), token.logp)
+
+    def _note_no_ids(self) -> None:
+        """Once: that the server does not say what was sampled."""
+        said = "returns no token ids (return_token_ids: vLLM from 0.10.2 on)"
+        if self._tokens.ids_needed:
+            raise self._unusable(f"{said}, so nobody knows what was sampled. Take a newer vLLM")
+        if not self._said_no_ids:
+            self._said_no_ids = True
+            log.warning("%s %s: its texts are encoded here, perhaps as other tokens than were sampled", self.url, said)
 
     async def _outcome(self, request: Request) -> Answer | Failed | None:
         """The answer to one request, why there is none, or None when the end came first."""
@@ -623,8 +656,11 @@ class OpenAIEngine:
         }
         if self.server.send == "messages":
             body |= {"messages": request.messages, "logprobs": top and True, "top_logprobs": top}
+            body |= {"chat_template_kwargs": self._tokens.template_arguments or None}
         else:
             body |= {"prompt": request.prompt_ids, "return_token_ids": True, "logprobs": top}
+            # By their texts, which key the answer, several tokens would be one (vLLM).
+            body |= {"return_tokens_as_token_ids": top and self._tokens.piece and True}
         body |= self.server.extra
         return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
 
@@ -682,6 +718,20 @@ class OpenAIEngine:
         if now - self._last_warning >= WARN_EVERY:
             self._last_warning = now
             log.warning("%s: trying again (%d failed tries so far); the last: %s", self.url, self._failed_tries, error)
+
+
+_TOKEN_ID = re.compile(r"token_id:([0-9]{1,9})")
+"""vLLM's name of a token."""
+
+
+def _past_proxies(url: str) -> dict[str, httpx2.AsyncHTTPTransport | None]:
+    """A way around the proxies of the environment to a server on this machine, which none of them can reach."""
+    host = urlsplit(url).hostname or ""
+    try:
+        here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        here = host == "localhost" or host.endswith(".localhost")
+    return {f"all://[{host}]" if ":" in host else f"all://{host}": None} if here else {}
 
 
 def _api_key(name: str | None) -> str | None:

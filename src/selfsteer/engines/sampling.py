@@ -10,7 +10,7 @@ from functools import cache
 from typing import NamedTuple
 
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
-from selfsteer.prompts import Prompts
+from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.records import Message, Response
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.store.durable import digest
@@ -81,7 +81,26 @@ def sample(
 
 
 def response(journal: Journal, wanted: Request) -> Response | Failed:
-    """The journalled answer to a request, or why there is none."""
+    """The journalled answer to a request, or why there is none; one with a thought in it is none."""
+    found = _journalled(journal, wanted)
+    if isinstance(found, Response) and behind_thought(found.text) != found.text:
+        detail = "turn thinking off with policy.template_arguments"
+        return Failed(key=wanted.key, reason="a thought in the response", detail=detail)
+    return found
+
+
+def spoken(journal: Journal, wanted: Request) -> Response | Failed:
+    """The same for who reads its text alone: of one with a thought that which stands behind it."""
+    found = _journalled(journal, wanted)
+    if isinstance(found, Failed):
+        return found
+    said = behind_thought(found.text)
+    if said is None:
+        return Failed(key=wanted.key, reason="a thought without an answer")
+    return replace(found, text=said)
+
+
+def _journalled(journal: Journal, wanted: Request) -> Response | Failed:
     data = journal.get(wanted.key)
     if "failed" in data:
         return Failed(key=wanted.key, reason=data["failed"], detail=data["detail"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Engine, Failed, Request
 from selfsteer.engines.open import sampler_digest
-from selfsteer.engines.sampling import Sampler, kept_open, request, response, sample, seed_for
+from selfsteer.engines.sampling import Sampler, kept_open, request, sample, seed_for, spoken
 from selfsteer.evaluations.asking import Answer, Ask, Asked, Choices, Score
 from selfsteer.evaluations.judged import JUDGED, JudgedTask, Verdicts
 from selfsteer.evaluations.results import Evaluation, TaskResult
@@ -76,7 +76,7 @@ def answering(policy: Policy, engine: EngineSection, *, name: str | None = None)
     """
     model = resolve(policy)
     tokenizer = load_tokenizer(model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
-    prompts = Prompts(tokenizer, system_role=policy.system_role).whole()
+    prompts = Prompts.of(policy, tokenizer).whole().direct()
     configuration = load_configuration(model.path, trust_remote_code=policy.trust_remote_code)
     found = Answering(
         name=name or policy.model,
@@ -109,7 +109,7 @@ def ask_with(sampler: Sampler, request: Callable[[Asked], Request | str], journa
 
 
 def _answer(journal: Journal, wanted: Request) -> Answer:
-    said = response(journal, wanted)
+    said = spoken(journal, wanted)
     if isinstance(said, Failed):
         return Answer("", error=said.reason)
     return Answer(said.text, cut=said.finish_reason == "length")

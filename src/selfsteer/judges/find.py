@@ -20,7 +20,7 @@ from selfsteer.judges.reward import RewardModel, reward_verdicts
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.engines import TransformersSection, runs_already, sampling_identity
+from selfsteer.recipe.engines import TransformersSection, context_limit, runs_already, sampling_identity
 from selfsteer.recipe.sections import JudgeSection, Policy, Training
 from selfsteer.recipe.text import RecipeError, explain, read_yaml
 from selfsteer.records import Checkpoint
@@ -55,6 +55,7 @@ class RecipeJudge:
         """What beside that determines its verdicts; no paths."""
         fields = {"kind", "max_prompt_tokens"}
         fields |= {"dtype"} if self.section.engine is None else {"top_logps", "max_new_tokens", "retries"}
+        fields |= {"template_arguments"} if self.section.template_arguments else set()
         return self.section.model_dump(include=fields) | {"template": digest(self.template)}
 
     def inputs(self) -> dict[str, str]:
@@ -102,7 +103,12 @@ def _prompts(section: JudgeSection, model: Checkpoint | None, *, trust_remote_co
         tokenizer = load_tokenizer(path, chat_template=section.chat_template, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
-    return Prompts(tokenizer, system_role="system").whole()  # nothing is steered here
+    prompts = Prompts(tokenizer, system_role="system", arguments=section.template_arguments)  # nothing is steered here
+    try:
+        # One behind an engine may think first: what it writes is read. Here the first letter counts.
+        return prompts.whole().direct() if section.kind == "llm" and section.engine is None else prompts.whole()
+    except ValueError as error:
+        raise ValueError(str(error).replace("policy.", "judge.")) from error
 
 
 def open_judge(judge: RecipeJudge) -> Engine:
@@ -170,7 +176,12 @@ def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> It
         return sampled_verdicts(asked, pairs, lambda: _open(judge), journal, total=total)
     assert judge.model is not None
     assert prompts is not None
-    source = Policy(model=judge.model.path, chat_template=section.chat_template, trust_remote_code=judge.trust_remote_code)
+    source = Policy(
+        model=judge.model.path,
+        chat_template=section.chat_template,
+        template_arguments=section.template_arguments,
+        trust_remote_code=judge.trust_remote_code,
+    )
     if section.kind == "reward_model":
         reward = RewardModel(model=judge.model, policy=source, dtype=section.dtype, max_tokens=_within(judge, 0))
         return reward_verdicts(reward, pairs, journal, total=total)
@@ -189,7 +200,8 @@ def _within(judge: RecipeJudge, more: int) -> int:
     if judge.model is None:
         return limit
     positions = positions_of(judge.model.path, trust_remote_code=judge.trust_remote_code)
-    return limit if positions is None else min(limit, positions - more)
+    room = min(filter(None, (positions, context_limit(judge.section.engine))), default=None)
+    return limit if room is None else min(limit, room - more)
 
 
 def _open(judge: RecipeJudge) -> Engine:
@@ -200,4 +212,5 @@ def _open(judge: RecipeJudge) -> Engine:
         return opening.open_engine(engine, judge.model, judge.prompts, trust_remote_code=judge.trust_remote_code)
     assert engine.kind == "openai"
     # Nobody looks at the token ids of a verdict.
-    return OpenAIEngine(engine, Tokens(encode=lambda _text: ()))
+    tokens = Tokens(encode=lambda _text: (), template_arguments=judge.section.template_arguments)
+    return OpenAIEngine(engine, tokens)

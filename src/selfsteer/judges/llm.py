@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.measures.verdicts import Orders, Verdict, by_orders, failure, no_answer
-from selfsteer.prompts import Prompts
+from selfsteer.prompts import THOUGHT_ENDS, Prompts
 from selfsteer.recipe.sections import JudgeSection
 from selfsteer.records import Message, Pair, side
 from selfsteer.runtime import progress, raise_if_stopped
@@ -186,11 +186,6 @@ LEAST_MASS = 0.02
 """Of the two letters among the likely first tokens, below which they are the tails of something else that the judge is
 about to write, such as a thought: nothing is read from their ratio then, but from what it wrote."""
 
-_THOUGHT_ENDS = re.compile(
-    r"</(?:think|thinking|thought|reasoning|reflection)>|<\|?end_of_thought\|?>|\[/THINK\]", re.IGNORECASE
-)
-"""What models put behind their thought where no server takes it out of the text."""
-
 
 class Answer(NamedTuple):
     """What one answer says."""
@@ -204,7 +199,7 @@ class Answer(NamedTuple):
 def parse_answer(text: str) -> str | None:
     """`FIRST` or `SECOND` where the answer is exactly that, but for white space around it and a thought before it; else
     None: unreadable."""
-    answer = _THOUGHT_ENDS.split(text)[-1].strip()
+    answer = THOUGHT_ENDS.split(text)[-1].strip()
     return answer if answer in (FIRST, SECOND) else None
 
 
@@ -339,7 +334,7 @@ def _thought_first(tokens: Sequence[tuple[str, float]], text: str, letter: str |
     beginning is none.
     """
     likeliest = max(tokens, key=lambda token: token[1])[0].strip(_SPACES)
-    return _THOUGHT_ENDS.search(text) is not None or (letter is not None and likeliest not in (FIRST, SECOND))
+    return THOUGHT_ENDS.search(text) is not None or (letter is not None and likeliest not in (FIRST, SECOND))
 
 
 def _verdict(judge: LLMJudge, pair: Pair, journal: Journal, failed: Mapping[str, str]) -> Verdict:

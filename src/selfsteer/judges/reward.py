@@ -58,6 +58,7 @@ class RewardModel:
             "schema": SCHEMA_VERSION,
             "reward_model": self.model.digest,
             "chat_template": None if template is None else file_digest(Path(template)),
+            **({"template_arguments": self.policy.template_arguments} if self.policy.template_arguments else {}),
             "dtype": str(compute_dtype(self.dtype, pick_device())),
             "conversation": list(conversation),
         }
@@ -73,9 +74,7 @@ class Renderer(NamedTuple):
 
     def ids(self, conversation: Conversation) -> TokenIds:
         """The rendered conversation, without the header of another answer."""
-        messages = [{"role": message["role"], "content": message["content"]} for message in conversation]
-        text = cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False))
-        return tuple(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return self.prompts.conversation_ids(conversation)
 
     def refusal(self, conversation: Conversation) -> str | None:
         """Why this conversation must not be scored, or None."""
@@ -94,7 +93,9 @@ def open_renderer(reward: RewardModel) -> Renderer:
     tokenizer = load_tokenizer(
         reward.model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code
     )
-    return Renderer(tokenizer, Prompts(tokenizer, system_role="system"), reward.max_tokens)
+    return Renderer(
+        tokenizer, Prompts(tokenizer, system_role="system", arguments=policy.template_arguments), reward.max_tokens
+    )
 
 
 @contextmanager

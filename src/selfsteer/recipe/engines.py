@@ -210,6 +210,13 @@ def runs_already(engine: EngineSection | None) -> bool:
     return engine is not None and engine.kind == "openai" and engine.serve is None
 
 
+def context_limit(engine: EngineSection | None) -> int | None:
+    """The most tokens of a prompt and its response together that the section allows; None where the model alone says it."""
+    if engine is not None and engine.kind == "ray":
+        return context_limit(engine.replica)
+    return engine.max_model_len if engine is not None and engine.kind == "vllm" else None
+
+
 def takes_adapters(engine: EngineSection) -> bool:
     """Whether this engine can apply adapters that are not merged, another one to each request."""
     if engine.kind == "openai":

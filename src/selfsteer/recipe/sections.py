@@ -5,8 +5,10 @@ The defaults are the paper's (arXiv 2410.17131v2, section 4.1 and appendix A) wh
 into words is in `text.py`; environment references and includes were left out on purpose: a recipe says all it does.
 """
 
+import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,6 +19,24 @@ from selfsteer.recipe import text
 from selfsteer.recipe.engines import DTypeName, EngineSection, TransformersSection, runs_already
 from selfsteer.recipe.gates import parse, unmeasured
 from selfsteer.recipe.text import RecipeError, Section
+
+_NOT_OF_A_TEMPLATE = {
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now", "raise_exception"),
+}
+"""Set by us, or by transformers' apply_chat_template, which takes a template's arguments beside its own."""
+
+
+def template_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a chat template, checked."""
+    if taken := sorted(_NOT_OF_A_TEMPLATE & given.keys()):
+        raise ValueError(f"{', '.join(taken)} can't be given to a chat template here")
+    try:
+        json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("the arguments of a chat template are JSON values; put a date into quotes") from None
+    return given
 
 
 class JudgeSection(Section):
@@ -37,6 +57,9 @@ class JudgeSection(Section):
     """With kind: llm, a file with the question, in place of the built-in one."""
     chat_template: str | None = None
     """Path of a Jinja chat template, for tokenizers without one."""
+    template_arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """Arguments of the chat template, such as {enable_thinking: false}; a server that renders messages itself is sent them
+    as chat_template_kwargs (vLLM, SGLang)."""
     max_prompt_tokens: int = Field(default=8192, ge=1)
     """Pairs whose question (or conversation) is longer get no verdict; nothing is ever cut."""
     top_logps: int = Field(default=20, ge=0, le=20)
@@ -46,6 +69,11 @@ class JudgeSection(Section):
     """With an engine, the limit of an answer; a model that thinks before it answers needs more."""
     retries: int = Field(default=2, ge=0)
     """With an engine, further tries of an answer that can't be read."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _for_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        return template_arguments(arguments)
 
     @model_validator(mode="after")
     def _used_settings(self) -> Self:
@@ -284,10 +312,32 @@ class Policy(Section):
     """Hub revision (branch, tag or commit) of the model."""
     chat_template: str | None = None
     """Path of a Jinja chat template, for tokenizers without one."""
+    template_arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """Arguments of the chat template, such as {enable_thinking: false}. Thoughts are no part of responses: a template that
+    has the model think is refused (docs/design.md)."""
+    date: str | None = None
+    """The day that a chat template is told which asks for it, such as 2025-01-31; the one on which the run began (UTC) when
+    empty."""
     system_role: Literal["auto", "system", "user"] = "auto"
     """Where a principle goes: the system message, or before the user's first turn for templates without a system role."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _for_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        return template_arguments(arguments)
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _a_day(cls, given: object) -> object:
+        """YAML reads an unquoted day as one."""
+        if isinstance(given, str):
+            try:
+                return date.fromisoformat(given).isoformat()
+            except ValueError:
+                raise ValueError(f"{given!r} is no day; write it as 2025-01-31") from None
+        return given.isoformat() if isinstance(given, date) else given
 
 
 class Queries(Section):

@@ -17,7 +17,7 @@ from selfsteer.measures.metrics import Comparison
 from selfsteer.measures.quality import compare
 from selfsteer.models import positions_of
 from selfsteer.pairs import alignment_pair, item_key, reject_reason, sampled_special_reason, special_token_reason, usable
-from selfsteer.prompts import Prompts
+from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, Message, Pair, Responses
 from selfsteer.stages.base import (
@@ -226,7 +226,10 @@ def usable_pairs(
                 say_once(
                     f"{path}: responses end in a special token; it is taken off, as the end of a response is trained anyway"
                 )
-                row[side] = [Message(role="assistant", content=bare)]
+            said = behind_thought(bare) or ""
+            if said != bare:
+                say_once(f"{path}: responses begin with a thought; what stands behind it is taken")
+            row[side] = [Message(role="assistant", content=said)]
         pair = columns.pair(row)
         reason = (
             drop_reason(row)

@@ -25,9 +25,9 @@ from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import Sampler, kept_open, request, sample
 from selfsteer.measures.checks import parse_all
 from selfsteer.models import load_tokenizer, positions_of, resolve
-from selfsteer.prompts import Prompts
+from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe import sections
-from selfsteer.recipe.engines import sampling_identity
+from selfsteer.recipe.engines import context_limit, sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.records import Dropped, Message, Principles, Query
 from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, share_of_round
@@ -326,6 +326,9 @@ def principles_stage(round: Round) -> Stage:
         "seed": round.recipe.seed,
         "round": round.number,
     }
+    longest = _longest_prompt(round, _positions(round))
+    if longest < round.recipe.queries.max_prompt_tokens:
+        settings["longest_prompt"] = longest
     if _splits(round.recipe):
         settings["split"] = {"rounds": round.recipe.rounds, "holdout": round.recipe.queries.holdout}
     return make_stage(round, "1-principles", Origin(settings=settings, inputs=inputs), lambda work: _principles(round, work))
@@ -414,7 +417,9 @@ class _Long(NamedTuple):
 
 
 def _positions(round: Round) -> int | None:
-    return positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
+    """The most tokens of a prompt and its response together, for the policy and its engine."""
+    positions = positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
+    return min(filter(None, (positions, context_limit(round.recipe.engine))), default=None)
 
 
 def _too_long(round: Round, tokens: int, positions: int | None) -> _Long | None:
@@ -449,7 +454,7 @@ def _generated_principles(round: Round, work: Work, pool: Pool, wanted: _Queries
         return request(prompts, messages, model_digest=model_digest, sampling=sampling, seed=attempt.seed)
 
     def answer_to(key: str) -> str:
-        return work.journal.get(key).get("text", "")  # of one that failed there is none
+        return behind_thought(work.journal.get(key).get("text", "")) or ""  # of one that failed there is none
 
     def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
         return ((attempt, answer_to(ask(attempt).key)) for attempt in attempts)

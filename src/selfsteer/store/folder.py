@@ -427,6 +427,18 @@ class Stage:
         return manifest
 
 
+def began(path: Path) -> str | None:
+    """The day (UTC) on which the run in a folder began, or the first one of those below it; None where there is none."""
+    days: list[str] = []
+    for folder in (path, *path.glob("*")):
+        if (folder / "run.json").is_file():
+            days += [str(session.get("started"))[:10] for session in RunFolder(folder).sessions()[:1]]
+    return min(filter(_DAY.fullmatch, days), default=None)
+
+
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

@@ -138,7 +138,7 @@ def open_scorer(policy: Policy, training: Training) -> Generator[OpenScorer]:
     # Master weights in float32 and autocast, as in training: weights rounded beforehand would give other numbers.
     model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=policy.trust_remote_code)
     teach(model, compute_dtype(training.dtype, device))
-    yield OpenScorer(model, Prompts(tokenizer, system_role=policy.system_role), training)
+    yield OpenScorer(model, Prompts.of(policy, tokenizer), training)
 
 
 def tokenize(pair: Pair, prompts: Prompts, positions: int | None = None) -> TokenPair:

@@ -140,7 +140,7 @@ def train(job: TrainingJob) -> TrainingResult:
     tokenizer = load_tokenizer(
         job.policy.model, chat_template=job.policy.chat_template, trust_remote_code=job.policy.trust_remote_code
     )
-    prompts = Prompts(tokenizer, system_role=job.policy.system_role)
+    prompts = Prompts.of(job.policy, tokenizer)
     needs_reference = job.loss not in REFERENCE_FREE
     positions = positions_of(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     data = token_groups(Path(job.pairs), prompts, output / ".tokens", needs_reference=needs_reference, positions=positions)
