@@ -1,0 +1,168 @@
+"""What a run says of itself in at most twenty lines: what was made, what the numbers allow to say, and where it is.
+
+All else is in the tables (`selfsteer report RUN`) and on the page. Left out on purpose: numbers that a model reaches on the
+pairs that it was trained on; they say nothing of its answers.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+from rich.console import Console
+from rich.text import Text
+
+from selfsteer.measures.estimates import Estimate
+from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics
+from selfsteer.report.tables import GENERATOR, cell, console_of, data_sets, duration, result_of
+
+FEW_ITEMS = 30
+"""A measure of fewer items is named as such."""
+
+FEW_PAIRS = 200
+"""Of fewer pairs, on-policy probabilities tell differences of about 0.02 and less from nothing only by luck (the intervals of
+docs/log.md)."""
+
+CUT_OFF = 1 / 3
+"""Share of cut-off responses above which a run says so."""
+
+
+def print_verdict(metrics: Metrics, console: Console | None = None) -> None:
+    """Print the verdict on a run."""
+    console = console or console_of()
+    for line in verdict(metrics):
+        console.print(Text(line), soft_wrap=True)
+
+
+def verdict(metrics: Metrics) -> list[str]:
+    """The lines of the verdict."""
+    run, this = metrics["run"], metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
+    lines = [_headline(metrics, this), *(f"  {line}" for line in _measures(this)), *(f"  ! {line}" for line in warnings(this))]
+    if "ended" in run:
+        lines += [f"  ! ended early: {run['ended']}", f"    {result_of(run)}"]
+    if "policy_folder" in run:
+        lines.append(f"model   {run['policy_folder']}")
+    if "pairs" in run:
+        lines.append(f"pairs   {run['pairs']}")
+    lines.append(f"report  {run['folder']}/report.html, or: selfsteer report {run['folder']}")
+    if "pairs" in run:
+        lines.append(f"next    selfsteer export {run['folder']} --to pairs --format trl")
+    return lines
+
+
+def _headline(metrics: Metrics, this: RoundMetrics) -> str:
+    run, rounds = metrics["run"], len(metrics["rounds"])
+    sets = list(data_sets(this).values())
+    made = f"{sets[-1]['pairs']:,} pairs" if sets and "pairs" in sets[-1] else "no pairs"
+    stages = this.get("stages", {})
+    if "1-principles" in stages:
+        made += f" from {stages['1-principles']['kept']:,} queries"
+    if rounds > 1:
+        made += f" in the last of {rounds} rounds"
+    done = "policy aligned" if "policy_folder" in run else "no policy aligned"
+    return f"{run['name']}: {made}, {done} in {duration(run['seconds'])}"
+
+
+def _measures(this: RoundMetrics) -> Iterator[str]:
+    """What can be said of the data and of the policy, in the order of what a reader asks."""
+    sets = data_sets(this)
+    names = {name: name.removesuffix(" pairs") for name in sets}
+    rows: list[tuple[str, ...]] = []
+    compared = this.get("comparison")
+    both = compared.get("both") if compared else None
+    if compared and both and "all" in compared:
+        difference = compared["all"]
+        rows.append(
+            (
+                "on-policy probability",
+                f"PBAA {_mean(both['baseline'])}",
+                f"generator {_mean(both['pairs'])}",
+                f"{_signed(difference)}  {in_words(difference, 'more on-policy', 'less on-policy')}",
+            )
+        )
+    elif sets:
+        name, measures = list(sets.items())[-1]
+        if "on_policy" in measures and "all" in measures["on_policy"]:
+            rows.append(("on-policy probability", f"{names[name]} {_with_interval(measures['on_policy']['all'])}", "", ""))
+    rows += _accuracy(this, sets)
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
+    for row in rows:
+        yield "  ".join(text.ljust(size) for text, size in zip(row, width, strict=True)).rstrip()
+    if "answers" in this:
+        passing = this["answers"]["passing"]
+        told = f", {_share(passing['prompted'])} when told to" if "prompted" in passing else ""
+        yield (
+            f"{this['answers']['queries']:,} held-out answers: {_share(passing['before'])} follow the principle before,"
+            f" {_share(passing['after'])} after{told}"
+        )
+        change = passing["change"]
+        yield (
+            f"  change {_signed(change, share=True)} points: "
+            f"{in_words(change, 'the policy follows it more', 'the policy follows it less')}"
+        )
+
+
+def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[str, ...]]:
+    """By whoever judged: of PBAA and of the generator, with the difference where both have the same queries."""
+    judge = "accuracy (checks)" if any("checks" in measures for measures in sets.values()) else "accuracy (judge)"
+    for key, label in (("judge", judge), ("principle_consistency", "principle consistency")):
+        cells: list[str] = []
+        for name, measures in sets.items():
+            report = measures.get("judge") if key == "judge" else measures.get("principle_consistency")
+            if report and "accuracy" in report:
+                found = report["accuracy"]
+                cells.append(f"{name.removesuffix(' pairs')} {_share(found)} of {found.n:,}{few(found.n)}")
+        if not cells:
+            continue
+        difference = this.get("judged_difference", {}).get(key)
+        said = "different queries" if GENERATOR in sets and len(cells) > 1 else ""
+        if difference is not None:
+            said = f"{_signed(difference, share=True)} points  {in_words(difference, 'more accurate', 'less accurate')}"
+        yield (label, *(cells + [""])[:2], said)
+
+
+def warnings(this: RoundMetrics) -> Iterator[str]:
+    """What the reader has to know before trusting any of it, the most important first."""
+    for gate in this.get("gates", ()):
+        if not gate.passed:
+            yield f"gate {gate.name} {gate.bound}: {gate.reason}"
+    sets = data_sets(this)
+    if not sets:
+        return
+    measures = list(sets.values())[-1]
+    for side, found in cast("dict[str, Estimate]", measures.get("truncated", {})).items():
+        if found.mean > CUT_OFF:
+            yield f"{_share(found)} of the {side} responses are cut off: raise responses.max_new_tokens"
+    if measures["pairs"] < FEW_PAIRS:
+        yield f"{measures['pairs']:,} pairs are too few to tell small differences in the data from chance"
+
+
+def in_words(difference: Estimate, above: str, below: str) -> str:
+    """What the interval of a difference allows to say."""
+    if difference.low is None or difference.high is None:
+        return "one item: nothing can be said"
+    if difference.low > 0:
+        return above
+    return below if difference.high < 0 else "no difference shown"
+
+
+def few(n: int) -> str:
+    """A remark behind a measure of so many items."""
+    return " (few)" if n < FEW_ITEMS else ""
+
+
+def _mean(value: Estimate) -> str:
+    return cell(value.mean, "number").value
+
+
+def _with_interval(value: Estimate) -> str:
+    return " ".join(filter(None, cell(value._asdict(), "number")))
+
+
+def _share(value: Estimate) -> str:
+    return f"{100 * value.mean:.0f}%"
+
+
+def _signed(value: Estimate, *, share: bool = False) -> str:
+    if not share:
+        return " ".join(filter(None, cell(value._asdict(), "number", signed=True)))
+    interval = "" if value.low is None or value.high is None else f" [{100 * value.low:+.0f}, {100 * value.high:+.0f}]"
+    return f"{100 * value.mean:+.0f}{interval}"
