@@ -183,15 +183,14 @@ def metrics(output: str) -> dict[str, object]:
     }
 
 
-def test_run_prints_the_summary(monkeypatch, capsys, pipeline):
+def test_run_prints_the_verdict(monkeypatch, capsys, pipeline):
     given: list[Recipe] = []
     pipeline.run = lambda recipe: given.append(recipe) or metrics(recipe.output)
     assert command(monkeypatch, "run", QUICKSTART, "seed=7") == 0
     assert given == [load(QUICKSTART, ["seed=7"])]
     printed = capsys.readouterr().out
-    assert "2-responses" in printed
-    assert "812" in printed
-    assert "runs/quickstart/policy" in printed
+    assert "policy aligned in 1 min 01 s" in printed
+    assert "model   runs/quickstart/policy\n" in printed
 
 
 def test_train_and_measure_pass_on_what_they_are_given(monkeypatch, capsys, pipeline):

@@ -86,9 +86,9 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     resolved = recipes.load(recipe, overrides or ())
     with graceful_stop():
         from selfsteer import pipeline
-        from selfsteer.report.tables import print_summary
+        from selfsteer.report.verdict import print_verdict
 
-        print_summary(pipeline.run(resolved))
+        print_verdict(pipeline.run(resolved))
 
 
 @app.command()
@@ -111,9 +111,9 @@ def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> 
     resolved = recipes.load(recipe, overrides or ())
     with graceful_stop():
         from selfsteer.given import train_pairs
-        from selfsteer.report.tables import print_summary
+        from selfsteer.report.verdict import print_verdict
 
-        print_summary(train_pairs(pairs, resolved))
+        print_verdict(train_pairs(pairs, resolved))
 
 
 @app.command()
@@ -395,14 +395,21 @@ def _write_json(file: Path | None, found: Mapping[str, Any]) -> None:
 
 
 @app.command("report")
-def comparison_report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a comparison.", show_default=False)],
+def print_report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A run folder, or the folder of a comparison.", show_default=False)
+    ],
 ) -> None:
-    """Make the page and the tables of a comparison again, from its comparison.json alone."""
-    from selfsteer.report.comparison import write_comparison_page
+    """Print all tables of a run; or make the page and the tables of a comparison again, from its numbers."""
+    if (folder / "comparison.json").exists():
+        from selfsteer.report.comparison import write_comparison_page
 
-    write_comparison_page(folder)
-    typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
+        write_comparison_page(folder)
+        typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
+        return
+    from selfsteer.report.tables import print_run, read_metrics
+
+    print_run(read_metrics(folder))
 
 
 def _seed(text: str) -> int:

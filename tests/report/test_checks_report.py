@@ -11,7 +11,7 @@ from selfsteer.measures.checks import Outcome, Passes, check_report
 from selfsteer.measures.estimates import share_estimate
 from selfsteer.measures.metrics import Metrics, RoundMetrics
 from selfsteer.report.page import write_page
-from selfsteer.report.tables import check_label, print_summary
+from selfsteer.report.tables import check_label, print_run
 
 SHORT = json.dumps({"name": "length_constraints:number_words", "relation": "at most", "num_words": 40})
 PLAIN = json.dumps({"name": "selfsteer:no_markdown"})
@@ -43,7 +43,7 @@ def metrics() -> Metrics:
 
 def summary() -> list[str]:
     text = io.StringIO()
-    print_summary(metrics(), Console(file=text, width=140))
+    print_run(metrics(), Console(file=text, width=140))
     return text.getvalue().splitlines()
 
 

@@ -103,7 +103,7 @@ def test_the_command_makes_the_page_again(folder: Path, monkeypatch: pytest.Monk
     assert "Seed by seed" not in (folder / "comparison.html").read_text()
     (folder / "comparison.json").unlink()
     assert command() == 2
-    assert "no comparison.json" in capsys.readouterr().err
+    assert "neither a run nor a comparison is there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from selfsteer.measures.metrics import Metrics
 from selfsteer.measures.quality import compare, implicit_reward, measure
 from selfsteer.records import Message, Pair, Principles, side
 from selfsteer.report.page import pick_examples, write_page
-from selfsteer.report.tables import closing_line, duration, print_measures, print_summary, write_metrics
+from selfsteer.report.tables import closing_line, duration, print_measures, print_run, write_metrics
 
 HOSTILE = '</div><script>alert("x")</script> $name ${facts} & [bold]'
 
@@ -71,7 +71,7 @@ def metrics() -> Metrics:
 
 def printed(found: Metrics) -> str:
     console = Console(file=io.StringIO(), width=100)
-    print_summary(found, console)
+    print_run(found, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -189,6 +189,8 @@ class Comparison(TypedDict, total=False):
     rejected: Estimate
     all: Estimate
     margin_per_token: Estimate
+    both: dict[str, Estimate]
+    """On-policy probability of "pairs" and of the "baseline", over the queries that both have."""
 
 
 class HeadroomAt(TypedDict):
@@ -303,6 +305,8 @@ class RoundMetrics(TypedDict, total=False):
     """Before the generator, where one trains on y_o."""
     comparison: Comparison
     """alignment - pbaa."""
+    judged_difference: dict[str, Estimate]
+    """alignment - pbaa in the share of right verdicts, by judge as in `Measures`; of the queries that both have."""
     contamination: Contamination
     drift: Drift
     """From the second round on."""

@@ -233,7 +233,17 @@ def compare(pairs: Iterable[Pair], baseline: Iterable[Pair], *, seed: int = 0) -
         )
         if difference is not None:
             comparison[name] = difference
+    shared = sorted(first.keys() & second.keys())
+    if shared:
+        both = {"pairs": first, "baseline": second}
+        comparison["both"] = {
+            name: _mean(np.asarray([side[query][_ALL] for query in shared])) for name, side in both.items()
+        }
     return comparison
+
+
+_ALL = 2
+"""Where `_by_query` has the on-policy probability of both responses."""
 
 
 def _by_query(pairs: Iterable[Pair]) -> dict[str, NDArray[np.float64]]:

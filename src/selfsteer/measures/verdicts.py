@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict
 
-from selfsteer.measures.estimates import Estimate, mean_estimate, share_estimate
+from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference, share_estimate
 from selfsteer.records import Pair
 
 Name = Literal["chosen", "rejected"]
@@ -144,6 +144,15 @@ def judge_report(verdicts: Iterable[Verdict]) -> JudgeReport:
         if estimate is not None:
             report[name] = estimate
     return report
+
+
+def judged_difference(verdicts: Iterable[Verdict], baseline: Iterable[Verdict]) -> Estimate | None:
+    """Accuracy of the first verdicts - that of the others, of the queries that both have; None when they share none."""
+    first, second = (
+        {verdict.query_id: points(verdict) for verdict in side if verdict.preferred is not None}
+        for side in (verdicts, baseline)
+    )
+    return paired_difference(first, second)
 
 
 def points(verdict: Verdict) -> float:

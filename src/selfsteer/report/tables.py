@@ -1,6 +1,7 @@
-"""From metrics to metrics.json, to tables, and to what the terminal shows at the end. The shape is in `measures/metrics.py`.
+"""From metrics to metrics.json and to tables. The shape is in `measures/metrics.py`.
 
-The tables are built once (`tables`), and drawn by `print_summary` here and by `page.py` as HTML. Left out on purpose:
+The tables are built once (`tables`), and drawn by `print_run` here and by `page.py` as HTML; what the terminal shows at the
+end of a run is in `verdict.py`. Left out on purpose:
 measuring; a number that is not in the metrics is not in the report.
 """
 
@@ -33,9 +34,10 @@ from selfsteer.measures.metrics import (
     RoundMetrics,
     RunFacts,
     find,
+    from_plain,
     plain,
 )
-from selfsteer.store.durable import replacing
+from selfsteer.store.durable import read_object, replacing
 
 Form = Literal["number", "share"]
 
@@ -146,9 +148,33 @@ def write_metrics(path: Path, metrics: Metrics) -> None:
         file.write(text.encode() + b"\n")
 
 
-def print_summary(metrics: Metrics, console: Console | None = None) -> None:
-    """Print what was made of what, what it measures, and where it is. 100 columns where the output is no terminal."""
-    console = console or _console()
+def read_metrics(folder: Path) -> Metrics:
+    """What `write_metrics` wrote into a run folder.
+
+    Raises FileNotFoundError where there is nothing to report, ValueError where the file is damaged.
+    """
+    path = folder / "metrics.json"
+    if not path.exists():
+        what = (
+            "its run is not finished: selfsteer status shows where it is"
+            if (folder / "run.json").exists()
+            else "neither a run nor a comparison is there"
+        )
+        raise FileNotFoundError(f"{path} is missing: {what}")
+    found = read_object(path)
+    if any(not isinstance(found.get(key), kind) for key, kind in (("run", dict), ("rounds", list))):
+        raise ValueError(f"{path}: not the metrics of a run; delete it and run the same command again")
+    metrics = cast(Metrics, from_plain(found))
+    for this in metrics["rounds"]:
+        for key in ("gates", "stop_when"):
+            if key in this:
+                this[key] = [GateResult(**each) for each in cast("dict[str, list[dict[str, Any]]]", this)[key]]
+    return metrics
+
+
+def print_run(metrics: Metrics, console: Console | None = None) -> None:
+    """Print all tables of a run, and where its results are. 100 columns where the output is no terminal."""
+    console = console or console_of()
     for table in run_tables(metrics):
         _print(table, console)
     console.print(Text(closing_line(metrics)), soft_wrap=True)
@@ -163,7 +189,7 @@ def run_tables(metrics: Metrics) -> Iterator[Table]:
 
 def print_evaluation(found: Json, title: str, console: Console | None = None) -> None:
     """Print what an evaluation found."""
-    _print(evaluation_table(found, title), console or _console())
+    _print(evaluation_table(found, title), console or console_of())
 
 
 def print_annotated(found: WinRate, who: str, console: Console | None = None) -> None:
@@ -176,7 +202,7 @@ def print_annotated(found: WinRate, who: str, console: Console | None = None) ->
         Row("wins, losses, draws", (Cell(f"{found.wins:,}, {found.baseline_wins:,}, {found.draws:,}"), Cell(""))),
         Row("no verdict", (cell(found.no_verdict, "number"), Cell(""))),
     )
-    _print(Table(who, ("", "items"), rows, METHOD, left=True), console or _console())
+    _print(Table(who, ("", "items"), rows, METHOD, left=True), console or console_of())
 
 
 def print_judged(reports: Mapping[str, Json], title: str, console: Console | None = None) -> None:
@@ -185,7 +211,7 @@ def print_judged(reports: Mapping[str, Json], title: str, console: Console | Non
     rows = [Row("pairs", tuple(cell(report.get("pairs"), "number") for report in found))]
     rows += [Row(label, tuple(cell(report.get(key), "share") for report in found)) for label, key in VERDICTS]
     kept = tuple(row for row in rows if any(cell.value for cell in row.cells))
-    _print(Table(title, tuple(reports), kept, METHOD), console or _console())
+    _print(Table(title, tuple(reports), kept, METHOD), console or console_of())
 
 
 def print_reward_bench(found: Json, name: str, console: Console | None = None) -> None:
@@ -204,12 +230,12 @@ def print_reward_bench(found: Json, name: str, console: Console | None = None) -
     said += [f"{count:,} not scored ({reason})" for reason, count in found["refused"].items()]
     said += [f"no score: {len(found['missing'])} subsets are missing"] if found["missing"] else []
     title = f"{name} ({found['format']})"
-    _print(Table(title, ("", "items"), tuple(rows), f"{METHOD} {'; '.join(said)}."), console or _console())
+    _print(Table(title, ("", "items"), tuple(rows), f"{METHOD} {'; '.join(said)}."), console or console_of())
 
 
 def print_measures(measures: Measures, console: Console | None = None) -> None:
     """Print the measures of one set of pairs."""
-    _print(measures_table({"pairs": measures}), console or _console())
+    _print(measures_table({"pairs": measures}), console or console_of())
 
 
 def table_text(table: Table) -> str:
@@ -246,7 +272,7 @@ def closing_line(metrics: Metrics) -> str:
         lines.append(f"aligned policy   {run['policy_folder']}")
     if "ended" in run:
         lines.append(f"ended early      {run['ended']}")
-        lines.append(f"                 {_result(run)}")
+        lines.append(f"                 {result_of(run)}")
     if "pairs" in run:
         counts = [
             measures["pairs"]
@@ -259,7 +285,7 @@ def closing_line(metrics: Metrics) -> str:
     return "\n".join(lines)
 
 
-def _result(run: RunFacts) -> str:
+def result_of(run: RunFacts) -> str:
     """Whose policy the result of a run is that ended early."""
     return (
         f"the result is the policy of round {run['policy_round']}" if "policy_round" in run else "there is no aligned policy"
@@ -624,7 +650,8 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
     return Table(title, tuple(name for name, _ in names), tuple(kept), note)
 
 
-def _console() -> Console:
+def console_of() -> Console:
+    """Standard output; 100 columns where it is no terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=100)
 

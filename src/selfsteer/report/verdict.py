@@ -11,15 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from selfsteer.measures.estimates import Estimate
-from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics
+from selfsteer.measures.metrics import CheckedAnswers, Measures, Metrics, RoundMetrics
 from selfsteer.report.tables import GENERATOR, cell, console_of, data_sets, duration, result_of
 
 FEW_ITEMS = 30
 """A measure of fewer items is named as such."""
 
 FEW_PAIRS = 200
-"""Of fewer pairs, on-policy probabilities tell differences of about 0.02 and less from nothing only by luck (the intervals of
-docs/log.md)."""
+"""With fewer pairs, a difference of 0.02 in on-policy probability is within the interval (docs/log.md)."""
 
 CUT_OFF = 1 / 3
 """Share of cut-off responses above which a run says so."""
@@ -35,7 +34,11 @@ def print_verdict(metrics: Metrics, console: Console | None = None) -> None:
 def verdict(metrics: Metrics) -> list[str]:
     """The lines of the verdict."""
     run, this = metrics["run"], metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
-    lines = [_headline(metrics, this), *(f"  {line}" for line in _measures(this)), *(f"  ! {line}" for line in warnings(this))]
+    lines = [
+        _headline(metrics, this),
+        *(f"  {line}" for line in _measures(this)),
+        *(f"  ! {line}" for line in warnings(this)),
+    ]
     if "ended" in run:
         lines += [f"  ! ended early: {run['ended']}", f"    {result_of(run)}"]
     if "policy_folder" in run:
@@ -82,22 +85,30 @@ def _measures(this: RoundMetrics) -> Iterator[str]:
         name, measures = list(sets.items())[-1]
         if "on_policy" in measures and "all" in measures["on_policy"]:
             rows.append(("on-policy probability", f"{names[name]} {_with_interval(measures['on_policy']['all'])}", "", ""))
+    if "headroom" in this:
+        room = this["headroom"]
+        said = in_words(room["all"], "to win", "nothing to win")
+        steered = f"steered {cell((room['good'].mean + room['bad'].mean) / 2, 'number').value}"
+        rows.append(("headroom", f"unsteered {_mean(room['original'])}", steered, f"{_signed(room['all'])}  {said}"))
     rows += _accuracy(this, sets)
     width = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     for row in rows:
         yield "  ".join(text.ljust(size) for text, size in zip(row, width, strict=True)).rstrip()
     if "answers" in this:
-        passing = this["answers"]["passing"]
-        told = f", {_share(passing['prompted'])} when told to" if "prompted" in passing else ""
-        yield (
-            f"{this['answers']['queries']:,} held-out answers: {_share(passing['before'])} follow the principle before,"
-            f" {_share(passing['after'])} after{told}"
-        )
-        change = passing["change"]
-        yield (
-            f"  change {_signed(change, share=True)} points: "
-            f"{in_words(change, 'the policy follows it more', 'the policy follows it less')}"
-        )
+        yield from _answers(this["answers"])
+
+
+def _answers(found: CheckedAnswers) -> Iterator[str]:
+    """Held-out answers before and after."""
+    passing = cast("dict[str, Estimate]", found["passing"])
+    told = f", {_share(passing['prompted'])} when told to" if "prompted" in passing else ""
+    yield (
+        f"{found['queries']:,} held-out answers: {_share(passing['before'])} follow the principle before,"
+        f" {_share(passing['after'])} after{told}"
+    )
+    change = passing["change"]
+    said = in_words(change, "the policy follows it more", "the policy follows it less")
+    yield f"  change {_signed(change, share=True)} points: {said}"
 
 
 def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[str, ...]]:
@@ -116,7 +127,7 @@ def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[s
         said = "different queries" if GENERATOR in sets and len(cells) > 1 else ""
         if difference is not None:
             said = f"{_signed(difference, share=True)} points  {in_words(difference, 'more accurate', 'less accurate')}"
-        yield (label, *(cells + [""])[:2], said)
+        yield (label, *[*cells, ""][:2], said)
 
 
 def warnings(this: RoundMetrics) -> Iterator[str]:
@@ -131,8 +142,9 @@ def warnings(this: RoundMetrics) -> Iterator[str]:
     for side, found in cast("dict[str, Estimate]", measures.get("truncated", {})).items():
         if found.mean > CUT_OFF:
             yield f"{_share(found)} of the {side} responses are cut off: raise responses.max_new_tokens"
-    if measures["pairs"] < FEW_PAIRS:
-        yield f"{measures['pairs']:,} pairs are too few to tell small differences in the data from chance"
+    pairs = measures.get("pairs", FEW_PAIRS)
+    if pairs < FEW_PAIRS:
+        yield f"{pairs:,} pairs are too few to tell small differences in the data from chance"
 
 
 def in_words(difference: Estimate, above: str, below: str) -> str:

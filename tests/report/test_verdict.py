@@ -1,0 +1,140 @@
+"""What the terminal shows at the end of a run: at most twenty lines, and no more than the numbers allow."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from selfsteer.measures.estimates import Estimate
+from selfsteer.measures.metrics import GateResult, Metrics
+from selfsteer.report.tables import print_run, read_metrics, write_metrics
+from selfsteer.report.verdict import in_words, print_verdict, verdict
+
+
+def estimate(mean: float, low: float | None = None, high: float | None = None, n: int = 40) -> Estimate:
+    return Estimate(mean, mean if low is None else low, mean if high is None else high, n)
+
+
+def metrics(**more: Any) -> Metrics:
+    """A run with generator, checks and held-out answers."""
+    return {
+        "run": {
+            "name": "demo",
+            "folder": "runs/demo",
+            "model": "package:x",
+            "seed": 0,
+            "seconds": 270.0,
+            "policy_folder": "runs/demo/round-1/6-policy/model",
+            "pairs": "runs/demo/round-1/5-preferences/data.parquet",
+        },
+        "rounds": [
+            {
+                "stages": {"1-principles": {"wanted": 64, "kept": 64, "dropped": {}, "seconds": 0.1}},
+                "generator": {"steps": 5},
+                "pbaa": {"pairs": 40, "judge": {"accuracy": estimate(0.775)}, "on_policy": {"all": estimate(0.386)}},
+                "alignment": {
+                    "pairs": 64,
+                    "judge": {"accuracy": estimate(0.792, n=24)},
+                    "checks": {},
+                    "on_policy": {"all": estimate(0.393)},
+                    "truncated": {"chosen": estimate(0.0), "rejected": estimate(0.4)},
+                },
+                "comparison": {
+                    "queries": 40,
+                    "all": estimate(0.004, -0.011, 0.019),
+                    "both": {"pairs": estimate(0.390), "baseline": estimate(0.386)},
+                },
+                "answers": {
+                    "queries": 24,
+                    "passing": {
+                        "before": estimate(0.0, n=24),
+                        "after": estimate(0.958, n=24),
+                        "prompted": estimate(0.333, n=24),
+                        "change": estimate(0.958, 0.875, 1.0, n=24),
+                    },
+                    "checks": [],
+                    "truncated": {},
+                },
+                **more,
+            }
+        ],
+    }
+
+
+def test_the_verdict_of_a_demo():
+    assert verdict(metrics()) == [
+        "demo: 64 pairs from 64 queries, policy aligned in 4 min 30 s",
+        "  on-policy probability  PBAA 0.386      generator 0.390            +0.004 [-0.011, +0.019]  no difference shown",
+        "  accuracy (checks)      PBAA 78% of 40  generator 79% of 24 (few)  different queries",
+        "  24 held-out answers: 0% follow the principle before, 96% after, 33% when told to",
+        "    change +96 [+88, +100] points: the policy follows it more",
+        "  ! 40% of the rejected responses are cut off: raise responses.max_new_tokens",
+        "  ! 64 pairs are too few to tell small differences in the data from chance",
+        "model   runs/demo/round-1/6-policy/model",
+        "pairs   runs/demo/round-1/5-preferences/data.parquet",
+        "report  runs/demo/report.html, or: selfsteer report runs/demo",
+        "next    selfsteer export runs/demo --to pairs --format trl",
+    ]
+
+
+def test_a_difference_of_the_same_queries_is_said_in_words():
+    found = metrics(judged_difference={"judge": estimate(-0.1, -0.18, -0.02)})
+    line = next(line for line in verdict(found) if "accuracy" in line)
+    assert line.endswith("-10 [-18, -2] points  less accurate")
+
+
+def test_failed_gates_come_before_everything_else():
+    gate = GateResult("accuracy", ">= 0.6", estimate(0.5), False, "0.500 is below 0.6")
+    first = next(line for line in verdict(metrics(gates=[gate])) if line.startswith("  !"))
+    assert first == "  ! gate accuracy >= 0.6: 0.500 is below 0.6"
+
+
+def test_all_that_can_be_there_fits_into_twenty_lines():
+    gates = [GateResult(name, "> 0", None, False, "not measured") for name in ("headroom", "accuracy", "displacement")]
+    room = {key: estimate(0.39) for key in ("original", "good", "bad", "chosen", "rejected", "all")}
+    found = metrics(gates=gates, headroom={"queries": 40, "positions": [], **room})
+    found["run"]["ended"] = "the gates failed"
+    assert len(verdict(found)) <= 20
+
+
+@pytest.mark.parametrize(
+    ("difference", "said"),
+    [
+        (estimate(0.1, 0.01, 0.2), "above"),
+        (estimate(-0.1, -0.2, -0.01), "below"),
+        (estimate(0.1, -0.01, 0.2), "no difference shown"),
+        (Estimate(0.1, None, None, 1), "one item: nothing can be said"),
+    ],
+)
+def test_words_say_what_the_interval_allows(difference: Estimate, said: str):
+    assert in_words(difference, "above", "below") == said
+
+
+def test_metrics_of_a_folder_are_printed_as_they_were_measured(tmp_path: Path):
+    gate = GateResult("accuracy", ">= 0.6", estimate(0.5), False, "0.500 is below 0.6")
+    found = metrics(gates=[gate])
+    found["rounds"][0]["alignment"].pop("checks")
+    write_metrics(tmp_path / "metrics.json", found)
+    texts: list[str] = []
+    for each in (found, read_metrics(tmp_path)):
+        console = Console(file=io.StringIO(), width=100)
+        print_run(each, console)
+        print_verdict(each, console)
+        assert isinstance(console.file, io.StringIO)
+        texts.append(console.file.getvalue())
+    assert texts[0] == texts[1]
+    assert "FAILED: 0.500 is below 0.6" in texts[0]
+
+
+def test_a_folder_without_metrics_is_named_with_the_way_out(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="neither a run nor a comparison"):
+        read_metrics(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="selfsteer status"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.json").write_text(json.dumps({"run": [], "rounds": []}))
+    with pytest.raises(ValueError, match="run the same command again"):
+        read_metrics(tmp_path)
