@@ -26,8 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/selfsteer run recipes/quickstart.yaml
 
+# A process a core; ONLY=... runs a part of them, JOBS=0 all in one process.
+JOBS ?= auto
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ONLY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ONLY)
 
 # What `make test` does in short: kill -9 at twenty drawn moments of each stage, and every other fault (tests/faults/README.md).
 test-faults: $(VENV)/.installed
