@@ -3,6 +3,8 @@
 from datetime import date
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jinja2 import TemplateError
 from tiny import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
@@ -294,6 +296,46 @@ def test_a_template_that_leaves_the_user_out_is_refused():
     tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'][0]['text'] }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves out what the user says"):
         Prompts(tokenizer).whole()
+
+
+PIECES = st.sampled_from(
+    ("<|im_", "end|>", "<|im_end|>", "<|im_start|>", "<|pad|>", "<|", "|>", "im_start", "a", " ", "\n", "é", "🦊")
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(typed=st.lists(PIECES, max_size=8).map("".join))
+def test_special_tokens_are_looked_for_as_text_where_that_finds_them_all(typed: str):
+    """Encoded or only searched, a text has special tokens or it has none."""
+    prompts = CHATML
+    encoded = prompts.tokenizer(typed, add_special_tokens=False)["input_ids"]
+    assert prompts.contains_special(typed) is not prompts.special_ids.isdisjoint(encoded)
+    asked = (Message(role="system", content="Be brief."), Message(role="user", content=typed))
+    found = prompts.checked_ids(asked)
+    assert prompts.quarantine_reason(asked) == (found if isinstance(found, str) else None)
+
+
+CHATML = Prompts(tiny_tokenizer())
+
+
+@pytest.mark.parametrize("made", ["normalised", "unknown", "merged"])
+def test_special_tokens_that_a_text_need_not_hold_are_found(made: str):
+    """A normaliser may write them, a word may be unknown, merges may make them: then texts are encoded to be checked."""
+    found = tokenizer()
+    if made == "normalised":
+        found.backend_tokenizer.normalizer = normalizers.NFKC()
+        found.add_tokens([AddedToken("<end>", special=True, normalized=True)], special_tokens=True)
+        typed = "＜end＞"  # in full width
+    elif made == "unknown":
+        words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+        found = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="a")
+        found.chat_template = tokenizer().chat_template
+        typed = "x"
+    else:
+        bpe = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "ab": 3}, [("a", "b")]))
+        found = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="ab", chat_template=tokenizer().chat_template)
+        typed = "cab"
+    assert Prompts(found).contains_special(typed)
 
 
 # --- control text that is no token -----------------------------------------------------------------------------------------

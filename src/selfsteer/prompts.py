@@ -18,7 +18,8 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import PreTrainedTokenizerBase
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import FinishReason, Message
@@ -113,6 +114,7 @@ class Prompts:
         self.special_ids = frozenset(tokenizer.all_special_ids) | self._controls()
         self._control_text = self._plain_controls()
         self._expected_specials: dict[tuple[str, ...], list[int]] = {}
+        self._harmless_marks: dict[tuple[str, ...], list[int]] = {}
 
     @classmethod
     def of(cls, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -203,15 +205,58 @@ class Prompts:
 
     def quarantine_reason(self, messages: tuple[Message, ...]) -> str | None:
         """Why this conversation must not be rendered, or None."""
+        if self._marks is not None and not any(self._spells_control(message["content"]) for message in messages):
+            # Each of them as often as with harmless text: no token is added, and none is lost.
+            with suppress(TemplateError):
+                roles = tuple(message["role"] for message in messages)
+                if self._count_marks(self._render(messages)) == self._expected_marks(roles):
+                    return None
         found = self.checked_ids(messages)
         return found if isinstance(found, str) else None
 
     def contains_special(self, text: str) -> bool:
         """Whether a completion's text would be read as containing special tokens, or what else opens and closes turns."""
-        return self._spells_control(text) or not self.special_ids.isdisjoint(self._ids(text))
+        if self._spells_control(text):
+            return True
+        if self._marks is not None and not any(mark in text for mark in self._marks):
+            return False
+        return not self.special_ids.isdisjoint(self._ids(text))
 
     def _spells_control(self, text: str) -> bool:
         return self._control_text is not None and self._control_text.search(text) is not None
+
+    @cached_property
+    def _marks(self) -> tuple[str, ...] | None:
+        """The special tokens as text, where nothing else is encoded as one of them; None where that can't be told.
+
+        It holds of a BPE model that has no token for what is unknown to it (or falls back to bytes), whose special tokens
+        are looked for in the text as it stands, before any normaliser, and are not what its merges make of that text.
+        """
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            return None
+        backend = self.tokenizer.backend_tokenizer
+        model, added = backend.model, self.tokenizer.added_tokens_decoder
+        if not isinstance(model, BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
+            return None
+        all_bytes = model.byte_fallback and all(model.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
+        if model.unk_token is not None and not all_bytes:
+            return None
+        for token_id in self.special_ids:
+            token = added.get(token_id)
+            if token is None or (token.normalized and backend.normalizer is not None):
+                return None
+            if token_id in {each.id for each in model.tokenize(token.content)}:
+                return None
+        return tuple(added[token_id].content for token_id in sorted(self.special_ids))
+
+    def _expected_marks(self, roles: tuple[str, ...]) -> list[int]:
+        if roles not in self._harmless_marks:
+            harmless = tuple(Message(role=role, content=_HARMLESS) for role in roles)
+            self._harmless_marks[roles] = self._count_marks(self._render(harmless))
+        return self._harmless_marks[roles]
+
+    def _count_marks(self, rendered: str) -> list[int]:
+        return [rendered.count(mark) for mark in self._marks or ()]
 
     def _render(self, messages: tuple[Message, ...]) -> str:
         return self._rendered(messages, self._given(self._day))

@@ -5,6 +5,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -33,18 +34,19 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 _MULTIPLIERS = _mixed(np.arange(1, HASHES + 1, dtype=np.uint64)) | np.uint64(1)
 
 
-def words(text: str) -> list[str]:
+@lru_cache(maxsize=16)  # a pair's measures ask for the same few texts again and again
+def words(text: str) -> tuple[str, ...]:
     """The lower-cased words of a text, without punctuation."""
-    return _WORD.findall(text.lower())
+    return tuple(_WORD.findall(text.lower()))
 
 
-def repetition(text_words: list[str]) -> float | None:
+def repetition(text_words: Sequence[str]) -> float | None:
     """The share of a text's word 3-grams that it has said before; None of fewer than three words."""
     trigrams = list(zip(text_words, text_words[1:], text_words[2:], strict=False))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else None
 
 
-def ngram_hashes(text_words: list[str], size: int) -> NDArray[np.uint64]:
+def ngram_hashes(text_words: Sequence[str], size: int) -> NDArray[np.uint64]:
     """64-bit hashes of the word n-grams, shape (n-grams,), in order and the same on every machine.
 
     A text with fewer than `size` words is one n-gram, the whole; one without words has none.
@@ -60,7 +62,7 @@ def ngram_hashes(text_words: list[str], size: int) -> NDArray[np.uint64]:
     return _mixed(combined)
 
 
-def signature(text_words: list[str]) -> bytes:
+def signature(text_words: Sequence[str]) -> bytes:
     """The MinHash signature of a text's word 3-grams (of the words, where there are fewer): HASHES bytes."""
     shingles = np.unique(ngram_hashes(text_words, 3 if len(text_words) >= 3 else 1))
     least = np.full(HASHES, np.iinfo(np.uint64).max)
@@ -194,5 +196,5 @@ def similarity(a: str, b: str) -> float:
     return len(one & other) / len(one | other) if one or other else 1.0
 
 
-def _ngrams(text_words: list[str], size: int) -> set[tuple[str, ...]]:
+def _ngrams(text_words: Sequence[str], size: int) -> set[tuple[str, ...]]:
     return {tuple(text_words[i : i + size]) for i in range(len(text_words) - size + 1)}

@@ -52,27 +52,30 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
     def answered() -> Iterator[Responses]:
         return map(columns.responses, responses.rows())
 
-    def groups(item: Responses) -> tuple[Group, Group]:
-        return scorer.group(steering_pairs(item, round.prompts, objective)), scorer.group((alignment_pair(item),))
+    def lessons(item: Responses) -> Group:
+        return scorer.group(steering_pairs(item, round.prompts, objective))
+
+    def own(item: Responses) -> Group:
+        return scorer.group((alignment_pair(item),))
 
     wanted = kept(responses)
     good = usable(answered(), lambda item: steering_reject_reason(item, round.recipe.filters, round.prompts), reasons)
-    every_group = (group for item in good for group in groups(item))
+    every_group = (group(item) for item in good for group in (lessons, own))
     score_missing(scorer, every_group, work.journal, description="log-probabilities of the steering pairs", total=2 * wanted)
-    own = (
+    own_rows = (
         columns.pair_row(pair)
         for item in answered()
         if item_key(item) not in reasons
-        for pair in scores(work.journal, groups(item)[1])
+        for pair in scores(work.journal, own(item))
     )
-    columns.write_rows(work.stage.path / POLICY_PAIRS, own, columns.PAIRS)
+    columns.write_rows(work.stage.path / POLICY_PAIRS, own_rows, columns.PAIRS)
 
     def rows() -> Iterator[dict[str, Any]]:
         for item in answered():
             if item_key(item) in reasons:
                 dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
             else:
-                yield from map(columns.pair_row, scores(work.journal, groups(item)[0]))
+                yield from map(columns.pair_row, scores(work.journal, lessons(item)))
 
     return Contents(
         wanted=wanted,
