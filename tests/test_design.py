@@ -37,7 +37,7 @@ def apply(source: Path, diff: str) -> None:
 
 
 def test_every_kind_of_addition_is_shown():
-    assert [name for name, _, _ in EXAMPLES] == ["loss", "engine", "judge", "measure"]
+    assert [name for name, _, _ in EXAMPLES] == ["loss", "engine", "judge", "measure", "evaluation"]
 
 
 @pytest.mark.parametrize(("diff", "snippet"), [pytest.param(*rest, id=name) for name, *rest in EXAMPLES])
