@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfsteer.models import checkpoint, load_model, load_tokenizer, resolve
+from selfsteer.models import EXACT, checkpoint, load_model, load_tokenizer, resolve, sampling_dtype
 from selfsteer.recipe.sections import Policy
 
 
@@ -174,3 +174,19 @@ def test_the_quickstart_s_gguf_becomes_an_ordinary_folder(tmp_path: Path, monkey
     assert [entry.name for entry in (tmp_path / "cache" / "models").iterdir()] == [Path(found.path).name], (
         "nothing left over"
     )
+
+
+def test_an_engine_does_not_round_away_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """On a processor that multiplies bfloat16 fast, where auto would take it."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    cpu = torch.device("cpu")
+    (tmp_path / "config.json").write_text("{}")
+    assert sampling_dtype("auto", str(tmp_path), cpu) == torch.bfloat16
+    (tmp_path / "config.json").write_text(json.dumps({EXACT: True}))
+    assert sampling_dtype("auto", str(tmp_path), cpu) == torch.float32
+    assert sampling_dtype("float32", str(tmp_path), cpu) == torch.float32
+    assert not caplog.records
+    assert sampling_dtype("bfloat16", str(tmp_path), cpu) == torch.bfloat16
+    assert "undoes what was trained" in caplog.text

@@ -89,6 +89,32 @@ def compute_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+EXACT = "selfsteer_exact"
+"""In config.json: these weights are kept in float32 because half precision would undo what was trained."""
+
+
+def mark_exact(configuration: PreTrainedConfig, *, exact: bool) -> None:
+    """Write `EXACT` into the configuration, or take away that of the model that the training began with."""
+    if exact:
+        setattr(configuration, EXACT, True)
+    elif EXACT in vars(configuration):
+        delattr(configuration, EXACT)
+
+
+def sampling_dtype(name: DTypeName, folder: str, device: torch.device) -> torch.dtype:
+    """In what an engine holds a model: "auto" as in `compute_dtype`, and float32 where less would undo a training."""
+    dtype = compute_dtype(name, device)
+    if dtype == torch.float32 or read_object(Path(folder) / "config.json").get(EXACT) is not True:
+        return dtype
+    if name == "auto":
+        log.info("%s is sampled in float32: %s would undo what was trained", folder, str(dtype).removeprefix("torch."))
+        return torch.float32
+    log.warning(
+        "%s: engine.dtype=%s undoes what was trained, a small update; set engine.dtype=auto or float32", folder, name
+    )
+    return dtype
+
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 

@@ -245,4 +245,5 @@ class Saving(TypedDict):
     delivered: float | None
     """The same of what is delivered."""
     rounded: float | None
-    """The same in the dtype of the policy, where that was tried and left."""
+    """Of what is delivered in float32, the same with its weights rounded to the dtype of the policy, or bfloat16: what an
+    engine of half precision would sample."""

@@ -21,9 +21,10 @@ from tiny import tiny_model_dir, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from selfsteer import runtime
-from selfsteer.models import load_model
+from selfsteer.models import EXACT, load_model
 from selfsteer.recipe.sections import Lora, Policy, Training
 from selfsteer.training import checkpoints
+from selfsteer.training.export import Delivery, deliver
 from selfsteer.training.scoring import open_scorer, score
 from selfsteer.training.train import TrainingJob, train
 from selfsteer.training.trainer import Keeper, read_history
@@ -82,6 +83,44 @@ def test_an_update_below_the_grid_of_bfloat16_is_delivered(lora: Lora | None, bf
     assert abs(saving["rounded"] - saving["trained"]) > 0.05 * abs(saving["trained"])
     assert AutoConfig.from_pretrained(result.model).dtype == torch.float32
     assert margin(job, result.model) == pytest.approx(saving["delivered"], rel=1e-3)
+    assert getattr(AutoConfig.from_pretrained(result.model), EXACT) is True
+
+
+@pytest.mark.parametrize(("rate", "exact"), [(5e-7, True), (1e-2, False)])
+def test_a_float32_model_says_whether_half_precision_would_undo_it(rate: float, exact: bool, tiny: Path, tmp_path: Path):
+    """A policy of float32 is delivered so whatever was learned; an engine in bfloat16 would sample the rounded one."""
+    told = json.loads((tiny / "config.json").read_text()) | {EXACT: True}  # of an earlier training: no matter
+    (tiny / "config.json").write_text(json.dumps(told))
+    job = replace(job_of(tiny, tmp_path), learning_rate=rate, epochs=5)
+    result = train(job)
+    saving = result.saving
+    assert saving is not None
+    assert saving["trained"] is not None
+    assert saving["rounded"] is not None
+    assert (abs(saving["rounded"] - saving["trained"]) > 0.05 * abs(saving["trained"])) == exact
+    assert hasattr(AutoConfig.from_pretrained(result.model), EXACT) == exact
+    model = load_model(result.model, dtype=torch.float32)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.copy_(weights.bfloat16())
+    model.save_pretrained(tmp_path / "rounded")
+    tiny_tokenizer().save_pretrained(tmp_path / "rounded")
+    assert margin(job, str(tmp_path / "rounded")) == pytest.approx(saving["rounded"], abs=1e-5)
+
+
+def test_margins_of_sharded_weights_are_told_to_be_unknown(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Kept in float32, and sampled so; where the recipe wants the policy's dtype, a warning."""
+    given = AutoConfig.from_pretrained(tiny)
+    given.dtype = torch.bfloat16
+    with caplog.at_level(logging.INFO, "selfsteer"):
+        for save_dtype in ("auto", "policy"):
+            to = Delivery(tmp_path / save_dtype, given, save_dtype, tiny_tokenizer())
+            deliver(load_model(str(tiny), dtype=torch.float32), to, None)
+    kept, rounded = (AutoConfig.from_pretrained(tmp_path / name) for name in ("auto", "policy"))
+    assert (kept.dtype, getattr(kept, EXACT)) == (torch.float32, True)
+    assert (rounded.dtype, hasattr(rounded, EXACT)) == (torch.bfloat16, False)
+    said = [(each.levelname, "not measured on sharded weights" in each.message) for each in caplog.records]
+    assert said == [("INFO", True), ("WARNING", True)]
 
 
 def test_the_policy_s_own_dtype_is_kept_where_it_holds_the_update(bfloat16: Path, tmp_path: Path):

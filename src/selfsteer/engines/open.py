@@ -23,7 +23,7 @@ from selfsteer.engines.serving import (
     find_vllm,
     vllm_command,
 )
-from selfsteer.models import compute_dtype, end_ids, load_configuration, pick_device, untrained_ids
+from selfsteer.models import end_ids, load_configuration, pick_device, sampling_dtype, untrained_ids
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import (
     EngineSection,
@@ -63,7 +63,7 @@ def open_engine(
         )
         return RayEngine(there.path, section, open_replica)
     device = pick_device()
-    dtype = compute_dtype(section.dtype, device)
+    dtype = sampling_dtype(section.dtype, model.path, device)
     if section.kind == "transformers":
         return TransformersEngine(
             model.path,

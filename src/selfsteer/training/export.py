@@ -4,8 +4,10 @@
     output/adapter/   in peft's format
 
 An update of 5e-7 lies below the grid of bfloat16: a policy that is stored so would be delivered as it was before, whatever
-its history says. So the margin of a few pairs is taken from what was trained and from what is delivered, every time.
-Left out on purpose: margins of sharded weights; with save_dtype auto these are kept in float32.
+its history says. So the margin of a few pairs is taken from what was trained and from what is delivered, every time, and
+of what is delivered in float32 once more as half precision would round it: where that undoes the training, the configuration
+says it (`models.EXACT`), and engines with dtype auto sample in float32.
+Left out on purpose: margins of sharded weights; with save_dtype auto these are kept, and sampled, in float32.
 """
 
 import logging
@@ -20,7 +22,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfsteer.models import restore_dropout
+from selfsteer.models import mark_exact, restore_dropout
 from selfsteer.records import Saving
 from selfsteer.store.durable import sync
 from selfsteer.training import checkpoints
@@ -59,6 +61,7 @@ def deliver(model: PreTrainedModel | PeftModel, to: Delivery, margin: Margin | N
     else:
         plain = model
     saving = _in_its_dtype(plain, to, trained, margin, merged=plain is not model)
+    mark_exact(plain.config, exact=_undone_by_rounding(saving))
     plain.config.use_cache = to.given.use_cache  # switched off for training
     restore_dropout(plain.config, to.given)
     with whole_folder(to.folder) as unfinished:
@@ -76,18 +79,28 @@ def _in_its_dtype(
     rounded = delivered = None
     if margin is not None:
         assert trained is not None
-        before = _round(plain, dtype) if dtype != torch.float32 else {}
-        delivered = margin(plain) if before or merged else trained
-        if before and to.save_dtype == "auto" and lost(trained, delivered) > LOST:
+        before = _round(plain, torch.bfloat16 if own == torch.float32 else own)
+        rounded = margin(plain)
+        if dtype != torch.float32 and (to.save_dtype == "policy" or lost(trained, rounded) <= LOST):
+            delivered, rounded = rounded, None
+        else:
+            dtype = torch.float32
             with torch.no_grad():
                 for name, weights in plain.named_parameters():
                     weights.copy_(before[name])
-            rounded, dtype = delivered, torch.float32
             delivered = margin(plain) if merged else trained
     cast(torch.nn.Module, plain).to(dtype)
     saving = Saving(dtype=str(dtype).removeprefix("torch."), trained=trained, delivered=delivered, rounded=rounded)
     _tell(saving, own)
     return saving
+
+
+def _undone_by_rounding(saving: Saving) -> bool:
+    """Whether half precision would undo what is delivered in float32; also where nobody knows."""
+    trained, rounded = saving["trained"], saving["rounded"]
+    if saving["dtype"] != "float32":
+        return False
+    return trained is None or rounded is None or lost(trained, rounded) > LOST
 
 
 def lost(trained: float, delivered: float) -> float:
@@ -105,16 +118,19 @@ def _round(plain: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _tell(saving: Saving, own: torch.dtype) -> None:
-    trained, delivered = saving["trained"], saving["delivered"]
+    trained, delivered, rounded = saving["trained"], saving["delivered"], saving["rounded"]
     policy = str(own).removeprefix("torch.")
     if trained is None or delivered is None:
-        if saving["dtype"] != policy:
-            log.info("the model is saved in float32: what rounding to %s costs is not measured on sharded weights", policy)
+        unknown = "what rounding costs is not measured on sharded weights"
+        if saving["dtype"] == "float32":
+            log.info("the model is saved in float32: %s; engine.dtype: auto samples it in float32", unknown)
+        else:
+            log.warning("the model is saved in %s: %s. Set training.save_dtype: auto to keep float32", policy, unknown)
         return
-    if saving["rounded"] is not None:
+    if rounded is not None and lost(trained, rounded) > LOST:
         log.info(
-            "the model is saved in float32: in %s, the dtype of the policy, its margin would be %.3f instead of %.3f",
-            *(policy, saving["rounded"], trained),
+            "the model is saved, and sampled by engine.dtype: auto, in float32: in %s its margin would be %.3f, not %.3f",
+            *("bfloat16" if own == torch.float32 else policy, rounded, trained),
         )
     if lost(trained, delivered) > LOST:
         log.warning(
