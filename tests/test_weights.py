@@ -182,6 +182,7 @@ def test_files_of_another_shape(name: str, content: str, folder: Path):
         ("generation_config.json", '{"eos_token_id": ["2"]}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
         ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "x"}'),
     ],
 )
 def test_contents_of_another_shape(name: str, content: str, folder: Path):

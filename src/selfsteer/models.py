@@ -244,7 +244,8 @@ def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     configuration = load_configuration(path, trust_remote_code=trust_remote_code)
     with _in_words(path, "the tokenizer can't be read", "Fetch tokenizer.json and tokenizer_config.json again."):
         found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    assert isinstance(found, PreTrainedTokenizerBase)
+        assert isinstance(found, PreTrainedTokenizerBase)
+        found.decode(found("a word")["input_ids"])  # some mistakes show only then
     rows = configuration.get_text_config().to_dict().get("vocab_size")
     largest = max(found.get_vocab().values(), default=-1)
     if isinstance(rows, int) and largest >= rows:
