@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from selfsteer.measures.displacement import displaced, displacement
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.metrics import Metrics
 from selfsteer.measures.quality import compare, implicit_reward, measure
@@ -245,3 +246,45 @@ def test_closing_line_without_results():
     run.pop("policy_folder")
     run.pop("pairs")
     assert closing_line({"run": run, "rounds": []}) == "run folder       runs/quickstart  (seed 0, 2 min 05 s)"
+
+
+def displaced_metrics(unrelated: float) -> Metrics:
+    """A generator read at steps 2 and 4, and what it delivers: unrelated responses of 40 tokens moved alike."""
+    found = metrics()
+    generator = found["rounds"][0]["generator"]
+    for entry in generator["curve"]:
+        if entry["step"] in (2.0, 4.0):
+            entry |= {"chosen_moved": entry["step"], "rejected_moved": -entry["step"], "unrelated_moved": unrelated}
+    moved = {
+        "chosen": [(5.7, 40)],
+        "rejected": [(-10.7, 40)],
+        "unrelated": [(unrelated + off, 40) for off in (-0.1, 0, 0.1)],
+    }
+    generator["displacement"] = displacement(moved)
+    return found
+
+
+def test_displacement_is_said_by_name(tmp_path: Path):
+    """0.76 nats over 40 tokens: 0.019 a token."""
+    found = displaced_metrics(-0.76)
+    text = printed(found)
+    assert re.search(r"unrelated responses\s+-0\.760 \(-0\.01900\)", text)
+    assert "data generator displaced: unrelated answers lost 0.76 nats (0.019 a token)" in " ".join(text.split())
+    write_page(tmp_path / "report.html", found)
+    page = (tmp_path / "report.html").read_text()
+    assert "displaced: unrelated answers lost 0.76 nats" in page
+    assert "How far responses have moved" in page
+
+
+@pytest.mark.parametrize("unrelated", [-0.12, 0.0, 0.5], ids=["0.003 a token", "none", "gained"])
+def test_little_displacement_has_no_warning(unrelated: float):
+    assert "displaced" not in printed(displaced_metrics(unrelated))
+
+
+def test_a_loss_that_may_be_chance_has_no_warning():
+    """One response lost 2 nats, another won 1: the interval reaches above zero."""
+    found = displacement({"chosen": [], "rejected": [], "unrelated": [(-2.0, 40), (1.0, 40)]})
+    assert found["unrelated"].mean == -0.5
+    assert found["lost"].mean == 0.5
+    assert displaced(found) is None
+    assert displaced({}) is None

@@ -151,6 +151,25 @@ class ImplicitReward(TypedDict, total=False):
     reward: Reward
 
 
+class Displacement(TypedDict, total=False):
+    """How many nats a few responses have moved in a training: log pi(y | x) under what it delivers - what it began with.
+
+    Chosen and rejected responses are of training pairs; unrelated ones are answers of the policy to bare queries that train
+    nothing. With _token they are a token, each response counting alike.
+    """
+
+    chosen: Estimate
+    chosen_token: Estimate
+    rejected: Estimate
+    rejected_token: Estimate
+    unrelated: Estimate
+    unrelated_token: Estimate
+    lost: Estimate
+    """By the unrelated ones: what a gate bounds."""
+    crossed: int
+    """The step at which training.stop_at_displacement was found crossed; what is delivered is of the reading before."""
+
+
 class AnswerShares(TypedDict, total=False):
     """A share of the answers to the same held-out queries."""
 
@@ -282,6 +301,8 @@ class TrainingSummary(TypedDict, total=False):
     """One entry a logged step: "step", "loss", and whatever else the trainer logs."""
     reward: ImplicitReward
     """Of the pairs that it was trained on."""
+    displacement: Displacement
+    """Absent where no reading was taken."""
     saving: Saving
 
 

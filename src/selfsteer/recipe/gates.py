@@ -82,6 +82,10 @@ MEASURES: Mapping[str, Gateable] = {
     "kept_share": Gateable(
         "stages.5-preferences.kept / stages.5-preferences.wanted", _SHARE, "share of pairs that the filters kept"
     ),
+    "displacement": Gateable(
+        "generator.displacement.lost", _ANY, "nats that unrelated answers lost in the generator's training"
+    ),
+    "displacement_bad": Gateable("bad_generator.displacement.lost", _ANY, "the same of the generator of rejected (dual)"),
     "contamination": Gateable("contamination.share", _SHARE, "share of queries that overlap with an evaluation file"),
     "drift_margin": Gateable("drift.margin", _ANY, "change of the margin per token since the round before"),
     "drift_on_policy": Gateable("drift.on_policy", _DIFFERENCE, "change of the on-policy probability"),

@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfsteer.measures.metrics import Distribution, Measures, RoundMetrics
+from selfsteer.measures.metrics import Distribution, Measures, RoundMetrics, TrainingSummary
 
 # Stand-ins that matplotlib accepts as colours, replaced in the SVG by what the page defines.
 _COLOURS = {"#010203": "var(--ink)", "#010204": "var(--chosen)", "#010205": "var(--rejected)", "#010206": "var(--line)"}
@@ -56,6 +56,13 @@ def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
     curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
     if curves:
         drawn.append(Plot("Training loss at each logged optimizer step.", _losses(curves)))
+    readings = {
+        name: found
+        for name, key in (("data generator", "generator"), ("policy", "policy"))
+        if key in this and (found := _readings(this[key]))
+    }
+    if readings:
+        drawn.append(Plot("How far responses have moved since the training's start.", _movements(readings)))
     for name, label, caption in (
         ("on_policy", "exp(mean log-probability of a token)", "On-policy probability of the responses under the policy."),
         ("margin", "nats a token, chosen - rejected", "Log-probability margin of the pairs under the policy."),
@@ -76,6 +83,30 @@ def _losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
             axes.set_title(name)
             axes.set_xlabel("optimizer step")
             axes.set_ylabel("loss")
+        return to_svg(figure)
+
+
+def _readings(training: TrainingSummary) -> Mapping[str, Sequence[tuple[float, float]]]:
+    """Of each kind of responses the optimizer step and the nats moved, where the meter has read any."""
+    kinds = {
+        kind: [(entry["step"], entry[f"{kind}_moved"]) for entry in training.get("curve", []) if f"{kind}_moved" in entry]
+        for kind in ("chosen", "rejected", "unrelated")
+    }
+    return {kind: [(0, 0.0), *found] for kind, found in kinds.items() if found}
+
+
+def _movements(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
+    colours = {"chosen": CHOSEN, "rejected": REJECTED, "unrelated": INK}
+    with mpl.rc_context(STYLE):
+        figure, places = _figure(len(panels))
+        for axes, (name, kinds) in zip(places, panels.items(), strict=True):
+            axes.axhline(0, color=LINE, linewidth=1)
+            for kind, found in kinds.items():
+                axes.plot(*zip(*found, strict=True), color=colours[kind], linewidth=1.5, marker=".", label=kind)
+            axes.set_title(name)
+            axes.set_xlabel("optimizer step")
+            axes.set_ylabel("nats a response")
+            axes.legend()
         return to_svg(figure)
 
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.measures.checks import parse
+from selfsteer.measures.displacement import displaced
 from selfsteer.measures.estimates import METHOD, share_estimate
 from selfsteer.measures.headroom import in_words
 from selfsteer.measures.metrics import (
@@ -597,6 +598,11 @@ def _saved(side: Json) -> str:
     return "" if None in margins else " -> ".join(f"{margin:.3f}" for margin in margins)
 
 
+def _moved(found: Json, name: str) -> str:
+    mean, token = (find(found, f"{key}.mean") for key in (name, f"{name}_token"))
+    return "" if mean is None else f"{mean:+.3f} ({token:+.5f})"
+
+
 def _trainings(this: RoundMetrics, title: str) -> Table:
     dual = "bad_generator" in this
     trainings = (
@@ -637,13 +643,24 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         line("reward accuracy", "reward.reward.accuracy", "share"),
         line("reward of chosen", "reward.reward.chosen"),
         line("reward of rejected", "reward.reward.rejected"),
+        Row("moved in training, nats (a token)"),
+        *(
+            texts(f"{name} responses", (_moved(side.get("displacement", {}), name) for side in sides))
+            for name in ("chosen", "rejected", "unrelated")
+        ),
+        line("too far at step", "displacement.crossed"),
+        Row("as delivered"),
         texts("saved in", (side["saving"]["dtype"] if "saving" in side else "" for side in sides)),
         texts("margin in training -> as saved", (_saved(side) for side in sides)),
     )
-    kept = [row for row in rows if not row.cells or any(cell.value for cell in row.cells)]
-    if not kept[-1].cells:
-        kept.pop()
-    note = (
+    filled = [row for row in rows if not row.cells or any(cell.value for cell in row.cells)]
+    kept = [row for row, after in zip(filled, [*filled[1:], Row("")], strict=True) if row.cells or after.cells]
+    warnings = [
+        f"{name} {warning}. "
+        for name, summary in names
+        if "displacement" in summary and (warning := displaced(summary["displacement"])) is not None
+    ]
+    note = "".join(warnings) + (
         "Reward: beta * log(pi / pi_ref), zero before training. "
         "Accuracy before and after: share of pairs whose chosen response is the more probable one."
     )

@@ -22,6 +22,7 @@ from selfsteer.store import columns
 from selfsteer.store.durable import canonical_json, read_json, replacing
 from selfsteer.store.folder import MEASURES, Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
 from selfsteer.store.journal import Journal
+from selfsteer.training.displacement import LARGEST
 from selfsteer.training.scoring import Scorer
 
 log = logging.getLogger(__name__)
@@ -193,6 +194,23 @@ def hold_out(ids: Collection[str], count: int) -> frozenset[str]:
     if count >= len(ids):
         raise ValueError(f"queries.holdout: {count} of {len(ids)} queries; leave some to train on.")
     return frozenset(sorted(ids, key=lambda query_id: seed_for("held out", query_id))[:count])
+
+
+def set_aside(round: Round) -> frozenset[str]:
+    """The queries whose bare answers show what a training does to answers that it is not about: no training sees them.
+
+    Some of those that are held out; where none are, one query of 32, up to 16, that the round could have trained on. Of
+    pairs made elsewhere only those held out.
+    """
+    if round.recipe.training.displacement_steps == 0 or round.held_out_only:
+        return frozenset()
+    if spared := held_out(round):
+        return frozenset(draw(round, spared, LARGEST))
+    principles = round.folder.stage(round.number, "1-principles")
+    if principles.manifest() is None:
+        return frozenset()
+    ids = set(principles.column("query_id"))
+    return frozenset(draw(round, ids, min(LARGEST, len(ids) // 32)))
 
 
 def share_of_round(round: Round, ids: Collection[str]) -> frozenset[str]:

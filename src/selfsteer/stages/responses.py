@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from selfsteer.engines import open as opening
@@ -24,6 +25,7 @@ from selfsteer.stages.base import (
     inputs_of,
     kept,
     make_stage,
+    set_aside,
 )
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
@@ -32,6 +34,9 @@ from selfsteer.store.journal import Journal
 log = logging.getLogger(__name__)
 
 RESPONSES = "2-responses"
+
+UNRELATED = "unrelated.parquet"
+"""The policy's answers to the bare queries that are set aside (`columns.UNRELATED`): displacement is measured on them."""
 
 # --- 2: responses ----------------------------------------------------------------------------------------------------------
 
@@ -52,15 +57,17 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
         settings["holdout"] = round.recipe.queries.holdout
     elif round.held_out_only:
         settings["only"] = round.recipe.queries.holdout
+    if aside := set_aside(round):
+        settings["unrelated"] = [len(aside), round.recipe.responses.bare.model_dump()]
     origin = Origin(settings=settings, inputs=inputs_of(round, principles=principles))
     return make_stage(round, RESPONSES, origin, lambda work: _responses(round, work, principles))
 
 
 def _responses(round: Round, work: Work, principles: Stage) -> Contents:
-    generator = round.recipe.generator
+    generator, aside = round.recipe.generator, set_aside(round)
     wanted_ids = None
     if generator.kind != "none":
-        wanted_ids = draw_queries(round, principles, generator.queries, without=held_out(round))
+        wanted_ids = draw_queries(round, principles, generator.queries, without=held_out(round) | aside)
     elif round.held_out_only:
         wanted_ids = set(held_out(round))
     roles = ["good", "bad", "original"] if generator.uses_original else ["good", "bad"]
@@ -71,15 +78,32 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
             if wanted_ids is None or row["query_id"] in wanted_ids:
                 yield row, requests_of(round, models, row, stage=RESPONSES)
 
+    bare = [
+        (row, requests_of(round, {"original": round.policy}, row, stage=RESPONSES))
+        for row in principles.rows()
+        if row["query_id"] in aside
+    ]
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
         sampler_of(round, models),
-        (item for _, requests in asked() for item in requests.values()),
+        (item for _, requests in chain(asked(), bare) for item in requests.values()),
         work.journal,
         description="responses of the policy",
-        total=total * len(models),
+        total=total * len(models) + len(bare),
     )
     dropped: list[Dropped] = []
+    if bare:
+        answered = ((row, answers_to(work.journal, row["query_id"], requests)) for row, requests in bare)
+        unrelated = (
+            {
+                "query_id": row["query_id"],
+                "messages": row["messages"],
+                "original": columns.response_columns(found["original"]),
+            }
+            for row, found in answered
+            if not isinstance(found, Dropped)
+        )
+        columns.write_rows(work.stage.path / UNRELATED, unrelated, columns.UNRELATED)
 
     def rows() -> Iterator[dict[str, Any]]:
         texts = 0
@@ -94,7 +118,8 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
                 }
         note_texts(log, texts)
 
-    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.RESPONSES)
+    files = (UNRELATED,) if bare else ()
+    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.RESPONSES, files=files)
 
 
 def note_texts(log: logging.Logger, texts: int) -> None:

@@ -154,7 +154,7 @@ def _training(stage: Stage) -> TrainingSummary:
         way_out = f"delete {stage.path / 'MANIFEST.json'} and run the same command again"
         raise ValueError(f"{stage.path / HISTORY}: empty; {way_out}")
     seconds = sum(step["seconds"] for step in steps)
-    return TrainingSummary(
+    found = TrainingSummary(
         steps=measures["steps"],
         seconds=seconds,
         tokens_per_second=sum(step["tokens"] for step in steps) / seconds,
@@ -162,3 +162,6 @@ def _training(stage: Stage) -> TrainingSummary:
         reward=measures["reward"],
         saving=measures["saving"],
     )
+    if "displacement" in measures:
+        found["displacement"] = measures["displacement"]
+    return found

@@ -6,11 +6,13 @@ engines that can do that, merged by others; margins are measured on the merged m
 Left out on purpose: the trainer (`training/`); files are the contract: sealed pairs in, a Hugging Face folder out.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from selfsteer.measures.metrics import ImplicitReward
+from selfsteer.measures.displacement import displaced, displacement
+from selfsteer.measures.metrics import Displacement, ImplicitReward
 from selfsteer.measures.quality import implicit_reward
 from selfsteer.models import adapted, checkpoint
 from selfsteer.recipe.engines import takes_adapters
@@ -26,15 +28,21 @@ from selfsteer.stages.base import (
     make_stage,
     policy_scorer,
     sealed,
+    set_aside,
     write_measures,
 )
+from selfsteer.stages.responses import RESPONSES, UNRELATED
 from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR
 from selfsteer.store import columns
 from selfsteer.store.durable import file_digest, make_folder
 from selfsteer.store.folder import Contents, Origin, Stage
+from selfsteer.training.displacement import Moved
 from selfsteer.training.launch import launch
-from selfsteer.training.scoring import Group, score_missing, scores
+from selfsteer.training.packing import Row
+from selfsteer.training.scoring import Group, score_missing, scores, tokenize
 from selfsteer.training.train import TrainingJob
+
+log = logging.getLogger(__name__)
 
 MODEL, ADAPTER, HISTORY = "model", "adapter", "history.jsonl"
 """What a training stage seals: the Hugging Face folder, with training.lora the adapter that is merged into it, a line an
@@ -102,6 +110,8 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
     }
     if name == "6-policy" and round.recipe.queries.holdout:
         settings["holdout"] = round.recipe.queries.holdout
+    elif name == "6-policy" and (aside := set_aside(round)):
+        settings["aside"] = len(aside)
     if name in _HALVES:
         settings |= {"half": _HALVES[name], "adapter": True}  # adapter: not there in folders of earlier versions
     inputs = inputs_of(round, pairs=pairs)
@@ -127,7 +137,28 @@ def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[Pair]:
 
 def _spared(round: Round, work: Work) -> frozenset[str]:
     """The queries that must not align the policy; the generator's pairs are of none of them."""
-    return held_out(round) if work.stage.path.name == "6-policy" else frozenset()
+    return held_out(round) | set_aside(round) if work.stage.path.name == "6-policy" else frozenset()
+
+
+def _unrelated(round: Round) -> tuple[Row, ...]:
+    """The policy's answers to the bare queries that are set aside; of pairs made elsewhere, their chosen ones."""
+    aside, prompts = set_aside(round), round.prompts
+    if not aside:
+        return ()
+    source = round.folder.stage(round.number, RESPONSES)
+    if source.manifest() is None:
+        preferences = map(columns.pair, round.folder.stage(round.number, "5-preferences").rows())
+        of_query = {pair.query_id: pair for pair in preferences if pair.query_id in aside}
+        tokens = [tokenize(pair, prompts) for pair in of_query.values()]
+        return tuple(Row(each.prompt, (each.chosen,)) for each in tokens)
+    rows: list[Row] = []
+    for row in columns.file_rows(source.path / UNRELATED):
+        query, answer = columns.query(row), columns.response(row["original"])
+        assert answer is not None
+        completion = answer.sampled or prompts.completion_ids(answer.text, answer.finish_reason, query.messages)
+        if completion:
+            rows.append(Row(prompts.prompt_ids(query.messages), (completion,)))
+    return tuple(rows)
 
 
 def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[Pair]:
@@ -149,7 +180,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
             shutil.rmtree(stale)
     data, queries = pairs.path / "data.parquet", kept(pairs)
     anchored = "reference" in work.origin.inputs
-    if anchored or {"half", "holdout"} & work.origin.settings.keys():
+    if anchored or {"half", "holdout", "aside"} & work.origin.settings.keys():
         make_folder(unfinished)
         data = unfinished / "pairs.parquet"
         lessons = _anchored(round, work, pairs) if anchored else _lessons(round, work, pairs)
@@ -170,6 +201,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         training=round.recipe.training,
         seed=round.recipe.seed,
         weighting=section.weighting if isinstance(section, Alignment) else "none",
+        unrelated=_unrelated(round),
     )
     result = launch(job, round.recipe.launcher)
     folders = (MODEL,) if round.recipe.training.lora is None else (MODEL, ADAPTER)
@@ -180,12 +212,27 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     known = {file.name: file_digest(file) for file in (work.stage.path / MODEL).iterdir() if file.is_file()}
     trained = checkpoint(work.stage.path / MODEL, known)
     reward = _what_training_did(round, work, pairs, trained, section.beta)
-    measures = write_measures(work.stage, {"steps": result.steps, "reward": reward, "saving": result.saving})
+    found: dict[str, object] = {"steps": result.steps, "reward": reward, "saving": result.saving}
+    if result.moved is not None:
+        found["displacement"] = _displacement(work, result.moved, result.crossed)
+    measures = write_measures(work.stage, found)
     return Contents(
         wanted=queries,
         files=(*folders, HISTORY, measures),
         known={f"{MODEL}/{name}": each for name, each in known.items()},
     )
+
+
+def _displacement(work: Work, moved: Moved, crossed: int | None) -> Displacement:
+    found = displacement(moved)
+    if crossed is not None:
+        found["crossed"] = crossed
+    if (warning := displaced(found)) is not None:
+        log.warning(
+            "%s: %s. Lower the learning rate or train less, or take a loss that bounds it (dpop, bdpo); docs/quality.md",
+            *(work.stage.path.name, warning),
+        )
+    return found
 
 
 def _what_training_did(round: Round, work: Work, pairs: Stage, trained: Checkpoint, beta: float) -> ImplicitReward:

@@ -52,6 +52,9 @@ _PREFIXES = pa.list_(pa.struct([("tokens", pa.int64()), ("logps", pa.float64())]
 HEADROOM = pa.schema([("query_id", pa.string()), *((name, _PREFIXES) for name in ("original", "good", "bad"))])
 """Stage 3: of each response to a query, the summed log-probability up to several positions and as a whole a row."""
 
+UNRELATED = pa.schema([("query_id", pa.string()), ("messages", _MESSAGES), ("original", _RESPONSE)])
+"""Stage 2, beside them: answers to bare queries that train nothing."""
+
 _WHICH = ("before", "after", "prompted")
 
 ANSWERS = pa.schema(
@@ -101,13 +104,14 @@ def principles(row: Mapping[str, Any]) -> Principles:
 
 def responses(row: dict[str, Any]) -> Responses:
     """The record of a stage-2 row."""
-    good, bad, original = (_response(row[role]) for role in ("good", "bad", "original"))
+    good, bad, original = (response(row[role]) for role in ("good", "bad", "original"))
     assert good is not None
     assert bad is not None
     return Responses(query=query(row), principles=principles(row), good=good, bad=bad, original=original)
 
 
-def _response(fields: dict[str, Any] | None) -> Response | None:
+def response(fields: dict[str, Any] | None) -> Response | None:
+    """The response in a column of a stage-2 row."""
     if fields is None:
         return None
     return Response(

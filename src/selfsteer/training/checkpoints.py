@@ -91,11 +91,18 @@ def resume_point(output: Path, training: str) -> Path | None:
     return next(iter(_newest_first(output)), None)
 
 
-def rotate(output: Path) -> None:
-    """Remove all but the newest, by their steps: times of files go wrong with the clock."""
+def rotate(output: Path, *, spare: int | None = None) -> None:
+    """Remove all but the newest, by their steps: times of files go wrong with the clock. spare: of this step, kept too."""
     for folder in _newest_first(output)[KEPT:]:
+        if step_of(folder) == spare:
+            continue
         (folder / MARKER).unlink(missing_ok=True)  # a removal that is broken off leaves nothing that could count
         shutil.rmtree(folder)
+
+
+def at_step(output: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return output / f"checkpoint-{step}"
 
 
 def step_of(folder: Path) -> int:

@@ -144,6 +144,20 @@ def everyones(value: float) -> list[float]:
     return torch.cat(gathered).tolist()
 
 
+def place() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (distributed.get_rank(), distributed.get_world_size()) if several() else (0, 1)
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's values, shape (n,), on the CPU."""
+    if not several():
+        return values
+    total = values.to(PartialState().device)
+    distributed.all_reduce(total)
+    return total.cpu()
+
+
 def stop_signal() -> int:
     """The signal that asked any of the processes to stop; 0 while none did."""
     return int(max(everyones(runtime.signal_number())))

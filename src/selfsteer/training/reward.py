@@ -95,7 +95,6 @@ def train_reward(job: RewardJob, tokenizer: PreTrainedTokenizerBase, settings: R
 
     make_folder(job.output)
     resume = checkpoints.resume_point(job.output, job.identity)
-    done = checkpoints.step_of(resume) if resume else 0
     write_history(job.output / "history.jsonl", history_of(resume) if resume else [])
     cache = job.output / ".cache"
     what = {"file": str(job.tokens), "identity": job.identity}
@@ -109,7 +108,7 @@ def train_reward(job: RewardJob, tokenizer: PreTrainedTokenizerBase, settings: R
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Finite())
-    trainer.add_callback(Keeper(job.output, job.identity, done))
+    trainer.add_callback(Keeper(job.output, job.identity, resume))
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     runtime.raise_if_stopped()
     folder = job.output / "model"

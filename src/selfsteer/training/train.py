@@ -8,6 +8,7 @@ log-probabilities come with the pairs; no reference model is loaded.
     output/history.jsonl   one line an optimizer step
     output/model/          the result, an ordinary Hugging Face folder (adapter merged); see export.py
     output/adapter/        with training.lora, the adapter itself, in peft's format
+    output/displaced.json  that training.stop_at_displacement was crossed, and the step whose model is delivered
 
 Left out on purpose: evaluation during training; the stages measure before and after.
 """
@@ -39,12 +40,13 @@ from selfsteer.models import (
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Lora, LossName, Policy, Training, Weighting
 from selfsteer.runtime import progress
-from selfsteer.store.durable import digest, file_digest, make_folder
+from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, read_object, replacing
 from selfsteer.training import checkpoints, parallel
+from selfsteer.training.displacement import LARGEST, Meter, Moved, positions, schedule
 from selfsteer.training.export import Delivery, Margin, Saving, deliver
 from selfsteer.training.logps import Packing, choose_packing, teach
 from selfsteer.training.objective import REFERENCE_FREE, objective
-from selfsteer.training.packing import pack, share_prompts
+from selfsteer.training.packing import Row, pack, share_prompts
 from selfsteer.training.trainer import (
     Collator,
     JobParts,
@@ -52,9 +54,11 @@ from selfsteer.training.trainer import (
     PreferenceTrainer,
     Step,
     TokenGroups,
+    TrainingDiverged,
     history_of,
     margins,
     read_history,
+    spread,
     token_groups,
     write_history,
 )
@@ -85,6 +89,8 @@ class TrainingJob:
     training: Training
     seed: int
     weighting: Weighting = "none"
+    unrelated: tuple[Row, ...] = ()
+    """Responses to queries that train nothing, one completion a row: what displacement is measured on (displacement.py)."""
 
     def as_json(self) -> dict[str, Any]:
         """The job as JSON values."""
@@ -95,7 +101,8 @@ class TrainingJob:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """The job that `as_json` gave."""
         policy, training = Policy.model_validate(values["policy"]), Training.model_validate(values["training"])
-        fields: dict[str, Any] = {**values, "policy": policy, "training": training}
+        unrelated = tuple(Row(tuple(prompt), tuple(map(tuple, completions))) for prompt, completions in values["unrelated"])
+        fields: dict[str, Any] = {**values, "policy": policy, "training": training, "unrelated": unrelated}
         return cls(**fields)
 
     def digest(self) -> str:
@@ -124,19 +131,49 @@ class TrainingResult(NamedTuple):
     last: Step
     saving: Saving | None
     """What saving cost; None in a process of a group that is not the first."""
+    moved: Moved | None
+    """How far the responses of the displacement meter have moved under what is delivered; None where it is off."""
+    crossed: int | None
+    """The step at which training.stop_at_displacement was found crossed; `last` and `steps` are of the reading before it."""
 
 
 def train(job: TrainingJob) -> TrainingResult:
     """Run a training, or continue it where it stopped; in every process of a group alike (`launch.py`).
 
     Raises `runtime.Interrupted` when asked to stop (a complete checkpoint is on disk), `TrainingDiverged` for a loss or
-    gradient that is not finite, ValueError for pairs that can't be trained on.
+    gradient that is not finite, or for a displacement beyond its bound at the first reading already, ValueError for pairs
+    that can't be trained on.
     """
-    output = Path(job.output)
-    make_folder(output)
-    args = _arguments(job)
-    identity, resume = parallel.agree(lambda: _starting_point(job, output))
+    make_folder(Path(job.output))
+    result = _train(job)
+    if result is None:
+        log.warning(
+            "%s: the training ends at training.stop_at_displacement; its model is that of the reading before", job.output
+        )
+        result = _train(job)
+    assert result is not None, "what goes back to a checkpoint takes no step"
+    return result
+
+
+class _Start(NamedTuple):
+    """Where a training begins, or goes on."""
+
+    identity: str
+    """The digest of the job."""
+    resume: Path | None
+    """The checkpoint that it goes on from."""
+    crossed: int | None
+    """It went too far at this step; what is delivered is `resume`."""
+
+
+def _train(job: TrainingJob) -> TrainingResult | None:
+    """None where the displacement went too far; called again, it goes back and delivers."""
+    output, training = Path(job.output), job.training
+    identity, resume, crossed = parallel.agree(lambda: _starting_point(job, output))
     done = checkpoints.step_of(resume) if resume else 0
+    args = _arguments(job)
+    if crossed is not None:
+        args.max_steps = done
     tokenizer = load_tokenizer(
         job.policy.model, chat_template=job.policy.chat_template, trust_remote_code=job.policy.trust_remote_code
     )
@@ -150,6 +187,13 @@ def train(job: TrainingJob) -> TrainingResult:
     # With a reference the margins begin at zero by themselves.
     at_first = 0.0 if needs_reference else pairs(model)
     planned = round(len(data) * job.epochs) if job.max_steps is None else job.max_steps * job.batch_size
+    meter, every = _meter(job, data, packing, planned)
+    if meter is not None:
+        meter.begin(model)
+    bound = training.stop_at_displacement
+    if bound is not None and not job.unrelated:
+        raise ValueError("training.stop_at_displacement: no unrelated response can be measured here; set queries.holdout")
+    keeper = Keeper(output, identity, resume, bound)
     with _progress(max(1, planned - done * job.batch_size)) as advance:
         parts = JobParts(
             collator=Collator(packing),
@@ -157,16 +201,22 @@ def train(job: TrainingJob) -> TrainingResult:
             beta=job.beta,
             sft_weight=job.sft_weight,
             weighted=job.weighting != "none",
+            meter=meter,
+            measure_every=every,
             advance=advance,
         )
         trainer = PreferenceTrainer(model, args, data, parts)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
             log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Keeper(output, identity, done))
+        trainer.add_callback(keeper)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stopped := parallel.stop_signal():
         raise runtime.Interrupted(stopped)
+    if keeper.crossed:
+        _turn_back(output, keeper, trainer.state.global_step)
+        return None
+    moved = None if meter is None else meter.moved(cast(torch.nn.Module, trainer.model_wrapped))
     saving = _export(trainer, tokenizer, job, lambda trained: pairs(trained) - at_first)
     history = read_history(output / "history.jsonl")
     return TrainingResult(
@@ -176,17 +226,61 @@ def train(job: TrainingJob) -> TrainingResult:
         queries=len(data),
         shared=packing is pack,
         first=history[0],
-        last=history[-1],
+        last=next(step for step in reversed(history) if step["step"] == trainer.state.global_step),
         saving=saving,
+        moved=moved,
+        crossed=crossed,
     )
 
 
-def _starting_point(job: TrainingJob, output: Path) -> tuple[str, Path | None]:
-    """The digest of the job, and the checkpoint that it goes on from; later steps are forgotten."""
+_DISPLACED = "displaced.json"
+
+
+def _starting_point(job: TrainingJob, output: Path) -> _Start:
+    """Steps behind the checkpoint that it goes on from are forgotten, unless they show why it goes back to it."""
     identity = job.digest()
     resume = checkpoints.resume_point(output, identity)
+    found = read_object(output / _DISPLACED) if (output / _DISPLACED).exists() else {}
+    if found.get("training") == identity and checkpoints.is_complete(back := checkpoints.at_step(output, found["step"])):
+        return _Start(identity, back, found["crossed"])
+    (output / _DISPLACED).unlink(missing_ok=True)
     write_history(output / "history.jsonl", history_of(resume) if resume else [])
-    return identity, resume
+    return _Start(identity, resume, None)
+
+
+def _turn_back(output: Path, keeper: Keeper, crossed: int) -> None:
+    """Make durable that the training went too far at step `crossed`, and that its model is of the reading before.
+
+    Raises TrainingDiverged where there was none.
+    """
+    if keeper.within is None:
+        raise TrainingDiverged(
+            f"step {crossed}: unrelated responses have lost more than training.stop_at_displacement at the first reading."
+            " Lower the learning rate, read more often (training.displacement_steps), or raise the bound."
+        )
+    if parallel.is_first():
+        history = output / "history.jsonl"
+        write_history(history, read_history(history))
+        with replacing(output / _DISPLACED) as file:
+            file.write(canonical_json({"training": keeper.training, "step": keeper.within, "crossed": crossed}))
+    parallel.wait()
+
+
+def _meter(job: TrainingJob, data: TokenGroups, packing: Packing, planned: int) -> tuple[Meter | None, int]:
+    """The displacement meter, and the steps between its readings. planned: queries that will be trained on."""
+    if job.training.displacement_steps == 0:
+        return None, 1
+    groups = [share_prompts(data[index].pairs) for index in spread(len(data), LARGEST)]
+    of_pairs = sum(positions(group.rows) for group in groups) / len(groups)
+    of_unrelated = positions(job.unrelated) / max(1, len(job.unrelated))
+    size, every = schedule(
+        of_pairs + of_unrelated,
+        of_pairs * planned,
+        steps=max(1, math.ceil(planned / job.batch_size)),
+        every=job.training.displacement_steps,
+    )
+    pairs = [groups[index] for index in spread(len(groups), size)]
+    return Meter(pairs, job.unrelated[:size], packing, at_once=job.training.micro_batch_size), every
 
 
 def _progress(queries: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -29,6 +29,7 @@ from selfsteer.records import Pair
 from selfsteer.store import columns
 from selfsteer.store.durable import read_object, replacing
 from selfsteer.training import checkpoints, parallel
+from selfsteer.training.displacement import Meter, averages
 from selfsteer.training.logps import Packing, to_device
 from selfsteer.training.objective import PairLogps, chosen_pulls, pair_weights, sft
 from selfsteer.training.packing import Batch, TokenPair, share_prompts
@@ -189,6 +190,14 @@ class Step(TypedDict):
     """What L_base of a pair counts, where pairs are weighted."""
     sft_share: NotRequired[float]
     """Of what pulls at the chosen responses, the share of the SFT term (`objective.chosen_pulls`), where there is one."""
+    chosen_moved: NotRequired[float]
+    """At the steps that the meter reads, behind their update: how many nats a few responses have moved since the training's
+    start (`displacement.py`), a response and a token; unrelated ones are those that it is not about."""
+    chosen_moved_token: NotRequired[float]
+    rejected_moved: NotRequired[float]
+    rejected_moved_token: NotRequired[float]
+    unrelated_moved: NotRequired[float]
+    unrelated_moved_token: NotRequired[float]
     tokens: int
     """Completion tokens that were trained on."""
     seconds: float
@@ -349,7 +358,7 @@ class PreferenceTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """As transformers does; a full disk is told like everywhere else."""
-        with checkpoints.writing(Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+        with checkpoints.writing(checkpoints.at_step(Path(cast(str, self.args.output_dir)), self.state.global_step)):
             super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -363,6 +372,9 @@ class PreferenceTrainer(Trainer):
                 logs["sft_share"] = of_sft / (base + of_sft)
             if not self._job.weighted:
                 del logs["weight"]
+            step, meter = self.state.global_step, self._job.meter
+            if meter is not None and (step % self._job.measure_every == 0 or step == self.state.max_steps):
+                logs |= averages(meter.moved(cast(torch.nn.Module, self.model_wrapped)))
             now = time.perf_counter()
             logs |= {"tokens": int(tokens), "seconds": round(now - self._since, 3)}
             self._sums.zero_()
@@ -378,9 +390,14 @@ _SAMPLE = 32
 """Queries whose margins are taken when a model is saved."""
 
 
+def spread(count: int, most: int) -> range:
+    """At most so many of the numbers below `count`, as far apart as they can be."""
+    return range(0, count, -(-count // most))
+
+
 def margins(data: TokenGroups, collator: Collator, *, beta: float, weighted: bool) -> Callable[[torch.nn.Module], float]:
     """The mean margin of the pairs of a few queries, spread over the data, under a taught model; without dropout."""
-    indices = range(0, len(data), -(-len(data) // _SAMPLE))
+    indices = spread(len(data), _SAMPLE)
 
     def mean(model: torch.nn.Module) -> float:
         training = model.training
@@ -412,6 +429,9 @@ class JobParts:
     """That `loss` was made with."""
     weighted: bool = False
     """The model gives the weights of completions beside their log-probabilities (`logps.teach`)."""
+    meter: Meter | None = None
+    measure_every: int = 1
+    """Optimizer steps between its readings; the last step has one in any case."""
     advance: Callable[[int], None] = field(default=lambda _: None)
     """Told how many queries were finished."""
 
@@ -419,11 +439,20 @@ class JobParts:
 class Keeper(TrainerCallback):
     """Makes the training durable: history, sealed checkpoints, a checkpoint when asked to stop."""
 
-    def __init__(self, output: Path, training: str, saved: int) -> None:
-        """saved: the step of the checkpoint that the training goes on from; 0 where there is none."""
+    def __init__(self, output: Path, training: str, resume: Path | None, bound: float | None = None) -> None:
+        """resume: the checkpoint that the training goes on from.
+
+        bound: nats that unrelated responses may lose. Every step that is found within it is saved; the first beyond it ends
+        the training.
+        """
         self._output = output
-        self._training = training
-        self._saved = saved
+        self.training = training
+        self._saved = 0 if resume is None else checkpoints.step_of(resume)
+        self._bound = bound
+        self.within = None if resume is None or bound is None else _last_within(history_of(resume), bound)
+        """The last step that was found within the bound."""
+        self.crossed = False
+        """The bound was crossed behind `within`."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the step to the history."""
@@ -433,14 +462,22 @@ class Keeper(TrainerCallback):
             path = self._output / "history.jsonl"
             with checkpoints.writing(path), path.open("a", encoding="utf-8") as history:
                 history.write(json.dumps(line) + "\n")
+        if self._bound is None or "unrelated_moved" not in logs:
+            return
+        self.crossed = not _is_within(logs["unrelated_moved"], self._bound)
+        control.should_save = not self.crossed
+        if self.crossed:
+            control.should_training_stop = True
+        else:
+            self.within = state.global_step
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal what transformers has just written, when every process has written its part."""
         self._saved = state.global_step
         parallel.wait()
         if parallel.is_first():
-            checkpoints.seal(self._output / f"checkpoint-{state.global_step}", self._training)
-            checkpoints.rotate(self._output)
+            checkpoints.seal(checkpoints.at_step(self._output, state.global_step), self.training)
+            checkpoints.rotate(self._output, spare=self.within)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop when asked to."""
@@ -452,6 +489,16 @@ class Keeper(TrainerCallback):
         if parallel.stop_signal():
             control.should_training_stop = True
             control.should_save = state.global_step > self._saved
+
+
+def _is_within(moved: float, bound: float) -> bool:
+    return -moved <= bound
+
+
+def _last_within(steps: Sequence[Step], bound: float) -> int | None:
+    """The last step whose unrelated responses were found to have lost no more than the bound."""
+    found = (step["step"] for step in reversed(steps) if _is_within(step.get("unrelated_moved", -math.inf), bound))
+    return next(found, None)
 
 
 def _step(logs: dict[str, Any]) -> Step:
