@@ -22,6 +22,7 @@ from selfsteer.stages.base import (
     Round,
     Work,
     draw_queries,
+    has_stage,
     held_out,
     inputs_of,
     kept,
@@ -145,14 +146,13 @@ def _unrelated(round: Round) -> tuple[Row, ...]:
     aside, prompts = set_aside(round), round.prompts
     if not aside:
         return ()
-    source = round.folder.stage(round.number, RESPONSES)
-    if source.manifest() is None:
+    if not has_stage(round, RESPONSES):
         preferences = map(columns.pair, round.folder.stage(round.number, "5-preferences").rows())
         of_query = {pair.query_id: pair for pair in preferences if pair.query_id in aside}
         tokens = [tokenize(pair, prompts) for pair in of_query.values()]
         return tuple(Row(each.prompt, (each.chosen,)) for each in tokens)
     rows: list[Row] = []
-    for row in columns.file_rows(source.path / UNRELATED):
+    for row in columns.file_rows(round.folder.stage(round.number, RESPONSES).path / UNRELATED):
         query, answer = columns.query(row), columns.response(row["original"])
         assert answer is not None
         completion = answer.sampled or prompts.completion_ids(answer.text, answer.finish_reason, query.messages)
