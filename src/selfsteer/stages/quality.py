@@ -23,7 +23,7 @@ from selfsteer.measures.checks import CheckReport, Outcome, Passes, check_report
 from selfsteer.measures.contamination import contamination, overlaps, read_evaluation
 from selfsteer.measures.estimates import Estimate, share_estimate
 from selfsteer.measures.metrics import Contamination, plain
-from selfsteer.measures.verdicts import JudgeReport, Orders, Verdict, judge_report, unanswered
+from selfsteer.measures.verdicts import JudgeReport, Orders, Verdict, judge_report, judged_difference, unanswered
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Pair, Principles, Query
 from selfsteer.stages.base import (
@@ -231,9 +231,12 @@ def verdict_row(name: DataSet, by: JudgeName, verdict: Verdict) -> dict[str, Any
 def write_verdicts(stage: Stage, rows: Iterator[dict[str, Any]], **more: object) -> tuple[str, ...]:
     """The verdicts and what they say, as files to be sealed. more: what else the stage measured, by name."""
     columns.write_rows(stage.path / VERDICTS, rows, VERDICT_SCHEMA)
-    found = read_verdicts(stage).items()
-    reports = {name: {by: judge_report(verdicts) for by, verdicts in judges.items()} for name, judges in found}
-    return (VERDICTS, write_measures(stage, {"reports": reports, **more}))
+    found = read_verdicts(stage)
+    reports = {name: {by: judge_report(verdicts) for by, verdicts in judges.items()} for name, judges in found.items()}
+    ours, theirs = found.get("alignment", {}), found.get("pbaa", {})
+    differences = {by: judged_difference(verdicts, theirs.get(by, ())) for by, verdicts in ours.items()}
+    measures = {"reports": reports, "differences": differences, **more}
+    return (VERDICTS, write_measures(stage, measures))
 
 
 def read_verdicts(stage: Stage) -> dict[DataSet, dict[JudgeName, list[Verdict]]]:
@@ -249,6 +252,11 @@ def read_verdicts(stage: Stage) -> dict[DataSet, dict[JudgeName, list[Verdict]]]
 def read_reports(stage: Stage) -> dict[DataSet, dict[JudgeName, JudgeReport]]:
     """What the sealed verdicts say."""
     return read_measures(stage)["reports"]
+
+
+def read_differences(stage: Stage) -> dict[JudgeName, Estimate]:
+    """How much more often the alignment pairs' verdicts are right than PBAA's, where both have the same queries."""
+    return {by: found for by, found in read_measures(stage)["differences"].items() if found is not None}
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,11 @@ from typing import Any, cast
 
 from selfsteer.measures.gates import drift, evaluate
 from selfsteer.measures.metrics import Measures, Method, Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
-from selfsteer.measures.verdicts import judged_difference
 from selfsteer.models import hardware
 from selfsteer.recipe.gates import parse
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages.base import read_measures, sealed
-from selfsteer.stages.quality import read_checks, read_contamination, read_reports, read_verdicts
+from selfsteer.stages.quality import read_checks, read_contamination, read_differences, read_reports
 from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR, HEADROOM, PASSES, QUALITY, SELECTION, stage_names
 from selfsteer.stages.training import HISTORY, MODEL
 from selfsteer.store.folder import RunFolder, Stage
@@ -134,12 +133,9 @@ def _add_quality(found: RoundMetrics, stage: Stage) -> None:
     for name, reports in read_reports(stage).items():
         for by, report in reports.items():
             found.setdefault(name, Measures())[by] = report
-    verdicts = read_verdicts(stage)
-    ours, theirs = verdicts.get("alignment", {}), verdicts.get("pbaa", {})
-    differences = {by: judged_difference(ours[by], theirs[by]) for by in ours.keys() & theirs.keys()}
-    shared = {by: difference for by, difference in differences.items() if difference is not None}
-    if shared:
-        found["judged_difference"] = shared
+    differences = read_differences(stage)
+    if differences:
+        found["judged_difference"] = {**differences}
     for name, report in read_checks(stage).items():
         found.setdefault(name, Measures())["checks"] = report
     overlap = read_contamination(stage)
