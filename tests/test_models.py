@@ -11,7 +11,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfsteer.models import EXACT, checkpoint, load_model, load_tokenizer, resolve, sampling_dtype
+from selfsteer.models import (
+    EXACT,
+    Products,
+    checkpoint,
+    compute_dtype,
+    cpu_products,
+    hardware,
+    load_model,
+    load_tokenizer,
+    resolve,
+    sampling_dtype,
+)
 from selfsteer.recipe.sections import Policy
 
 
@@ -143,6 +154,31 @@ def test_no_end_token(folder: Path):
 
 
 # --- the real model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rates", "dtype"), [((100.0, 220.0), torch.bfloat16), ((100.0, 20.0), torch.float32)])
+def test_auto_takes_what_a_kept_measurement_says(
+    rates: tuple[float, float], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Measured once and read back; what the file says decides, and a damaged file is measured again."""
+    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path))
+    cpu_products.cache_clear()
+    try:
+        measured = cpu_products()
+        assert min(measured) > 0
+        (kept,) = tmp_path.glob("products-*.json")
+        content = json.loads(kept.read_text())
+        assert content["gflops"] == measured._asdict()
+        kept.write_text(json.dumps(content | {"gflops": Products(*rates)._asdict()}))
+        cpu_products.cache_clear()
+        assert cpu_products() == Products(*rates)
+        assert compute_dtype("auto", torch.device("cpu")) is dtype
+        assert hardware()["dtype"].startswith(str(dtype).removeprefix("torch."))
+        kept.write_text("[]")
+        cpu_products.cache_clear()
+        assert min(cpu_products()) > 0
+    finally:
+        cpu_products.cache_clear()
 
 
 def test_the_quickstart_s_gguf_becomes_an_ordinary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,15 +11,18 @@ many kinds, or goes on with random numbers.
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
+from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -39,7 +42,7 @@ from selfsteer import llamacpp
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Adapter, Checkpoint
-from selfsteer.store.durable import digest, file_digest, read_object, read_small_text
+from selfsteer.store.durable import digest, file_digest, make_folder, read_object, read_small_text, replacing
 from selfsteer.weights import Stored, check_files, check_fit, refuse_pointer
 
 log = logging.getLogger(__name__)
@@ -76,17 +79,68 @@ def pick_device() -> torch.device:
 def compute_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; "auto" is bfloat16 where the hardware multiplies it fast, else float32.
 
-    Fast means CUDA from Ampere on, Apple's GPUs, and CPUs with AMX tiles (several times their float32 rate).
+    Fast means CUDA from Ampere on, Apple's GPUs, and CPUs on which a product was measured to be faster (`Products`).
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+        fast = cpu_products().bfloat16_pays
     else:
         fast = device.type == "mps"
     return torch.bfloat16 if fast else torch.float32
+
+
+class Products(NamedTuple):
+    """Measured rates of matrix products on this CPU, in GFLOP/s."""
+
+    float32: float
+    bfloat16: float
+
+    @property
+    def bfloat16_pays(self) -> bool:
+        """Whether bfloat16 is so much faster that casting to it pays. Emulated it is several times slower."""
+        return self.bfloat16 > _PAYS * self.float32
+
+
+_PAYS = 1.3
+"""Where AVX512-BF16 or AMX multiply, the ratio is 2 and more."""
+
+
+@cache
+def cpu_products() -> Products:
+    """Measured once for this CPU and torch, and kept in the cache, so that a run that is continued computes as it began."""
+    name = {"cpu": _cpu_name(), "torch": torch.__version__}
+    kept = _cache() / f"products-{digest(name)[:16]}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return Products(**read_object(kept)["gflops"])
+    products = Products(*map(_product_rate, (torch.float32, torch.bfloat16)))
+    with suppress(OSError):  # a cache that can't be written is measured again
+        make_folder(kept.parent)
+        with replacing(kept) as file:
+            file.write(json.dumps(name | {"gflops": products._asdict()}).encode())
+    return products
+
+
+def _product_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a product of the shape that a forward pass has, the best of seven."""
+    rows, size = 256, 1024
+    left, right = torch.ones(rows, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    seconds: list[float] = []
+    for _ in range(7):
+        start = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        seconds.append(time.perf_counter() - start)
+    return round(2 * rows * size**2 / min(seconds) / 1e9, 1)
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 EXACT = "selfsteer_exact"
@@ -516,4 +570,9 @@ def hardware() -> dict[str, str | int]:
     """What this process runs on, for run.json and the model card."""
     device = pick_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "cpus": os.cpu_count() or 1, "threads": torch.get_num_threads()}
+    found: dict[str, str | int] = {"device": name, "cpus": os.cpu_count() or 1, "threads": torch.get_num_threads()}
+    if device.type == "cpu":
+        rates = cpu_products()
+        taken = str(compute_dtype("auto", device)).removeprefix("torch.")
+        found["dtype"] = f"{taken} if auto (GFLOP/s: float32 {rates.float32:.0f}, bfloat16 {rates.bfloat16:.0f})"
+    return found

@@ -21,8 +21,8 @@ class TransformersSection(Section):
     batch_size: int = Field(default=64, ge=1)
     """Responses sampled side by side."""
     dtype: DTypeName = "auto"
-    """auto: bfloat16 where the hardware multiplies it fast (CUDA, CPUs with AMX), else float32; float32 also where bfloat16
-    would undo what was trained."""
+    """auto: bfloat16 where the hardware multiplies it fast (CUDA; CPUs by a measured product), else float32; float32 also
+    where bfloat16 would undo what was trained."""
 
 
 class VllmSection(Section):

@@ -67,7 +67,8 @@ def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) ->
         pairs=str(folder.stage(len(rounds), _pairs_stage(rounds)).path / "data.parquet"),
         versions=with_what["versions"],
         hardware=", ".join(
-            f"{value} {name}" if name != "device" else str(value) for name, value in with_what["hardware"].items()
+            f"{value} {name}" if name not in ("device", "dtype") else str(value)
+            for name, value in with_what["hardware"].items()
         ),
     )
 
