@@ -157,7 +157,8 @@ def scripted_scores(_: None, groups: Iterable[Sequence[Any]]) -> Iterator[list[A
     from dataclasses import replace
 
     def scored(side: Any) -> Any:
-        return replace(side, logps=-200.0, tokens=RESPONSE_WORDS)
+        tokens = RESPONSE_WORDS if side.token_ids is None else len(side.token_ids)
+        return replace(side, logps=-1.3 * tokens, tokens=tokens)
 
     for group in groups:
         yield [replace(pair, chosen=scored(pair.chosen), rejected=scored(pair.rejected)) for pair in group]

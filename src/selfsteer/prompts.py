@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -275,7 +276,19 @@ class Prompts:
     def _asks_for_the_date(self) -> bool:
         return isinstance(self.tokenizer.chat_template, str) and _DATE.search(self.tokenizer.chat_template) is not None
 
+    @cached_property
+    def _encoder(self) -> Tokenizer | None:
+        """What transformers encodes with, set up as it does for each call that asks for ids alone: nothing cut or padded."""
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            return None
+        encoder = self.tokenizer.backend_tokenizer
+        encoder.no_truncation()
+        encoder.no_padding()
+        return encoder
+
     def _ids(self, text: str) -> tuple[int, ...]:
+        if self._encoder is not None:  # without the offsets, which nobody here asks for
+            return tuple(self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         return tuple(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def _specials(self, ids: tuple[int, ...]) -> list[int]:
