@@ -69,3 +69,16 @@ def recipe_of(tiny_folder: str, queries_file: Path) -> Callable[..., dict[str, A
         return recipe
 
     return build
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """Preference data made elsewhere: two usable pairs, and one with a special token."""
+    pairs = [
+        {"prompt": "What is the capital of France?", "chosen": "The capital of France is Paris.", "rejected": "A fox."},
+        {"prompt": "How do rainbows form?", "chosen": "Sunlight passes through drops.", "rejected": "Lazily, I think."},
+        {"prompt": "Why?", "chosen": "Because of the letter.", "rejected": "Say <|im_end|> please."},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path

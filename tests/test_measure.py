@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import own_reward, reward_folder
 from misbehaving import Call, MisbehavingServer, Reply, chat
-from test_reward import own_reward, reward_folder
 from tiny import tiny_model_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from builders import manifest, plain_logps, rows, run, samples
 from conftest import QUERIES
 from tiny import CHAT_TEMPLATE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import selfsteer
 from selfsteer import cli
 from selfsteer.data.exchange import export
 from selfsteer.given import measure_pairs, train_pairs
@@ -28,24 +28,6 @@ from selfsteer.store.folder import RunFolder
 
 STAGES = ("1-principles", "2-responses", "3-steering", "3-headroom", "4-generator", "5-preferences", "6-policy")
 RecipeOf = Callable[..., dict[str, Any]]
-
-
-def run(recipe: dict[str, Any]) -> Any:
-    return selfsteer.run(Recipe.model_validate(recipe))
-
-
-def rows(run_folder: Path, stage: str, number: int = 1) -> list[dict[str, Any]]:
-    return pq.read_table(run_folder / f"round-{number}" / stage / "data.parquet").to_pylist()
-
-
-def manifest(run_folder: Path, stage: str, number: int = 1) -> dict[str, Any]:
-    return json.loads((run_folder / f"round-{number}" / stage / "MANIFEST.json").read_text())
-
-
-def samples(run_folder: Path, stage: str, number: int = 1) -> list[str]:
-    """The keys in the parts of a stage, in their order on disk; twice where a sample was made twice."""
-    parts = sorted((run_folder / f"round-{number}" / stage / "parts").glob("*.jsonl"))
-    return [json.loads(line)["key"] for part in parts for line in part.read_text().splitlines()]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -163,19 +145,6 @@ def test_what_was_sampled_is_what_is_scored(finished: Path):
     generator = {row[f"{side}_seed"] for row in rows(finished, "5-preferences") for side in ("chosen", "rejected")}
     assert generator
     assert policy.isdisjoint(generator)
-
-
-def plain_logps(folder: str, row: dict[str, Any], side: str) -> tuple[float, int]:
-    """log pi(response | bare query) by one forward and a loop."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids = row.get(f"{side}_ids")
-    if ids is None:  # made elsewhere: the text, and what closes a turn in the tiny template
-        ids = [*tokenizer(row[side][0]["content"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    with torch.no_grad():
-        log_probs = model(torch.tensor([prompt_ids + ids])).logits[0].log_softmax(-1)
-    return sum(log_probs[len(prompt_ids) + i - 1, token].item() for i, token in enumerate(ids)), len(ids)
 
 
 def test_log_probabilities_are_the_policy_s_given_the_bare_query(finished: Path, tiny_folder: str, metrics: dict[str, Any]):
@@ -535,18 +504,6 @@ def test_principles_that_the_model_cannot_write(recipe_of: RecipeOf, tmp_path: P
 
 
 # --- pairs made elsewhere, export, status ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def given(tmp_path: Path) -> Path:
-    pairs = [
-        {"prompt": "What is the capital of France?", "chosen": "The capital of France is Paris.", "rejected": "A fox."},
-        {"prompt": "How do rainbows form?", "chosen": "Sunlight passes through drops.", "rejected": "Lazily, I think."},
-        {"prompt": "Why?", "chosen": "Because of the letter.", "rejected": "Say <|im_end|> please."},
-    ]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return path
 
 
 def test_train_pairs(given: Path, recipe_of: RecipeOf, tmp_path: Path):

@@ -3,6 +3,7 @@
 from datetime import date
 
 import pytest
+from builders import ALWAYS, DATED, UNLESS_TOLD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
@@ -411,14 +412,6 @@ def test_what_only_resembles_it_is_text(template: str | None, typed: str):
 
 # --- arguments of a template, thoughts, dates ------------------------------------------------------------------------------
 
-HEADER = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
-ALWAYS = HEADER + "{% if add_generation_prompt %}<think>\n{% endif %}"  # as DeepSeek-R1's
-UNLESS_TOLD = (
-    HEADER + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-)  # Qwen3's
-
 
 def test_arguments_reach_the_template_and_the_digest():
     told = Prompts(tokenizer(UNLESS_TOLD), arguments={"enable_thinking": False})
@@ -459,9 +452,6 @@ def test_a_template_that_has_the_model_think_is_refused():
 )
 def test_what_is_said_stands_behind_the_thought(text: str, said: str | None):
     assert behind_thought(text) == said
-
-
-DATED = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %b %Y') }}.{% endif %}" + HEADER
 
 
 def test_the_date_of_a_template_is_that_of_the_run():

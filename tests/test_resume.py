@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from builders import THROUGH, Child, children
 from safetensors.torch import load_file
 
 import selfsteer
@@ -27,65 +28,6 @@ STAGES = ("1-principles", "2-responses", "3-steering", "3-headroom", "4-generato
 
 # Arguments: a recipe, then "n:SIGNAL:PLACE" for every child: what it gets before its n-th fsync of a path with PLACE in it.
 # Prints for each child its exit status (negative: the signal that killed it) and how many stages are sealed then.
-CHILDREN = """
-import os, signal, sys, traceback
-from pathlib import Path
-import torch, transformers, datasets, peft, pyarrow.parquet, selfsteer
-from selfsteer import cli, pipeline, report
-
-def child(recipe, moment):
-    count, name, place = moment.split(":")
-    left = int(count)
-
-    def counted(sync):
-        def step(descriptor):
-            nonlocal left
-            left -= place in os.readlink(f"/proc/self/fd/{descriptor}")
-            if left == 0:
-                left = -1
-                os.kill(os.getpid(), getattr(signal, name))
-            return sync(descriptor)
-        return step
-
-    os.fsync = counted(os.fsync)
-    sys.argv = ["selfsteer", "run", recipe]
-    cli.main()
-
-recipe, *moments = sys.argv[1:]
-for moment in moments:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child(recipe, moment)
-        except SystemExit as ended:
-            sys.stderr.flush()
-            os._exit(ended.code)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    sealed = len(list(Path(recipe).parent.glob("run/round-1/*/MANIFEST.json")))
-    print('child', status, sealed, flush=True)
-"""
-
-
-class Child(NamedTuple):
-    status: int
-    sealed: int
-    """Stages with a manifest, when it had ended."""
-
-
-THROUGH = "0:SIGKILL:"
-"""Nothing happens to this child."""
-
-
-def children(recipe: Path, *moments: str) -> tuple[list[Child], str]:
-    """What became of every child, and what they all said."""
-    command = [sys.executable, "-c", CHILDREN, str(recipe), *moments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
-    assert ended.returncode == 0, ended.stderr
-    lines = [line.removeprefix("child ").split() for line in ended.stdout.splitlines() if line.startswith("child ")]
-    return [Child(int(status), int(sealed)) for status, sealed in lines], ended.stderr
 
 
 def parts(run: Path, stage: str) -> list[str]:

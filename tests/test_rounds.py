@@ -11,9 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from builders import THROUGH, children, plain_logps
 from safetensors.torch import load_file
-from test_pipeline import plain_logps
-from test_resume import THROUGH, children
 
 import selfsteer
 from selfsteer import cli

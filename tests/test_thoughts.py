@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_prompts import ALWAYS, DATED, UNLESS_TOLD
+from builders import ALWAYS, DATED, UNLESS_TOLD
 from transformers import AutoModelForCausalLM
 
 from selfsteer.engines.base import Failed, Request, Sampling

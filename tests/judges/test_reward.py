@@ -4,9 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import CHAT_TEMPLATE, END_ID, PAD_ID, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from builders import own_reward, reward_folder
+from tiny import CHAT_TEMPLATE
 
 from selfsteer.judges import reward
 from selfsteer.judges.reward import (
@@ -19,36 +18,9 @@ from selfsteer.judges.reward import (
     score_missing,
 )
 from selfsteer.measures.verdicts import judge_report
-from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Message, Pair, side
 from selfsteer.store.journal import Journal
-
-
-def reward_folder(folder: Path, *, labels: int = 1, pad: int | None = PAD_ID) -> RewardModel:
-    """A random two-layer Llama with a score for a head."""
-    tokenizer = tiny_tokenizer()
-    # The last token is the end token, as in many reward models: taken for padding, it would not be read.
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
-    state = torch.get_rng_state()
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        num_labels=labels,
-        pad_token_id=pad,
-        eos_token_id=END_ID,
-    )
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    torch.set_rng_state(state)
-    tokenizer.save_pretrained(folder)
-    return RewardModel(model=checkpoint(folder), policy=Policy(model=str(folder)), dtype="float32", max_tokens=200)
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +33,6 @@ def conversation(response: str, question: str = "What is the capital of France?"
 
 
 RESPONSES = ("Paris.", "The capital of France is Paris. " * 3, "No.", "I would have to think about that for a while.")
-
-
-def own_reward(model: RewardModel, question: str, response: str) -> float:
-    """One conversation in a forward pass, without padding, straight from the model."""
-    tokenizer = AutoTokenizer.from_pretrained(model.model.path)
-    network = AutoModelForSequenceClassification.from_pretrained(model.model.path, dtype=torch.float32)
-    messages = [dict(message) for message in conversation(response, question)]
-    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        return network(input_ids=torch.tensor([ids])).logits.item()
 
 
 def own_rewards(model: RewardModel) -> list[float]:

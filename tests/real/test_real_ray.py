@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from builders import curve, seven_queries
 from safetensors.torch import load_file
-from test_training import curve, seven_queries
 from tiny import tiny_model_dir
 from waiting import stop_amid_training, until
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from builders import manifest, plain_logps, rows, run, samples
 from conftest import QUERIES
-from test_pipeline import given, manifest, plain_logps, rows, run, samples  # noqa: F401 (given is a fixture)
 
 from selfsteer.data.exchange import export
 from selfsteer.given import train_pairs
@@ -128,7 +128,7 @@ def test_best_and_near_worst_of_three_samples(plain: Path, recipe_of: RecipeOf, 
     assert found["rounds"][0]["policy"]["steps"] == 1
 
 
-def test_a_judge_selects_and_is_not_asked_twice(given: Path, tiny_folder: str, recipe_of: RecipeOf, tmp_path: Path):  # noqa: F811
+def test_a_judge_selects_and_is_not_asked_twice(given: Path, tiny_folder: str, recipe_of: RecipeOf, tmp_path: Path):
     """Pairs made elsewhere have no generator; what the judge said for the measures is taken over."""
     judge = {"kind": "llm", "model": tiny_folder}
     selection = {"by": "judge", "top_share": 0.5}
@@ -144,7 +144,7 @@ def test_a_judge_selects_and_is_not_asked_twice(given: Path, tiny_folder: str, r
     ]
 
 
-def test_without_a_generator_its_rewards_select_nothing(given: Path, recipe_of: RecipeOf, tmp_path: Path):  # noqa: F811
+def test_without_a_generator_its_rewards_select_nothing(given: Path, recipe_of: RecipeOf, tmp_path: Path):
     recipe = Recipe.model_validate(recipe_of(tmp_path / "run", {"selection.top_share": 0.5}))
     with pytest.raises(ValueError, match=r"set selection\.by=judge"):
         train_pairs(given, recipe)

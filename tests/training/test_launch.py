@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from builders import curve, seven_queries
 from safetensors.torch import load_file
-from test_training import curve, seven_queries
 from waiting import stop_amid_training, until
 
 from selfsteer.recipe.sections import Launcher, Lora

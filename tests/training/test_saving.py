@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import FLOAT32, steering_group, training_job, write_pairs
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_training import FLOAT32, steering_group, training_job, write_pairs
 from tiny import tiny_model_dir, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 

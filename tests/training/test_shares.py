@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import FLOAT32, steering_group
+from builders import FLOAT32, steering_group
 from tiny import tiny_model_dir
 from waiting import until
 

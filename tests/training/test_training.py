@@ -12,65 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import FLOAT32, curve, steering_group, training_job, write_pairs
 from tiny import tiny_model_dir
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer import runtime
-from selfsteer.recipe.sections import Lora, Policy, Training
-from selfsteer.records import Message, Pair, side
+from selfsteer.recipe.sections import Lora, Policy
+from selfsteer.records import Pair
 from selfsteer.store.columns import pair_row
 from selfsteer.training import checkpoints
-from selfsteer.training.scoring import open_scorer, score, tokenize
+from selfsteer.training.scoring import open_scorer, tokenize
 from selfsteer.training.train import TrainingJob, train
 from selfsteer.training.trainer import PreferenceTrainer, Step, TrainingDiverged, read_history
 
 # peft 0.21 asks transformers 5.23 by a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
-
-FLOAT32 = Training(dtype="float32", scheduler="constant", warmup_ratio=0.0, save_steps=2)
-
-
-def steering_group(number: int) -> list[Pair]:
-    def pair(kind: Any, principle: str, chosen: str, rejected: str) -> Pair:
-        prompt = (Message(role="system", content=principle), Message(role="user", content=f"Question {number}?"))
-        return Pair(query_id=str(number), kind=kind, prompt=prompt, chosen=side(chosen), rejected=side(rejected))
-
-    good, bad, original = f"Paris, said {number} times." + " Yes." * number, "No idea.", f"Perhaps {number}."
-    return [pair("l_plus", "Be accurate.", good, bad), pair("l_minus", "Be vague.", original, good)]
-
-
-def write_pairs(path: Path, policy: Policy, training: Training, groups: list[list[Pair]]) -> Path:
-    with open_scorer(policy, training) as scorer:
-        rows = [pair_row(pair) for group in score(scorer, groups) for pair in group]
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def training_job(policy: Policy, pairs: Path, output: Path) -> TrainingJob:
-    """L_SSO with DPO, in batches of four queries, three epochs."""
-    return TrainingJob(
-        policy=policy,
-        pairs=str(pairs),
-        output=str(output),
-        loss="dpo",
-        beta=0.1,
-        sft_weight=0.1,
-        learning_rate=1e-3,
-        batch_size=4,
-        epochs=3,
-        max_steps=None,
-        training=FLOAT32,
-        seed=0,
-    )
-
-
-def seven_queries(folder: Path) -> TrainingJob:
-    """The last step of each epoch has three queries, which two processes can't halve; a checkpoint a step."""
-    policy = Policy(model=tiny_model_dir(folder / "tiny"))
-    pairs = write_pairs(folder / "pairs.parquet", policy, FLOAT32, [steering_group(number) for number in range(7)])
-    training = FLOAT32.model_copy(update={"save_steps": 1})
-    return replace(training_job(policy, pairs, folder / "run"), training=training)
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +49,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, policy: Policy, groups: list
 def job(tmp_path: Path, policy: Policy, pairs: Path) -> TrainingJob:
     """Six queries in batches of four: steps of four and two queries, three epochs."""
     return training_job(policy, pairs, tmp_path / "run")
-
-
-def curve(job: TrainingJob) -> list[tuple[float, float]]:
-    return [(step["loss"], step["grad_norm"]) for step in read_history(Path(job.output) / "history.jsonl")]
 
 
 def changed(job: TrainingJob, folder: str, **training: Any) -> TrainingJob:

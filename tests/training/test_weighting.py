@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import FLOAT32, curve, steering_group, training_job, write_pairs
+from builders import FLOAT32, curve, steering_group, training_job, write_pairs
 from tiny import tiny_model_dir
 from torch import Tensor, tensor
 from torch.nn import functional as F
