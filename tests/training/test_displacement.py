@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import FLOAT32, steering_group, training_job, write_pairs
 from safetensors.torch import load_file
-from test_training import FLOAT32, steering_group, training_job, write_pairs
 from tiny import tiny_model_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
