@@ -399,9 +399,15 @@ def print_report(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A run folder, or the folder of a comparison.", show_default=False)
     ],
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the plots of a run there, as SVG and PNG, instead.", show_default=False),
+    ] = None,
 ) -> None:
     """Print all tables of a run; or make the page and the tables of a comparison again, from its numbers."""
     if (folder / "comparison.json").exists():
+        if figures is not None:
+            raise ValueError(f"--figures: {folder} is a comparison; name the folder of one of its runs")
         from selfsteer.report.comparison import write_comparison_page
 
         write_comparison_page(folder)
@@ -409,7 +415,14 @@ def print_report(
         return
     from selfsteer.report.tables import print_run, read_metrics
 
-    print_run(read_metrics(folder))
+    metrics = read_metrics(folder)
+    if figures is None:
+        print_run(metrics)
+        return
+    from selfsteer.report.page import write_run_figures
+
+    for path in write_run_figures(metrics, figures):
+        typer.echo(path)
 
 
 def _seed(text: str) -> int:

@@ -7,11 +7,11 @@ anything is done.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from selfsteer.cluster import cluster_of
 from selfsteer.data.queries import read_queries
@@ -27,13 +27,14 @@ from selfsteer.recipe.gates import parse, source_of
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.records import Checkpoint, Query
 from selfsteer.report.card import CardFacts, judged, write_model_card
-from selfsteer.report.page import pick_examples, write_page
+from selfsteer.report.page import write_page
+from selfsteer.report.reading import reading_of
 from selfsteer.report.tables import cell, gates_table, table_text, write_metrics
 from selfsteer.stages import summary
-from selfsteer.stages.base import Round, kept, read_measures
+from selfsteer.stages.base import Round, read_measures
 from selfsteer.stages.evaluation import check_evaluation, evaluate_run
 from selfsteer.stages.headroom import headroom_stage
-from selfsteer.stages.passes import PASSES, passes_stage
+from selfsteer.stages.passes import passes_stage
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import load_pool, principles_stage
 from selfsteer.stages.quality import quality_stage, require_checks
@@ -42,7 +43,6 @@ from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.status import method_of, record_end
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import MODEL, generator_stage, model_of, policy_stage
-from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder, Stage, began
 
 log = logging.getLogger(__name__)
@@ -189,14 +189,7 @@ def may_align(round: Round, method: Method) -> bool:
 def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
     """Write metrics.json and report.html."""
     write_metrics(folder.path / "metrics.json", metrics)
-    pairs = folder.stage(len(metrics["rounds"]), "5-preferences")
-    answers = folder.stage(len(metrics["rounds"]), PASSES) if "answers" in metrics["rounds"][-1] else None
-    read = [] if answers is None else list(_examples(answers, seed))
-    write_page(folder.path / "report.html", metrics, list(map(columns.pair, _examples(pairs, seed))), read)
-
-
-def _examples(stage: Stage, seed: int) -> Iterator[dict[str, Any]]:
-    return stage.picked(pick_examples(range(kept(stage)), seed=seed))
+    write_page(folder.path / "report.html", metrics, reading_of(folder, metrics, seed))
 
 
 def finish(last: Round, method: Method, *, ended: bool = False) -> Metrics:

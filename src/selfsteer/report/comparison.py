@@ -6,15 +6,13 @@ Read from comparison.json alone. Left out on purpose: running the arms (`compare
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any, TypedDict, cast
 
 from selfsteer.measures.estimates import METHOD, Estimate
 from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.report.page import table_html
+from selfsteer.report.page import NO_PLOTS, table_html, write_frame
 from selfsteer.report.tables import Cell, Row, Table, cell, duration, markdown
 from selfsteer.store.durable import read_json, replacing
 
@@ -238,18 +236,14 @@ def _write_page(folder: Path, result: ComparisonResult) -> None:
         f"<dt>{escape(name)}</dt><dd>{escape(arm.get('description', ''))}</dd>" for name, arm in result["arms"].items()
     )
     tables = "\n".join(map(table_html, comparison_tables(result)))
-    template = Template(files("selfsteer").joinpath("templates/report.html").read_text(encoding="utf-8"))
-    text = template.substitute(
-        name="Ways of making preference data",
-        facts=" · ".join(map(escape, facts)),
-        figures=_figures(result),
-        tables=f"<section><h2>The arms</h2><dl>{arms}</dl></section>\n{plots}\n{tables}",
-        plots="",
-        examples="",
-        closing="comparison.json holds every number of this page; `selfsteer report` makes it again from there.",
+    body = (
+        f'<div class="measures">{_figures(result)}</div>',
+        f"<section><h2>The arms</h2><dl>{arms}</dl></section>",
+        plots,
+        tables,
+        "<p>comparison.json holds every number of this page; <code>selfsteer report</code> makes it again from there.</p>",
     )
-    with replacing(folder / "comparison.html") as file:
-        file.write(text.encode(errors="replace"))
+    write_frame(folder / "comparison.html", "Ways of making preference data", facts, "\n".join(body))
 
 
 def _figures(result: ComparisonResult) -> str:
@@ -257,8 +251,8 @@ def _figures(result: ComparisonResult) -> str:
     differences = _of(result, "difference", "on_policy_all")
     cells = ((name, cell(found, "number", signed=True)) for name, found in differences.items())
     return "\n".join(
-        f'<div class="figure"><b>{escape(shown.value)}</b><i>{escape(shown.interval)}</i>'
-        f"<span>{escape(name)}, on-policy probability above {BASELINE}</span></div>"
+        f'<div class="measure"><p class="name">{escape(name)}, on-policy probability above {BASELINE}</p>'
+        f"<p>{escape(shown.value)} {escape(shown.interval)}</p></div>"
         for name, shown in cells
     )
 
@@ -285,7 +279,7 @@ def _plots(result: ComparisonResult) -> Iterator[str]:
     try:
         from selfsteer.report import plots
     except ModuleNotFoundError:
-        yield '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
+        yield NO_PLOTS
         return
     for measures in _FORESTS:
         panels = [
@@ -310,4 +304,5 @@ def _plots(result: ComparisonResult) -> Iterator[str]:
 
 
 def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    whole = f'<div class="whole" tabindex="0" role="group" aria-label="plot">{svg}</div>'
+    return f"<figure>{whole}<figcaption>{escape(caption)}</figcaption></figure>"

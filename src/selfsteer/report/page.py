@@ -1,166 +1,350 @@
-"""report.html: one self-contained page with the tables, the plots and some pairs to read. No scripts, no external assets.
+"""report.html: one self-contained page, the verdict first, with plots, answers before and after, and all pairs to read.
 
-Everything that a model or a user wrote is escaped. The frame and its style are `templates/report.html`.
+Everything that a model or a user wrote is escaped, or stands in the page as JSON that its one script puts in as text; no
+other script can run, and nothing is loaded. The frame and its style are `templates/report.html`, the script
+`templates/report.js`.
 """
 
-import math
-import random
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
+from hashlib import sha256
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from selfsteer.measures.metrics import Metrics, RoundMetrics, find, plain
-from selfsteer.records import Message, Pair
+from selfsteer.measures.metrics import Metrics, RoundMetrics
 from selfsteer.report import tables
-from selfsteer.report.tables import Form, Table, cell, duration
+from selfsteer.report.reading import Entry, PairSet, Reading, SideEntry, pick_examples
+from selfsteer.report.tables import Table, duration
+from selfsteer.report.verdict import answer_lines, headline, measure_rows, warnings
 from selfsteer.store.durable import replacing
 
-EXAMPLES = 10
+NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
 
-T = TypeVar("T")
+_LONG = 2_500
+"""Characters of a text that scrolls inside itself; as in report.js."""
 
-
-def pick_examples(items: Iterable[T], *, n: int = EXAMPLES, seed: int = 0) -> list[T]:
-    """n items drawn evenly from a stream (reservoir sampling, Vitter 1985), in its order."""
-    rng = random.Random(seed)
-    kept: list[tuple[int, T]] = []
-    for number, item in enumerate(items):
-        if number < n:
-            kept.append((number, item))
-        elif (place := rng.randrange(number + 1)) < n:
-            kept[place] = (number, item)
-    return [item for _, item in sorted(kept, key=lambda numbered: numbered[0])]
+_MOST_WORDS = 3_000
+"""Of a text whose words are compared: the time grows with the square."""
 
 
-def write_page(
-    path: Path, metrics: Metrics, examples: Sequence[Pair] = (), answers: Sequence[Mapping[str, Any]] = ()
-) -> None:
-    """Write report.html, whole or not at all; without matplotlib, without plots.
-
-    answers: rows of `columns.ANSWERS` to read.
-    """
+def write_page(path: Path, metrics: Metrics, reading: Reading | None = None) -> None:
+    """Write report.html, whole or not at all; without matplotlib, without plots."""
+    reading = reading or Reading()
     run = metrics["run"]
+    this = metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
     facts = [f"from {run['model']}", f"seed {run['seed']}", duration(run["seconds"]), run.get("hardware", "")]
-    facts += [f"{name} {number}" for name, number in run.get("versions", {}).items()]
-    plots = "\n".join(_plots(metrics))
-    template = Template(files("selfsteer").joinpath("templates/report.html").read_text(encoding="utf-8"))
-    text = template.substitute(
-        name=escape(run["name"]),
+    body = (
+        _verdict(metrics, this),
+        _figure_three(this),
+        _answers(reading),
+        _browser(reading, run["seed"]),
+        _funnel(metrics),
+        _tables(metrics),
+        _made_with(metrics, reading),
+    )
+    write_frame(path, run["name"], facts, "\n".join(filter(None, body)), data=_data(reading))
+
+
+def write_frame(path: Path, name: str, facts: Iterable[str], body: str, *, data: object = None) -> None:
+    """Write a page of the report's style, whole or not at all.
+
+    name, facts: escaped here. data: JSON values for the script; without, there is none.
+    """
+    templates = files("selfsteer") / "templates"
+    script, policy = "", ""
+    if data is not None:
+        code = (templates / "report.js").read_text(encoding="utf-8")
+        policy = f"; script-src 'sha256-{base64.b64encode(sha256(code.encode()).digest()).decode()}'"
+        script = f'<script type="application/json" id="data">{json_text(data)}</script>\n<script>{code}</script>\n'
+    text = Template((templates / "report.html").read_text(encoding="utf-8")).substitute(
+        name=escape(name),
         facts=" · ".join(escape(fact) for fact in facts if fact),
-        figures=_figures(metrics["rounds"][-1]) if metrics["rounds"] else "",
-        tables="\n".join(map(table_html, tables.run_tables(metrics))),
-        plots=f"<section><h2>Distributions</h2>{plots}</section>" if plots else "",
-        examples=_answers(answers) + _examples(examples),
-        closing=escape(tables.closing_line(metrics)),
+        script_policy=policy,
+        body=body,
+        script=script,
     )
     with replacing(path) as file:
         file.write(text.encode(errors="replace"))
 
 
-def _figures(this: RoundMetrics) -> str:
-    """The few numbers to see first."""
-    data = cast("Mapping[str, Any]", plain(this))
-    shown: tuple[tuple[str, str, Form, bool], ...] = (
-        ("held-out answers follow the principle before", "answers.passing.before", "share", False),
-        ("after", "answers.passing.after", "share", False),
-        ("told to", "answers.passing.prompted", "share", False),
-        ("preference pairs", "alignment.pairs", "number", False),
-        ("on-policy probability", "alignment.on_policy.all", "number", False),
-        ("more on-policy than PBAA", "comparison.all", "number", True),
-        ("reward accuracy after alignment", "policy.reward.reward.accuracy", "share", False),
-    )
-    cells = ((label, cell(find(data, path), form, signed=signed)) for label, path, form, signed in shown)
-    return "\n".join(
-        f'<div class="figure"><b>{escape(cell.value)}</b><i>{escape(cell.interval)}</i><span>{escape(label)}</span></div>'
-        for label, cell in cells
-        if cell.value
-    )
+def json_text(data: object) -> str:
+    """JSON that can stand inside a <script>: nothing in it ends the element or opens a comment."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate({ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&\u2028\u2029"})
 
 
-def table_html(table: Table) -> str:
-    """The table as a section of a page."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    body: list[str] = []
-    for row in table.rows:
-        if not row.cells:
-            body.append(f'<tr class="group"><th colspan="{len(table.columns) + 1}">{escape(row.label)}</th></tr>')
-            continue
-        cells = (
-            f"<td>{escape(cell.value)}" + (f" <i>{escape(cell.interval)}</i>" if cell.interval else "") + "</td>"
-            for cell in row.cells
-        )
-        body.append(f"<tr><th>{escape(row.label)}</th>{''.join(cells)}</tr>")
-    kind = ' class="last-is-text"' if table.left else ""
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+# --- the verdict -----------------------------------------------------------------------------------------------------------
+
+
+def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
+    run = metrics["run"]
+    measures = ""
+    for name, *lines in measure_rows(this):
+        said = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
+        measures += f'<div class="measure"><p class="name">{escape(name)}</p>{said}</div>'
+    answers = "".join(f"<p>{escape(line.strip())}</p>" for line in answer_lines(this))
+    warned = [*warnings(this)]
+    if "ended" in run:
+        warned += [f"ended early: {run['ended']}", tables.result_of(run)]
+    listed = "".join(f"<li>{escape(line)}</li>" for line in warned)
+    places = [("model", run.get("policy_folder", "")), ("pairs", run.get("pairs", ""))]
+    places.append(("all tables", f"selfsteer report {shlex.quote(run['folder'])}"))
+    if "pairs" in run:
+        places.append(("export", f"selfsteer export {shlex.quote(run['folder'])} --to pairs --format trl"))
+    commands = "".join(
+        f'<div><span>{name}</span><code id="copied-{number}">{escape(text)}</code>'
+        f'<button type="button" data-copies="copied-{number}" aria-label="copy {name}" hidden>copy</button></div>'
+        for number, (name, text) in enumerate(places)
+        if text
+    )
     return (
-        f'<section><h2>{escape(table.title)}</h2><div class="wide"><table{kind}><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>{note}</section>"
+        f'<section aria-label="Verdict"><p class="lead">{escape(headline(metrics))}</p>'
+        + (f'<div class="measures">{measures}</div>' if measures else "")
+        + answers
+        + (f'<ul class="warnings" aria-label="Warnings">{listed}</ul>' if listed else "")
+        + f'<div class="commands">{commands}</div></section>'
     )
 
 
-def _plots(metrics: Metrics) -> Iterable[str]:
+def _figure_three(this: RoundMetrics) -> str:
     try:
         from selfsteer.report import plots
     except ModuleNotFoundError:
-        yield '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
-        return
-    for this in metrics["rounds"]:
-        for plot in plots.plots(this, tables.data_sets(this)):
-            yield f"<figure>{plot.svg}<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        return NO_PLOTS
+    plot = plots.figure_three(this, tables.data_sets(this))
+    return "" if plot is None else f"<section><h2>Accuracy and on-policy probability</h2>{_figure(plot)}</section>"
 
 
-def _answers(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
+def _figure(plot: Any) -> str:
+    return f'<figure><div class="panels">{"".join(plot.svgs)}</div><figcaption>{escape(plot.caption)}</figcaption></figure>'
+
+
+# --- what changed ----------------------------------------------------------------------------------------------------------
+
+
+def _answers(reading: Reading) -> str:
+    if not reading.answers:
         return ""
-    drawn = "\n".join(map(_answer, rows))
-    about = f"{len(rows)} held-out queries, drawn at random, without their principle."
-    return f"<section><h2>Answers before and after the alignment</h2><p>{about}</p>{drawn}</section>"
+    about = f"Shown: {len(reading.answers)}, drawn at random."
+    if reading.turned is not None:
+        about = f"{reading.turned[0]:,} pass only after the alignment, {reading.turned[1]:,} only before it. {about}"
+    drawn = "\n".join(map(_answer, reading.answers))
+    what = "Answers before and after the alignment to held-out queries, without their principle."
+    return f"<section><h2>What changed</h2><p>{what} {about}</p>{drawn}</section>"
 
 
 def _answer(row: Mapping[str, Any]) -> str:
+    marked = dict(zip(("before", "after"), differences(row["before"]["text"], row["after"]["text"]), strict=True))
     sides: list[str] = []
-    for which, kind in (("before", "rejected"), ("after", "chosen")):
+    for which, html in marked.items():
         reasons = [reason for reason in row[f"{which}_why_not"] if reason is not None]
         facts = [which, "; ".join(reasons) or "passes"]
         if row[which]["finish_reason"] == "length":
             facts.append("cut off")
-        text = escape(row[which]["text"])
-        sides.append(f'<div class="{kind}"><h3>{escape(" · ".join(facts))}</h3><div class="text">{text}</div></div>')
+        box = _box(row[which]["text"], html)
+        sides.append(f'<div class="{which}"><h3>{escape(" · ".join(facts))}</h3>{box}</div>')
+    turns = _turns((turn["role"], turn["content"]) for turn in row["messages"])
     principle = f"<dl><dt>good principle</dt><dd>{escape(row['principles']['good'])}</dd></dl>"
-    return f'<article>{_turns(row["messages"])}{principle}<div class="pair">{"".join(sides)}</div></article>'
+    return f'<article>{turns}{principle}<div class="pair">{"".join(sides)}</div></article>'
 
 
-def _turns(messages: Iterable[Message]) -> str:
-    return "".join(
-        f'<div class="turn"><h3>{escape(turn["role"])}</h3><div class="text">{escape(turn["content"])}</div></div>'
-        for turn in messages
+def differences(first: str, second: str) -> tuple[str, str]:
+    """Both texts as HTML, with the words that only the first has in <del> and those that only the second has in <ins>."""
+    sides = tuple(re.findall(r"\S+\s*|\A\s+", text) for text in (first, second))
+    if max(map(len, sides)) > _MOST_WORDS:
+        return escape(first), escape(second)
+    compared = SequenceMatcher(None, *([word.strip() for word in side] for side in sides), autojunk=False)
+    html = ["", ""]
+    for kind, *spans in compared.get_opcodes():
+        for number, (tag, side) in enumerate(zip(("del", "ins"), sides, strict=True)):
+            text = "".join(side[slice(*spans[2 * number : 2 * number + 2])])
+            word = text.rstrip() if kind != "equal" else ""
+            html[number] += f"<{tag}>{escape(word)}</{tag}>{text[len(word) :]}" if word else escape(text)
+    return html[0], html[1]
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------------
+
+
+def _browser(reading: Reading, seed: int) -> str:
+    if not reading.sets:
+        return ""
+    counts = [(len(each.pairs), each.of, each.name) for each in reading.sets]
+    if reading.dropped:
+        counts.append((len(reading.dropped), reading.dropped_of, "dropped rows"))
+    held = ", ".join(f"all {of:,} {name}" if here == of else f"{here:,} of {of:,} {name}" for here, of, name in counts)
+    sampled = any(here < of for here, of, _ in counts)
+    about = f"This page holds {held}{', drawn at random' if sampled else ''}."
+    examples = pick_examples(reading.sets[0].pairs, seed=seed) if reading.sets else []
+    drawn = "\n".join(map(_example, examples))
+    controls = (files("selfsteer") / "templates" / "report_controls.html").read_text(encoding="utf-8")
+    plain = f"<noscript><p>Without its script it shows {len(examples)} pairs, drawn at random.</p></noscript>"
+    return (
+        f'<section><h2>Pairs to read</h2><p>{escape(about)}</p>{plain}{controls}<div id="list">{drawn}</div>'
+        '<button type="button" id="more" hidden>show more</button></section>'
     )
 
 
-def _examples(pairs: Sequence[Pair]) -> str:
-    if not pairs:
-        return ""
-    drawn = "\n".join(map(_example, pairs))
-    return f"<section><h2>Pairs to read</h2><p>{len(pairs)} preference pairs, drawn at random.</p>{drawn}</section>"
+def _data(reading: Reading) -> object:
+    """What the script shows; prompts and principles, which many pairs share, once."""
+    prompts: dict[str, int] = {}
+    principles: dict[tuple[str, str, str], int] = {}
+
+    def listed(pair: Entry) -> dict[str, Any]:
+        found: dict[str, Any] = dict(pair)
+        found["prompt"] = prompts.setdefault(json.dumps(pair["prompt"]), len(prompts))
+        named = (found.pop("quality", ""), found.pop("good", ""), found.pop("bad", ""))
+        if any(named):
+            found["principles"] = principles.setdefault(named, len(principles))
+        return found
+
+    def of(each: PairSet) -> dict[str, Any]:
+        return {"name": each.name, "prefix": each.prefix, "of": each.of, "pairs": list(map(listed, each.pairs))}
+
+    sets = list(map(of, reading.sets))
+    if not sets:
+        return None
+    return {
+        "sets": sets,
+        "prompts": list(map(json.loads, prompts)),
+        "principles": [dict(zip(("quality", "good", "bad"), named, strict=True)) for named in principles],
+        "dropped": list(reading.dropped),
+        "dropped_of": reading.dropped_of,
+    }
 
 
-def _example(pair: Pair) -> str:
-    counts = pair.scored
-    sides: list[str] = []
-    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        facts = [name]
-        if counts:
-            facts.append(f"{side.score.tokens:,} tokens, on-policy probability {math.exp(side.score.mean_logps):.3f}")
-        if side.finish == "length":
-            facts.append("cut off")
-        text = f'<div class="text">{escape(side.text)}</div>'
-        sides.append(f'<div class="{name}"><h3>{escape(" · ".join(facts))}</h3>{text}</div>')
-    extra = ""
-    if pair.principles is not None:
-        named = (("good", pair.principles.good), ("bad", pair.principles.bad))
-        extra = "".join(f"<dt>{name} principle</dt><dd>{escape(text)}</dd>" for name, text in named)
-    known = f"<dl>{extra}</dl>" if extra else ""
-    return f'<article>{_turns(pair.prompt)}{known}<div class="pair">{"".join(sides)}</div></article>'
+def _example(pair: Entry) -> str:
+    known = [("good principle", pair["good"]), ("bad principle", pair["bad"])] if "good" in pair and "bad" in pair else []
+    if "verdict" in pair:
+        known.append(("verdict", pair["verdict"]))
+    listed = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in known)
+    sides = _example_side("chosen", pair["chosen"]) + _example_side("rejected", pair["rejected"])
+    return (
+        f'<article>{_turns(pair["prompt"])}{f"<dl>{listed}</dl>" if listed else ""}<div class="pair">{sides}</div></article>'
+    )
+
+
+def _example_side(name: str, side: SideEntry) -> str:
+    facts = [name]
+    if "probability" in side:
+        facts.append(f"{side['length']:,} tokens, on-policy probability {side['probability']:.3f}")
+    if side["cut"]:
+        facts.append("cut off")
+    if "why_not" in side:
+        facts.append(f"fails: {side['why_not']}" if side["why_not"] else "passes")
+    return f'<div class="{name}"><h3>{escape(" · ".join(facts))}</h3>{_box(side["text"], escape(side["text"]))}</div>'
+
+
+def _turns(turns: Iterable[Sequence[str]]) -> str:
+    return "".join(
+        f'<div class="turn"><h3>{escape(role)}</h3>{_box(content, escape(content))}</div>' for role, content in turns
+    )
+
+
+def _box(text: str, html: str) -> str:
+    """A text that was sampled or asked. A long one scrolls, by keyboard too."""
+    return f'<div class="text{" long" if len(text) > _LONG else ""}"{" tabindex=0" * (len(text) > _LONG)}>{html}</div>'
+
+
+# --- the funnel, plots, tables ---------------------------------------------------------------------------------------------
+
+
+def _funnel(metrics: Metrics) -> str:
+    """What became of the rows, and the plots of every round."""
+    funnels = "\n".join(map(table_html, (table for table in tables.run_tables(metrics) if is_funnel(table))))
+    return funnels + "\n".join(_plots(metrics))
+
+
+def is_funnel(table: Table) -> bool:
+    """Whether a table says what became of the rows of the stages."""
+    return table.title.startswith(tables.STAGES)
+
+
+def _plots(metrics: Metrics) -> Iterator[str]:
+    try:
+        from selfsteer.report import plots
+    except ModuleNotFoundError:
+        return
+    for number, this in enumerate(metrics["rounds"], 1):
+        drawn = plots.plots(this, tables.data_sets(this))
+        if drawn:
+            suffix = f", round {number}" if len(metrics["rounds"]) > 1 else ""
+            yield f"<section><h2>Distributions{suffix}</h2>{''.join(map(_figure, drawn))}</section>"
+
+
+def write_run_figures(metrics: Metrics, folder: Path) -> list[Path]:
+    """The plots of the page as SVG and PNG files; returns them. Raises ValueError without matplotlib, or without a plot."""
+    try:
+        from selfsteer.report import plots
+    except ModuleNotFoundError as error:
+        raise ValueError('plots need matplotlib: pip install "selfsteer[report]"') from error
+    written: list[Path] = []
+    for number, this in enumerate(metrics["rounds"], 1):
+        data = tables.data_sets(this)
+        drawn = [*filter(None, [plots.figure_three(this, data)]), *plots.plots(this, data)]
+        written += plots.write_figures(drawn, folder / f"round-{number}" if len(metrics["rounds"]) > 1 else folder)
+    if not written:
+        raise ValueError(f"{metrics['run']['folder']}: nothing was measured that could be drawn")
+    return written
+
+
+def _tables(metrics: Metrics) -> str:
+    folded = "\n".join(
+        f"<details><summary>{escape(table.title)}</summary>{_table(table)}</details>"
+        for table in tables.run_tables(metrics)
+        if not is_funnel(table)
+    )
+    return f"<section><h2>All numbers</h2>{folded}</section>" if folded else ""
+
+
+def table_html(table: Table) -> str:
+    """The table as a section of a page."""
+    return f"<section><h2>{escape(table.title)}</h2>{_table(table)}</section>"
+
+
+def _table(table: Table) -> str:
+    """The table with its note. The roles stay when a narrow screen shows rows as cards."""
+    head = "".join(f'<th role="columnheader">{escape(column)}</th>' for column in table.columns)
+    body: list[str] = []
+    for row in table.rows:
+        if not row.cells:
+            body.append(
+                f'<tr role="row" class="group"><th role="rowheader" colspan="{len(table.columns) + 1}">'
+                f"{escape(row.label)}</th></tr>"
+            )
+            continue
+        cells = (
+            f'<td role="cell" data-label="{escape(column)}">'
+            + (f"<span>{escape(cell.value)}" if cell.value else "")
+            + (f" <i>{escape(cell.interval)}</i>" if cell.interval else "")
+            + ("</span>" if cell.value else "")
+            + "</td>"
+            for column, cell in zip(table.columns, row.cells, strict=True)
+        )
+        body.append(f'<tr role="row"><th role="rowheader">{escape(row.label)}</th>{"".join(cells)}</tr>')
+    kind = ' class="last-is-text"' if table.left else ""
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return (
+        f'<div class="wide" role="region" tabindex="0" aria-label="{escape(table.title)}"><table role="table"{kind}>'
+        f'<thead role="rowgroup"><tr role="row"><td role="cell"></td>{head}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(body)}</tbody></table></div>{note}'
+    )
+
+
+def _made_with(metrics: Metrics, reading: Reading) -> str:
+    versions = metrics["run"].get("versions", {})
+    listed = " · ".join(escape(f"{name} {number}") for name, number in versions.items())
+    recipe = (
+        f'<details><summary>Recipe</summary><pre tabindex="0">{escape(reading.recipe)}</pre></details>'
+        if reading.recipe
+        else ""
+    )
+    closing = f'<pre tabindex="0">{escape(tables.closing_line(metrics))}</pre>'
+    return f'<section><h2>Made with</h2><p class="facts">{listed}</p>{recipe}{closing}</section>'

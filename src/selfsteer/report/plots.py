@@ -1,29 +1,32 @@
-"""The plots of the report, as SVG to stand inside a page; needs matplotlib, and only this module does.
+"""The plots of the report, as SVG to stand inside a page or as files; needs matplotlib, and only this module does.
 
-Colours are CSS variables of the page, so that the plots follow its light and dark themes. Left out on purpose: anything
+Colours in a page are its CSS variables, so that the plots follow its light and dark themes. Left out on purpose: anything
 that `metrics.json` does not hold.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfsteer.measures.metrics import Distribution, Measures, RoundMetrics, TrainingSummary
+from selfsteer.measures.metrics import Distribution, Json, Measures, RoundMetrics, TrainingSummary, find, plain
 
-# Stand-ins that matplotlib accepts as colours, replaced in the SVG by what the page defines.
-_COLOURS = {"#010203": "var(--ink)", "#010204": "var(--chosen)", "#010205": "var(--rejected)", "#010206": "var(--line)"}
+# The light theme's, which files keep; in the SVG of a page each is replaced by what the page defines.
+COLOURS = {"#1d2329": "var(--ink)", "#12756b": "var(--chosen)", "#a94a20": "var(--rejected)", "#dfe2e0": "var(--line)"}
 
-INK, CHOSEN, REJECTED, LINE = _COLOURS
+INK, CHOSEN, REJECTED, LINE = COLOURS
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "selfsteer",
     "font.family": "sans-serif",
-    "font.size": 9.0,
+    "font.size": 10.0,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": LINE,
@@ -38,11 +41,18 @@ STYLE: dict[Any, Any] = {
 
 
 class Plot(NamedTuple):
-    """One figure."""
+    """One figure, of panels that a narrow page stacks."""
 
+    name: str
+    """Of its files."""
     caption: str
-    svg: str
-    """An <svg> element."""
+    panels: Mapping[str, Figure]
+    """By title."""
+
+    @property
+    def svgs(self) -> list[str]:
+        """An <svg> element a panel."""
+        return [to_svg(figure, f"{self.caption} {title}") for title, figure in self.panels.items()]
 
 
 def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
@@ -55,14 +65,14 @@ def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
     }
     curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
     if curves:
-        drawn.append(Plot("Training loss at each logged optimizer step.", _losses(curves)))
+        drawn.append(Plot("loss", "Training loss at each logged optimizer step.", _losses(curves)))
     readings = {
         name: found
         for name, key in (("data generator", "generator"), ("policy", "policy"))
         if key in this and (found := _readings(this[key]))
     }
     if readings:
-        drawn.append(Plot("How far responses have moved since the training's start.", _movements(readings)))
+        drawn.append(Plot("displacement", "How far responses have moved since the training's start.", _movements(readings)))
     for name, label, caption in (
         ("on_policy", "exp(mean log-probability of a token)", "On-policy probability of the responses under the policy."),
         ("margin", "nats a token, chosen - rejected", "Log-probability margin of the pairs under the policy."),
@@ -71,19 +81,62 @@ def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
         panels = {key: found for key, measures in data.items() if (found := measures.get("distributions", {}).get(name))}
         if panels:
             units = {key: label or data[key].get("length", {}).get("unit", "words") for key in panels}
-            drawn.append(Plot(caption, _histograms(panels, units)))
+            drawn.append(Plot(name, caption, _histograms(panels, units)))
     return drawn
 
 
-def _losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | None:
+    """The paper's Figure 3 for one run (arXiv 2410.17131): accuracy of each set of pairs against its on-policy probability.
+
+    None where no set has both.
+    """
+    found = next(filter(None, (_points(data, key) for key in ("judge", "principle_consistency"))), None)
+    if found is None:
+        return None
+    judge = "the checks" if any("checks" in measures for measures in data.values()) else "the judge"
+    who = f"accuracy by {judge}" if any("judge" in measures for measures in data.values()) else "principle consistency"
+    caption = "Up and to the right is better. Bars: 95% intervals. Dotted: chance."
     with mpl.rc_context(STYLE):
-        figure, panels = _figure(len(curves))
-        for axes, (name, curve) in zip(panels, curves.items(), strict=True):
+        figure, axes = _panel()
+        axes.axhline(0.5, color=INK, linewidth=1, linestyle=":", alpha=0.6)
+        for colour, (name, (x, y)) in zip((REJECTED, CHOSEN, INK), found.items(), strict=False):
+            bars: dict[str, Any] = {"xerr": _reach(x), "yerr": _reach(y), "elinewidth": 1.4}
+            axes.errorbar(x["mean"], y["mean"], **bars, fmt="o", color=colour, label=name)
+        if "headroom" in this:
+            axes.axvline(this["headroom"]["original"].mean, color=INK, linewidth=1, linestyle="--", label="unsteered")
+            caption += " Dashed: the policy's own answers to the same queries, unsteered; they have no accuracy."
+        axes.set_xlabel("on-policy probability")
+        axes.set_ylabel(who)
+        axes.margins(0.15)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.4), max(high, 0.6))
+        axes.locator_params(axis="x", nbins=5)
+        axes.legend()
+    return Plot("figure-3", caption, {"": figure})
+
+
+def _points(data: Mapping[str, Measures], key: str) -> dict[str, tuple[Json, Json]]:
+    """On-policy probability and accuracy by one judge, of each set of pairs that has both."""
+    measured = ((name, plain(measures)) for name, measures in data.items())
+    both = {name: (find(each, "on_policy.all"), find(each, f"{key}.accuracy")) for name, each in measured}
+    return {name.removesuffix(" pairs"): (x, y) for name, (x, y) in both.items() if x is not None and y is not None}
+
+
+def _reach(value: Json) -> list[list[float]] | None:
+    """How far an interval reaches below and above its mean; None where there is none."""
+    return None if value["low"] is None else [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+
+
+def _losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Figure]:
+    drawn: dict[str, Figure] = {}
+    with mpl.rc_context(STYLE):
+        for name, curve in curves.items():
+            drawn[name], axes = _panel()
             axes.plot([step for step, _ in curve], [loss for _, loss in curve], color=CHOSEN, linewidth=1.5)
             axes.set_title(name)
             axes.set_xlabel("optimizer step")
             axes.set_ylabel("loss")
-        return to_svg(figure)
+    return drawn
 
 
 def _readings(training: TrainingSummary) -> Mapping[str, Sequence[tuple[float, float]]]:
@@ -95,11 +148,12 @@ def _readings(training: TrainingSummary) -> Mapping[str, Sequence[tuple[float, f
     return {kind: [(0, 0.0), *found] for kind, found in kinds.items() if found}
 
 
-def _movements(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
+def _movements(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> dict[str, Figure]:
     colours = {"chosen": CHOSEN, "rejected": REJECTED, "unrelated": INK}
+    drawn: dict[str, Figure] = {}
     with mpl.rc_context(STYLE):
-        figure, places = _figure(len(panels))
-        for axes, (name, kinds) in zip(places, panels.items(), strict=True):
+        for name, kinds in panels.items():
+            drawn[name], axes = _panel()
             axes.axhline(0, color=LINE, linewidth=1)
             for kind, found in kinds.items():
                 axes.plot(*zip(*found, strict=True), color=colours[kind], linewidth=1.5, marker=".", label=kind)
@@ -107,16 +161,17 @@ def _movements(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
             axes.set_xlabel("optimizer step")
             axes.set_ylabel("nats a response")
             axes.legend()
-        return to_svg(figure)
+    return drawn
 
 
-def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) -> str:
+def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) -> dict[str, Figure]:
     """One panel a set of pairs, on the same horizontal scale."""
+    low = min(distribution["edges"][0] for distribution in panels.values())
+    high = max(distribution["edges"][-1] for distribution in panels.values())
+    drawn: dict[str, Figure] = {}
     with mpl.rc_context(STYLE):
-        figure, places = _figure(len(panels))
-        low = min(distribution["edges"][0] for distribution in panels.values())
-        high = max(distribution["edges"][-1] for distribution in panels.values())
-        for axes, (name, distribution) in zip(places, panels.items(), strict=True):
+        for name, distribution in panels.items():
+            drawn[name], axes = _panel()
             for index, (side, counts) in enumerate(distribution["counts"].items()):
                 colour = (CHOSEN, REJECTED)[index]
                 axes.stairs(counts, distribution["edges"], fill=True, color=colour, alpha=0.35)
@@ -127,26 +182,42 @@ def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) ->
             axes.set_title(name)
             axes.set_xlabel(units[name])
             axes.set_ylabel("responses" if len(distribution["counts"]) > 1 else "pairs")
-        return to_svg(figure)
+    return drawn
 
 
-def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(9.6, 2.7), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+def _panel() -> tuple[Figure, Axes]:
+    """As wide as a telephone: its text is read there as it is drawn."""
+    figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+    return figure, figure.subplots()
 
 
-def to_svg(figure: Figure) -> str:
-    """The figure as an <svg> element whose colours are those of the page."""
+def write_figures(drawn: Iterable[Plot], folder: Path) -> list[Path]:
+    """Every panel as SVG and PNG, in the colours of the page's light theme; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    with mpl.rc_context(STYLE):
+        for plot in drawn:
+            for number, figure in enumerate(plot.panels.values(), 1):
+                path = folder / (plot.name if len(plot.panels) == 1 else f"{plot.name}-{number}")
+                figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None}, facecolor="white")
+                figure.savefig(path.with_suffix(".png"), dpi=200, facecolor="white")
+                written += [path.with_suffix(".svg"), path.with_suffix(".png")]
+    return written
+
+
+def to_svg(figure: Figure, label: str) -> str:
+    """The figure as an <svg> element whose colours are those of the page. label: what it shows, for who can't see it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    for stand_in, colour in _COLOURS.items():
+    for stand_in, colour in COLOURS.items():
         svg = svg.replace(stand_in, colour)
-    return svg
-
-
-Json = Mapping[str, Any]
+    # Several figures stand in one page: names of groups that nothing refers to would be there twice.
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label.strip())}" ', 1)
 
 
 class Forest(NamedTuple):
@@ -178,7 +249,7 @@ def forests(panels: Sequence[Forest]) -> str:
             axes.tick_params(axis="y", length=0)
             axes.locator_params(axis="x", nbins=5)
             axes.spines["left"].set_visible(False)
-        return to_svg(figure)
+        return to_svg(figure, "Difference from the baseline of every arm")
 
 
 def _interval(axes: Axes, found: Json, place: int) -> None:
@@ -200,7 +271,7 @@ def scatter(x: Mapping[str, Json], panels: Mapping[str, Mapping[str, Json]]) -> 
             axes.set_xlabel("on-policy probability")
             axes.set_ylabel(title)
             axes.margins(0.12)
-        return to_svg(figure)
+        return to_svg(figure, "On-policy probability and accuracy of every arm")
 
 
 def _cross(axes: Axes, arm: str, x: Json, y: Json) -> None:

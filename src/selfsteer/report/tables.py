@@ -139,6 +139,9 @@ VERDICTS = (
 PRINCIPLES = 20
 """Of principles with checks, so many are listed; metrics.json has all."""
 
+STAGES = "Stages"
+"""How the title of the table begins that says what became of the rows."""
+
 PBAA, GENERATOR, ALIGNMENT, SELECTED = "PBAA pairs", "generator pairs", "alignment pairs", "selected pairs"
 
 
@@ -298,7 +301,7 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
     for number, this in enumerate(rounds, 1):
         suffix = f", round {number}" if len(rounds) > 1 else ""
         if "stages" in this:
-            yield _stages(this, f"Stages{suffix}")
+            yield _stages(this, f"{STAGES}{suffix}")
         if "headroom" in this:
             yield _headroom(this["headroom"], f"Headroom before the generator{suffix}")
         columns = data_sets(this)

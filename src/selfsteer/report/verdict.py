@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from selfsteer.measures.estimates import Estimate
-from selfsteer.measures.metrics import CheckedAnswers, Measures, Metrics, RoundMetrics
+from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics
 from selfsteer.report.tables import GENERATOR, cell, console_of, data_sets, duration, result_of
 
 FEW_ITEMS = 30
@@ -34,9 +34,12 @@ def print_verdict(metrics: Metrics, console: Console | None = None) -> None:
 def verdict(metrics: Metrics) -> list[str]:
     """The lines of the verdict."""
     run, this = metrics["run"], metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
+    rows = measure_rows(this)
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     lines = [
-        _headline(metrics, this),
-        *(f"  {line}" for line in _measures(this)),
+        headline(metrics),
+        *("  " + "  ".join(text.ljust(size) for text, size in zip(row, width, strict=True)).rstrip() for row in rows),
+        *(f"  {line}" for line in answer_lines(this)),
         *(f"  ! {line}" for line in warnings(this)),
     ]
     if "ended" in run:
@@ -51,8 +54,13 @@ def verdict(metrics: Metrics) -> list[str]:
     return lines
 
 
-def _headline(metrics: Metrics, this: RoundMetrics) -> str:
-    run, rounds = metrics["run"], len(metrics["rounds"])
+def headline(metrics: Metrics) -> str:
+    """What was made, in a sentence."""
+    run, rounds, this = (
+        metrics["run"],
+        len(metrics["rounds"]),
+        metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics(),
+    )
     sets = list(data_sets(this).values())
     made = f"{sets[-1]['pairs']:,} pairs" if sets and "pairs" in sets[-1] else "no pairs"
     stages = this.get("stages", {})
@@ -64,11 +72,11 @@ def _headline(metrics: Metrics, this: RoundMetrics) -> str:
     return f"{run['name']}: {made}, {done} in {duration(run['seconds'])}"
 
 
-def _measures(this: RoundMetrics) -> Iterator[str]:
-    """What can be said of the data and of the policy, in the order of what a reader asks."""
+def measure_rows(this: RoundMetrics) -> list[tuple[str, str, str, str]]:
+    """What can be said of the data, in the order of what a reader asks: a name, of PBAA, of the generator, in words."""
     sets = data_sets(this)
     names = {name: name.removesuffix(" pairs") for name in sets}
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[str, str, str, str]] = []
     compared = this.get("comparison")
     both = compared.get("both") if compared else None
     if compared and both and "all" in compared:
@@ -90,16 +98,14 @@ def _measures(this: RoundMetrics) -> Iterator[str]:
         said = in_words(room["all"], "to win", "nothing to win")
         steered = f"steered {cell((room['good'].mean + room['bad'].mean) / 2, 'number').value}"
         rows.append(("headroom", f"unsteered {_mean(room['original'])}", steered, f"{_signed(room['all'])}  {said}"))
-    rows += _accuracy(this, sets)
-    width = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
-    for row in rows:
-        yield "  ".join(text.ljust(size) for text, size in zip(row, width, strict=True)).rstrip()
-    if "answers" in this:
-        yield from _answers(this["answers"])
+    return [*rows, *_accuracy(this, sets)]
 
 
-def _answers(found: CheckedAnswers) -> Iterator[str]:
+def answer_lines(this: RoundMetrics) -> Iterator[str]:
     """Held-out answers before and after."""
+    if "answers" not in this:
+        return
+    found = this["answers"]
     passing = cast("dict[str, Estimate]", found["passing"])
     told = f", {_share(passing['prompted'])} when told to" if "prompted" in passing else ""
     yield (
@@ -111,7 +117,7 @@ def _answers(found: CheckedAnswers) -> Iterator[str]:
     yield f"  change {_signed(change, share=True)} points: {said}"
 
 
-def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[str, ...]]:
+def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[str, str, str, str]]:
     """By whoever judged: of PBAA and of the generator, with the difference where both have the same queries."""
     judge = "accuracy (checks)" if any("checks" in measures for measures in sets.values()) else "accuracy (judge)"
     for key, label in (("judge", judge), ("principle_consistency", "principle consistency")):
@@ -127,7 +133,8 @@ def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[s
         said = "different queries" if GENERATOR in sets and len(cells) > 1 else ""
         if difference is not None:
             said = f"{_signed(difference, share=True)} points  {in_words(difference, 'more accurate', 'less accurate')}"
-        yield (label, *[*cells, ""][:2], said)
+        first, second, *_ = [*cells, ""]
+        yield label, first, second, said
 
 
 def warnings(this: RoundMetrics) -> Iterator[str]:
