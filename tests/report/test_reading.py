@@ -72,7 +72,9 @@ def test_the_page_of_a_run_holds_its_pairs_answers_and_recipe(finished: Path):
     assert [len(each["pairs"]) for each in held["sets"]] == [each["of"] for each in held["sets"]]
     assert held["principles"] == [{"quality": "brevity", "good": "Use one word.", "bad": "Be long."}]
     assert "<h2>What changed</h2>" in text
-    assert "kind: checks" in text
+    [recipe] = re.findall(r'Recipe: .*?<pre tabindex="0">(.*?)</pre>', text, flags=re.DOTALL)
+    assert "judge:\n  kind: checks\n" in recipe
+    assert "beta" not in recipe, "a default"
     order = ["Verdict", "What changed", "Pairs to read", "Stages", "All numbers", "Made with"]
     assert sorted(order, key=lambda title: text.index(f">{title}<" if title != "Verdict" else title)) == order
 

@@ -340,11 +340,12 @@ def _table(table: Table) -> str:
 
 def _made_with(metrics: Metrics, reading: Reading) -> str:
     versions = metrics["run"].get("versions", {})
-    listed = " · ".join(escape(f"{name} {number}") for name, number in versions.items())
-    recipe = (
-        f'<details><summary>Recipe</summary><pre tabindex="0">{escape(reading.recipe)}</pre></details>'
-        if reading.recipe
-        else ""
-    )
+    known = [f"{name} {number}" for name, number in versions.items()]
+    known += [f"commit {reading.commit}"] if reading.commit else []
+    listed = escape(" · ".join(known))
+    recipe = ""
+    if reading.recipe:
+        summary = "Recipe: what differs from the defaults"
+        recipe = f'<details><summary>{summary}</summary><pre tabindex="0">{escape(reading.recipe)}</pre></details>'
     closing = f'<pre tabindex="0">{escape(tables.closing_line(metrics))}</pre>'
     return f'<section><h2>Made with</h2><p class="facts">{listed}</p>{recipe}{closing}</section>'

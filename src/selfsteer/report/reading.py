@@ -14,8 +14,11 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
+import yaml
+
 from selfsteer.measures.metrics import Metrics
 from selfsteer.measures.text import words
+from selfsteer.recipe.sections import load
 from selfsteer.records import Pair, Side
 from selfsteer.report.tables import ALIGNMENT, GENERATOR, PBAA
 from selfsteer.stages.base import kept
@@ -107,7 +110,9 @@ class Reading(NamedTuple):
     turned: tuple[int, int] | None = None
     """Held-out answers that pass after the alignment and did not before, and the reverse."""
     recipe: str = ""
-    """recipe.yaml."""
+    """As YAML, what differs from the defaults."""
+    commit: str | None = None
+    """Of a source checkout."""
 
 
 def pick_examples(items: Iterable[T], *, n: int = EXAMPLES, seed: int = 0) -> list[T]:
@@ -139,14 +144,15 @@ def reading_of(folder: RunFolder, metrics: Metrics, seed: int) -> Reading:
         _add_verdicts(draw, stages[QUALITY].path)
     prefixes = dict(zip(files, ("pair", "pbaa"), strict=False))
     dropped = list(_dropped(stages, seed))
-    recipe = folder.path / "recipe.yaml"
+    recipe = load(folder.path / "recipe.yaml").model_dump(mode="json", exclude_defaults=True)
     return Reading(
         sets=[PairSet(names[name], prefixes[name], draw.seen[name], draw.entries(name)) for name in files],
         dropped=_with_queries(dropped, stages),
         dropped_of=sum(sum(stage["dropped"].values()) for stage in this.get("stages", {}).values()),
         answers=list(_examples(stages[PASSES], seed)) if PASSES in stages else [],
         turned=_turned(stages[PASSES]) if PASSES in stages else None,
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        commit=folder.sessions()[-1].get("commit"),
     )
 
 
