@@ -176,7 +176,18 @@ def scripted_training(job: Any, _: Any) -> Any:
     (output / "history.jsonl").write_text(json.dumps(values) + "\n")
     step: Any = values
     saving: Any = {"dtype": "float32", "trained": 1.0, "delivered": 1.0, "rounded": 0.0}
-    return TrainingResult(str(output / "model"), str(output / "history.jsonl"), 1, 1, True, step, step, saving)
+    return TrainingResult(
+        model=str(output / "model"),
+        history=str(output / "history.jsonl"),
+        steps=1,
+        queries=1,
+        shared=True,
+        first=step,
+        last=step,
+        saving=saving,
+        moved=None,
+        crossed=None,
+    )
 
 
 if __name__ == "__main__":
