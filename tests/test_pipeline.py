@@ -617,7 +617,7 @@ def test_the_summary_and_the_measures_are_printed(
 
 @pytest.fixture
 def _half(copy: Path) -> None:
-    for name in (*STAGES[4:], "5-quality"):
+    for name in (*STAGES[STAGES.index("5-preferences") :], "5-quality"):
         shutil.rmtree(copy / "round-1" / name)
 
 
