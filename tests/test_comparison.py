@@ -130,7 +130,7 @@ def test_arms_share_what_they_have_in_common(recipe_of: RecipeOf, tmp_path: Path
     recipe = Recipe.model_validate(recipe_of(folder, changes))
     result = compare.compare(recipe, ["base", "pbaa", "sso", "dual"], [0])
     trained = len(QUERIES) - 2
-    assert len(keys(folder, "pbaa", "2-responses")) == 2 * len(QUERIES)
+    assert len(keys(folder, "pbaa", "2-responses")) == 2 * len(QUERIES) + 2, "and y_o of the held-out ones, unrelated"
     assert len(keys(folder, "sso", "2-responses")) == trained, "y_o alone: y+ and y- are pbaa's"
     assert keys(folder, "dual", "2-responses") == keys(folder, "dual", "3-steering") == []
     manifests = [folder / f"{arm}-seed0/round-1/3-steering/MANIFEST.json" for arm in ("sso", "dual")]

@@ -92,6 +92,12 @@ def test_failed_gates_come_before_everything_else():
     assert first == "  ! gate accuracy >= 0.6: 0.500 is below 0.6"
 
 
+def test_a_displaced_policy_is_named():
+    lost = {"lost": estimate(31.2, 25.0, 37.0), "unrelated": estimate(-31.2), "unrelated_token": estimate(-0.35, -0.4, -0.3)}
+    lines = verdict(metrics(policy={"displacement": lost}))
+    assert "  ! policy displaced: unrelated answers lost 31 nats (0.35 a token): read its answers" in lines
+
+
 def test_all_that_can_be_there_fits_into_twenty_lines():
     gates = [GateResult(name, "> 0", None, False, "not measured") for name in ("headroom", "accuracy", "displacement")]
     room = {key: estimate(0.39) for key in ("original", "good", "bad", "chosen", "rejected", "all")}

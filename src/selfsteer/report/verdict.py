@@ -10,8 +10,9 @@ from typing import cast
 from rich.console import Console
 from rich.text import Text
 
+from selfsteer.measures.displacement import displaced
 from selfsteer.measures.estimates import Estimate
-from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics
+from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, TrainingSummary
 from selfsteer.report.tables import GENERATOR, cell, console_of, data_sets, duration, result_of
 
 FEW_ITEMS = 30
@@ -142,6 +143,10 @@ def warnings(this: RoundMetrics) -> Iterator[str]:
     for gate in this.get("gates", ()):
         if not gate.passed:
             yield f"gate {gate.name} {gate.bound}: {gate.reason}"
+    for key, name in (("generator", "generator"), ("bad_generator", "generator of rejected"), ("policy", "policy")):
+        moved = this.get(key, TrainingSummary()).get("displacement")
+        if moved is not None and (said := displaced(moved)) is not None:
+            yield f"{name} {said}: read its answers"
     sets = data_sets(this)
     if not sets:
         return

@@ -169,9 +169,9 @@ class _Start(NamedTuple):
 def _train(job: TrainingJob) -> TrainingResult | None:
     """None where the displacement went too far; called again, it goes back and delivers."""
     output, training = Path(job.output), job.training
+    args = _arguments(job)  # first of all: it makes the processes of a group know each other
     identity, resume, crossed = parallel.agree(lambda: _starting_point(job, output))
     done = checkpoints.step_of(resume) if resume else 0
-    args = _arguments(job)
     if crossed is not None:
         args.max_steps = done
     tokenizer = load_tokenizer(
