@@ -83,9 +83,14 @@ def test_a_schedule_by_hand():
 
 
 def test_short_trainings_are_measured_on_less_and_once():
-    """4 % of 3 * 640 are 76 tokens: three readings of two queries (60) are within them, of three (90) not."""
-    assert schedule(10, 640, steps=8, every=None) == Schedule(2, 8)
-    assert schedule(10, 100, steps=1, every=None) == Schedule(1, 1)
+    """4 % of 3 * 1,300 are 156 tokens: three readings of five queries (150) are within them, of six (180) not."""
+    assert schedule(10, 1300, steps=8, every=None) == Schedule(5, 8)
+
+
+def test_one_response_would_say_nothing():
+    """Four are read, whatever that costs."""
+    assert schedule(10, 640, steps=8, every=None) == Schedule(4, 8)
+    assert schedule(10, 100, steps=1, every=None) == Schedule(4, 1)
 
 
 def test_what_the_recipe_says_holds():

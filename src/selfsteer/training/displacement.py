@@ -21,6 +21,9 @@ from selfsteer.training.packing import Batch, Row, Rows
 LARGEST = 16
 """Queries whose pairs, and unrelated responses, that are measured; fewer in short trainings."""
 
+FEWEST = 4
+"""Responses of each kind in a reading at least, also in trainings of a few steps, where they cost more than the budget."""
+
 BUDGET = 0.04
 """Of the tokens that a training computes, those that the readings may cost where the recipe does not say how often."""
 
@@ -48,15 +51,15 @@ def schedule(reading: float, training: float, *, steps: int, every: int | None) 
 
     reading: tokens of one query's pairs and of one unrelated response; training: of all queries that are trained, in `steps`
     optimizer steps. A forward pass is a third of what a training step costs. At least three readings are taken: before, at
-    the last step, and of what is delivered.
+    the last step, and of what is delivered; never of fewer than FEWEST, since one response says nothing.
     """
     if every is not None:
         return Schedule(LARGEST, every)
-    for size in range(LARGEST, 0, -1):
+    for size in range(LARGEST, FEWEST - 1, -1):
         readings = int(BUDGET * 3 * training / (size * reading)) - 2
         if readings >= 1:
             return Schedule(size, max(1, math.ceil(steps / readings)))
-    return Schedule(1, steps)
+    return Schedule(FEWEST, steps)
 
 
 class Meter:
