@@ -187,9 +187,10 @@ def may_align(round: Round, method: Method) -> bool:
 
 
 def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
-    """Write metrics.json and report.html."""
-    write_metrics(folder.path / "metrics.json", metrics)
-    write_page(folder.path / "report.html", metrics, reading_of(folder, metrics, seed))
+    """Write metrics.json and report.html; the page, which reads pairs, only where it is missing or the metrics are new."""
+    page = folder.path / "report.html"
+    if write_metrics(folder.path / "metrics.json", metrics) or not page.exists():
+        write_page(page, metrics, reading_of(folder, metrics, seed))
 
 
 def finish(last: Round, method: Method, *, ended: bool = False) -> Metrics:

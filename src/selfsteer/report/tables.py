@@ -145,11 +145,17 @@ STAGES = "Stages"
 PBAA, GENERATOR, ALIGNMENT, SELECTED = "PBAA pairs", "generator pairs", "alignment pairs", "selected pairs"
 
 
-def write_metrics(path: Path, metrics: Metrics) -> None:
-    """Write metrics.json, whole or not at all. ValueError where a number is not finite."""
-    text = json.dumps(plain(metrics), indent=2, ensure_ascii=False, allow_nan=False)
+def write_metrics(path: Path, metrics: Metrics) -> bool:
+    """Write metrics.json, whole or not at all. Returns whether it says something new.
+
+    Raises ValueError where a number is not finite.
+    """
+    content = json.dumps(plain(metrics), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    if path.is_file() and path.read_bytes() == content:
+        return False
     with replacing(path) as file:
-        file.write(text.encode() + b"\n")
+        file.write(content)
+    return True
 
 
 def read_metrics(folder: Path) -> Metrics:
