@@ -111,7 +111,7 @@ def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | Non
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0.4), max(high, 0.6))
         axes.locator_params(axis="x", nbins=5)
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)  # above: a run has its crosses anywhere
     return Plot("figure-3", caption, {"": figure})
 
 
