@@ -306,7 +306,9 @@ class PreferenceTrainer(Trainer):
         margin = self._job.beta * pairs.ratio_gap.detach()
         tokens = (pairs.chosen_tokens + pairs.rejected_tokens).sum()
         weights = torch.ones_like(margin) if pairs.weights is None else pairs.weights
-        pulls = chosen_pulls(self._job.loss, pairs, self._job.sft_weight)
+        nothing = torch.zeros_like(margin)
+        with_sft = self._job.sft_weight > 0  # else nobody asks for its share, which costs a gradient
+        pulls = chosen_pulls(self._job.loss, pairs, self._job.sft_weight) if with_sft else (nothing, nothing)
         means = (margin, margin > 0, pairs.chosen, pairs.rejected, sft(pairs), weights, *pulls)
         sums = [torch.tensor(float(len(margin))), *(values.detach().double().sum().cpu() for values in means), tokens.cpu()]
         self._sums += torch.stack([value.double() for value in sums])
