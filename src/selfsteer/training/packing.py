@@ -29,7 +29,10 @@ _WIDEST_HEAD = 256
 """What FlashAttention computes."""
 
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-"""Before torch 2.12 it takes fewer key-value heads than query heads without being told."""
+"""torch 2.11 takes fewer key-value heads than query heads without being told, 2.13 wants to be told."""
+
+_AMPERE = (8, 0)
+"""The compute capability from which on FlashAttention runs."""
 
 TokenIds = tuple[int, ...]
 
@@ -247,6 +250,8 @@ def _half_precision(query: Tensor) -> torch.dtype | None:
     """The dtype in which a GPU's kernel takes these states, or None where it does not."""
     size = query.shape[-1]
     if not query.is_cuda or size > _WIDEST_HEAD or size % 8 or torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(query.device) < _AMPERE:
         return None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
