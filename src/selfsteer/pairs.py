@@ -42,12 +42,12 @@ def alignment_pair(responses: Responses) -> Pair:
 
 def answer_pair(query: Query, answer: Response, other: Response) -> Pair:
     """Two answers to the bare query, neither of them steered."""
-    chosen, rejected = _side(answer), _side(other)
+    chosen, rejected = response_side(answer), response_side(other)
     return Pair(query_id=query.id, kind="alignment", prompt=query.messages, chosen=chosen, rejected=rejected)
 
 
 def _pair(responses: Responses, kind: PairKind, prompt: tuple[Message, ...], ranked: tuple[Response, Response]) -> Pair:
-    chosen, rejected = map(_side, ranked)
+    chosen, rejected = map(response_side, ranked)
     return Pair(
         query_id=responses.query.id,
         kind=kind,
@@ -58,7 +58,8 @@ def _pair(responses: Responses, kind: PairKind, prompt: tuple[Message, ...], ran
     )
 
 
-def _side(response: Response) -> Side:
+def response_side(response: Response) -> Side:
+    """The response as a side of a pair."""
     return replace(side(response.text, response.finish_reason), token_ids=response.sampled, seed=response.seed)
 
 

@@ -23,7 +23,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from selfsteer.recipe.sections import Policy
-from selfsteer.records import FinishReason, Message
+from selfsteer.records import FinishReason, Message, Side
 from selfsteer.store.durable import digest
 
 log = logging.getLogger(__name__)
@@ -189,6 +189,10 @@ class Prompts:
         asked, whole = self._ids(header), self._ids(header + response)
         ids = whole[len(asked) :] if whole[: len(asked)] == asked else self._ids(response)
         return (*ids, self._turn.end_id) if finish == "stop" and not self._turn.behind else ids
+
+    def response_ids(self, said: Side, prompt: tuple[Message, ...]) -> tuple[int, ...]:
+        """A response as token ids: those that were sampled, else those of its text behind the prompt."""
+        return self.completion_ids(said.text, said.finish, prompt) if said.token_ids is None else said.token_ids
 
     def checked_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...] | str:
         """`prompt_ids`, or why this conversation must not be rendered (its text contains what opens or closes turns)."""

@@ -173,17 +173,13 @@ def draw(round: Round, ids: Iterable[str], count: int | None) -> set[str]:
     return set(sorted(ids, key=lambda query_id: seed_for(round.recipe.seed, "drawn", query_id))[:count])
 
 
-def has_stage(round: Round, name: str) -> bool:
-    """Whether the round has such a stage (to open one makes its folder); of pairs made elsewhere the first are lacking."""
-    return (round.folder.path / f"round-{round.number}" / name).is_dir()
-
-
 def held_out(round: Round) -> frozenset[str]:
     """The queries that neither training sees: the same ones whatever the seed, so that runs compare on them."""
     count = round.recipe.queries.holdout
     if count == 0:
         return frozenset()
-    source = round.folder.stage(round.number, "1-principles" if has_stage(round, "1-principles") else "5-preferences")
+    begun = round.folder.has_stage(round.number, "1-principles")  # not where the pairs were made elsewhere
+    source = round.folder.stage(round.number, "1-principles" if begun else "5-preferences")
     return _held_out(source, sealed(source).digest, count)
 
 
@@ -210,7 +206,7 @@ def set_aside(round: Round) -> frozenset[str]:
         return frozenset()
     if spared := held_out(round):
         return frozenset(draw(round, spared, LARGEST))
-    if not has_stage(round, "1-principles"):
+    if not round.folder.has_stage(round.number, "1-principles"):
         return frozenset()
     ids = set(round.folder.stage(round.number, "1-principles").column("query_id"))
     return frozenset(draw(round, ids, min(LARGEST, len(ids) // 32)))

@@ -11,8 +11,9 @@ from itertools import chain, islice, zip_longest
 from typing import Any, NamedTuple
 
 from selfsteer.measures.headroom import Answers, headroom, prefix_lengths
+from selfsteer.pairs import response_side
 from selfsteer.prompts import Prompts
-from selfsteer.records import Pair, Query, Response, Side, side
+from selfsteer.records import Pair, Query, Response, Side
 from selfsteer.stages.base import (
     Round,
     Work,
@@ -84,10 +85,8 @@ def _headroom(round: Round, work: Work, responses: Stage, steering: Stage) -> Co
 
 def _prefixes(response: Response, query: Query, prompts: Prompts) -> list[Side]:
     """The beginnings of a response that are scored, the whole of it last."""
-    ids = response.sampled
-    if ids is None:
-        ids = prompts.completion_ids(response.text, response.finish_reason, query.messages)
-    whole = side(response.text, response.finish_reason)
+    whole = response_side(response)
+    ids = prompts.response_ids(whole, query.messages)
     return [replace(whole, token_ids=ids[:length]) for length in prefix_lengths(len(ids))]
 
 

@@ -15,6 +15,7 @@ from selfsteer.measures.displacement import displaced, displacement
 from selfsteer.measures.metrics import Displacement, ImplicitReward
 from selfsteer.measures.quality import implicit_reward
 from selfsteer.models import adapted, checkpoint
+from selfsteer.pairs import response_side
 from selfsteer.recipe.engines import takes_adapters
 from selfsteer.recipe.sections import Alignment, Generator
 from selfsteer.records import Checkpoint, Pair
@@ -22,7 +23,6 @@ from selfsteer.stages.base import (
     Round,
     Work,
     draw_queries,
-    has_stage,
     held_out,
     inputs_of,
     kept,
@@ -146,7 +146,7 @@ def _unrelated(round: Round) -> tuple[Row, ...]:
     aside, prompts = set_aside(round), round.prompts
     if not aside:
         return ()
-    if not has_stage(round, RESPONSES):
+    if not round.folder.has_stage(round.number, RESPONSES):
         preferences = map(columns.pair, round.folder.stage(round.number, "5-preferences").rows())
         of_query = {pair.query_id: pair for pair in preferences if pair.query_id in aside}
         tokens = [tokenize(pair, prompts) for pair in of_query.values()]
@@ -155,7 +155,7 @@ def _unrelated(round: Round) -> tuple[Row, ...]:
     for row in columns.file_rows(round.folder.stage(round.number, RESPONSES).path / UNRELATED):
         query, answer = columns.query(row), columns.response(row["original"])
         assert answer is not None
-        completion = answer.sampled or prompts.completion_ids(answer.text, answer.finish_reason, query.messages)
+        completion = prompts.response_ids(response_side(answer), query.messages)
         if completion:
             rows.append(Row(prompts.prompt_ids(query.messages), (completion,)))
     return tuple(rows)

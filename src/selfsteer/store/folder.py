@@ -281,11 +281,18 @@ class RunFolder:
 
     def stage(self, round: int, name: str) -> "Stage":
         """A stage such as (1, "2-responses"). The owner gets it ready for use: created, a broken-off reopening finished."""
-        stage = Stage(self.path / f"round-{round}" / name)
+        stage = Stage(self._place(round, name))
         if self._lock is not None:
             make_folder(stage.path)
             stage.finish_reopening()
         return stage
+
+    def has_stage(self, round: int, name: str) -> bool:
+        """Whether such a stage was ever begun; opening it would make it."""
+        return self._place(round, name).is_dir()
+
+    def _place(self, round: int, name: str) -> Path:
+        return self.path / f"round-{round}" / name
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,10 +147,7 @@ def tokenize(pair: Pair, prompts: Prompts, positions: int | None = None) -> Toke
     Raises ValueError for a completion without a single token, and for more tokens than the model has positions: at those it
     would fail, or compute something that it was never trained on.
     """
-    chosen, rejected = (
-        prompts.completion_ids(side.text, side.finish, pair.prompt) if side.token_ids is None else side.token_ids
-        for side in (pair.chosen, pair.rejected)
-    )
+    chosen, rejected = (prompts.response_ids(side, pair.prompt) for side in (pair.chosen, pair.rejected))
     if not chosen or not rejected:
         raise ValueError(
             f"query {pair.query_id}: an empty {'rejected' if chosen else 'chosen'} response can't be scored; drop it"
