@@ -92,6 +92,15 @@ def test_failed_gates_come_before_everything_else():
     assert first == "  ! gate accuracy >= 0.6: 0.500 is below 0.6"
 
 
+def test_commands_can_be_copied_whatever_the_folder_is_called():
+    found = metrics()
+    found["run"]["folder"] = "my runs/demo"
+    assert verdict(found)[-2:] == [
+        "report  my runs/demo/report.html, or: selfsteer report 'my runs/demo'",
+        "next    selfsteer export 'my runs/demo' --to pairs --format trl",
+    ]
+
+
 def test_a_displaced_policy_is_named():
     lost = {"lost": estimate(31.2, 25.0, 37.0), "unrelated": estimate(-31.2), "unrelated_token": estimate(-0.35, -0.4, -0.3)}
     lines = verdict(metrics(policy={"displacement": lost}))

@@ -8,7 +8,6 @@ other script can run, and nothing is loaded. The frame and its style are `templa
 import base64
 import json
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from hashlib import sha256
@@ -22,7 +21,7 @@ from selfsteer.measures.metrics import Metrics, RoundMetrics
 from selfsteer.report import tables
 from selfsteer.report.reading import Entry, PairSet, Reading, SideEntry, pick_examples
 from selfsteer.report.tables import Table, duration
-from selfsteer.report.verdict import answer_lines, headline, measure_rows, warnings
+from selfsteer.report.verdict import answer_lines, headline, measure_rows, places, warnings
 from selfsteer.store.durable import replacing
 
 NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
@@ -94,15 +93,10 @@ def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
     if "ended" in run:
         warned += [f"ended early: {run['ended']}", tables.result_of(run)]
     listed = "".join(f"<li>{escape(line)}</li>" for line in warned)
-    places = [("model", run.get("policy_folder", "")), ("pairs", run.get("pairs", ""))]
-    places.append(("all tables", f"selfsteer report {shlex.quote(run['folder'])}"))
-    if "pairs" in run:
-        places.append(("export", f"selfsteer export {shlex.quote(run['folder'])} --to pairs --format trl"))
     commands = "".join(
         f'<div><span>{name}</span><code id="copied-{number}">{escape(text)}</code>'
         f'<button type="button" data-copies="copied-{number}" aria-label="copy {name}" hidden>copy</button></div>'
-        for number, (name, text) in enumerate(places)
-        if text
+        for number, (name, text) in enumerate(places(run).items())
     )
     return (
         f'<section aria-label="Verdict"><p class="lead">{escape(headline(metrics))}</p>'
@@ -347,5 +341,4 @@ def _made_with(metrics: Metrics, reading: Reading) -> str:
     if reading.recipe:
         summary = "Recipe: what differs from the defaults"
         recipe = f'<details><summary>{summary}</summary><pre tabindex="0">{escape(reading.recipe)}</pre></details>'
-    closing = f'<pre tabindex="0">{escape(tables.closing_line(metrics))}</pre>'
-    return f'<section><h2>Made with</h2><p class="facts">{listed}</p>{recipe}{closing}</section>'
+    return f'<section><h2>Made with</h2><p class="facts">{listed}</p>{recipe}</section>'

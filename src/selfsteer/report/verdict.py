@@ -4,6 +4,7 @@ All else is in the tables (`selfsteer report RUN`) and on the page. Left out on 
 pairs that it was trained on; they say nothing of its answers.
 """
 
+import shlex
 from collections.abc import Iterator
 from typing import cast
 
@@ -12,7 +13,8 @@ from rich.text import Text
 
 from selfsteer.measures.displacement import displaced
 from selfsteer.measures.estimates import Estimate
-from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, TrainingSummary
+from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
+from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.report.tables import GENERATOR, cell, console_of, data_sets, duration, result_of
 
 FEW_ITEMS = 30
@@ -45,14 +47,18 @@ def verdict(metrics: Metrics) -> list[str]:
     ]
     if "ended" in run:
         lines += [f"  ! ended early: {run['ended']}", f"    {result_of(run)}"]
-    if "policy_folder" in run:
-        lines.append(f"model   {run['policy_folder']}")
+    found = places(run)
+    found["report"] = f"{run['folder']}/report.html, or: {found['report']}"
+    return lines + [f"{name:6}  {place}" for name, place in found.items()]
+
+
+def places(run: RunFacts) -> dict[str, str]:
+    """Where the results are, and the commands that go on from them, to be copied."""
+    folder = shlex.quote(run["folder"])
+    found = {"model": run.get("policy_folder", ""), "pairs": run.get("pairs", ""), "report": f"selfsteer report {folder}"}
     if "pairs" in run:
-        lines.append(f"pairs   {run['pairs']}")
-    lines.append(f"report  {run['folder']}/report.html, or: selfsteer report {run['folder']}")
-    if "pairs" in run:
-        lines.append(f"next    selfsteer export {run['folder']} --to pairs --format trl")
-    return lines
+        found["next"] = f"selfsteer export {folder} --to pairs --format trl"
+    return {name: place for name, place in found.items() if place}
 
 
 def headline(metrics: Metrics) -> str:
@@ -124,7 +130,7 @@ def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[s
     for key, label in (("judge", judge), ("principle_consistency", "principle consistency")):
         cells: list[str] = []
         for name, measures in sets.items():
-            report = measures.get("judge") if key == "judge" else measures.get("principle_consistency")
+            report = cast("JudgeReport | None", measures.get(key))
             if report and "accuracy" in report:
                 found = report["accuracy"]
                 cells.append(f"{name.removesuffix(' pairs')} {_share(found)} of {found.n:,}{few(found.n)}")
