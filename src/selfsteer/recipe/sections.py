@@ -298,7 +298,7 @@ class Training(Section):
     """Optimizer steps between checkpoints; a killed training continues from the last complete one."""
     displacement_steps: int | None = Field(default=None, ge=0)
     """Optimizer steps between readings of how far chosen, rejected and unrelated responses have moved (`docs/quality.md`).
-    When empty, as often as costs 4 % of the training; 0: never, and no query is set aside for it."""
+    When empty, as often as costs 4 % of the training, of four responses at least; 0: never, and no query is set aside."""
     stop_at_displacement: float | None = Field(default=None, gt=0)
     """End a training when unrelated responses have lost more than so many nats (each, on average), and deliver the model of
     the last reading before. Every reading within the bound is then a checkpoint."""
