@@ -1,6 +1,7 @@
 """The ray engine without Ray: its replicas as threads of this process; clusters, versions and plans that are refused."""
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -58,13 +59,15 @@ REPLICAS: list[Replica] = []
 @pytest.fixture(autouse=True)
 def _threads_end() -> Iterator[None]:
     """In Ray their processes are killed."""
+    before = set(threading.enumerate())
     yield
     with runtime.graceful_stop():
         runtime.request_stop()
         for found in REPLICAS:
             found._mail.put(None)
-            if found._work.running():
-                found._work.exception(timeout=10)
+        for thread in set(threading.enumerate()) - before:
+            assert thread.daemon, "Python, which Ray lets end the process, would wait for it"
+            thread.join(timeout=10)
     REPLICAS.clear()
 
 

@@ -158,8 +158,15 @@ def wanted(folder: Path) -> list[Request]:
     ]
 
 
-def opened(section: EngineSection, folder: Path) -> Any:
-    return open_engine(section, checkpoint(folder), Prompts(load_tokenizer(str(folder))), trust_remote_code=False)
+@contextmanager
+def opened(section: EngineSection, folder: Path) -> Iterator[Any]:
+    prompts = Prompts(load_tokenizer(str(folder)))
+    try:
+        with open_engine(section, checkpoint(folder), prompts, trust_remote_code=False) as engine:
+            yield engine
+    finally:
+        # They end with it, but not at once; the next test must not see them.
+        until(lambda: not replicas(), "the replicas to end with their engine", seconds=SECONDS)
 
 
 def answers(section: EngineSection, folder: Path, wanted: list[Request]) -> dict[str, Completion]:
@@ -182,7 +189,6 @@ def replicas() -> list[psutil.Process]:
 def test_two_replicas_answer_like_the_embedded_engine(cluster: str, folder: Path, wanted: list[Request]):
     ours = answers(RAY, folder, wanted)
     assert ours == answers(EMBEDDED, folder, wanted)
-    assert not replicas(), "they end with the engine"
 
 
 def test_requests_are_pulled_as_there_is_room(cluster: str, folder: Path, wanted: list[Request]):
@@ -271,10 +277,9 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_made(
 
 
 def test_a_node_that_does_not_see_the_weights_is_named(cluster: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    engine = opened(RAY, folder)
     monkeypatch.setattr("selfsteer.cluster.SharedFolder.of", lambda path: _elsewhere(path))
-    with pytest.raises(ValueError, match="does not see the model's folder /not/here"):
-        engine.__enter__()
+    with pytest.raises(ValueError, match="does not see the model's folder /not/here"), opened(RAY, folder):
+        pass
 
 
 def _elsewhere(path: str) -> Any:

@@ -18,10 +18,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple, Self
 
 from selfsteer.cluster import ClusterError, Plan, SharedFolder, check_room, joined, load_ray
@@ -95,7 +96,8 @@ class Replica:
         """Open the engine; returns the name of the node. Raises ValueError where the node does not see the weights."""
         weights.check()
         engine = self._open.enter_context(open_engine())
-        self._work = ThreadPoolExecutor(1).submit(self._serve, engine)
+        # Not an executor: Ray lets Python end the process, which would wait for its thread, and that waits for requests.
+        Thread(target=self._serve, args=(engine,), daemon=True).start()
         return os.uname().nodename
 
     def exchange(self, requests: list[Request], *, stop: bool) -> Told:
@@ -122,10 +124,15 @@ class Replica:
         return Told(finished, running or bool(finished))
 
     def _serve(self, engine: Engine) -> None:
-        while not stop_requested():
-            self._mail.wait()
-            for answer in engine.generate(self._mail):
-                self._finished.put(answer)
+        try:
+            while not stop_requested():
+                self._mail.wait()
+                for answer in engine.generate(self._mail):
+                    self._finished.put(answer)
+        except BaseException as error:  # noqa: BLE001 (`exchange` raises it)
+            self._work.set_exception(error)
+        else:
+            self._work.set_result(None)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
