@@ -15,6 +15,7 @@ from selfsteer.compare import ARMS, ArmRun, arm_recipe, check_arms, query_values
 from selfsteer.measures.metrics import RoundMetrics
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.recipe.sections import Recipe
+from selfsteer.recipe.text import RecipeError
 from selfsteer.records import Pair, side
 
 RecipeOf = Callable[..., dict[str, Any]]
@@ -52,8 +53,9 @@ def test_repetition_by_hand():
     assert query_values(iter([both]), {}, frozenset("a"))["repetition"] == {"a": 0.25}
 
 
-def test_seeds_are_averaged_within_a_query_before_arms_are_compared(recipe_of: RecipeOf, tmp_path: Path):
-    """Query a: 0.4 and 0.6 under two seeds, so 0.5; the baseline has 0.2 of a and 0.9 of b: 0.3 apart."""
+def test_several_seeds_are_crossed_with_the_queries(recipe_of: RecipeOf, tmp_path: Path):
+    """Query a: 0.4 and 0.6 under two seeds, so 0.5; the baseline has 0.2 of a and 0.9 of b: 0.3 apart. Then b as well, of
+    which the seeds say 0.8 and 1.0: seeds that disagree by 0.2 on every query leave nearly all open, t(1) being 12.7."""
     recipe = Recipe.model_validate(recipe_of(tmp_path / "all", {"queries.holdout": 2}))
 
     def runs(*seeds: dict[str, float]) -> list[ArmRun]:
@@ -65,6 +67,31 @@ def test_seeds_are_averaged_within_a_query_before_arms_are_compared(recipe_of: R
     assert found["sso"]["measures"]["on_policy_all"].n == 1, "two seeds of one query are one query"
     assert found["sso"]["difference"]["on_policy_all"].mean == pytest.approx(0.3)
     assert "difference" not in found["pbaa"]
+    wider = both | {"sso": runs({"a": 0.4, "b": 0.8}, {"a": 0.6, "b": 1.0})}
+    found = summarize(recipe, wider, [0, 1])["arms"]["sso"]
+    assert found["difference"]["on_policy_all"].mean == pytest.approx(0.15)
+    low, high = found["difference"]["on_policy_all"][1:3]
+    assert low is not None
+    assert high is not None
+    assert high - low > 1
+    assert [each["difference"]["on_policy_all"].mean for each in found["by_seed"].values()] == pytest.approx([0.05, 0.25])
+
+
+def test_an_arm_of_ones_own(recipe_of: RecipeOf, tmp_path: Path):
+    changes = {"queries.holdout": 2, "compare.arms": {"gamma_1": {"generator.sft_weight": 1.0}}}
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "all", changes))
+    check_arms(recipe, ["pbaa", "gamma_1"], [0])
+    assert arm_recipe(recipe, "gamma_1", 0).generator.sft_weight == 1.0
+    with pytest.raises(ValueError, match=r"there is no arm gamma_2; arms: .*gamma_1"):
+        check_arms(recipe, ["gamma_2"], [0])
+    wrong = Recipe.model_validate(recipe_of(tmp_path / "all", {**changes, "compare.arms": {"sso": {}}}))
+    with pytest.raises(ValueError, match=r"compare\.arms: sso is an arm already"):
+        check_arms(wrong, ["pbaa"], [0])
+    unknown = Recipe.model_validate(
+        recipe_of(tmp_path / "all", {**changes, "compare.arms": {"mine": {"generator.beat": 1}}})
+    )
+    with pytest.raises(RecipeError, match=r"generator.beat"):
+        check_arms(unknown, ["mine"], [0])
 
 
 @pytest.mark.parametrize(

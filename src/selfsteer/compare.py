@@ -2,8 +2,8 @@
 
 Every arm is the recipe with a few settings changed. All answer the same queries with the same seeds; the measures are taken
 on the held-out queries alone, which no generator and no policy was trained on, under the policy to be aligned. Differences
-are against PBAA, query by query; several seeds are averaged within a query first, so the intervals say how much the result
-depends on the queries, not on the training seed; for that there are the estimates of each seed.
+are against PBAA, query by query. Over several seeds, queries and seeds are crossed random effects: the interval says what
+other queries and other seeds would do. The estimates of each seed stand beside it, with intervals over queries alone.
 """
 
 import logging
@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 
 from selfsteer.cluster import cluster_of
 from selfsteer.engines.open import check_engines
-from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference
+from selfsteer.measures.estimates import Estimate, crossed_estimate, mean_estimate
 from selfsteer.measures.metrics import RoundMetrics, TrainingSummary
 from selfsteer.measures.text import repetition, similarity, words
 from selfsteer.measures.verdicts import Verdict, judge_report, points
@@ -27,6 +27,7 @@ from selfsteer.recipe.text import Override, apply_override
 from selfsteer.records import Pair
 from selfsteer.report.comparison import (
     BASELINE,
+    GAINS,
     ArmResult,
     ComparisonResult,
     SeedResult,
@@ -36,10 +37,11 @@ from selfsteer.report.comparison import (
 from selfsteer.stages import summary
 from selfsteer.stages.answers import answers_stage, win_verdicts
 from selfsteer.stages.base import held_out
+from selfsteer.stages.gain import gain_of_queries
 from selfsteer.stages.passes import passes_stage, query_passes
 from selfsteer.stages.preferences import given_stage
 from selfsteer.stages.quality import JudgeName, quality_stage, read_verdicts
-from selfsteer.stages.status import method_of
+from selfsteer.stages.status import GAIN, method_of
 from selfsteer.stages.training import policy_stage
 from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder
@@ -87,6 +89,10 @@ ARMS: Mapping[str, Arm] = {
         "a generator trained by the SFT term alone: what sharpening gains without preferences",
         {**_SSO, "generator.loss": "sft", "generator.sft_weight": 0.0},
     ),
+    "sso_greedy": Arm(
+        "as sso, y_o the most probable answer, as in the authors' second version of the code",
+        {**_SSO, "responses.original.temperature": 0.0},
+    ),
     "cooler": Arm(
         "the policy's own responses at compare.cooler: what a lower temperature gains without training",
         {"generator.kind": "none"},
@@ -100,6 +106,15 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
+def arms_of(recipe: Recipe) -> Mapping[str, Arm]:
+    """The arms that there are, and those of the recipe's own."""
+    own = {
+        name: Arm(", ".join(f"{key}={value}" for key, value in changes.items()), changes)
+        for name, changes in recipe.compare.arms.items()
+    }
+    return {**ARMS, **own}
+
+
 def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
     """The recipe of one arm: one round, without gates or selection.
 
@@ -110,7 +125,7 @@ def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
     unused: dict[str, object] = {"quality.gates": {}, "quality.stop_when": {}, "selection": {}}
     common: dict[str, object] = {"output": output, "seed": seed, "rounds": 1, **unused}
     cooler = {"generator.temperature": recipe.compare.cooler} if name == "cooler" else {}
-    for key, value in {**common, **ARMS[name].changes, **cooler}.items():
+    for key, value in {**common, **arms_of(recipe)[name].changes, **cooler}.items():
         data = apply_override(data, Override(key, value))
     return Recipe.model_validate(data)
 
@@ -122,9 +137,12 @@ def arm_folder(name: str, seed: int) -> str:
 
 def check_arms(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> None:
     """Raises ValueError, before anything is sampled, for arms that can't be run."""
-    unknown = [name for name in arms if name not in ARMS]
+    if shadowed := sorted(recipe.compare.arms.keys() & ARMS.keys()):
+        raise ValueError(f"compare.arms: {', '.join(shadowed)} is an arm already; give yours another name")
+    known = arms_of(recipe)
+    unknown = [name for name in arms if name not in known]
     if unknown:
-        raise ValueError(f"there is no arm {', '.join(unknown)}; arms: {', '.join(ARMS)}")
+        raise ValueError(f"there is no arm {', '.join(unknown)}; arms: {', '.join(known)}")
     if len(set(arms)) != len(arms) or len(set(seeds)) != len(seeds):
         raise ValueError("an arm or a seed is named twice")
     if recipe.queries.holdout == 0:
@@ -196,8 +214,8 @@ def query_values(pairs: Iterator[Pair], verdicts: Mapping[JudgeName, Sequence[Ve
 
 def summarize(recipe: Recipe, runs: Mapping[str, Sequence[ArmRun]], seeds: Sequence[int]) -> ComparisonResult:
     """The estimates of all arms, and their differences from PBAA where it is among them."""
-    pooled = {name: _pooled([run.values for run in each]) for name, each in runs.items()}
-    arms = {name: _arm(name, each, pooled) for name, each in runs.items()}
+    described = arms_of(recipe)
+    arms = {name: _arm(described[name], name, each, runs.get(BASELINE) or ()) for name, each in runs.items()}
     if len(seeds) > 1:
         for name, each in runs.items():
             baselines: Sequence[ArmRun | None] = runs.get(BASELINE) or [None] * len(each)
@@ -210,16 +228,15 @@ def summarize(recipe: Recipe, runs: Mapping[str, Sequence[ArmRun]], seeds: Seque
     )
 
 
-def _arm(name: str, runs: Sequence[ArmRun], pooled: Mapping[str, Values]) -> ArmResult:
-    values = pooled[name]
-    result = ArmResult(description=ARMS[name].description)
+def _arm(arm: Arm, name: str, runs: Sequence[ArmRun], baseline: Sequence[ArmRun]) -> ArmResult:
+    result = ArmResult(description=arm.description)
     if not runs:
         return result
-    result["queries"] = len(values.get("on_policy_all", {}))
-    result["measures"] = _means(values)
+    result["queries"] = len({query for run in runs for query in run.values.get("on_policy_all", {})})
+    result["measures"] = _crossed([run.values for run in runs])
     result["seconds"] = sum(stage["seconds"] for run in runs for stage in run.metrics.get("stages", {}).values())
-    if name != BASELINE and BASELINE in pooled:
-        result["difference"] = _differences(values, pooled[BASELINE])
+    if name != BASELINE and baseline:
+        result["difference"] = _crossed([_less(run.values, base.values) for run, base in zip(runs, baseline, strict=True)])
     for key in ("generator", "bad_generator", "policy"):
         trainings = [found for run in runs if (found := run.metrics.get(key)) is not None]
         if trainings:
@@ -230,31 +247,32 @@ def _arm(name: str, runs: Sequence[ArmRun], pooled: Mapping[str, Values]) -> Arm
     return result
 
 
+def _crossed(seeds: Sequence[Values]) -> dict[str, Estimate]:
+    """Of every measure that all seeds have."""
+    names = [name for name in seeds[0] if all(name in values for values in seeds)]
+    found = {name: crossed_estimate([values[name] for values in seeds]) for name in names}
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+
+def _less(values: Values, baseline: Values) -> Values:
+    """The differences of every query that both have."""
+    return {
+        measure: {query: value - baseline[measure][query] for query, value in each.items() if query in baseline[measure]}
+        for measure, each in values.items()
+        if measure in baseline
+    }
+
+
 def _seed_result(run: ArmRun, baseline: ArmRun | None) -> SeedResult:
     result = SeedResult(measures=_means(run.values))
     if baseline is not None:
-        result["difference"] = _differences(run.values, baseline.values)
+        result["difference"] = _means(_less(run.values, baseline.values))
     return result
 
 
 def _means(values: Values) -> dict[str, Estimate]:
     found = {measure: mean_estimate(list(each.values())) for measure, each in values.items()}
     return {measure: estimate for measure, estimate in found.items() if estimate is not None}
-
-
-def _differences(values: Values, baseline: Values) -> dict[str, Estimate]:
-    found = {measure: paired_difference(each, baseline.get(measure, {})) for measure, each in values.items()}
-    return {measure: estimate for measure, estimate in found.items() if estimate is not None}
-
-
-def _pooled(seeds: Sequence[Values]) -> Values:
-    """The mean over the seeds of each query."""
-    gathered: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for values in seeds:
-        for measure, each in values.items():
-            for query, value in each.items():
-                gathered[measure][query].append(value)
-    return {measure: {query: _average(found) for query, found in each.items()} for measure, each in gathered.items()}
 
 
 def _training(trainings: Sequence[TrainingSummary]) -> dict[str, float]:
@@ -306,6 +324,9 @@ def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lenders: tuple[RunFo
             preferences, quality, _ = make_data(round)
         wins: list[Verdict] = []
         passing: Values = {}
+        changes: Values = {}
+        if folder.has_stage(1, GAIN):
+            changes = {GAINS[name]: each for name, each in gain_of_queries(folder.stage(1, GAIN)).items()}
         if recipe.compare.align:
             aligned = policy_stage(round, preferences)
             answered = None if method == "given" else passes_stage(round, aligned)
@@ -319,4 +340,4 @@ def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lenders: tuple[RunFo
         pairs = map(columns.pair, preferences.rows())
         verdicts = {} if quality is None else read_verdicts(quality)
         values = query_values(pairs, verdicts.get("pbaa" if method == "pbaa" else "alignment", {}), held_out(round))
-        return ArmRun(values | passing, metrics["rounds"][0], wins)
+        return ArmRun(values | passing | changes, metrics["rounds"][0], wins)

@@ -33,6 +33,7 @@ from selfsteer.report.tables import cell, gates_table, table_text, write_metrics
 from selfsteer.stages import summary
 from selfsteer.stages.base import Round, read_measures
 from selfsteer.stages.evaluation import check_evaluation, evaluate_run
+from selfsteer.stages.gain import gain_stage
 from selfsteer.stages.headroom import headroom_stage
 from selfsteer.stages.passes import passes_stage
 from selfsteer.stages.preferences import preferences_stage
@@ -85,11 +86,13 @@ def make_data(round: Round) -> Candidates:
     principles = principles_stage(round)
     responses = responses_stage(round, principles)
     if round.recipe.generator.kind == "none":  # PBAA, the paper's baseline: the policy's own responses are the pairs
+        gain_stage(round, principles, None)
         preferences = preferences_stage(round, principles, responses, None, None)
         return Candidates(preferences, quality_stage(round, preferences))
     steering = steering_stage(round, responses)
     require_headroom(round, headroom_stage(round, responses, steering))
     generators = generator_stage(round, steering)
+    gain_stage(round, principles, generators)
     preferences = preferences_stage(round, principles, responses, steering, generators)
     return Candidates(preferences, quality_stage(round, preferences, steering), generators)
 

@@ -219,6 +219,31 @@ class Checkpoint:
     adapter: Adapter | None = None
 
 
+class Expected(NamedTuple):
+    """What a model is expected to say next (`measures/gain.py`): means over the contexts of a response, nats a token."""
+
+    on_policy: float
+    """log pi(v | x, context) of its tokens v, sampled under the principle."""
+    bare: float
+    """The same of its tokens sampled given the bare query."""
+    following: float
+    """log pi(v | own principle) - log pi(v | opposite one) of its tokens sampled under the principle."""
+    entropy: float
+    """Of what it samples from under the principle."""
+    unrelated: float
+    """log model(v | x, context) of the policy's tokens sampled given the bare query."""
+
+
+class Change(NamedTuple):
+    """A response whose first `tokens` tokens are the contexts of two models."""
+
+    tokens: int
+    before: Expected
+    """Of the policy."""
+    after: Expected
+    """Of the generator."""
+
+
 class PairRow(TypedDict):
     """A pair as files made elsewhere and exports have it; the first three columns are what TRL reads."""
 

@@ -2,11 +2,12 @@
 
 Shares get Wilson's interval, which stays honest at 0 and 1 (E. B. Wilson, 1927). Means get the percentile bootstrap over
 rows (B. Efron, 1979), seeded; beyond `BOOTSTRAP_ROWS` rows the normal interval, which then agrees with it. Rows count as
-independent. Left out on purpose: tests of significance; an interval of a paired difference says more.
+independent. Means over queries and training seeds get an interval that says what other queries and other seeds would do
+(`crossed_estimate`). Left out on purpose: tests of significance; an interval of a paired difference says more.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +70,47 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, seed: i
     """The mean of a - b over the queries that both have, the bootstrap drawing queries; None when they share none."""
     shared = [query for query in a if query in b]
     return mean_estimate([a[query] - b[query] for query in shared], seed=seed)
+
+
+def crossed_estimate(seeds: Sequence[Mapping[str, float]]) -> Estimate | None:
+    """The mean over the queries that all seeds have, with queries and seeds as crossed random effects; n is the queries.
+
+    seeds: of each training seed, a value a query. The variance of the mean is (MS_queries + MS_seeds - MS_rest) / (Q S), its
+    degrees of freedom are Satterthwaite's (F. Satterthwaite, 1946). So three seeds that disagree give a wide interval,
+    however many queries there are. Of one seed the interval is over queries alone; None where the seeds share no query.
+    """
+    queries = [query for query in seeds[0] if all(query in each for each in seeds)]
+    if len(seeds) == 1 or len(queries) < 2:
+        return mean_estimate([sum(each[query] for each in seeds) / len(seeds) for query in queries])
+    values = np.array([[each[query] for query in queries] for each in seeds])  # (S, Q)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} values are not finite; score them again.")
+    count, size = values.shape
+    mean, of_seeds, of_queries = float(values.mean()), values.mean(axis=1), values.mean(axis=0)
+    rest = values - of_seeds[:, None] - of_queries[None, :] + mean
+    squares = np.array(
+        [
+            size * ((of_seeds - mean) ** 2).sum() / (count - 1),
+            count * ((of_queries - mean) ** 2).sum() / (size - 1),
+            (rest**2).sum() / ((count - 1) * (size - 1)),
+        ]
+    )
+    # An estimate of a sum of variances: never below what either effect alone gives.
+    total = max(float(squares[0] + squares[1] - squares[2]), float(squares[:2].max()))
+    if total == 0:
+        return Estimate(mean, mean, mean, size)
+    freedom = total**2 / float((squares**2 / [count - 1, size - 1, (count - 1) * (size - 1)]).sum())
+    margin = _t_quantile(max(1.0, freedom)) * math.sqrt(total / values.size)
+    return Estimate(mean, mean - margin, mean + margin, size)
+
+
+def _t_quantile(freedom: float) -> float:
+    """The 97.5% quantile of Student's t, to three digits; by summing its density."""
+    x = np.linspace(0, 13, 26_001)  # 12.706 of one degree of freedom is the largest
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    below = np.concatenate([[0.0], ((density[1:] + density[:-1]) / 2).cumsum() * (x[1] - x[0])])
+    return float(np.interp(0.475, below, x))
 
 
 def _resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

@@ -241,6 +241,26 @@ class Headroom(TypedDict):
     positions: list[HeadroomAt]
 
 
+class Gain(TypedDict):
+    """How the generator differs from the policy at the same contexts, nats a token (`measures/gain.py`): after - before."""
+
+    queries: int
+    contexts: int
+    gain: Estimate
+    """Of the expected on-policy log-probability: the two below together."""
+    same_prompt: Estimate
+    """What the bare query shows alone: sharpening, displacement."""
+    steering: Estimate
+    following: Estimate
+    """How much more the tokens belong to their own principle than to the opposite one."""
+    following_before: Estimate
+    """Of the policy, not a change."""
+    entropy: Estimate
+    """Of what is sampled from."""
+    displacement: Estimate
+    """Of the log-probability of what the policy samples for the bare query."""
+
+
 class Contamination(TypedDict):
     """Queries that share text with evaluation files."""
 
@@ -324,6 +344,8 @@ class RoundMetrics(TypedDict, total=False):
     """Of `alignment` (or `pbaa`), what the recipe's selection aligned the policy on; not judged again."""
     headroom: Headroom
     """Before the generator, where one trains on y_o."""
+    gain: Gain
+    """Of the generator over the policy, where quality.gain asks for it."""
     comparison: Comparison
     """alignment - pbaa."""
     judged_difference: dict[str, Estimate]

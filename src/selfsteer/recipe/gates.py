@@ -86,6 +86,10 @@ MEASURES: Mapping[str, Gateable] = {
         "generator.displacement.lost", _ANY, "nats that unrelated answers lost in the generator's training"
     ),
     "displacement_bad": Gateable("bad_generator.displacement.lost", _ANY, "the same of the generator of rejected (dual)"),
+    "gain": Gateable("gain.gain", _ANY, "nats a token by which the generator's next tokens are more on-policy"),
+    "gain_steering": Gateable("gain.steering", _ANY, "what of it comes from the principles"),
+    "gain_following": Gateable("gain.following", _ANY, "change of how much more they belong to their own principle"),
+    "gain_entropy": Gateable("gain.entropy", _ANY, "change of the entropy of what the generator samples from"),
     "contamination": Gateable("contamination.share", _SHARE, "share of queries that overlap with an evaluation file"),
     "drift_margin": Gateable("drift.margin", _ANY, "change of the margin per token since the round before"),
     "drift_on_policy": Gateable("drift.on_policy", _DIFFERENCE, "change of the on-policy probability"),

@@ -481,6 +481,9 @@ class Quality(Section):
     answers: int = Field(default=0, ge=0)
     """With judge.kind: checks, so many held-out queries are answered before and after the alignment, and before it with
     their good principle: the shares that pass."""
+    gain: int = Field(default=0, ge=0)
+    """On so many held-out queries, what the generator's training changed: the expected on-policy log-probability of a token,
+    exact over the vocabulary, and how much of it is steering and how much sharpening."""
     gates: dict[str, str] = Field(default_factory=dict[str, str])
     """Bounds on the measures of a round's pairs, such as accuracy: ">= 0.6"; `docs/quality.md` lists them."""
     on_failure: Literal["stop", "warn"] = "stop"
@@ -518,6 +521,9 @@ class ComparisonSection(Section):
 
     align: bool = False
     """Align a policy on each arm's data as well, and let the judge, if there is one, compare it with the first policy."""
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict[str, dict[str, Any]])
+    """Arms of your own, by name: the settings that each changes, by dotted key, such as {gamma_1: {generator.sft_weight:
+    1.0}}."""
     given: str | None = None
     """Preference data made elsewhere, for the arm "given"."""
     cooler: float = Field(default=0.5, ge=0)
@@ -577,6 +583,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _gain_has_queries(self) -> Self:
+        if self.quality.gain and self.queries.holdout == 0:
+            raise ValueError("quality.gain: no query is kept out of the training; set queries.holdout, or gain=0")
+        return self
+
+    @model_validator(mode="after")
     def _selection_has_scores(self) -> Self:
         section = self.selection
         if section.active and section.by == "judge" and self.judge.kind == "none":
@@ -593,6 +605,11 @@ class Recipe(Section):
         """How the responses that become the alignment pairs are drawn."""
         own = self.generator.temperature
         return self.responses.steered if own is None else self.responses.steered.model_copy(update={"temperature": own})
+
+    @property
+    def measures_gain(self) -> bool:
+        """Whether there is something to measure: what answers x+ and x- is not the policy as it was."""
+        return self.quality.gain > 0 and (self.generator.kind != "none" or self.of_pairs != self.responses.steered)
 
     def _not_measured(self) -> dict[str, str]:
         """Measures that this recipe does not take, by the beginning of their path, with the way to have them."""
@@ -614,6 +631,7 @@ class Recipe(Section):
             "generator.displacement": ""
             if self.generator.kind != "none" and self.training.displacement_steps != 0
             else "a generator and readings; set generator.kind, training.displacement_steps=null",
+            "gain": "" if self.measures_gain else "a generator and held-out queries; set quality.gain=40, generator.kind",
             "bad_generator": "" if self.generator.kind == "dual" else "two generators; set generator.kind=dual",
         }
         return {path: way for path, way in missing.items() if way}

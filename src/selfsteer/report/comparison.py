@@ -32,7 +32,20 @@ _VARIETY = {"said before (3-grams)": "repetition", "overlap in a pair": "overlap
 
 _PASSING = {"before alignment": "passes_before", "after": "passes_after", "told to": "passes_prompted"}
 
+GAINS = {
+    "gain": "gain",
+    "same_prompt": "gain_same_prompt",
+    "steering": "gain_steering",
+    "following": "gain_following",
+    "entropy": "gain_entropy",
+    "displacement": "gain_displacement",
+}
+"""The changes of `measures/gain.py` by the name of their measure here."""
+
+_CHANGES = {name.replace("_", " "): measure for name, measure in GAINS.items()}
+
 _GROUPS = (
+    ("Change of the next token's expectations at the same contexts, nats a token", _CHANGES),
     ("On-policy probability", _ON_POLICY),
     ("Order and length in tokens", _ORDER),
     ("Variety", _VARIETY),
@@ -90,13 +103,15 @@ class ComparisonResult(TypedDict):
 def comparison_tables(result: ComparisonResult) -> Iterator[Table]:
     """The arms as rows: measures, differences from PBAA, trainings and win rates."""
     arms = {name: arm for name, arm in result["arms"].items() if "measures" in arm}
-    about = f"On {result['holdout']:,} held-out queries, seeds {', '.join(map(str, result['seeds']))}. {METHOD}"
+    crossed = len(result["seeds"]) > 1
+    method = "95% intervals: queries and seeds as crossed random effects (Satterthwaite)." if crossed else METHOD
+    about = f"On {result['holdout']:,} held-out queries, seeds {', '.join(map(str, result['seeds']))}. {method}"
     for title, columns in _GROUPS:
         if any(measure in cast(Any, arm)["measures"] for measure in columns.values() for arm in arms.values()):
             yield _measures(title, arms, columns, "measures", about)
     compared = {name: arm for name, arm in arms.items() if "difference" in arm}
     if compared:
-        about = "Per query, over the held-out queries that both arms have; several seeds are averaged within a query."
+        about = f"Per query, over the held-out queries that both arms have. {method}"
         for title, columns in _GROUPS:
             if any(measure in cast(Any, arm)["difference"] for measure in columns.values() for arm in compared.values()):
                 yield _measures(f"{title}: difference from {BASELINE}", compared, columns, "difference", about)
@@ -215,6 +230,9 @@ _FORESTS: tuple[tuple[tuple[str, str], ...], ...] = (
 _AGAINST = {"accuracy": "accuracy by the judge", "principle_consistency": "principle consistency"}
 
 
+_OVER = {GAINS["gain"]: "on-policy, nats a token", GAINS["steering"]: "of it steering", GAINS["following"]: "following"}
+
+
 def write_comparison_page(folder: Path) -> None:
     """Write comparison.md and comparison.html beside a comparison.json. Raises ValueError where there is none."""
     result = read_comparison(folder)
@@ -293,11 +311,20 @@ def _plots(result: ComparisonResult) -> Iterator[str]:
                 f"Difference from {BASELINE} with its 95% interval, query by query. Filled: the interval leaves out zero. "
                 "Small marks: each seed by itself.",
             )
+    x = _of(result, "measures", GAINS["displacement"])
+    panels = {title: y for measure, title in _OVER.items() if (y := _of(result, "measures", measure))}
+    if x and panels:
+        label = "displacement of bare answers, nats a token"
+        yield _figure(
+            plots.scatter(x, panels, label),
+            "What each generator gained, against what it took away from answers that its training was not about. Up and to"
+            " the right is better; how many steps, and how large, is left out on purpose.",
+        )
     x = _of(result, "measures", "on_policy_all")
     panels = {title: y for measure, title in _AGAINST.items() if (y := _of(result, "measures", measure))}
     if x and panels:
         yield _figure(
-            plots.scatter(x, panels),
+            plots.scatter(x, panels, "on-policy probability"),
             "On-policy probability and order of the pairs, each with its 95% interval. Up and to the right is better; the"
             " intervals of two arms overlap more than that of their difference says, which is taken query by query above.",
         )

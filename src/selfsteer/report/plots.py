@@ -260,18 +260,18 @@ def _interval(axes: Axes, found: Json, place: int) -> None:
     axes.plot(found["mean"], place, marker="o", markersize=6, color=CHOSEN, fillstyle="full" if beyond else "none")
 
 
-def scatter(x: Mapping[str, Json], panels: Mapping[str, Mapping[str, Json]]) -> str:
-    """On-policy probability against each of the panels' measures, an arm a point, intervals both ways."""
+def scatter(x: Mapping[str, Json], panels: Mapping[str, Mapping[str, Json]], label: str) -> str:
+    """One measure, named by label, against each of the panels' measures; an arm a point, intervals both ways."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 4.2), layout="constrained")
         places = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, y) in zip(places, panels.items(), strict=True):
             for arm in x.keys() & y.keys():
                 _cross(axes, arm, x[arm], y[arm])
-            axes.set_xlabel("on-policy probability")
+            axes.set_xlabel(label)
             axes.set_ylabel(title)
             axes.margins(0.12)
-        return to_svg(figure, "On-policy probability and accuracy of every arm")
+        return to_svg(figure, f"{label} against {', '.join(panels)}, of every arm")
 
 
 def _cross(axes: Axes, arm: str, x: Json, y: Json) -> None:

@@ -20,6 +20,7 @@ from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.measures.checks import parse
 from selfsteer.measures.displacement import displaced
 from selfsteer.measures.estimates import METHOD, share_estimate
+from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.headroom import in_words
 from selfsteer.measures.metrics import (
     AnswerShares,
@@ -27,6 +28,7 @@ from selfsteer.measures.metrics import (
     Comparison,
     Contamination,
     Drift,
+    Gain,
     GateResult,
     Headroom,
     Json,
@@ -310,6 +312,8 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
             yield _stages(this, f"{STAGES}{suffix}")
         if "headroom" in this:
             yield _headroom(this["headroom"], f"Headroom before the generator{suffix}")
+        if "gain" in this:
+            yield _gain(this["gain"], f"What the generator's training changed{suffix}")
         columns = data_sets(this)
         if columns:
             yield measures_table(columns, this.get("comparison"), title=f"Preference data{suffix}")
@@ -505,6 +509,27 @@ def _headroom(found: Headroom, title: str) -> Table:
         *(line(f"tokens {each['first']} to {each['last'] or 'the end'}", each) for each in values["positions"]),
     ]
     return Table(title, ("y_o", "y+", "y-", "y_o - mean of both", "queries"), tuple(rows), f"{in_words(found)} {METHOD}")
+
+
+def _gain(found: Gain, title: str) -> Table:
+    values = cast(Json, plain(found))
+    rows = [
+        Row(label, (cell(values[key], "number", signed=key != "following_before"),))
+        for label, key in (
+            ("on-policy log-probability", "gain"),
+            ("of it shown without a principle: sharpening, displacement", "same_prompt"),
+            ("of it steering", "steering"),
+            ("own principle above the opposite one", "following"),
+            ("the same of the policy, no change", "following_before"),
+            ("entropy of what is sampled from", "entropy"),
+            ("log-probability of the policy's answers to bare queries", "displacement"),
+        )
+    ]
+    note = (
+        f"{gain_in_words(found).capitalize()}. Expectations over the whole vocabulary at {found['contexts']:,} contexts of"
+        f" {found['queries']:,} held-out queries, nats a token, generator - policy. {METHOD}"
+    )
+    return Table(title, ("change",), tuple(rows), note)
 
 
 def _checks(this: RoundMetrics, suffix: str) -> Iterator[Table]:

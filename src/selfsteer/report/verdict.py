@@ -13,6 +13,7 @@ from rich.text import Text
 
 from selfsteer.measures.displacement import displaced
 from selfsteer.measures.estimates import Estimate
+from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
 from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.report.tables import GENERATOR, cell, console_of, data_sets, duration, result_of
@@ -105,6 +106,10 @@ def measure_rows(this: RoundMetrics) -> list[tuple[str, str, str, str]]:
         said = in_words(room["all"], "to win", "nothing to win")
         steered = f"steered {cell((room['good'].mean + room['bad'].mean) / 2, 'number').value}"
         rows.append(("headroom", f"unsteered {_mean(room['original'])}", steered, f"{_signed(room['all'])}  {said}"))
+    if "gain" in this:
+        gained = this["gain"]
+        parts = f"steering {cell(gained['steering'].mean, 'number', signed=True).value}"
+        rows.append(("next token, nats", _signed(gained["gain"]), parts, gain_in_words(gained)))
     return [*rows, *_accuracy(this, sets)]
 
 

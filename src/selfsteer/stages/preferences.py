@@ -34,6 +34,7 @@ from selfsteer.stages.base import (
     taking,
 )
 from selfsteer.stages.responses import answers_to, note_texts, requests_of, sampler_of
+from selfsteer.stages.status import PREFERENCES
 from selfsteer.stages.steering import policy_pairs
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
@@ -41,8 +42,6 @@ from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.training.scoring import Group, score_missing, scores, tokenize
 
 log = logging.getLogger(__name__)
-
-PREFERENCES = "5-preferences"
 
 # --- 5: preference data ----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from selfsteer.stages.base import (
     make_stage,
     set_aside,
 )
+from selfsteer.stages.status import PREFERENCES
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.store.journal import Journal
@@ -145,7 +146,8 @@ def answers_to(journal: Journal, query_id: str, requests: dict[str, Request]) ->
 
 def _steered(recipe: Recipe, stage: str) -> Sampled:
     """How y+ and y- are drawn; without a generator those of stage 2 are the alignment pairs."""
-    return recipe.of_pairs if stage != RESPONSES or recipe.generator.kind == "none" else recipe.responses.steered
+    own = stage == RESPONSES and recipe.generator.kind == "none"
+    return recipe.of_pairs if own or stage == PREFERENCES else recipe.responses.steered
 
 
 def sampler_of(round: Round, models: Mapping[str, Checkpoint]) -> Sampler:

@@ -16,7 +16,8 @@ from selfsteer.store.folder import RunFolder, Stage
 GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
 """Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
 
-HEADROOM, QUALITY, SELECTION, PASSES = "3-headroom", "5-quality", "5-selection", "7-checks"
+HEADROOM, GAIN, PREFERENCES, QUALITY = "3-headroom", "4-gain", "5-preferences", "5-quality"
+SELECTION, PASSES = "5-selection", "7-checks"
 
 STAGES: dict[Method, tuple[str, ...]] = {
     "sso": ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy"),
@@ -60,6 +61,8 @@ def stage_names(recipe: Recipe, method: Method, *, aligned: bool = True) -> tupl
     *made, policy = STAGES[method]
     if "3-steering" in made and recipe.generator.uses_original:
         made.insert(made.index("3-steering") + 1, HEADROOM)
+    if recipe.measures_gain and method != "given":
+        made.insert(made.index(PREFERENCES), GAIN)
     judged = [QUALITY] if is_judged(recipe, principles=method != "given") else []
     selected = [SELECTION] if recipe.selection.active else []
     answered = [PASSES] if recipe.quality.answers and method != "given" else []

@@ -14,7 +14,7 @@ from selfsteer.recipe.gates import parse
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages.base import read_measures, sealed
 from selfsteer.stages.quality import read_checks, read_contamination, read_differences, read_reports
-from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR, HEADROOM, PASSES, QUALITY, SELECTION, stage_names
+from selfsteer.stages.status import BAD_GENERATOR, GAIN, GOOD_GENERATOR, HEADROOM, PASSES, QUALITY, SELECTION, stage_names
 from selfsteer.stages.training import HISTORY, MODEL
 from selfsteer.store.folder import RunFolder, Stage
 from selfsteer.training.trainer import read_history
@@ -110,6 +110,8 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
         found["comparison"] = measures["comparison"]
     if HEADROOM in stages:
         found["headroom"] = read_measures(stages[HEADROOM])["headroom"]
+    if GAIN in stages and (gained := read_measures(stages[GAIN])["gain"]) is not None:
+        found["gain"] = gained
     if SELECTION in stages:
         found["selected"] = read_measures(stages[SELECTION])["pairs"]
     if QUALITY in stages:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfsteer.records import Message, Pair, Principles, Query, Response, Responses, Side
+from selfsteer.records import Expected, Message, Pair, Principles, Query, Response, Responses, Side
 from selfsteer.store.durable import replacing
 
 _IDS = pa.list_(pa.int32())
@@ -51,6 +51,13 @@ _PREFIXES = pa.list_(pa.struct([("tokens", pa.int64()), ("logps", pa.float64())]
 
 HEADROOM = pa.schema([("query_id", pa.string()), *((name, _PREFIXES) for name in ("original", "good", "bad"))])
 """Stage 3: of each response to a query, the summed log-probability up to several positions and as a whole a row."""
+
+_EXPECTED = pa.struct([(name, pa.float64()) for name in Expected._fields])
+
+_CHANGED = pa.struct([("tokens", pa.int64()), ("before", _EXPECTED), ("after", _EXPECTED)])
+
+GAIN = pa.schema([("query_id", pa.string()), ("good", _CHANGED), ("bad", _CHANGED)])
+"""Stage 4: what policy (before) and generator (after) expect at the contexts of both responses to a query a row."""
 
 UNRELATED = pa.schema([("query_id", pa.string()), ("messages", _MESSAGES), ("original", _RESPONSE)])
 """Stage 2, beside them: answers to bare queries that train nothing."""
