@@ -5,16 +5,9 @@ import math
 import pytest
 
 from selfsteer.measures.estimates import Estimate
-from selfsteer.measures.headroom import Answers, headroom, in_words, prefix_lengths
+from selfsteer.measures.headroom import Answers, headroom, in_words
 from selfsteer.measures.metrics import Headroom
 from selfsteer.records import Scored
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"), [(1, (1,)), (8, (8,)), (9, (8, 9)), (130, (8, 32, 128, 130)), (2048, (8, 32, 128, 512, 2048))]
-)
-def test_a_response_is_scored_up_to_every_edge_that_it_goes_beyond(tokens: int, expected: tuple[int, ...]):
-    assert prefix_lengths(tokens) == expected
 
 
 def short(logps: float) -> list[Scored]:

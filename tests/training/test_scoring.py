@@ -1,17 +1,28 @@
 """Scores of pairs: equal to the model's own log-probabilities, in order, whatever the grouping."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import END_ID, START_ID, tiny_model_dir
 from transformers import AutoModelForCausalLM
 
-from selfsteer.models import load_tokenizer
+from selfsteer.models import checkpoint, load_tokenizer
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Training
 from selfsteer.records import Checkpoint, FinishReason, Message, Pair, side
-from selfsteer.training.scoring import Scorer, open_scorer, score, tokenize
+from selfsteer.store.journal import Journal
+from selfsteer.training.scoring import (
+    Scorer,
+    open_scorer,
+    prefix_lengths,
+    prefixes,
+    score,
+    score_missing,
+    scores,
+    tokenize,
+)
 
 FLOAT32 = Training(dtype="float32")
 
@@ -70,6 +81,33 @@ def test_the_key_of_a_score_is_over_what_is_scored(policy: Policy):
 def test_a_cut_off_completion_is_scored_without_end_token(policy: Policy):
     with open_scorer(policy, FLOAT32) as scorer:
         assert tokenize(pair(1, finish="length"), scorer.prompts).chosen[-1] != END_ID
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(1, (1,)), (8, (8,)), (9, (8, 9)), (130, (8, 32, 128, 130)), (2048, (8, 32, 128, 512, 2048))]
+)
+def test_a_response_is_scored_up_to_every_edge_that_it_goes_beyond(tokens: int, expected: tuple[int, ...]):
+    assert prefix_lengths(tokens, (8, 32, 128, 512)) == expected
+
+
+def test_beginnings_are_scored_as_responses_of_their_own_would_be(policy: Policy, tmp_path: Path):
+    prompts = Prompts(load_tokenizer(policy.model))
+    scorer = Scorer(checkpoint(Path(policy.model)), policy, prompts, FLOAT32)
+    with Journal(tmp_path) as journal:
+        group = scorer.group([pair(7), pair(7, chosen="Yes.")], (2, 5))
+        assert group.key != scorer.group([pair(7), pair(7, chosen="Yes.")]).key
+        score_missing(scorer, [group], journal, description="prefixes", total=1)
+        found = prefixes(journal, group)
+        assert len(found) == 2
+        for item, both in zip(group.pairs, found, strict=True):
+            for mine, scored in zip((item.chosen, item.rejected), both, strict=True):
+                ids = prompts.response_ids(mine, item.prompt)
+                assert [each.tokens for each in scored] == [*(edge for edge in (2, 5) if edge < len(ids)), len(ids)]
+                for part in scored:
+                    cut = replace(mine, token_ids=ids[: part.tokens])
+                    alone = scorer.group([replace(item, chosen=cut, rejected=cut)])
+                    score_missing(scorer, [alone], journal, description="alone", total=1)
+                    assert scores(journal, alone)[0].chosen.logps == pytest.approx(part.logps, rel=1e-5)
 
 
 def test_order_and_micro_batches(policy: Policy):

@@ -36,11 +36,6 @@ class _Probabilities(NamedTuple):
     bad: float
 
 
-def prefix_lengths(tokens: int) -> tuple[int, ...]:
-    """Where a response of so many tokens is scored: its `Prefixes`. Edges that grow fourfold cost a third of it again."""
-    return (*(edge for edge in EDGES if edge < tokens), tokens)
-
-
 def headroom(queries: Sequence[Answers]) -> Headroom | None:
     """Over all queries, as a whole and by position; None of no query."""
     if not queries:

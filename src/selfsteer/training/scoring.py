@@ -21,11 +21,10 @@ import math
 import os
 import shutil
 import sys
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, groupby, islice
+from itertools import accumulate, chain, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ from selfsteer import runtime
 from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device, position_limit
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy, Training
-from selfsteer.records import Checkpoint, Pair
+from selfsteer.records import Checkpoint, Pair, Scored
 from selfsteer.runtime import progress, raise_if_stopped, stop_requested
 from selfsteer.store import columns
 from selfsteer.store.columns import pair_row
@@ -53,6 +52,8 @@ class Group(NamedTuple):
 
     key: str
     pairs: Sequence[Pair]
+    edges: tuple[int, ...] = ()
+    """Of each response the beginnings of so many tokens are scored, too (`prefixes`)."""
 
 
 class Scorer(NamedTuple):
@@ -66,9 +67,9 @@ class Scorer(NamedTuple):
     launcher: Launcher = Launcher()
     """Whose processes score."""
 
-    def group(self, pairs: Sequence[Pair]) -> Group:
+    def group(self, pairs: Sequence[Pair], edges: tuple[int, ...] = ()) -> Group:
         """The pairs under a key of what determines their log-probabilities."""
-        content = {
+        content: dict[str, Any] = {
             "schema": SCHEMA_VERSION,
             "model": self.model.digest,
             "prompts": self.prompts.digest,
@@ -76,7 +77,7 @@ class Scorer(NamedTuple):
             "prefix_sharing": self.training.prefix_sharing,
             "pairs": [_identity(pair) for pair in pairs],
         }
-        return Group(key=digest(content), pairs=pairs)
+        return Group(digest(content | ({"edges": edges} if edges else {})), pairs, edges)
 
     def by_query(self, pairs: Iterable[Pair]) -> Iterator[Group]:
         """The pairs of each query, which stand next to each other, as a group."""
@@ -115,6 +116,25 @@ def scores(journal: Journal, group: Group) -> list[Pair]:
     """The group's pairs with the journalled log-probabilities, in their order."""
     found = journal.get(group.key)["scores"]
     return [_scored(pair, numbers) for pair, numbers in zip(group.pairs, found, strict=True)]
+
+
+class Prefixes(NamedTuple):
+    """Both responses of a pair, scored up to each of the group's edges that they go beyond, and last as a whole."""
+
+    chosen: tuple[Scored, ...]
+    rejected: tuple[Scored, ...]
+
+
+def prefixes(journal: Journal, group: Group) -> list[Prefixes]:
+    """The journalled log-probabilities of a group with edges, pair by pair."""
+    return [
+        Prefixes(*(tuple(Scored(*each) for each in side) for side in pair)) for pair in journal.get(group.key)["prefixes"]
+    ]
+
+
+def prefix_lengths(tokens: int, edges: Sequence[int]) -> tuple[int, ...]:
+    """Where a response of so many tokens is scored."""
+    return (*(edge for edge in edges if edge < tokens), tokens)
 
 
 # --- in this process -------------------------------------------------------------------------------------------------------
@@ -167,9 +187,14 @@ def score(scorer: OpenScorer, groups: Iterable[Sequence[Pair]]) -> Iterator[list
     groups: the pairs of a query together, as they are trained. `training.micro_batch_size` queries share a forward pass;
     above one, training (which shuffles) repeats the numbers only up to rounding.
     """
+    for group, found in _score(scorer, (Group("", pairs) for pairs in groups)):
+        yield [_scored(pair, _whole(each)) for pair, each in zip(group.pairs, found, strict=True)]
+
+
+def _score(scorer: OpenScorer, groups: Iterable[Group]) -> Iterator[tuple[Group, list[Prefixes]]]:
     model, prompts, training = scorer
     positions = position_limit(model.config)
-    tokens = ((pairs, share_prompts([tokenize(pair, prompts, positions) for pair in pairs])) for pairs in groups)
+    tokens = ((group, share_prompts([tokenize(pair, prompts, positions) for pair in group.pairs])) for group in groups)
     first = next(tokens, None)
     if first is None:
         return
@@ -180,33 +205,45 @@ def score(scorer: OpenScorer, groups: Iterable[Sequence[Pair]]) -> Iterator[list
 
 
 def _score_batch(
-    model: PreTrainedModel, groups: Sequence[tuple[Sequence[Pair], Rows]], packing: Packing
-) -> Iterator[list[Pair]]:
-    batch = to_device(packing([row for _, group in groups for row in group.rows]), model.device)
+    model: PreTrainedModel, groups: Sequence[tuple[Group, Rows]], packing: Packing
+) -> Iterator[tuple[Group, list[Prefixes]]]:
+    batch = to_device(packing([row for _, rows in groups for row in rows.rows]), model.device)
+    lengths = [
+        prefix_lengths(len(completion), group.edges)
+        for group, rows in groups
+        for row in rows.rows
+        for completion in row.completions
+    ]
+    # The model sums what the layout takes for a completion: the parts between the edges.
+    parts = [end - start for ends in lengths for start, end in pairwise((0, *ends))]
+    batch["layout"] = replace(batch["layout"], tokens=tuple(parts))
     with torch.no_grad():
         logps: list[float] = model(**batch).tolist()
     if not all(map(math.isfinite, logps)):
         raise ValueError(
-            f"{model.config.name_or_path}: log-probabilities that are not finite, at query {groups[0][0][0].query_id} or"
-            " next to it. Look at the model's weights, or set training.dtype=float32"
+            f"{model.config.name_or_path}: log-probabilities that are not finite, at query"
+            f" {groups[0][0].pairs[0].query_id} or next to it. Look at the model's weights, or set training.dtype=float32"
         )
-    numbers = list(zip(logps, batch["layout"].tokens, strict=True))
+    summed = iter(logps)
+    numbers = [tuple(map(Scored, accumulate(islice(summed, len(ends))), ends)) for ends in lengths]
     start = 0
-    for pairs, group in groups:
-        yield [
-            _scored(pair, (*numbers[start + chosen], *numbers[start + rejected]))
-            for pair, chosen, rejected in zip(pairs, group.chosen, group.rejected, strict=True)
-        ]
-        start += sum(len(row.completions) for row in group.rows)
+    for group, rows in groups:
+        places = zip(rows.chosen, rows.rejected, strict=True)
+        yield group, [Prefixes(numbers[start + chosen], numbers[start + rejected]) for chosen, rejected in places]
+        start += sum(len(row.completions) for row in rows.rows)
 
 
 Numbers = tuple[float, int, float, int]
 """What the journal keeps of a scored pair: log-probability and tokens of the chosen response, and of the rejected one."""
 
 
-def _numbers(pair: Pair) -> Numbers:
-    chosen, rejected = pair.chosen.score, pair.rejected.score
+def _whole(found: Prefixes) -> Numbers:
+    chosen, rejected = found.chosen[-1], found.rejected[-1]
     return chosen.logps, chosen.tokens, rejected.logps, rejected.tokens
+
+
+def _record(group: Group, found: Sequence[Prefixes]) -> dict[str, Any]:
+    return {"prefixes": found} if group.edges else {"scores": [_whole(each) for each in found]}
 
 
 def _scored(pair: Pair, numbers: Numbers) -> Pair:
@@ -223,19 +260,9 @@ def score_into(
     journal: Journal, groups: Iterable[Group], how: tuple[Policy, Training], advance: Callable[[int], None]
 ) -> None:
     """Score every group and append it to the journal; returns early when a signal asked to stop, with all of it durable."""
-    keys: deque[str] = deque()
     with open_scorer(*how) as scorer:
-        found = score(scorer, _until_stopped(groups, keys))
-        journal.fill(((keys.popleft(), {"scores": [_numbers(pair) for pair in scored]}) for scored in found), advance)
-
-
-def _until_stopped(groups: Iterable[Group], keys: deque[str]) -> Iterator[Sequence[Pair]]:
-    """The pairs of each group; keys notes whose turn it is, because scoring may read ahead."""
-    for key, pairs in groups:
-        if stop_requested():
-            return
-        keys.append(key)
-        yield pairs
+        scored = _score(scorer, takewhile(lambda _: not stop_requested(), groups))
+        journal.fill(((group.key, _record(group, found)) for group, found in scored), advance)
 
 
 # --- in several processes --------------------------------------------------------------------------------------------------
@@ -271,8 +298,9 @@ def score_shared(groups: Iterable[Group], journal: Journal, scoring: Scoring, la
     folder = _folder(journal)
     make_folder(folder)
     with (folder / _GROUPS).open("wb") as file:
-        for key, pairs in groups:
-            file.write(canonical_json({"key": key, "pairs": [pair_row(pair) for pair in pairs]}) + b"\n")
+        for key, pairs, edges in groups:
+            line = {"key": key, "pairs": [pair_row(pair) for pair in pairs], "edges": edges}
+            file.write(canonical_json(line) + b"\n")
     job = {
         "policy": scoring.policy.model_dump(mode="json"),
         "training": scoring.training.model_dump(mode="json"),
@@ -321,7 +349,7 @@ def _share(folder: Path, rank: int, count: int) -> Iterator[Group]:
         for number, line in enumerate(lines):
             if number % count == rank:
                 group = json.loads(line)
-                yield Group(group["key"], [columns.pair(row) for row in group["pairs"]])
+                yield Group(group["key"], [columns.pair(row) for row in group["pairs"]], tuple(group["edges"]))
 
 
 if __name__ == "__main__":
