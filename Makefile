@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/selfsteer run recipes/quickstart.yaml
+	$(BIN)/selfsteer run quickstart
 
 # A process a core; ONLY=... runs a part of them, JOBS=0 all in one process.
 JOBS ?= auto

@@ -55,7 +55,7 @@ def golden(folder: Path) -> dict[str, Any]:
     policy = tiny_model_dir(folder / "policy", max_positions=2048)
     os.chdir(ROOT)
     run = folder / "golden"
-    selfsteer.run("recipes/quickstart.yaml", f"policy.model={policy}", f"output={run}", *OVERRIDES)
+    selfsteer.run("quickstart", f"policy.model={policy}", f"output={run}", *OVERRIDES)
     columns: dict[str, str] = {}
     for file in sorted(run.rglob("*.parquet")):
         table = pq.read_table(file)

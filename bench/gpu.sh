@@ -19,7 +19,7 @@ piece() {
     step-1b) "$PYTHON" bench/trainer.py --random 1b --queries 16 --micro 4 --steps 4 --cases bf16 "bf16 LoRA" ;;
     step-8b) "$PYTHON" bench/trainer.py --random 8b --queries 8 --micro 2 --steps 4 --cases "bf16 LoRA" ;;
     sampler) "$PYTHON" bench/sampler.py ;;
-    run) "$PYTHON" -m selfsteer run recipes/quickstart.yaml "output=$OUT/quickstart" training.micro_batch_size=8 ;;
+    run) "$PYTHON" -m selfsteer run quickstart "output=$OUT/quickstart" training.micro_batch_size=8 ;;
     *) echo "no piece $1" >&2; return 2 ;;
   esac
 }

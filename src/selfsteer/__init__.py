@@ -1,7 +1,7 @@
 """selfsteer: align a chat model without human labels, by Self-Steering Optimization (arXiv 2410.17131).
 
 import selfsteer
-metrics = selfsteer.run("recipes/quickstart.yaml", "queries.limit=48")
+metrics = selfsteer.run("quickstart", "queries.limit=48")
 """
 
 from __future__ import annotations

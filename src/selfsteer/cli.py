@@ -30,11 +30,16 @@ log = logging.getLogger(__name__)
 app = typer.Typer(
     help="Align a chat model without human labels, by Self-Steering Optimization (arXiv 2410.17131).",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # `main` decides what a person sees of an exception
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="The recipe: a YAML file, or one that comes along, such as quickstart.", show_default=False
+    ),
+]
 
 Overrides = Annotated[
     list[str] | None,

@@ -13,7 +13,7 @@ from selfsteer.recipe import sections
 from selfsteer.records import Dropped, Query
 from selfsteer.store.durable import digest
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "data" / "quickstart-queries.jsonl"
+QUICKSTART = "shipped:quickstart-queries.jsonl"
 
 
 def read(path: Path, **settings: object) -> list[Query | Dropped]:

@@ -29,6 +29,7 @@ from selfsteer.models import checkpoint, load_model, load_tokenizer, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import EngineSection, OpenAISection, TransformersSection, VllmSection
 from selfsteer.recipe.sections import Policy
+from selfsteer.recipe.shipped import located
 from selfsteer.records import Adapter, Checkpoint
 
 if "SELFSTEER_VLLM_PYTHON" not in os.environ:
@@ -39,7 +40,7 @@ VLLM_PYTHON = os.environ["SELFSTEER_VLLM_PYTHON"]
 
 NEW_TOKENS = 24
 LIMIT = 512
-QUERIES = Path(__file__).parents[2] / "recipes/data/quickstart-queries.jsonl"
+QUERIES = "shipped:quickstart-queries.jsonl"
 START_SECONDS, END_SECONDS = 1200, 120
 """Limits that allow for a busy machine."""
 CACHE_BYTES = 2**28
@@ -82,7 +83,7 @@ def prompts(policy: Checkpoint) -> Prompts:
 
 @pytest.fixture(scope="module")
 def wanted(prompts: Prompts) -> list[Request]:
-    lines = QUERIES.read_text(encoding="utf-8").splitlines()[:12]
+    lines = Path(located(QUERIES)).read_text(encoding="utf-8").splitlines()[:12]
     conversations = [({"role": "user", "content": json.loads(line)["query"]},) for line in lines]
     sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
     return [

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfsteer.recipe import shipped
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Lora, Recipe, Sampled, describe, dump, load
 from selfsteer.recipe.text import RecipeError, kinds_of
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = [shipped.recipe_file(name) for name in shipped.names()]
 SMALLEST = {"policy": {"model": "some/model"}, "queries": {"path": "queries.jsonl"}}
 
 
@@ -45,6 +46,26 @@ def test_recipes_are_shipped():
         "qwen2-7b",
         "ultrafeedback-cpu",
     ]
+
+
+def test_a_bare_name_is_a_recipe_that_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Anywhere; a file of that name goes before it, and what there is not is answered with what there is."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load("quickstart")
+    assert recipe.queries.path == "shipped:questions.jsonl"
+    assert Path(shipped.located(recipe.queries.path)).is_file()
+    assert recipe.output == "runs/quickstart", "below the current folder"
+    with pytest.raises(FileNotFoundError, match=r"quikstart: no such recipe file. With the package come quickstart, "):
+        load("quikstart")
+    (tmp_path / "quickstart").write_text("policy:\n  model: mine\nqueries:\n  path: queries.jsonl\n")
+    assert load("quickstart").policy.model == "mine"
+
+
+def test_every_file_that_a_recipe_names_comes_along():
+    named = [path for recipe in map(load, RECIPES) for path in (recipe.queries.path, recipe.principles.path) if path]
+    found = [shipped.located(path) for path in named if path.startswith(shipped.SHIPPED)]
+    assert len(found) >= 4
+    assert all(Path(path).is_file() for path in found)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

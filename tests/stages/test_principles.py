@@ -13,6 +13,7 @@ import pytest
 
 from selfsteer.data.queries import make_query
 from selfsteer.recipe import sections
+from selfsteer.recipe.shipped import located
 from selfsteer.records import Principles, Query
 from selfsteer.stages.principles import (
     Attempt,
@@ -414,7 +415,7 @@ def test_checks_travel_through_a_sealed_row_and_an_added_concision_pair():
 
 @pytest.mark.parametrize("name", ["house-style", "checked-principles"])
 def test_shipped_principle_files_carry_checks(name: str):
-    file = Path(__file__).parents[2] / "recipes" / "data" / f"{name}.jsonl"
+    file = Path(located(f"shipped:{name}.jsonl"))
     pool = load_pool(source(source="file", path=str(file)))
     assert pool.pairs
     assert all(pair.checks for pair in pool.pairs)

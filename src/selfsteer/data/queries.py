@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from selfsteer.data import files
 from selfsteer.data.files import Row, check_source, is_blank, keys_in_words, read_chat, source_rows, with_system
 from selfsteer.recipe import sections
+from selfsteer.recipe.shipped import located
 from selfsteer.records import Dropped, Message, Query
 from selfsteer.store.durable import digest
 
@@ -28,10 +29,11 @@ def read_queries(section: sections.Queries) -> Iterator[Query | Dropped]:
     Stops after `section.limit` passing queries. Raises ValueError, naming file and line, for anything that is not a
     readable file with text or chat messages in `section.column`.
     """
-    check_source(section.path, "queries.path")
+    source = located(section.path)
+    check_source(source, "queries.path")
     columns = (section.column, *files.SYSTEM_COLUMNS, *files.OTHER_COLUMNS)
     seen: set[int] = set()
-    for row in source_rows(section.path, columns, split=section.split):
+    for row in source_rows(source, columns, split=section.split):
         if section.column not in row.fields:
             raise ValueError(
                 f"{row.place} has no {section.column!r}; found {keys_in_words(row.columns)}. Rename the column or set "
@@ -51,7 +53,7 @@ def read_queries(section: sections.Queries) -> Iterator[Query | Dropped]:
 
 def source_digest(section: sections.Queries) -> str:
     """Digest of the file; of a hub data set only the name is known."""
-    return files.source_digest(section.path)
+    return files.source_digest(located(section.path))
 
 
 def fold(text: str) -> str:

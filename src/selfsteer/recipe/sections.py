@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from selfsteer.recipe import text
+from selfsteer.recipe import shipped, text
 from selfsteer.recipe.engines import DTypeName, EngineSection, TransformersSection, runs_already
 from selfsteer.recipe.gates import parse, unmeasured
 from selfsteer.recipe.text import RecipeError, Section
@@ -672,12 +672,13 @@ class Recipe(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, with `dotted.key=value` overrides applied before anything is checked.
+    """Read a recipe, with `dotted.key=value` overrides applied before anything is checked.
 
+    path: a file, or the bare name of a recipe that comes with the package (`shipped.names`).
     Values of overrides are YAML. Raises FileNotFoundError and `RecipeError`, which has one line a mistake: file and line or
     "command line", dotted key, what was given and what was expected.
     """
-    path = Path(path)
+    path = shipped.recipe_file(path)
     data, lines = text.read_yaml(path)
     given = [text.parse_override(override) for override in overrides]
     for override in given:

@@ -29,6 +29,7 @@ from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe import sections
 from selfsteer.recipe.engines import context_limit, sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
+from selfsteer.recipe.shipped import located
 from selfsteer.records import Dropped, Message, Principles, Query
 from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, share_of_round
 from selfsteer.store import columns
@@ -91,7 +92,7 @@ def load_pool(section: sections.PrincipleSource) -> Pool:
         pairs = _only(library(), section.qualities)[: section.limit]
         return Pool(pairs=pairs, own={}, source="library", concision=section.concision)
     assert section.path is not None, "the recipe refuses source: file without a path"
-    pairs, own = _read_file(Path(section.path))
+    pairs, own = _read_file(Path(located(section.path)))
     return Pool(pairs=_only(pairs, section.qualities)[: section.limit], own=own, source="file", concision=section.concision)
 
 
@@ -315,7 +316,7 @@ def principles_stage(round: Round) -> Stage:
     section = round.recipe.principles
     inputs = inputs_of(round) | {"queries": reading.source_digest(round.recipe.queries)}
     if section.path is not None:
-        inputs["principles"] = file_digest(Path(section.path))
+        inputs["principles"] = file_digest(Path(located(section.path)))
     settings = {
         "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds"}),
         "principles": section.model_dump(exclude={"path", "engine", "limit", "wrap"}),
