@@ -1,0 +1,250 @@
+"""The command: parses, calls one function, prints what it returns, turns errors into messages and exit statuses.
+
+Exit statuses: 0 done; 2 something the user can mend (recipe, data, model, run folder, disk); 128 + signal number when
+stopped; 1 a defect, with its traceback. Torch and transformers are imported by the commands that need them, so that the
+others answer at once. Results go to stdout, everything else to stderr.
+"""
+
+import logging
+import os
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from selfsteer.cli import measuring
+from selfsteer.cli.arguments import Overrides, PairsFile, RecipeFile, print_dropped
+from selfsteer.recipe import sections as recipes
+from selfsteer.runtime import Interrupted, graceful_stop
+
+if TYPE_CHECKING:
+    from selfsteer.stages.status import Status
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    help="Align a chat model without human labels, by Self-Steering Optimization (arXiv 2410.17131).",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,  # `main` decides what a person sees of an exception
+)
+ExportFormat = Literal["trl", "llamafactory", "parquet", "jsonl"]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"selfsteer {version('selfsteer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more, and show the traceback of every error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    _configure_logging(verbose=verbose)
+
+
+@app.command()
+def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run the whole pipeline, or continue it where it stopped; output=DIR names the run folder."""
+    resolved = recipes.load(recipe, overrides or ())
+    with graceful_stop():
+        from selfsteer import pipeline
+        from selfsteer.report.verdict import print_verdict
+
+        print_verdict(pipeline.run(resolved))
+
+
+@app.command()
+def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Print the resolved recipe: every setting, its description, and what differs from the default."""
+    typer.echo(recipes.describe(recipes.load(recipe, overrides or ())), nl=False)
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]) -> None:
+    """Show the stages of a run, its counts and drops, and what comes next."""
+    from selfsteer.stages.status import status as status_of
+
+    _print_status(status_of(run))
+
+
+@app.command()
+def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Align a model on a preference dataset made elsewhere."""
+    resolved = recipes.load(recipe, overrides or ())
+    with graceful_stop():
+        from selfsteer.given import train_pairs
+        from selfsteer.report.verdict import print_verdict
+
+        print_verdict(train_pairs(pairs, resolved))
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    arms: Annotated[str, typer.Option(metavar="A,B,...", help="What to compare; docs/quality.md lists them.")] = "pbaa,sso",
+    seeds: Annotated[str | None, typer.Option(metavar="N,M,...", help="The seeds; the recipe's when left out.")] = None,
+) -> None:
+    """Make preference data in several ways on the same queries, and compare it on held-out ones."""
+    resolved = recipes.load(recipe, overrides or ())
+    numbers = [resolved.seed] if seeds is None else [_seed(text) for text in seeds.split(",")]
+    with graceful_stop():
+        from selfsteer import compare as comparing
+        from selfsteer.report.comparison import comparison_tables
+        from selfsteer.report.tables import table_text
+
+        result = comparing.compare(resolved, [name.strip() for name in arms.split(",")], numbers)
+        for table in comparison_tables(result):
+            typer.echo(table_text(table) + "\n")
+        typer.echo(f"comparison  {Path(resolved.output) / 'comparison.html'}, comparison.md, comparison.json")
+
+
+@app.command("report")
+def print_report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A run folder, or the folder of a comparison.", show_default=False)
+    ],
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the plots of a run there, as SVG and PNG, instead.", show_default=False),
+    ] = None,
+) -> None:
+    """Print all tables of a run; or make the page and the tables of a comparison again, from its numbers."""
+    if (folder / "comparison.json").exists():
+        if figures is not None:
+            raise ValueError(f"--figures: {folder} is a comparison; name the folder of one of its runs")
+        from selfsteer.report.comparison import write_comparison_page
+
+        write_comparison_page(folder)
+        typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
+        return
+    from selfsteer.report.tables import print_run, read_metrics
+
+    metrics = read_metrics(folder)
+    if figures is None:
+        print_run(metrics)
+        return
+    from selfsteer.report.page import write_run_figures
+
+    for path in write_run_figures(metrics, figures):
+        typer.echo(path)
+
+
+def _seed(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"--seeds: {text!r} is not a whole number")
+    return int(text)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a preference dataset.", show_default=False)],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    format: Annotated[ExportFormat, typer.Option(help="What will read it.")],
+    keep_truncated: Annotated[
+        bool, typer.Option("--keep-truncated", help="Also pairs with a cut-off response, in columns that say so.")
+    ] = False,
+    round: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Of a run: this round's pairs, not the last that were aligned on.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write the preference pairs of a run for the program that trains on them, with a dataset card."""
+    from selfsteer.data import exchange
+
+    found = exchange.export(run, to, format, keep_truncated=keep_truncated, round=round)
+    if found.warning is not None:
+        log.warning("%s", found.warning)
+    if keep_truncated:
+        log.warning("cut-off responses are among the pairs: a trainer that puts an end token there teaches to stop early")
+    typer.echo(f"wrote {found.written:,} pairs to {to}")
+    print_dropped(found.dropped, found.written)
+    typer.echo(f"use them with  {found.command}")
+
+
+app.add_typer(measuring.app)
+
+
+# ---- printing -------------------------------------------------------------------------------------------------------
+
+
+def _print_status(found: "Status") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from selfsteer.report.tables import duration
+
+    colours = {"sealed": "green", "partial": "yellow", "waiting": "dim"}
+    table = Table(title=Text(found["run"]), title_justify="left")
+    for heading in ("round", "stage", "state", "kept", "wanted", "dropped", "time"):
+        table.add_column(
+            heading, justify="right" if heading in {"round", "kept", "wanted", "time"} else "left", overflow="fold"
+        )
+    for stage in found["stages"]:
+        drops = ", ".join(f"{count:,} {reason}" for reason, count in sorted(stage["dropped"].items(), key=lambda d: -d[1]))
+        table.add_row(
+            str(stage["round"]),
+            Text(stage["name"]),
+            Text(stage["state"], style=colours[stage["state"]]),
+            _count(stage["kept"]),
+            _count(stage["wanted"]),
+            Text(drops),
+            "-" if stage["seconds"] is None else duration(stage["seconds"]),
+        )
+    console = Console()
+    console.print(table)
+    console.print(Text(f"next: {found['next']}"))
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+# ---- logging and errors ---------------------------------------------------------------------------------------------
+
+
+def _configure_logging(*, verbose: bool) -> None:
+    """Our own messages from INFO up, everyone else's from WARNING up, on stderr."""
+    # Read when the libraries are first imported, which is why they are not set through their own functions.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if verbose else "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "warning" if verbose else "error")
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
+    else:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars for loading and writing weights
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
+    logging.getLogger("selfsteer").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    try:
+        app(prog_name="selfsteer")
+    except Interrupted as stopped:
+        print(f"{stopped}:\n  {shlex.join(['selfsteer', *sys.argv[1:]])}", file=sys.stderr)
+        sys.exit(stopped.exit_status)
+    except (ValueError, OSError) as error:
+        log.debug("the error in full", exc_info=error)
+        print(f"selfsteer: error: {error}", file=sys.stderr)
+        sys.exit(2)

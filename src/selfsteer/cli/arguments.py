@@ -1,0 +1,95 @@
+"""Arguments and options that several commands take, and what several of them print."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+log = logging.getLogger(__name__)
+
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="The recipe: a YAML file, or one that comes along, such as quickstart.", show_default=False
+    ),
+]
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings that replace the recipe's, such as generator.beta=0.2.", show_default=False
+    ),
+]
+
+PairsFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PAIRS",
+        help="A preference dataset (prompt, chosen, rejected): a file, a run folder, or hub:NAME.",
+        show_default=False,
+    ),
+]
+
+TemplateArguments = Annotated[
+    str | None,
+    typer.Option(
+        metavar="YAML",
+        help="Arguments of the models' chat template, such as '{enable_thinking: false}'.",
+        show_default=False,
+    ),
+]
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file or package:NAME, as policy.model in a recipe."),
+]
+
+EngineFile = Annotated[
+    Path | None,
+    typer.Option(metavar="YAML", help="A file with a section engine, as in a recipe; the embedded engine when left out."),
+]
+
+JudgeName = Annotated[
+    str | None,
+    typer.Option(metavar="JUDGE", help="An LLM, a reward model, or a .yaml file with a judge section.", show_default=False),
+]
+
+ChatTemplate = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A Jinja chat template, for a model without.", show_default=False)
+]
+
+Output = Annotated[Path, typer.Option(metavar="DIR", help="Keeps what was answered; the same command goes on from there.")]
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, too.")]
+
+
+def read_template_arguments(text: str | None) -> dict[str, Any]:
+    """Of a chat template, as the option has them."""
+    if text is None:
+        return {}
+    try:
+        return TypeAdapter(dict[str, Any], config=ConfigDict(strict=True)).validate_python(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError):
+        raise ValueError(
+            f"--template-arguments: {text!r}; expected names and values, such as '{{thinking: false}}'"
+        ) from None
+
+
+def write_json(file: Path | None, found: Mapping[str, Any]) -> None:
+    """What a command found, for programs."""
+    if file is not None:
+        import json
+
+        from selfsteer.measures.metrics import plain
+
+        file.write_text(json.dumps(plain(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def print_dropped(dropped: Mapping[str, int], kept: int) -> None:
+    """Nothing is left out without a word."""
+    if dropped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        log.warning("dropped %s of %s: %s", f"{sum(dropped.values()):,}", f"{kept + sum(dropped.values()):,}", reasons)
