@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # What a card must show, in pieces of under ten minutes each; nothing is fetched. Give the pieces by name; all of them if none.
 #
-#   bench/gpu.sh [tests] [step] [step-1b] [step-8b] [sampler] [run]
+#   bench/gpu.sh [tests] [step] [step-1b] [step-8b] [sampler] [run] [compare]
 #
-# PYTHON: the interpreter (python3); OUT: a folder for logs.
+# PYTHON: the interpreter (python3); OUT: a folder for logs; QUERIES: for compare, a file with prompts. It stops after nine
+# minutes with status 143 until it is done: ask for it again, and it goes on.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -20,6 +21,9 @@ piece() {
     step-8b) "$PYTHON" bench/trainer.py --random 8b --queries 8 --micro 2 --steps 4 --cases "bf16 LoRA" ;;
     sampler) "$PYTHON" bench/sampler.py ;;
     run) "$PYTHON" -m selfsteer run quickstart "output=$OUT/quickstart" training.micro_batch_size=8 ;;
+    compare) timeout --preserve-status --signal TERM "${SECONDS_EACH:-540}" "$PYTHON" -m selfsteer compare comparison-gpu \
+      "queries.path=${QUERIES:?names no file}" "output=$OUT/comparison" --seeds 0,1,2 \
+      --arms "${ARMS:-pbaa,sso,sso_greedy,equation_3,sft_only,cooler,slower,faster,gamma_1,dpop}" ;;
     *) echo "no piece $1" >&2; return 2 ;;
   esac
 }
@@ -28,7 +32,7 @@ failed=0
 for name in "${@:-tests step step-1b step-8b sampler run}"; do
   for each in $name; do
     echo "== $each"
-    piece "$each" 2>&1 | tee "$OUT/$each.log" || failed=1
+    piece "$each" 2>&1 | tee "$OUT/$each.log" || failed=$?
   done
 done
 exit $failed

@@ -40,6 +40,7 @@ def test_recipes_are_shipped():
     assert [path.stem for path in RECIPES] == [
         "authors-qwen2-7b",
         "comparison-cpu",
+        "comparison-gpu",
         "house-style",
         "llama3-8b",
         "quickstart",
