@@ -18,7 +18,7 @@ FLOORS = (
     {"stages"},
     {"report"},
     {"pipeline"},
-    {"compare", "given", "evaluate", "rewards"},
+    {"compare", "given", "evaluate", "rewards", "doctor"},
     {"cli", "__init__"},
     {"__main__"},
 )

@@ -112,7 +112,7 @@ _PAYS = 1.3
 def cpu_products() -> Products:
     """Measured once for this CPU and torch, and kept in the cache, so that a run that is continued computes as it began."""
     name = {"cpu": _cpu_name(), "torch": torch.__version__}
-    kept = _cache() / f"products-{digest(name)[:16]}.json"
+    kept = cache_folder() / f"products-{digest(name)[:16]}.json"
     with suppress(OSError, ValueError, TypeError):
         return Products(**read_object(kept)["gflops"])
     products = Products(*map(_product_rate, (torch.float32, torch.bfloat16)))
@@ -459,7 +459,8 @@ def _package_folders(package: str) -> list[str]:
     return folders or []
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where converted models and measured rates are kept: SELFSTEER_CACHE, or below the home folder."""
     return Path(os.environ.get("SELFSTEER_CACHE", Path.home() / ".cache" / "selfsteer"))
 
 
@@ -476,7 +477,7 @@ def _from_gguf(file: Path) -> Path:
         raise FileNotFoundError(f"policy.model: {file} does not exist")
     refuse_pointer(file)
     header = llamacpp.read_header(file)
-    folder = _cache() / "models" / f"{file.stem}-{file_digest(file)[:12]}-v{_CONVERSION}"
+    folder = cache_folder() / "models" / f"{file.stem}-{file_digest(file)[:12]}-v{_CONVERSION}"
     if folder.is_dir():
         return folder
     tokenizer = _gguf_tokenizer(header)

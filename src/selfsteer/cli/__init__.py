@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from selfsteer.cli import measuring
-from selfsteer.cli.arguments import Overrides, PairsFile, RecipeFile, print_dropped
+from selfsteer.cli.arguments import Json, Overrides, PairsFile, RecipeFile, print_dropped, tell
 from selfsteer.recipe import sections as recipes
 from selfsteer.runtime import Interrupted, graceful_stop
 
 if TYPE_CHECKING:
+    from selfsteer.doctor import Finding
     from selfsteer.stages.status import Status
 
 log = logging.getLogger(__name__)
@@ -68,11 +70,31 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]) -> None:
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)], json: Json = None
+) -> None:
     """Show the stages of a run, its counts and drops, and what comes next."""
     from selfsteer.stages.status import status as status_of
 
-    _print_status(status_of(run))
+    found = status_of(run)
+    tell(found, json, lambda: _print_status(found))
+
+
+@app.command()
+def doctor(
+    engine_python: Annotated[
+        str | None,
+        typer.Option(metavar="PYTHON", help="The interpreter of vLLM's environment (engine.python).", show_default=False),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Look at this machine: libraries, devices, memory, disk, engines, with fixes; status 2 where a run would fail."""
+    from selfsteer import doctor as examining
+
+    findings = examining.examine(engine_python)
+    tell({"findings": [each._asdict() for each in findings]}, json, lambda: _print_findings(findings))
+    if examining.broken(findings):
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -176,6 +198,18 @@ app.add_typer(measuring.app)
 
 
 # ---- printing -------------------------------------------------------------------------------------------------------
+
+
+def _print_findings(findings: "Sequence[Finding]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "missing": "dim", "broken": "bold red"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for what, state, found, fix in findings:
+        table.add_row(Text(what), Text(state, style=colours[state]), Text(f"{found}\n-> {fix}" if fix else found))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
 def _print_status(found: "Status") -> None:

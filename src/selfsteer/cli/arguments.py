@@ -1,7 +1,7 @@
 """Arguments and options that several commands take, and what several of them print."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +63,12 @@ ChatTemplate = Annotated[
 
 Output = Annotated[Path, typer.Option(metavar="DIR", help="Keeps what was answered; the same command goes on from there.")]
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, too.")]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write everything there, too; - prints it, and nothing else.", show_default=False
+    ),
+]
 
 
 def read_template_arguments(text: str | None) -> dict[str, Any]:
@@ -78,14 +83,21 @@ def read_template_arguments(text: str | None) -> dict[str, Any]:
         ) from None
 
 
-def write_json(file: Path | None, found: Mapping[str, Any]) -> None:
-    """What a command found, for programs."""
-    if file is not None:
-        import json
+def tell(found: Mapping[str, Any], file: Path | None, show: Callable[[], None]) -> None:
+    """Show what was found to a person, and write all of it to a file; for "-" print it for a program, and nothing else."""
+    if file is None:
+        show()
+        return
+    import json
 
-        from selfsteer.measures.metrics import plain
+    from selfsteer.measures.metrics import plain
 
-        file.write_text(json.dumps(plain(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(plain(found), indent=2, ensure_ascii=False, allow_nan=False)
+    if file == Path("-"):
+        typer.echo(text)
+        return
+    show()
+    file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def print_dropped(dropped: Mapping[str, int], kept: int) -> None:

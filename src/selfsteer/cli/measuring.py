@@ -15,7 +15,7 @@ from selfsteer.cli.arguments import (
     TemplateArguments,
     print_dropped,
     read_template_arguments,
-    write_json,
+    tell,
 )
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.runtime import graceful_stop
@@ -37,6 +37,7 @@ def measure(
         ),
     ] = None,
     template_arguments: TemplateArguments = None,
+    json: Json = None,
 ) -> None:
     """Measure a preference dataset: on-policy probability, margins, lengths, overlap, and a judge's accuracy."""
     with graceful_stop():
@@ -44,7 +45,7 @@ def measure(
         from selfsteer.report.tables import print_measures
 
         found = measure_pairs(pairs, policy, judge, read_template_arguments(template_arguments))
-        print_measures(found)
+        tell(found, json, lambda: print_measures(found))
         print_dropped(found.get("dropped", {}), found.get("pairs", 0))
 
 
@@ -108,8 +109,8 @@ def evaluate(
             if name is not None
         ]
         found = evaluating.evaluate_models(policies, section, evaluating.read_engine(engine), judge, output)
-        print_evaluation(found, f"Evaluation of {model}" + (f" against {before}" if before else ""))
-        write_json(json, found)
+        title = f"Evaluation of {model}" + (f" against {before}" if before else "")
+        tell(found, json, lambda: print_evaluation(found, title))
 
 
 @app.command("compare-answers")
@@ -144,8 +145,7 @@ def compare_answers(
             (evaluating.read_engine(engine), judge),
             output,
         )
-        print_evaluation(found, f"{a} against {b}")
-        write_json(json, found)
+        tell(found, json, lambda: print_evaluation(found, f"{a} against {b}"))
 
 
 @app.command()
@@ -221,9 +221,12 @@ def reward_bench(
 
         settings = rewards.RewardSettings(max_tokens=max_tokens, dtype=dtype)
         found = rewards.reward_bench(model, data, output, settings)
-        for name, benchmark in found.items():
-            print_reward_bench(benchmark, name)
-        write_json(json, found)
+
+        def show() -> None:
+            for name, benchmark in found.items():
+                print_reward_bench(benchmark, name)
+
+        tell(found, json, show)
 
 
 def _weight(text: str) -> float:
