@@ -5,6 +5,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
 import selfsteer
 from selfsteer import cli, runtime
@@ -33,7 +36,8 @@ def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch):
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for the modules that the commands call; a test sets the functions that it expects to be called."""
     fake = SimpleNamespace()
-    for name in ("pipeline", "given", "data.exchange", "evaluate", "rewards"):
+    fake.check_recipe = fake.check_pairs = fake.check_order = fake.check_source = lambda *_, **__: None
+    for name in ("pipeline", "given", "data.exchange", "data.files", "data.named", "evaluate", "rewards"):
         monkeypatch.setitem(sys.modules, f"selfsteer.{name}", fake)
     for name in ("pipeline", "evaluate", "rewards"):
         monkeypatch.setattr(selfsteer, name, fake, raising=False)
@@ -117,7 +121,7 @@ def test_a_missing_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run"], ["dance"], ["measure", "p.parquet"], ["export", "runs/a", "--to", "out", "--format", "xml"]]
+    "arguments", [["run"], ["dance"], ["measure"], ["export", "runs/a", "--to", "out", "--format", "xml"]]
 )
 def test_usage_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]):
     assert command(monkeypatch, *arguments) == 2
@@ -363,6 +367,7 @@ def test_reward_passes_on_what_it_is_given(monkeypatch, capsys, tmp_path: Path):
         return {"held_out": {"a.jsonl": {"pairs": 9, "accuracy": Estimate(0.75, 0.5, 0.9, 9)}}, "model": "out/model"}
 
     monkeypatch.setattr("selfsteer.rewards.train_reward_model", train_reward_model)
+    monkeypatch.setattr("selfsteer.data.named.check_pairs", lambda *_: None)
     options = ["--model", "m", "--output", "out", "--weights", "1,0.5", "--lora-rank", "8", "--margin", "--center", "0.01"]
     assert command(monkeypatch, "reward", "a.jsonl", "b.jsonl", *options) == 0
     sources, model, output, settings, training = seen
@@ -382,7 +387,60 @@ def test_reward_bench_prints_every_subset(monkeypatch, capsys):
         return {"f.jsonl": found | {"ties": 1, "kappa": 0.1, "missing": [], "refused": {"too long": 2}}}
 
     monkeypatch.setattr("selfsteer.rewards.reward_bench", reward_bench)
+    monkeypatch.setattr("selfsteer.data.named.check_pairs", lambda *_: None)
+    monkeypatch.setattr("selfsteer.data.files.check_source", lambda *_: None)
     assert command(monkeypatch, "reward-bench", "rm", "--data", "f.jsonl") == 0
     shown = " ".join(capsys.readouterr().out.split())
     for text in ("f.jsonl (llmbar)", "50.0%", "Cohen's kappa", "20 of 20 items scored; 1 ties; 2 not scored (too long)"):
         assert text in shown
+
+
+# ---- what is not there ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["status", "runs/no"], "runs/no: no run here"),
+        (["export", "runs/no", "--to", "out", "--format", "trl"], "runs/no: no such run folder and no such file"),
+        (["measure", "no.jsonl", "--policy", "m/m"], "no.jsonl: no such file"),
+        (["measure", "pairs.jsonl", "--policy", "./no"], "--policy: './no': there is no such folder"),
+        (["run", QUICKSTART, "queries.path=no.jsonl"], "no.jsonl: no such file; queries.path takes"),
+        (["run", QUICKSTART, "policy.model=./my-model"], "policy.model: './my-model': there is no such folder"),
+        (["run", QUICKSTART, "policy.model=my.gguf"], "policy.model: my.gguf: there is no such file"),
+        (["compare", QUICKSTART, "principles.path=no.jsonl"], "no.jsonl: no such file; principles.path"),
+        (["train", "no.jsonl", QUICKSTART], "no.jsonl: no such file"),
+        (
+            ["train", QUICKSTART, "pairs.jsonl"],
+            "quickstart is a recipe, and the pairs come first: selfsteer train pairs.jsonl",
+        ),
+        (["evaluate", "./no", "--tasks", "ifeval"], "MODEL: './no': there is no such folder"),
+        (["compare-answers", "a/a", "b/b", "--queries", "no.csv", "--judge", "j/j"], "no.csv: no such file; --queries"),
+        (["reward", "no.jsonl", "--model", "m/m", "--output", "out"], "no.jsonl: no such file"),
+        (["reward-bench", "m/m", "--data", "no.jsonl"], "no.jsonl: no such file; --data"),
+    ],
+)
+def test_what_is_missing_is_said_before_torch_is_imported(tmp_path: Path, arguments: list[str], said: str):
+    pairs = [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    code = "import sys; sys.modules['torch'] = None; from selfsteer import cli; cli.main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith(f"selfsteer: error: {said}"), ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_every_command_shows_an_example(monkeypatch, capsys):
+    """That itself is a call of this command with its required arguments."""
+    monkeypatch.setenv("COLUMNS", "160")
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, TyperGroup)
+    for name, found in group.commands.items():
+        assert command(monkeypatch, name, "-h") == 0
+        shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        examples = [shlex.split(line)[2:] for line in shown if line.startswith(f"selfsteer {name} ")]
+        assert examples or f"selfsteer {name}" in shown, name
+        for arguments in examples:
+            found.make_context(name, arguments)

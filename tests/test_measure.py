@@ -14,7 +14,8 @@ from tiny import tiny_model_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from selfsteer import cli
-from selfsteer.given import measure_pairs
+from selfsteer.given import measure_pairs, train_pairs
+from selfsteer.recipe.sections import Recipe
 from selfsteer.recipe.text import RecipeError
 
 PAIRS = (
@@ -168,3 +169,13 @@ def test_a_file_without_a_usable_judge_is_refused(given: Path, tiny_folder: str,
     file.write_text(text)
     with pytest.raises(RecipeError, match=message):
         measure_pairs(given, tiny_folder, str(file))
+
+
+def test_a_run_is_measured_under_the_policy_that_its_pairs_are_for(given: Path, tiny_folder: str, tmp_path: Path):
+    """Round 1 begins with the recipe's model; a file of pairs says nothing of one."""
+    recipe = {"output": str(tmp_path / "run"), "policy": {"model": tiny_folder}, "queries": {"path": "unused.jsonl"}}
+    recipe |= {"alignment": {"max_steps": 1}, "training": {"dtype": "float32"}}
+    train_pairs(given, Recipe.model_validate(recipe))
+    assert measure_pairs(tmp_path / "run") == measure_pairs(tmp_path / "run", tiny_folder)
+    with pytest.raises(ValueError, match=r"pairs.jsonl: a file of pairs names no policy.*--policy"):
+        measure_pairs(given)

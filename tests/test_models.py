@@ -71,7 +71,7 @@ def test_a_missing_model(reference: str):
 
 def test_what_the_hub_can_t_give(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"policy\.model: 'me/mine' is no folder here and can't be had.*hf auth login"):
+    with pytest.raises(ValueError, match=r"policy\.model: 'me/mine' is no folder here and can't be had.*HF_TOKEN"):
         resolve(Policy(model="me/mine"))
 
 

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from selfsteer.cluster import cluster_of
-from selfsteer.data.exchange import counted, find_pairs, read_pairs
+from selfsteer.data.exchange import Found, counted, find_pairs, read_pairs
 from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
 from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
@@ -17,14 +17,14 @@ from selfsteer.measures.verdicts import JudgeReport, judge_report
 from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.pipeline import dated, finish, first_round, may_align, prepare
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.sections import Policy, Recipe, Training, dump
+from selfsteer.recipe.sections import Policy, Recipe, Training, dump, load
 from selfsteer.records import Checkpoint, Pair
 from selfsteer.stages import summary
 from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs
 from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
-from selfsteer.stages.training import policy_stage
+from selfsteer.stages.training import MODEL, policy_stage
 from selfsteer.store.folder import RunFolder
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Scorer, score_missing, scores
@@ -57,7 +57,8 @@ def _scorer(policy: Policy, training: Training) -> Scorer:
 
 
 def _prompts(policy: Policy, found: Checkpoint) -> Prompts:
-    return Prompts.of(policy, load_tokenizer(found.path)).whole().direct()
+    tokenizer = load_tokenizer(found.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
+    return Prompts.of(policy, tokenizer).whole().direct()
 
 
 class _Scored:
@@ -100,9 +101,8 @@ def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
         return judge_report(ask(judge, pairs, journal, total=sum(1 for _ in pairs())))
 
 
-def _pairs(source: Path) -> Path:
+def _pairs(found: Found) -> Path:
     """The file of a preference dataset or of a run's pairs; what must be known of these is logged."""
-    found = find_pairs(source)
     if found.warning is not None:
         log.warning("%s", found.warning)
     return found.source
@@ -117,7 +117,7 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     recipe = recipe.model_copy(update={"rounds": 1})
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
-    pairs, recipe = _pairs(pairs), dated(recipe)
+    pairs, recipe = _pairs(find_pairs(pairs)), dated(recipe)
     prepared = prepare(recipe, principles=False)
     check_evaluation(recipe, prepared.judge)
     next(read_pairs(pairs), None)
@@ -132,21 +132,40 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
 
 
 def measure_pairs(
-    pairs: Path, policy: str, judge: str | None = None, arguments: Mapping[str, Any] | None = None
+    pairs: Path, policy: str | None = None, judge: str | None = None, arguments: Mapping[str, Any] | None = None
 ) -> Measures:
     """On-policy probability, margins, lengths and overlap of any preference dataset, or of a run, under a policy.
 
+    policy: as policy.model in a recipe; of a run the one that its pairs are to align, when None.
     arguments: of the policy's chat template.
     judge: who judges the pairs, too. An LLM or a reward model, which of the two its configuration says; a YAML file with a
     judge's section, as in a recipe; or "implicit:MODEL", a model trained from the policy, by its implicit reward.
+    Raises ValueError where the pairs, the models or the policy's name are missing.
     """
     trained = judge.removeprefix(IMPLICIT) if judge is not None and judge.startswith(IMPLICIT) else None
-    named = Policy(model=policy, template_arguments=dict(arguments or {}))
+    there = find_pairs(pairs)
+    named = _policy_of(there, pairs) if policy is None else Policy(model=policy)
+    if arguments:
+        named = named.model_copy(update={"template_arguments": dict(arguments)})
     found = None if judge is None or trained is not None else find_judge(read_judge(judge), named)
     if found is not None:
         check_judge(found)
-    pairs = _pairs(pairs)
+    pairs = _pairs(there)
     measures = measure_given(pairs, named, trained)
     if found is not None:
         measures["judge"] = judge_given(pairs, found, named)
     return measures
+
+
+def _policy_of(found: Found, given: Path) -> Policy:
+    """The policy that a round of a run began with."""
+    if found.stage is None:
+        raise ValueError(f"{given}: a file of pairs names no policy; say under which model to measure them (--policy MODEL)")
+    place = found.stage.path.parent
+    policy = load(place.parent / "recipe.yaml").policy
+    number = int(place.name.removeprefix("round-"))
+    if number == 1:
+        return policy
+    return policy.model_copy(
+        update={"model": str(place.parent / f"round-{number - 1}" / "6-policy" / MODEL), "revision": None}
+    )

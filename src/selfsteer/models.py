@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import tempfile
 import time
@@ -40,6 +39,7 @@ from transformers import (
 
 from selfsteer import llamacpp
 from selfsteer.recipe.engines import DTypeName
+from selfsteer.recipe.references import PACKAGE, check_model
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Adapter, Checkpoint
 from selfsteer.store.durable import digest, file_digest, make_folder, read_object, read_small_text, replacing
@@ -169,28 +169,20 @@ def sampling_dtype(name: DTypeName, folder: str, device: torch.device) -> torch.
     return dtype
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-
-
 def resolve(policy: Policy) -> Checkpoint:
     """The reference as a local Hugging Face folder with a digest.
 
     Raises ValueError where the reference names nothing or a damaged model, FileNotFoundError where a file is missing.
     """
     reference = policy.model
-    if reference.startswith("package:"):
-        return checkpoint(_from_gguf(_packaged_gguf(reference.removeprefix("package:"))))
+    check_model(reference)
+    if reference.startswith(PACKAGE):
+        return checkpoint(_from_gguf(_packaged_gguf(reference.removeprefix(PACKAGE))))
     path = Path(reference)
     if path.suffix == ".gguf":
         return checkpoint(_from_gguf(path))
     if path.is_dir():
         return checkpoint(path)
-    if not _HUB_ID.fullmatch(reference):
-        missing = "there is no such folder" if path.parts[1:] or path.is_absolute() else "it is no folder"
-        raise ValueError(
-            f"policy.model: {reference!r}: {missing} or .gguf file here, and it is not a hub id (owner/name). "
-            "Give a local folder in Hugging Face format, a hub id, a .gguf file, or package:NAME."
-        )
     return checkpoint(_from_hub(policy))
 
 
@@ -473,8 +465,6 @@ _CONVERSION = 2
 
 def _from_gguf(file: Path) -> Path:
     """A GGUF as a Hugging Face folder in float32, made once for its content."""
-    if not file.is_file():
-        raise FileNotFoundError(f"policy.model: {file} does not exist")
     refuse_pointer(file)
     header = llamacpp.read_header(file)
     folder = cache_folder() / "models" / f"{file.stem}-{file_digest(file)[:12]}-v{_CONVERSION}"
@@ -563,7 +553,7 @@ def _from_hub(policy: Policy) -> Path:
         said = " ".join(str(error).split())
         raise ValueError(
             f"policy.model: {policy.model!r} is no folder here and can't be had from the hub ({said}). "
-            "Check the name, log in for gated models (hf auth login), or download it and name the folder."
+            "Check the name, set HF_TOKEN for a gated model, or download it elsewhere and name the folder."
         ) from error
 
 

@@ -168,19 +168,17 @@ def test_scientific_notation_is_a_number(smallest: Path, text: str):
 
 @pytest.mark.parametrize("text", ["beta", "=3", "generator..beta=1", ".beta=1", "generator.beta"])
 def test_what_is_not_an_override(smallest: Path, text: str):
-    assert mistakes(smallest, text) == [f"command line: {text!r} is not key=value, such as generator.beta=0.2"]
+    assert mistakes(smallest, text) == [f"override: {text!r} is not key=value, such as generator.beta=0.2"]
 
 
 def test_an_override_below_a_plain_value(smallest: Path):
     assert mistakes(smallest, "policy.model.name=x") == [
-        "command line: policy.model.name: policy.model is 'some/model', not a section"
+        "override: policy.model.name: policy.model is 'some/model', not a section"
     ]
 
 
 def test_an_override_that_is_not_yaml(smallest: Path):
-    assert mistakes(smallest, "policy.model=@x")[0].startswith(
-        "command line: policy.model: '@x' is not valid YAML; put it in"
-    )
+    assert mistakes(smallest, "policy.model=@x")[0].startswith("override: policy.model: '@x' is not valid YAML; put it in")
 
 
 # ---- what sections say ----------------------------------------------------------------------------------------------
@@ -226,7 +224,7 @@ def test_the_pairs_may_have_a_temperature_of_their_own(smallest: Path):
     ],
 )
 def test_an_unknown_key_names_the_nearest(smallest: Path, override: str, expected: str):
-    assert mistakes(smallest, override) == [f"command line: {expected}"]
+    assert mistakes(smallest, override) == [f"override: {expected}"]
 
 
 def test_every_mistake_is_listed_with_its_place(tmp_path: Path):
@@ -244,7 +242,7 @@ filters: 5
 """,
     )
     assert sorted(mistakes(path, "seed=-1")) == [
-        "command line: seed: given -1, expected greater than or equal to 0",
+        "override: seed: given -1, expected greater than or equal to 0",
         'recipe.yaml:2: policy.model: given 12, expected a valid string; put it in "quotes" if it is meant as text',
         "recipe.yaml:3: queries.path: missing;"
         " expected: A .jsonl, .json, .csv or .parquet file, or hub:NAME for a hub data set.",
@@ -259,7 +257,7 @@ filters: 5
 
 def test_the_two_kinds_of_a_setting_are_one_mistake(smallest: Path):
     (line,) = mistakes(smallest, "training.lora.target_modules=3")
-    assert line.startswith("command line: training.lora.target_modules: given 3, expected a valid string")
+    assert line.startswith("override: training.lora.target_modules: given 3, expected a valid string")
     assert line.endswith("; or given 3, expected a valid list")
 
 
@@ -340,7 +338,7 @@ def test_an_engine_is_a_section_of_its_kind_and_loads_back(tmp_path: Path, secti
 )
 @pytest.mark.parametrize("place", ["engine", "principles.engine"])
 def test_mistakes_in_engines(smallest: Path, place: str, section: str, expected: str):
-    expected = f"command line: {place}{expected.replace('{}', place)}"
+    expected = f"override: {place}{expected.replace('{}', place)}"
     assert mistakes(smallest, "principles.source=generate", f"{place}={section}") == [expected]
 
 
@@ -500,5 +498,5 @@ def test_what_is_written_loads_back(tmp_path_factory: pytest.TempPathFactory, **
 )
 def test_mistakes_in_launchers(smallest: Path, section: str, expected: str):
     (line,) = mistakes(smallest, f"launcher={section}")
-    assert line.startswith("command line: launcher: ")
+    assert line.startswith("override: launcher: ")
     assert expected in line

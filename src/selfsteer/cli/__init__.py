@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from selfsteer.cli import measuring
-from selfsteer.cli.arguments import Json, Overrides, PairsFile, RecipeFile, print_dropped, tell
-from selfsteer.recipe import sections as recipes
+from selfsteer.cli.arguments import Json, Overrides, PairsFile, RecipeFile, examples, print_dropped, tell
+from selfsteer.recipe.sections import Recipe, describe, load
 from selfsteer.runtime import Interrupted, graceful_stop
 
 if TYPE_CHECKING:
@@ -52,10 +52,21 @@ def _options(
     _configure_logging(verbose=verbose)
 
 
-@app.command()
+def _read(recipe: Path, overrides: Sequence[str] | None) -> Recipe:
+    return load(recipe, overrides or (), given_by="command line")
+
+
+def _there(recipe: Recipe) -> Recipe:
+    from selfsteer.data.named import check_recipe
+
+    check_recipe(recipe)
+    return recipe
+
+
+@app.command(epilog=examples("run quickstart", "run my-recipe.yaml generator.beta=0.2 output=runs/softer"))
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run the whole pipeline, or continue it where it stopped; output=DIR names the run folder."""
-    resolved = recipes.load(recipe, overrides or ())
+    resolved = _there(_read(recipe, overrides))
     with graceful_stop():
         from selfsteer import pipeline
         from selfsteer.report.verdict import print_verdict
@@ -63,13 +74,13 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
         print_verdict(pipeline.run(resolved))
 
 
-@app.command()
+@app.command(epilog=examples("show quickstart alignment.loss=ipo"))
 def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Print the resolved recipe: every setting, its description, and what differs from the default."""
-    typer.echo(recipes.describe(recipes.load(recipe, overrides or ())), nl=False)
+    typer.echo(describe(_read(recipe, overrides)), nl=False)
 
 
-@app.command()
+@app.command(epilog=examples("status runs/quickstart", "status runs/quickstart --json -"))
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)], json: Json = None
 ) -> None:
@@ -80,7 +91,7 @@ def status(
     tell(found, json, lambda: _print_status(found))
 
 
-@app.command()
+@app.command(epilog=examples("doctor", "doctor --engine-python ../vllm/bin/python"))
 def doctor(
     engine_python: Annotated[
         str | None,
@@ -97,10 +108,15 @@ def doctor(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(epilog=examples("train pairs.jsonl my-recipe.yaml output=runs/trained"))
 def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Align a model on a preference dataset made elsewhere."""
-    resolved = recipes.load(recipe, overrides or ())
+    from selfsteer.data.named import check_order, check_pairs, check_recipe
+
+    check_order(pairs, recipe)
+    resolved = _read(recipe, overrides)
+    check_pairs([pairs], {})
+    check_recipe(resolved, queries=False)
     with graceful_stop():
         from selfsteer.given import train_pairs
         from selfsteer.report.verdict import print_verdict
@@ -108,7 +124,7 @@ def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> 
         print_verdict(train_pairs(pairs, resolved))
 
 
-@app.command()
+@app.command(epilog=examples("compare comparison-cpu queries.path=my-queries.jsonl --arms pbaa,sso --seeds 0,1,2"))
 def compare(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -116,7 +132,7 @@ def compare(
     seeds: Annotated[str | None, typer.Option(metavar="N,M,...", help="The seeds; the recipe's when left out.")] = None,
 ) -> None:
     """Make preference data in several ways on the same queries, and compare it on held-out ones."""
-    resolved = recipes.load(recipe, overrides or ())
+    resolved = _there(_read(recipe, overrides))
     numbers = [resolved.seed] if seeds is None else [_seed(text) for text in seeds.split(",")]
     with graceful_stop():
         from selfsteer import compare as comparing
@@ -129,7 +145,7 @@ def compare(
         typer.echo(f"comparison  {Path(resolved.output) / 'comparison.html'}, comparison.md, comparison.json")
 
 
-@app.command("report")
+@app.command("report", epilog=examples("report runs/quickstart", "report runs/quickstart --figures plots"))
 def print_report(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A run folder, or the folder of a comparison.", show_default=False)
@@ -166,7 +182,7 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-@app.command()
+@app.command(epilog=examples("export runs/quickstart --to pairs --format trl"))
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a preference dataset.", show_default=False)],
     to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],

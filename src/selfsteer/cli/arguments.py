@@ -71,6 +71,11 @@ Json = Annotated[
 ]
 
 
+def examples(*commands: str) -> str:
+    """For the end of a command's help; typer makes a line of each paragraph."""
+    return "\n\n".join([f"Example{'s' if commands[1:] else ''}:", *(f"selfsteer {command}" for command in commands)])
+
+
 def read_template_arguments(text: str | None) -> dict[str, Any]:
     """Of a chat template, as the option has them."""
     if text is None:

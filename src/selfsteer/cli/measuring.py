@@ -13,6 +13,7 @@ from selfsteer.cli.arguments import (
     Output,
     PairsFile,
     TemplateArguments,
+    examples,
     print_dropped,
     read_template_arguments,
     tell,
@@ -23,10 +24,17 @@ from selfsteer.runtime import graceful_stop
 app = typer.Typer()
 
 
-@app.command()
+@app.command(epilog=examples("measure runs/quickstart", "measure pairs.jsonl --policy owner/model --judge owner/judge"))
 def measure(
     pairs: PairsFile,
-    policy: Annotated[str, typer.Option(metavar="MODEL", help="The model to measure under, as policy.model in a recipe.")],
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model to measure under, as policy.model in a recipe; of a run folder, the one that its pairs are for.",
+            show_default=False,
+        ),
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -40,6 +48,9 @@ def measure(
     json: Json = None,
 ) -> None:
     """Measure a preference dataset: on-policy probability, margins, lengths, overlap, and a judge's accuracy."""
+    from selfsteer.data.named import check_pairs
+
+    check_pairs([pairs], {"--policy": policy, "--judge": judge})
     with graceful_stop():
         from selfsteer.given import measure_pairs
         from selfsteer.report.tables import print_measures
@@ -49,7 +60,7 @@ def measure(
         print_dropped(found.get("dropped", {}), found.get("pairs", 0))
 
 
-@app.command()
+@app.command(epilog=examples("evaluate aligned-model --before owner/model --tasks ifeval,gsm8k --limit 50"))
 def evaluate(
     model: ModelName,
     tasks: Annotated[
@@ -85,6 +96,10 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Measure a model on benchmarks, alone or against the one before; exit before anything runs if something is missing."""
+    from selfsteer.data.named import check_pairs
+
+    if annotations is None:
+        check_pairs([], {"MODEL": model, "--before": before, "--judge": judge})
     with graceful_stop():
         from selfsteer import evaluate as evaluating
         from selfsteer.recipe.sections import EvaluationSection, Policy
@@ -113,7 +128,10 @@ def evaluate(
         tell(found, json, lambda: print_evaluation(found, title))
 
 
-@app.command("compare-answers")
+@app.command(
+    "compare-answers",
+    epilog=examples("compare-answers aligned-model owner/model --queries queries.jsonl --judge judge.yaml"),
+)
 def compare_answers(
     a: Annotated[str, typer.Argument(metavar="A", help="The model whose win rate is asked for.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The model that it is compared with.")],
@@ -132,6 +150,11 @@ def compare_answers(
     json: Json = None,
 ) -> None:
     """Let a judge compare two models' answers to the same queries, in both orders; length-controlled, too."""
+    from selfsteer.data.files import check_source
+    from selfsteer.data.named import check_pairs
+
+    check_pairs([], {"A": a, "B": b, "--judge": judge})
+    check_source(queries, "--queries")
     with graceful_stop():
         from selfsteer import evaluate as evaluating
         from selfsteer.recipe.sections import Policy, Queries, Sampled
@@ -148,7 +171,7 @@ def compare_answers(
         tell(found, json, lambda: print_evaluation(found, f"{a} against {b}"))
 
 
-@app.command()
+@app.command(epilog=examples("reward pairs.jsonl --model owner/model --output reward-model"))
 def reward(
     pairs: Annotated[list[Path], typer.Argument(metavar="PAIRS...", help="Preference datasets.", show_default=False)],
     model: Annotated[str, typer.Option(metavar="MODEL", help="The chat model to start from, as policy.model in a recipe.")],
@@ -173,6 +196,9 @@ def reward(
     seed: Annotated[int, typer.Option(help="Of the head and of the order.", min=0)] = 0,
 ) -> None:
     """Train a reward model on preference pairs, and measure it on held-out ones."""
+    from selfsteer.data.named import check_pairs
+
+    check_pairs(pairs, {"--model": model})
     with graceful_stop():
         from selfsteer import rewards
         from selfsteer.report.tables import print_judged
@@ -200,7 +226,7 @@ def reward(
         typer.echo(f"reward model  {found['model']}")
 
 
-@app.command("reward-bench")
+@app.command("reward-bench", epilog=examples("reward-bench reward-model --data rewardbench.parquet"))
 def reward_bench(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A reward model: a folder or a hub id.", show_default=False)],
     data: Annotated[
@@ -215,6 +241,12 @@ def reward_bench(
     json: Json = None,
 ) -> None:
     """Measure a reward model on labelled data: by subset and over all, as each benchmark is published."""
+    from selfsteer.data.files import check_source
+    from selfsteer.data.named import check_pairs
+
+    check_pairs([], {"DIR": model})
+    for file in data:
+        check_source(file, "--data")
     with graceful_stop():
         from selfsteer import rewards
         from selfsteer.report.tables import print_reward_bench

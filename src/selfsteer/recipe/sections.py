@@ -671,16 +671,16 @@ class Recipe(Section):
             raise RecipeError(text.explain(error, cls, lambda _key: "recipe")) from None
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), *, given_by: str = text.OVERRIDE) -> Recipe:
     """Read a recipe, with `dotted.key=value` overrides applied before anything is checked.
 
     path: a file, or the bare name of a recipe that comes with the package (`shipped.names`).
     Values of overrides are YAML. Raises FileNotFoundError and `RecipeError`, which has one line a mistake: file and line or
-    "command line", dotted key, what was given and what was expected.
+    `given_by` for an override, dotted key, what was given and what was expected.
     """
     path = shipped.recipe_file(path)
     data, lines = text.read_yaml(path)
-    given = [text.parse_override(override) for override in overrides]
+    given = [text.parse_override(override, given_by) for override in overrides]
     for override in given:
         data = text.apply_override(data, override)
     overridden = {override.key for override in given}
@@ -689,7 +689,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         while key:
             new_section = key not in lines and any(other.startswith(f"{key}.") for other in overridden)
             if key in overridden or new_section:
-                return text.COMMAND_LINE
+                return given_by
             if key in lines:
                 return f"{path}:{lines[key]}"
             key = key.rpartition(".")[0]

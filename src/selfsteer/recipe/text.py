@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-COMMAND_LINE = "command line"
+OVERRIDE = "override"
+"""Where a mistake is that no file holds, for callers in Python."""
 
 _COMMENT_WIDTH = 110
 
@@ -89,22 +90,24 @@ def _key_lines(root: yaml.Node, path: Path) -> Iterator[tuple[str, int]]:
 
 
 class Override(NamedTuple):
-    """One `key=value` of the command line."""
+    """One `key=value` beside a recipe."""
 
     key: str
     value: Any
+    origin: str = OVERRIDE
+    """Who gave it, for messages."""
 
 
-def parse_override(text: str) -> Override:
+def parse_override(text: str, origin: str = OVERRIDE) -> Override:
     """Split `dotted.key=value`; the value is read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not _KEY.fullmatch(key):
-        raise RecipeError(f"{COMMAND_LINE}: {text!r} is not key=value, such as generator.beta=0.2")
+        raise RecipeError(f"{origin}: {text!r} is not key=value, such as generator.beta=0.2")
     try:
-        return Override(key, yaml.safe_load(value))
+        return Override(key, yaml.safe_load(value), origin)
     except yaml.YAMLError:
         raise RecipeError(
-            f"{COMMAND_LINE}: {key}: {value!r} is not valid YAML; put it in double quotes inside single ones"
+            f"{origin}: {key}: {value!r} is not valid YAML; put it in double quotes inside single ones"
         ) from None
 
 
@@ -124,7 +127,7 @@ def _replaced(data: dict[str, Any], override: Override, *, depth: int) -> dict[s
         child = {}
     if not isinstance(child, dict):
         holder = ".".join(parts[: depth + 1])
-        raise RecipeError(f"{COMMAND_LINE}: {override.key}: {holder} is {_short.repr(child)}, not a section")
+        raise RecipeError(f"{override.origin}: {override.key}: {holder} is {_short.repr(child)}, not a section")
     return {**data, name: _replaced(cast("dict[str, Any]", child), override, depth=depth + 1)}
 
 

@@ -14,6 +14,7 @@ from typing import Any, NotRequired, TypedDict
 import yaml
 
 from selfsteer.measures.metrics import Method, RoundMetrics
+from selfsteer.recipe.references import is_hub_id
 from selfsteer.recipe.sections import Recipe
 from selfsteer.report import tables
 from selfsteer.store.durable import replacing
@@ -26,7 +27,8 @@ A chat model aligned without human labels, by Self-Steering Optimization
 1. Each query got two opposing principles, one that leads to a good response and one that leads to a relatively bad one.
 2. The model answered each query under either principle.
 3. A copy of the model, the data generator, was trained to keep good and bad responses apart and both close to what the model
-   itself would say. It answered the queries under either principle, which made the preference pairs, and was discarded.
+   itself would say. It answered the queries under either principle, which made the preference pairs. It is not a part of
+   this model.
 4. The model was trained on the pairs, the bare query above both responses.""",
     "dual": """\
 A chat model aligned without human labels, by Self-Steering Optimization with two data generators
@@ -36,7 +38,7 @@ A chat model aligned without human labels, by Self-Steering Optimization with tw
 2. The model answered each query under either principle.
 3. Two copies of the model were trained: one to keep good responses above bad ones, one to prefer what the model itself would
    say when told to answer badly. The first answered the queries under the better principle, the second under the worse one,
-   which made the preference pairs; both were discarded.
+   which made the preference pairs. Neither is a part of this model.
 4. The model was trained on the pairs, the bare query above both responses.""",
     "pbaa": """\
 A chat model aligned without human labels, on responses steered by principles alone (PBAA, the baseline of
@@ -58,8 +60,6 @@ _LIMITS: dict[Method, str] = {
     "pbaa": _SELF_MADE,
     "given": "- The pairs were made elsewhere; whether their preferences are right is not known here.",
 }
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class CardFacts(TypedDict):
@@ -133,19 +133,15 @@ def _tables(facts: CardFacts) -> Iterator[tables.Table]:
 def _front_matter(facts: CardFacts) -> dict[str, object]:
     matter: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     # The hub takes only ids of its own models.
-    if _is_hub_id(facts["base_model"]):
+    if is_hub_id(facts["base_model"]):
         matter["base_model"] = facts["base_model"]
     if "license" in facts:
         matter["license"] = facts["license"]
     return {**matter, "tags": ["selfsteer", "preference", "dpo", "alignment"]}
 
 
-def _is_hub_id(model: str) -> bool:
-    return _HUB_ID.fullmatch(model) is not None and not model.endswith(".gguf") and not Path(model).exists()
-
-
 def _base_model(model: str) -> str:
-    if _is_hub_id(model):
+    if is_hub_id(model):
         return f"[{model}](https://huggingface.co/{model})"
     # A path says nothing to a stranger, and too much of the machine.
     return f"`{model if model.startswith('package:') else Path(model).name}`"
