@@ -42,7 +42,7 @@ from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.references import PACKAGE, check_model
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Adapter, Checkpoint
-from selfsteer.store.durable import digest, file_digest, make_folder, read_object, read_small_text, replacing
+from selfsteer.store.durable import digest, file_digest, make_folder, open_to_others, read_object, read_small_text, replacing
 from selfsteer.weights import Stored, check_files, check_fit, refuse_pointer
 
 log = logging.getLogger(__name__)
@@ -486,6 +486,7 @@ def _from_gguf(file: Path) -> Path:
         )
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        open_to_others(unfinished)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

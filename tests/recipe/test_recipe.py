@@ -500,3 +500,15 @@ def test_mistakes_in_launchers(smallest: Path, section: str, expected: str):
     (line,) = mistakes(smallest, f"launcher={section}")
     assert line.startswith("override: launcher: ")
     assert expected in line
+
+
+def test_a_bound_without_its_direction(smallest: Path):
+    assert mistakes(smallest, "quality.gates.accuracy=0.6") == [
+        'override: quality.gates: gate accuracy: given 0.6, expected a bound with its direction, such as ">= 0.6"'
+    ]
+
+
+def test_one_tracker_may_stand_without_a_list(smallest: Path):
+    assert load(smallest, ["training.report_to=wandb"]).training.report_to == ["wandb"]
+    assert load(smallest, ["training.report_to=[wandb, tensorboard]"]).training.report_to == ["wandb", "tensorboard"]
+    assert load(smallest).training.report_to == []

@@ -255,6 +255,20 @@ def test_a_stopped_warm_up_goes_on_as_it_was(tiny: Path, tmp_path: Path, monkeyp
     assert rates(job) == rates(whole)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_others_may_read_the_model_as_the_umask_has_it(umask: int, mode: int, tiny: Path, tmp_path: Path):
+    """safetensors itself writes for the owner alone."""
+    before = os.umask(umask)
+    try:
+        model = Path(train(replace(job_of(tiny, tmp_path), max_steps=1)).model)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in model.iterdir()} == dict.fromkeys(
+        (file.name for file in model.iterdir()), oct(mode)
+    )
+    assert model.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 # --- stops behind the last step, damaged histories -------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -303,7 +303,12 @@ class Training(Section):
     """End a training when unrelated responses have lost more than so many nats (each, on average), and deliver the model of
     the last reading before. Every reading within the bound is then a checkpoint."""
     report_to: list[str] = Field(default_factory=list[str])
-    """Trackers, as transformers names them (tensorboard, wandb, ...)."""
+    """Trackers, as transformers names them (tensorboard, wandb, ...); one may stand without a list."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, given: object) -> object:
+        return [given] if isinstance(given, str) and given else given
 
     @model_validator(mode="after")
     def _bound_is_measured(self) -> Self:
@@ -491,6 +496,14 @@ class Quality(Section):
     stop_when: dict[str, str] = Field(default_factory=dict[str, str])
     """From the second round on, what ends the rounds with the policy of the round before, such as drift_on_policy: "< 0 at
     95%" (its whole interval); any one that holds does. Names and bounds are those of gates."""
+
+    @field_validator("gates", "stop_when", mode="before")
+    @classmethod
+    def _bounds_have_a_direction(cls, gates: object) -> object:
+        for name, bound in cast("dict[object, object]", gates).items() if isinstance(gates, dict) else ():
+            if isinstance(bound, int | float):
+                raise ValueError(f'gate {name}: given {bound}, expected a bound with its direction, such as ">= {bound}"')
+        return cast(object, gates)
 
     @field_validator("gates", "stop_when")
     @classmethod

@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 
+def open_to_others(folder: Path) -> None:
+    """Give a folder and the files in it the modes that the umask allows; some libraries write for their owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.iterdir():
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
+
+
 def canonical_json(value: object) -> bytes:
     """The one UTF-8 JSON text of a value: sorted keys, no spaces. Mappings must have string keys.
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from selfsteer.models import mark_exact, restore_dropout
 from selfsteer.records import Saving
-from selfsteer.store.durable import sync
+from selfsteer.store.durable import open_to_others, sync
 from selfsteer.training import checkpoints
 
 log = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ def whole_folder(folder: Path) -> Generator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     with checkpoints.writing(unfinished):
         yield unfinished
+    open_to_others(unfinished)
     for file in unfinished.iterdir():
         sync(file)
     sync(unfinished)
