@@ -502,7 +502,8 @@ class Quality(Section):
     def _bounds_have_a_direction(cls, gates: object) -> object:
         for name, bound in cast("dict[object, object]", gates).items() if isinstance(gates, dict) else ():
             if isinstance(bound, int | float):
-                raise ValueError(f'gate {name}: given {bound}, expected a bound with its direction, such as ">= {bound}"')
+                way_out = f'expected a bound with its direction, such as ">= {bound}"'
+                raise ValueError(f"gate {name}: given {bound}, {way_out}")  # noqa: TRY004 (for pydantic a wrong value)
         return cast(object, gates)
 
     @field_validator("gates", "stop_when")
