@@ -78,8 +78,8 @@ def curve(job: TrainingJob) -> list[tuple[float, float]]:
     return [(step["loss"], step["grad_norm"]) for step in read_history(Path(job.output) / "history.jsonl")]
 
 
-def run(recipe: dict[str, Any]) -> Any:
-    return selfsteer.run(Recipe.model_validate(recipe))
+def run(recipe: dict[str, Any], *, replace: bool = False) -> Any:
+    return selfsteer.run(Recipe.model_validate(recipe), replace=replace)
 
 
 def rows(run_folder: Path, stage: str, number: int = 1) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def test_usage_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     "error", [ValueError("queries.jsonl: line 3 has no 'query'"), OSError(28, "No space left", "a.jsonl")]
 )
 def test_what_the_user_can_mend_has_no_traceback(monkeypatch, capsys, pipeline, error: Exception):
-    def run(_recipe: Recipe) -> dict[str, object]:
+    def run(_recipe: Recipe, **_: object) -> dict[str, object]:
         raise error
 
     pipeline.run = run
@@ -143,7 +143,7 @@ def test_what_the_user_can_mend_has_no_traceback(monkeypatch, capsys, pipeline, 
 def test_a_defect_keeps_its_traceback(monkeypatch, pipeline):
     """Python prints it and exits with 1."""
 
-    def run(_recipe: Recipe) -> dict[str, object]:
+    def run(_recipe: Recipe, **_: object) -> dict[str, object]:
         raise ZeroDivisionError
 
     pipeline.run = run
@@ -154,7 +154,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch, pipeline):
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_to_continue(monkeypatch, capsys, pipeline, signum: signal.Signals, status: int):
-    def run(_recipe: Recipe) -> dict[str, object]:
+    def run(_recipe: Recipe, **_: object) -> dict[str, object]:
         os.kill(os.getpid(), signum)
         runtime.raise_if_stopped()
         raise AssertionError("the signal was not seen")
@@ -189,7 +189,7 @@ def metrics(output: str) -> dict[str, object]:
 
 def test_run_prints_the_verdict(monkeypatch, capsys, pipeline):
     given: list[Recipe] = []
-    pipeline.run = lambda recipe: given.append(recipe) or metrics(recipe.output)
+    pipeline.run = lambda recipe, **_: given.append(recipe) or metrics(recipe.output)
     assert command(monkeypatch, "run", QUICKSTART, "seed=7") == 0
     assert given == [load(QUICKSTART, ["seed=7"])]
     printed = capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_run_prints_the_verdict(monkeypatch, capsys, pipeline):
 
 def test_train_and_measure_pass_on_what_they_are_given(monkeypatch, capsys, pipeline):
     given: list[object] = []
-    pipeline.train_pairs = lambda pairs, recipe: given.append((pairs, recipe)) or metrics("runs/trained")
+    pipeline.train_pairs = lambda pairs, recipe, **_: given.append((pairs, recipe)) or metrics("runs/trained")
     pipeline.measure_pairs = lambda *arguments: given.append(arguments) or {"pairs": 4321}
     assert command(monkeypatch, "train", "pairs.jsonl", QUICKSTART, "seed=3") == 0
     options = ("--policy", "some/model", "--judge", "other/model", "--template-arguments", "{thinking: false}")
@@ -283,7 +283,7 @@ def test_messages_go_to_stderr_and_others_chatter_nowhere(tmp_path: Path):
 import logging, sys, types, warnings
 import selfsteer
 from selfsteer import cli
-def run(recipe):
+def run(recipe, **_):
     logging.getLogger("selfsteer.stage").info("kept 812 of 1,000")
     logging.getLogger("selfsteer.stage").debug("not shown")
     logging.getLogger("httpx").info("not shown")

@@ -243,7 +243,7 @@ def test_a_changed_temperature_makes_new_samples_and_keeps_the_old(copy: Path, r
     caplog.set_level("INFO")
     old = {stage: samples(copy, stage) for stage in ("2-responses", "5-preferences")}
     principles = manifest(copy, "1-principles")
-    run(recipe_of(copy, {"responses.temperature": 1.3}))
+    run(recipe_of(copy, {"responses.temperature": 1.3}), replace=True)
     assert manifest(copy, "1-principles") == principles
     for stage, earlier in old.items():
         now = samples(copy, stage)
@@ -251,14 +251,17 @@ def test_a_changed_temperature_makes_new_samples_and_keeps_the_old(copy: Path, r
         assert len(now) == len(set(now)) > len(earlier)
     assert "responses" in caplog.text, "a changed setting is said"
     again = {stage: samples(copy, stage) for stage in old}
-    run(recipe_of(copy))
+    run(recipe_of(copy), replace=True)
     assert samples(copy, "2-responses") == again["2-responses"], "and back: the first samples are still there"
 
 
 def test_the_original_response_has_a_sampling_of_its_own(copy: Path, recipe_of: RecipeOf, tiny_folder: str):
     """Greedily: y_o is what the policy finds most probable, token by token; y+ and y- are those of before."""
     before, old = rows(copy, "2-responses"), samples(copy, "2-responses")
-    run(recipe_of(copy, {"responses.original": {"temperature": 0}, "generator.max_steps": 1, "alignment.max_steps": 1}))
+    run(
+        recipe_of(copy, {"responses.original": {"temperature": 0}, "generator.max_steps": 1, "alignment.max_steps": 1}),
+        replace=True,
+    )
     now = rows(copy, "2-responses")
     assert len(samples(copy, "2-responses")) == len(old) + len(QUERIES), "one new sample a query"
     assert [[row["good"], row["bad"]] for row in now] == [[row["good"], row["bad"]] for row in before]
@@ -275,7 +278,7 @@ def test_wrapped_principles_steer_and_are_shown_bare(copy: Path, recipe_of: Reci
     """Every steered prompt has the sentence, of the samples and of the training; the principles stay as they are."""
     before = {row["query_id"]: row["principles"] for row in rows(copy, "1-principles")}
     old = samples(copy, "2-responses")
-    run(recipe_of(copy, {"principles.wrap": True, "generator.max_steps": 1, "alignment.max_steps": 1}))
+    run(recipe_of(copy, {"principles.wrap": True, "generator.max_steps": 1, "alignment.max_steps": 1}), replace=True)
     for row in rows(copy, "1-principles"):
         wrapped = row["principles"]
         assert wrapped == {**before[row["query_id"]], "wrap": wrapped["wrap"]}
@@ -298,7 +301,7 @@ def test_without_an_original_response_its_sampling_changes_nothing(recipe_of: Re
 
 def test_a_changed_alignment_rate_reuses_everything_before_it(copy: Path, recipe_of: RecipeOf):
     before = contents(copy)
-    run(recipe_of(copy, {"alignment.learning_rate": 2e-3}))
+    run(recipe_of(copy, {"alignment.learning_rate": 2e-3}), replace=True)
     after = contents(copy)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert changed
@@ -313,7 +316,7 @@ def test_reordered_and_inserted_queries_reuse_their_samples(copy: Path, recipe_o
     path.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
     before = {row["query_id"]: row for row in rows(copy, "2-responses")}
     old = samples(copy, "2-responses")
-    run(recipe_of(copy, {"queries.path": str(path)}))
+    run(recipe_of(copy, {"queries.path": str(path)}), replace=True)
     now = samples(copy, "2-responses")
     assert now[: len(old)] == old
     assert len(now) == len(old) + 3
@@ -345,7 +348,7 @@ def test_without_a_generator_the_policy_s_own_pairs_align_it(recipe_of: RecipeOf
 
 def test_a_run_that_gives_up_its_generator_shows_nothing_of_it(copy: Path, recipe_of: RecipeOf):
     """The folder still has the stages of before; the metrics are those of this recipe."""
-    (this,) = run(recipe_of(copy, {"generator.kind": "none", "alignment.max_steps": 1}))["rounds"]
+    (this,) = run(recipe_of(copy, {"generator.kind": "none", "alignment.max_steps": 1}), replace=True)["rounds"]
     assert not {"generator", "steering", "comparison"} & this.keys()
     assert not {"3-steering", "4-generator"} & this["stages"].keys()
 
@@ -369,7 +372,7 @@ def test_a_run_that_gives_up_its_generator_shows_nothing_of_it(copy: Path, recip
 def test_every_loss_trains_generator_and_policy(loss: str, objective: str, copy: Path, recipe_of: RecipeOf):
     changes = {"generator.loss": loss, "alignment.loss": loss, "generator.objective": objective, "generator.max_steps": 2}
     before = samples(copy, "2-responses")
-    found = run(recipe_of(copy, {**changes, "alignment.max_steps": 2, "quality.sample": 1}))
+    found = run(recipe_of(copy, {**changes, "alignment.max_steps": 2, "quality.sample": 1}), replace=True)
     assert samples(copy, "2-responses") == before
     kinds = {"sso": ["l_plus", "l_minus"], "equation_3": ["l_plus", "l_minus"]}.get(objective, [objective])
     steering = rows(copy, "3-steering")
@@ -382,7 +385,9 @@ def test_every_loss_trains_generator_and_policy(loss: str, objective: str, copy:
 
 @OLD_NAME
 def test_lora_ends_in_a_merged_folder(copy: Path, recipe_of: RecipeOf, tiny_folder: str):
-    found = run(recipe_of(copy, {"training.lora": {"rank": 4}, "generator.max_steps": 2, "alignment.max_steps": 2}))
+    found = run(
+        recipe_of(copy, {"training.lora": {"rank": 4}, "generator.max_steps": 2, "alignment.max_steps": 2}), replace=True
+    )
     for stage in ("4-generator", "6-policy"):
         folder = copy / "round-1" / stage / "model"
         assert not [file.name for file in folder.iterdir() if "adapter" in file.name]
@@ -393,7 +398,7 @@ def test_lora_ends_in_a_merged_folder(copy: Path, recipe_of: RecipeOf, tiny_fold
 
 def test_a_second_round_starts_from_the_first_one_s_policy(copy: Path, recipe_of: RecipeOf):
     before = contents(copy)
-    found = run(recipe_of(copy, {"rounds": 2}))
+    found = run(recipe_of(copy, {"rounds": 2}), replace=True)
     assert before.items() <= contents(copy).items(), "the first round is reused"
     assert len(found["rounds"]) == 2
     first, second = ([row["good"]["text"] for row in rows(copy, "2-responses", number)] for number in (1, 2))
@@ -433,7 +438,10 @@ def test_every_row_is_kept_or_dropped_with_a_reason(recipe_of: RecipeOf, tmp_pat
 
 def test_filters_are_counted_and_named(copy: Path, recipe_of: RecipeOf):
     """Of 300 tokens some responses are cut off: their queries go no further, each with that reason."""
-    run(recipe_of(copy, {"responses.max_new_tokens": 300, "filters.truncated": "drop", "generator.max_steps": 1}))
+    run(
+        recipe_of(copy, {"responses.max_new_tokens": 300, "filters.truncated": "drop", "generator.max_steps": 1}),
+        replace=True,
+    )
     cut = {
         row["query_id"]
         for row in rows(copy, "2-responses")
@@ -544,13 +552,14 @@ def test_scores_follow_the_chat_template_not_its_path(given: Path, recipe_of: Re
     found: list[list[float]] = []
     for greeting in ("Hi.", "Write a story."):
         template.write_text(greeting + CHAT_TEMPLATE)
-        train_pairs(given, recipe)
+        train_pairs(given, recipe, replace=True)
         found.append([row["ref_chosen_logps"] for row in rows(tmp_path / "run", "5-preferences")])
     assert all(one != two for one, two in zip(*found, strict=True))
     moved = tmp_path / "moved.jinja"
     template.rename(moved)
     before = samples(tmp_path / "run", "5-preferences")
-    train_pairs(given, recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"chat_template": str(moved)})}))
+    elsewhere = recipe.policy.model_copy(update={"chat_template": str(moved)})
+    train_pairs(given, recipe.model_copy(update={"policy": elsewhere}))
     assert samples(tmp_path / "run", "5-preferences") == before, "a path is no part of what determines a score"
 
 

@@ -6,11 +6,11 @@ are against PBAA, query by query. Over several seeds, queries and seeds are cros
 other queries and other seeds would do. The estimates of each seed stand beside it, with intervals over queries alone.
 """
 
+import dataclasses
 import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -44,7 +44,7 @@ from selfsteer.stages.quality import JudgeName, quality_stage, read_verdicts
 from selfsteer.stages.status import GAIN, method_of
 from selfsteer.stages.training import policy_stage
 from selfsteer.store import columns
-from selfsteer.store.folder import RunFolder
+from selfsteer.store.folder import RunFolder, lenders
 
 log = logging.getLogger(__name__)
 
@@ -289,21 +289,26 @@ def _average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> ComparisonResult:
-    """Every arm under every seed, in run folders below recipe.output that lend each other what they have in common."""
+def compare(
+    recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], *, replace: bool = False, borrow: Sequence[Path] = ()
+) -> ComparisonResult:
+    """Every arm under every seed, in run folders below recipe.output that lend each other what they have in common.
+
+    replace, borrow: as of `pipeline.run`; a comparison lends all its runs.
+    """
     check_arms(recipe, arms, seeds)
     recipe = dated(recipe)
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
     runs: dict[str, list[ArmRun]] = {name: [] for name in arms}
-    finished: list[RunFolder] = []
+    finished: list[RunFolder] = list(lenders(borrow))
     with cluster_of(recipe), RunFolder(recipe.output) as owned:
         for seed in seeds:
             for name in arms:
                 if name != "base":
                     log.info("arm %s, seed %d", name, seed)
                     arm = arm_recipe(recipe, name, seed)
-                    runs[name].append(_run_arm(name, arm, prepared, tuple(finished)))
+                    runs[name].append(_run_arm(name, arm, prepared, tuple(finished), replace=replace))
                     finished.append(RunFolder(arm.output))
         result = summarize(recipe, runs, seeds)
         write_comparison(owned.path, result)
@@ -311,11 +316,15 @@ def compare(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Compar
     return result
 
 
-def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lenders: tuple[RunFolder, ...]) -> ArmRun:
+def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lending: tuple[RunFolder, ...], *, replace: bool) -> ArmRun:
     """The data of one arm and, where the recipe says so, a policy aligned on it; its measures on the held-out queries."""
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        round = replace(first_round(folder, recipe, prepared), lenders=lenders, held_out_only=not recipe.compare.align)
+        first = first_round(folder, recipe, prepared)
+        held_out_only = not recipe.compare.align
+        round = dataclasses.replace(
+            first, lenders=lending, held_out_only=held_out_only, replace=replace, within=folder.path.parent
+        )
         method = "given" if name == "given" else method_of(recipe)
         if method == "given":
             preferences = given_stage(round, Path(cast(str, recipe.compare.given)))

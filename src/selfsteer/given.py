@@ -1,8 +1,9 @@
 """Preference data made elsewhere: to train on, and to measure."""
 
+import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +26,7 @@ from selfsteer.stages.preferences import given_stage, usable_pairs
 from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.training import MODEL, policy_stage
-from selfsteer.store.folder import RunFolder
+from selfsteer.store.folder import RunFolder, lenders
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Scorer, score_missing, scores
 
@@ -112,8 +113,11 @@ IMPLICIT = "implicit:"
 """Before the name of a trained model that judges by its implicit reward."""
 
 
-def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
-    """Step 5 on its own: align recipe.policy, once, on a preference dataset made elsewhere."""
+def train_pairs(pairs: Path, recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -> Metrics:
+    """Step 5 on its own: align recipe.policy, once, on a preference dataset made elsewhere.
+
+    replace, borrow: as of `pipeline.run`.
+    """
     recipe = recipe.model_copy(update={"rounds": 1})
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
@@ -121,9 +125,10 @@ def train_pairs(pairs: Path, recipe: Recipe) -> Metrics:
     prepared = prepare(recipe, principles=False)
     check_evaluation(recipe, prepared.judge)
     next(read_pairs(pairs), None)
+    lending = lenders(borrow)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        round = first_round(folder, recipe, prepared)
+        round = dataclasses.replace(first_round(folder, recipe, prepared), replace=replace, lenders=lending)
         preferences = given_stage(round, pairs)
         candidates = Candidates(preferences, quality_stage(round, preferences, principles=False))
         may_align(round, "given")

@@ -6,9 +6,9 @@ Each line of `run_round` makes one sealed folder of the run; called again, it re
 anything is done.
 """
 
+import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -44,13 +44,17 @@ from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.status import method_of, record_end
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import MODEL, generator_stage, model_of, policy_stage
-from selfsteer.store.folder import RunFolder, Stage, began
+from selfsteer.store.folder import RunFolder, Stage, began, lenders
 
 log = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe) -> Metrics:
-    """Align recipe.policy, or continue where an earlier call with the same output folder stopped."""
+def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -> Metrics:
+    """Align recipe.policy, or continue where an earlier call with the same output folder stopped.
+
+    replace: give up the pairs and models that other settings made in this folder; without, `WouldReplace` is raised.
+    borrow: folders of other runs, whose stages and samples are taken over where they are the same.
+    """
     recipe = dated(recipe)
     # What can't begin must leave no trace, and must not touch the folder of an earlier run.
     prepared = prepare(recipe)
@@ -58,13 +62,14 @@ def run(recipe: Recipe) -> Metrics:
     check_evaluation(recipe, prepared.judge)
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
+    lending = lenders(borrow)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        round = first_round(folder, recipe, prepared)
+        round = dataclasses.replace(first_round(folder, recipe, prepared), replace=replace, lenders=lending)
         while (aligned := run_round(round)) is not None:
             if round.number == recipe.rounds:
                 return finish(round, method_of(recipe))
-            round = replace(round, number=round.number + 1, policy=aligned)
+            round = dataclasses.replace(round, number=round.number + 1, policy=aligned)
         return finish(round, method_of(recipe), ended=True)
 
 

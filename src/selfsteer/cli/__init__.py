@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from selfsteer.cli import measuring
-from selfsteer.cli.arguments import Json, Overrides, PairsFile, RecipeFile, examples, print_dropped, tell
+from selfsteer.cli.arguments import Borrow, Json, Overrides, PairsFile, RecipeFile, Replace, examples, print_dropped, tell
 from selfsteer.recipe.sections import Recipe, describe, load
 from selfsteer.runtime import Interrupted, graceful_stop
 
@@ -64,14 +64,14 @@ def _there(recipe: Recipe) -> Recipe:
 
 
 @app.command(epilog=examples("run quickstart", "run my-recipe.yaml generator.beta=0.2 output=runs/softer"))
-def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def run(recipe: RecipeFile, overrides: Overrides = None, replace: Replace = False, borrow: Borrow = None) -> None:
     """Run the whole pipeline, or continue it where it stopped; output=DIR names the run folder."""
     resolved = _there(_read(recipe, overrides))
     with graceful_stop():
         from selfsteer import pipeline
         from selfsteer.report.verdict import print_verdict
 
-        print_verdict(pipeline.run(resolved))
+        print_verdict(pipeline.run(resolved, replace=replace, borrow=borrow or ()))
 
 
 @app.command(epilog=examples("show quickstart alignment.loss=ipo"))
@@ -109,7 +109,13 @@ def doctor(
 
 
 @app.command(epilog=examples("train pairs.jsonl my-recipe.yaml output=runs/trained"))
-def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> None:
+def train(
+    pairs: PairsFile,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    replace: Replace = False,
+    borrow: Borrow = None,
+) -> None:
     """Align a model on a preference dataset made elsewhere."""
     from selfsteer.data.named import check_order, check_pairs, check_recipe
 
@@ -121,7 +127,7 @@ def train(pairs: PairsFile, recipe: RecipeFile, overrides: Overrides = None) -> 
         from selfsteer.given import train_pairs
         from selfsteer.report.verdict import print_verdict
 
-        print_verdict(train_pairs(pairs, resolved))
+        print_verdict(train_pairs(pairs, resolved, replace=replace, borrow=borrow or ()))
 
 
 @app.command(epilog=examples("compare comparison-cpu queries.path=my-queries.jsonl --arms pbaa,sso --seeds 0,1,2"))
@@ -130,6 +136,8 @@ def compare(
     overrides: Overrides = None,
     arms: Annotated[str, typer.Option(metavar="A,B,...", help="What to compare; docs/quality.md lists them.")] = "pbaa,sso",
     seeds: Annotated[str | None, typer.Option(metavar="N,M,...", help="The seeds; the recipe's when left out.")] = None,
+    replace: Replace = False,
+    borrow: Borrow = None,
 ) -> None:
     """Make preference data in several ways on the same queries, and compare it on held-out ones."""
     resolved = _there(_read(recipe, overrides))
@@ -139,7 +147,9 @@ def compare(
         from selfsteer.report.comparison import comparison_tables
         from selfsteer.report.tables import table_text
 
-        result = comparing.compare(resolved, [name.strip() for name in arms.split(",")], numbers)
+        result = comparing.compare(
+            resolved, [name.strip() for name in arms.split(",")], numbers, replace=replace, borrow=borrow or ()
+        )
         for table in comparison_tables(result):
             typer.echo(table_text(table) + "\n")
         typer.echo(f"comparison  {Path(resolved.output) / 'comparison.html'}, comparison.md, comparison.json")

@@ -34,6 +34,19 @@ PairsFile = Annotated[
     ),
 ]
 
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Give up the pairs and models that other settings made in the output folder.")
+]
+
+Borrow = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="RUN",
+        help="Take over the stages and samples of another run where they are the same; several times for several.",
+        show_default=False,
+    ),
+]
+
 TemplateArguments = Annotated[
     str | None,
     typer.Option(

@@ -7,7 +7,7 @@ import difflib
 import re
 import reprlib
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
@@ -129,6 +129,36 @@ def _replaced(data: dict[str, Any], override: Override, *, depth: int) -> dict[s
         holder = ".".join(parts[: depth + 1])
         raise RecipeError(f"{override.origin}: {override.key}: {holder} is {_short.repr(child)}, not a section")
     return {**data, name: _replaced(cast("dict[str, Any]", child), override, depth=depth + 1)}
+
+
+class Change(NamedTuple):
+    """A setting that has another value than before."""
+
+    key: str
+    """Dotted."""
+    before: object
+    after: object
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
+
+
+_ABSENT = object()
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], key: str = "") -> Iterator[Change]:
+    """The settings that differ between two recipes as plain values, in the order of the later one."""
+    for name in (*after, *(name for name in before if name not in after)):
+        old, new = before.get(name, _ABSENT), after.get(name, _ABSENT)
+        full = f"{key}.{name}".lstrip(".")
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from changes(cast("dict[str, Any]", old), cast("dict[str, Any]", new), full)
+        elif old != new:
+            yield Change(full, old, new)
+
+
+def _shown(value: object) -> str:
+    return "(not there)" if value is _ABSENT else _short.repr(value) if isinstance(value, str) else _inline(value)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

@@ -16,11 +16,10 @@ from selfsteer.records import Dropped, Pair
 from selfsteer.stages.base import Round, Work, held_out, inputs_of, make_stage
 from selfsteer.stages.quality import read_verdicts, reopen_unanswered, verdict_row, write_verdicts
 from selfsteer.stages.responses import answer_request, sample_answers
+from selfsteer.stages.status import ANSWERS
 from selfsteer.stages.training import model_of
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
-
-ANSWERS = "7-answers"
 
 
 def answers_stage(round: Round, principles: Stage, policy: Stage) -> Stage | None:

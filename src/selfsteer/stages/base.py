@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from selfsteer.engines.sampling import seed_for
@@ -18,6 +19,7 @@ from selfsteer.measures.quality import measure
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, Training
 from selfsteer.records import Checkpoint
+from selfsteer.stages.guard import Attempt, refuse_to_replace
 from selfsteer.store import columns
 from selfsteer.store.durable import canonical_json, read_json, replacing
 from selfsteer.store.folder import MEASURES, Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
@@ -42,7 +44,11 @@ class Round:
     prompts: Prompts
     judge: RecipeJudge | None
     lenders: tuple[RunFolder, ...] = ()
-    """Finished runs whose stages and samples this one may take over, where they are the same."""
+    """Runs whose stages and samples this one may take over, where they are the same."""
+    replace: bool = False
+    """Pairs and models of other settings may be given up."""
+    within: Path | None = None
+    """The folder of the comparison that this run is an arm of."""
     held_out_only: bool = False
     """Make preference data for the held-out queries alone: they are measured, and no policy is aligned."""
 
@@ -63,6 +69,9 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
         manifest = stage.verify()
         log.info("%s: sealed, reused", name)
         return _not_empty(stage, manifest)
+    if not round.replace:
+        where = Attempt(round.folder, round.recipe, round.number, round.within or round.folder.path)
+        refuse_to_replace(where, name, origin)
     earlier = stage.manifest()
     if earlier is not None:
         changed = sorted(
@@ -74,10 +83,10 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
         log.info("%s: made again, because of %s; samples that are still wanted are reused", name, ", ".join(changed))
         stage.reopen()
     lenders = [lender.stage(round.number, name) for lender in round.lenders]
+    borrow(stage, lenders)
     if adopt(stage, lenders, origin.fingerprint):
         log.info("%s: the same as in an earlier run, taken over", name)
         return _not_empty(stage, sealed(stage))
-    borrow(stage, lenders)
     with elapsed(stage.path) as seconds, stage.journal() as journal:
         contents = make(Work(stage=stage, journal=journal, origin=origin))
         manifest = stage.seal(origin, contents, seconds=seconds())

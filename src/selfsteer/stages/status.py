@@ -17,7 +17,7 @@ GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
 """Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
 
 HEADROOM, GAIN, PREFERENCES, QUALITY = "3-headroom", "4-gain", "5-preferences", "5-quality"
-SELECTION, PASSES = "5-selection", "7-checks"
+SELECTION, PASSES, ANSWERS = "5-selection", "7-checks", "7-answers"
 
 STAGES: dict[Method, tuple[str, ...]] = {
     "sso": ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy"),

@@ -129,6 +129,10 @@ class RunFolderBusy(ValueError):
     """Another process owns the run folder."""
 
 
+class WouldReplace(ValueError):
+    """Going on would destroy what other settings made in the run folder."""
+
+
 class StageDamaged(ValueError):
     """A sealed file is not what the manifest says."""
 
@@ -202,6 +206,7 @@ class RunFolder:
         """Raises ValueError for a name that is not portable; touches nothing."""
         self.path = Path(path)
         self._lock: int | None = None
+        self._before: dict[str, bytes | None] = {}
         if not _RUN_NAME.fullmatch(self.path.name):
             raise ValueError(
                 f"{str(path)!r}: a run folder's name must begin with a letter or digit and hold only letters, digits, '.',"
@@ -248,7 +253,9 @@ class RunFolder:
         self._lock = lock
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, WouldReplace):
+            self._describe_as_before()
         # The file stays: removing it would let two processes hold locks on two files of the same name.
         assert self._lock is not None
         os.ftruncate(self._lock, 0)
@@ -258,12 +265,28 @@ class RunFolder:
     def describe(self, recipe_yaml: str, run_info: Mapping[str, Any]) -> None:
         """Write recipe.yaml; add this session to run.json: its start, the recipe's digest, and run_info (JSON values)."""
         assert self._lock is not None, "only the owner describes a run"
+        self._before = {
+            name: path.read_bytes() if (path := self.path / name).exists() else None for name in ("recipe.yaml", "run.json")
+        }
         session = {"started": _now(), "recipe": digest(recipe_yaml), **run_info}
         sessions = [*self.sessions(), session]
         with replacing(self.path / "recipe.yaml") as file:
             file.write(recipe_yaml.encode())
         with replacing(self.path / "run.json") as file:
             file.write(_pretty({"schema_version": SCHEMA_VERSION, "sessions": sessions}))
+
+    @property
+    def earlier(self) -> str | None:
+        """The recipe of the session before this one, as YAML; None where there was none."""
+        before = self._before.get("recipe.yaml")
+        return None if before is None else before.decode()
+
+    def _describe_as_before(self) -> None:
+        """What is refused leaves no trace: recipe.yaml and run.json are of the sessions that made what is here."""
+        for name, content in self._before.items():
+            if content is not None:
+                with replacing(self.path / name) as file:
+                    file.write(content)
 
     def sessions(self) -> list[dict[str, Any]]:
         """What run.json says of every session, oldest first."""
@@ -434,6 +457,15 @@ class Stage:
         return manifest
 
 
+def lenders(paths: Iterable[Path]) -> tuple[RunFolder, ...]:
+    """The runs in these folders: a run, or those of a comparison. Raises ValueError where there is none."""
+    found: list[RunFolder] = []
+    for path in paths:
+        inner = [run.parent for run in sorted(path.glob("*/run.json"))]
+        found += map(RunFolder.view, inner if inner and not (path / "run.json").exists() else [path])
+    return tuple(found)
+
+
 def began(path: Path) -> str | None:
     """The day (UTC) on which the run in a folder began, or the first one of those below it; None where there is none."""
     days: list[str] = []
@@ -544,11 +576,11 @@ def adopt(stage: Stage, lenders: Iterable[Stage], fingerprint: str) -> bool:
 
 
 def borrow(stage: Stage, lenders: Iterable[Stage]) -> None:
-    """Put the samples that lenders made themselves among the stage's own."""
+    """Put the samples of lenders among the stage's own: those that they made, and those that were lent to them."""
     for lender in lenders:
         run = lender.path.parent.parent.name
-        for part in sorted((lender.path / _PARTS).glob("main-*.jsonl")):
-            own = stage.path / _PARTS / f"{run}-{part.name}"
+        for part in sorted((lender.path / _PARTS).glob("*main-*.jsonl")):
+            own = stage.path / _PARTS / (f"{run}-{part.name}" if part.name.startswith("main-") else part.name)
             if not own.exists():
                 _link(part, own)
 
