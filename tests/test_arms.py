@@ -148,7 +148,7 @@ def test_a_generator_may_answer_at_another_temperature(recipe_of: RecipeOf, tmp_
     run(Recipe.model_validate(recipe_of(folder, changes)))
     before = {stage: (folder / f"round-1/{stage}/MANIFEST.json").read_text() for stage in ("2-responses", "4-generator")}
     pairs = (folder / "round-1/5-preferences/MANIFEST.json").read_text()
-    run(Recipe.model_validate(recipe_of(folder, {**changes, "generator.temperature": 0.2})))
+    run(Recipe.model_validate(recipe_of(folder, {**changes, "generator.temperature": 0.2})), replace=True)
     assert before == {stage: (folder / f"round-1/{stage}/MANIFEST.json").read_text() for stage in before}
     now = json.loads((folder / "round-1/5-preferences/MANIFEST.json").read_text())
     assert now["settings"]["responses"]["temperature"] == 0.2

@@ -101,7 +101,7 @@ def test_another_reference_changes_later_rounds_alone(three: Path, recipe: Any, 
     run = Path(shutil.copytree(three, tmp_path / "run"))
     changed = recipe(run)
     changed["alignment"] = {**changed["alignment"], "reference": "round"}
-    selfsteer.run(Recipe.model_validate({**changed, "rounds": 3}))
+    selfsteer.run(Recipe.model_validate({**changed, "rounds": 3}), replace=True)
     for number, stage, same in ((1, "6-policy", True), (2, "5-preferences", True), (2, "6-policy", False)):
         manifests = [(folder / f"round-{number}/{stage}/MANIFEST.json").read_bytes() for folder in (three, run)]
         assert (manifests[0] == manifests[1]) is same
