@@ -299,7 +299,11 @@ cli.main()
         [sys.executable, "-c", code, QUICKSTART], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    assert [line.split(" ", 2)[2] for line in ended.stderr.splitlines()] == ["INFO kept 812 of 1,000", "WARNING shown too"]
+    assert [line.split(" ", 2)[2] for line in ended.stderr.splitlines()] == [
+        "INFO run folder runs/quickstart: loading the libraries",
+        "INFO kept 812 of 1,000",
+        "WARNING shown too",
+    ]
     assert "runs/a" in ended.stdout
 
 

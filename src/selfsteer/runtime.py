@@ -56,7 +56,11 @@ def _request_stop(signum: int, _frame: FrameType | None) -> None:
     global _received
     _received = signum
     signal.signal(signum, signal.SIG_DFL)
-    log.warning("%s: finishing what is under way; once more to abandon it", signal.Signals(signum).name)
+    log.warning(
+        "%s: finishing what is under way; once more ends it at once: finished samples and complete checkpoints are safe,"
+        " and the same command goes on from them",
+        signal.Signals(signum).name,
+    )
 
 
 @contextmanager

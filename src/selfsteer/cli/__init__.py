@@ -67,6 +67,7 @@ def _there(recipe: Recipe) -> Recipe:
 def run(recipe: RecipeFile, overrides: Overrides = None, replace: Replace = False, borrow: Borrow = None) -> None:
     """Run the whole pipeline, or continue it where it stopped; output=DIR names the run folder."""
     resolved = _there(_read(recipe, overrides))
+    log.info("run folder %s: loading the libraries", resolved.output)  # a sign of life: torch takes its seconds
     with graceful_stop():
         from selfsteer import pipeline
         from selfsteer.report.verdict import print_verdict
