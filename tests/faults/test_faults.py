@@ -72,7 +72,7 @@ def run(undisturbed: Path, tmp_path: Path, recipe: dict[str, Any], monkeypatch: 
 
     def again(**changes: Any) -> list[str]:
         log.unlink(missing_ok=True)
-        selfsteer.run(Recipe.model_validate(recipe | changes))
+        selfsteer.run(Recipe.model_validate(recipe | changes), replace=True)
         return calls(log)
 
     return again
@@ -288,5 +288,5 @@ def test_a_clock_set_back_changes_nothing(
     assert kept == [[1], [1, 2], [2, 3], [3, 4]], "the newest two by their steps, not by their times"
     assert len(calls(tmp_path / "log")) == WANTED
     assert keys(tmp_path / "run", "2-responses") == keys(undisturbed, "2-responses")
-    selfsteer.run(Recipe.model_validate(recipe))
+    selfsteer.run(Recipe.model_validate(recipe), replace=True)
     assert digests(tmp_path / "run") == digests(undisturbed)
