@@ -280,6 +280,8 @@ def test_every_gate_finds_its_measure_in_a_real_run(recipe_of: RecipeOf, tmp_pat
         "alignment.max_steps": 1,
         "judge": {"kind": "llm", "model": tiny_folder},
         "quality.evaluation_files": [str(evaluation)],
+        "queries.holdout": 2,
+        "quality.gain": 2,
         "quality.gates": {name: f">= {max(measure.span.low, -1e9):.0f}" for name, measure in judged.items()},
         "quality.on_failure": "warn",
     }

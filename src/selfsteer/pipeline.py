@@ -23,7 +23,7 @@ from selfsteer.measures.headroom import in_words
 from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics, plain
 from selfsteer.models import load_tokenizer, resolve
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.gates import parse, source_of
+from selfsteer.recipe.gates import before_generator, parse
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.records import Checkpoint, Query
 from selfsteer.report.card import CardFacts, judged, write_model_card
@@ -95,7 +95,7 @@ def make_data(round: Round) -> Candidates:
         preferences = preferences_stage(round, principles, responses, None, None)
         return Candidates(preferences, quality_stage(round, preferences))
     steering = steering_stage(round, responses)
-    require_headroom(round, headroom_stage(round, responses, steering))
+    hold_headroom(round, headroom_stage(round, responses, steering))
     generators = generator_stage(round, steering)
     gain_stage(round, principles, generators)
     preferences = preferences_stage(round, principles, responses, steering, generators)
@@ -113,20 +113,24 @@ def dated(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"date": day})})
 
 
-def require_headroom(round: Round, stage: Stage | None) -> None:
-    """Say what a generator can win. Raises `GateFailed` where a gate on it fails and the recipe stops on failure."""
+def hold_headroom(round: Round, stage: Stage | None) -> None:
+    """Say what a generator can win, and hold the gates on it.
+
+    Raises `GateFailed` where one fails and the recipe stops on failure; the policy of the round before is then the result.
+    """
     if stage is None:
         return
     found: Headroom = read_measures(stage)["headroom"]
     log.info("%s", in_words(found))
     section = round.recipe.quality
-    gates = [gate for gate in parse(section.gates) if source_of(gate.name).startswith("headroom")]
+    gates = list(filter(before_generator, parse(section.gates)))
     results = evaluate(gates, RoundMetrics(headroom=found), number=round.number)
     text = complaint(results)
     if text is None:
         return
     text = f"{text}\n{in_words(found)}"
     if section.on_failure == "stop":
+        finish(round, method_of(round.recipe), ended=True)
         raise GateFailed(text)
     log.warning("%s\nquality.on_failure is warn: the generator is trained all the same.", text)
 

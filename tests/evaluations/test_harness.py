@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs the extra selfsteer[evaluate]")
 
 from selfsteer.evaluations.asking import Answer, Asked, Choices
-from selfsteer.evaluations.harness import Harness, Settings, check_tasks
+from selfsteer.evaluations.harness import Harness, Settings
 from selfsteer.evaluations.results import TaskResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness and its libraries warn of themselves
@@ -162,9 +162,9 @@ def test_mmlu_compares_the_letters(tmp_path: Path):
 
 def test_what_is_refused_at_the_start(tmp_path: Path):
     with pytest.raises(ValueError, match=r"'gsm8kk' is no task of lm_eval; near it are \[.*'gsm8k'"):
-        check_tasks(["ifeval", "gsm8kk"])
+        Harness(Settings(tasks=("ifeval", "gsm8kk"), data=None, scratch=tmp_path / "out"))
     with pytest.raises(ValueError, match="name each task once"):
-        check_tasks(["math500", "minerva_math500"])
+        Harness(Settings(tasks=("math500", "minerva_math500"), data=None, scratch=tmp_path / "out"))
     with pytest.raises(ValueError, match="ifeval is not a folder"):
         Harness(Settings(tasks=("ifeval",), data=tmp_path, scratch=tmp_path / "out"))
     write(tmp_path, "ifeval", "input_data.jsonl", [{"prompt": "x"}])

@@ -85,10 +85,32 @@ def test_a_gate_on_it_stops_before_the_generator_is_trained(recipe_of: RecipeOf,
         run(recipe_of(folder, {**SHORT, "quality.gates": {"headroom_rejected": BELOW}}))
     assert "On-policy probability y_o" in str(caught.value), "it says what there is to win"
     assert not (folder / "round-1/4-generator").exists()
-    assert status(folder)["next"] == "begin round 1, 4-generator"
+    found = status(folder)
+    assert found["next"].startswith("nothing: round 1 did not align the policy: headroom_rejected")
+    assert [stage["name"] for stage in found["stages"]] == ["1-principles", "2-responses", "3-steering", "3-headroom"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [(gate["name"], gate["passed"]) for gate in metrics["rounds"][0]["gates"]] == [("headroom_rejected", False)]
+    assert "headroom_rejected" in metrics["run"]["ended"]
+    assert "pairs" not in metrics["run"], "none were made"
+    assert "Headroom before the generator" in (folder / "report.html").read_text()
     before = (folder / "round-1/3-headroom/MANIFEST.json").read_bytes()
     run(recipe_of(folder, {**SHORT, "quality.gates": {"headroom_rejected": ABOVE}}))
     assert (folder / "round-1/3-headroom/MANIFEST.json").read_bytes() == before, "with another bound it goes on from there"
+
+
+def test_in_a_later_round_the_policy_of_the_one_before_is_the_result(recipe_of: RecipeOf, tmp_path: Path):
+    """The bound lies between the two rounds' headroom, whichever is the larger."""
+    folder, rounds = tmp_path / "run", {**SHORT, "rounds": 2}
+    measured = [each["headroom"]["all"].mean for each in run(recipe_of(folder, rounds))["rounds"]]
+    bound = f"{'>=' if measured[0] > measured[1] else '<='} {sum(measured) / 2:.9f}"
+    again = tmp_path / "again"
+    with pytest.raises(GateFailed, match=r"headroom [^\n]*FAILED"):
+        run(recipe_of(again, {**rounds, "quality.gates": {"headroom": bound}}))
+    facts = json.loads((again / "metrics.json").read_text())["run"]
+    assert facts["policy_round"] == 1
+    assert facts["ended"].startswith("round 2 did not align the policy: headroom")
+    assert (again / "round-1/6-policy/model/README.md").exists()
+    assert not (again / "round-2/4-generator").exists()
 
 
 def test_a_gate_that_warns_goes_on(recipe_of: RecipeOf, tmp_path: Path, caplog: pytest.LogCaptureFixture):

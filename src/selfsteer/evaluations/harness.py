@@ -88,11 +88,6 @@ class _Loaded:
     splitter: str | None
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Raise ValueError, with the nearest names, for a task that the harness does not know."""
-    _manager(_known_as(names), [])
-
-
 class Harness:
     """The tasks, loaded and checked; `evaluate` asks them of a model, as often as there are models."""
 

@@ -124,6 +124,11 @@ class Gate(NamedTuple):
     conditions: tuple[Condition, ...]
 
 
+def before_generator(gate: Gate) -> bool:
+    """Whether it is held before the generator is trained."""
+    return source_of(gate.name).startswith("headroom")
+
+
 def parse(bounds: Mapping[str, str]) -> tuple[Gate, ...]:
     """The gates of a recipe, name -> bound. ValueError, naming every mistake, for unknown names and unreadable bounds."""
     mistakes: list[str] = []

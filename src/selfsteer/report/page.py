@@ -252,13 +252,8 @@ def _box(text: str, html: str) -> str:
 
 def _funnel(metrics: Metrics) -> str:
     """What became of the rows, and the plots of every round."""
-    funnels = "\n".join(map(table_html, (table for table in tables.run_tables(metrics) if is_funnel(table))))
+    funnels = "\n".join(map(table_html, (table for table in tables.run_tables(metrics) if table.funnel)))
     return funnels + "\n".join(_plots(metrics))
-
-
-def is_funnel(table: Table) -> bool:
-    """Whether a table says what became of the rows of the stages."""
-    return table.title.startswith(tables.STAGES)
 
 
 def _plots(metrics: Metrics) -> Iterator[str]:
@@ -293,7 +288,7 @@ def _tables(metrics: Metrics) -> str:
     folded = "\n".join(
         f"<details><summary>{escape(table.title)}</summary>{_table(table)}</details>"
         for table in tables.run_tables(metrics)
-        if not is_funnel(table)
+        if not table.funnel
     )
     return f"<section><h2>All numbers</h2>{folded}</section>" if folded else ""
 

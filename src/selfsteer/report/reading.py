@@ -132,7 +132,9 @@ def reading_of(folder: RunFolder, metrics: Metrics, seed: int) -> Reading:
     number = len(metrics["rounds"])
     this = metrics["rounds"][-1]
     stages = {name: folder.stage(number, name) for name in this.get("stages", {})}
-    files = {"alignment" if "alignment" in this else "pbaa": stages["5-preferences"].path / "data.parquet"}
+    files: dict[str, Path] = {}
+    if "5-preferences" in stages:  # not where a gate on headroom ended the round before
+        files["alignment" if "alignment" in this else "pbaa"] = stages["5-preferences"].path / "data.parquet"
     if "3-steering" in stages:
         files["pbaa"] = stages["3-steering"].path / POLICY_PAIRS
     names = {"alignment": GENERATOR if "generator" in this else ALIGNMENT, "pbaa": PBAA}

@@ -68,6 +68,8 @@ class Table(NamedTuple):
     note: str = ""
     left: bool = False
     """The last column is text."""
+    funnel: bool = False
+    """It says what became of the rows of the stages."""
 
 
 def cell(value: Any, form: Form, *, signed: bool = False) -> Cell:
@@ -140,9 +142,6 @@ VERDICTS = (
 
 PRINCIPLES = 20
 """Of principles with checks, so many are listed; metrics.json has all."""
-
-STAGES = "Stages"
-"""How the title of the table begins that says what became of the rows."""
 
 PBAA, GENERATOR, ALIGNMENT, SELECTED = "PBAA pairs", "generator pairs", "alignment pairs", "selected pairs"
 
@@ -309,7 +308,7 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
     for number, this in enumerate(rounds, 1):
         suffix = f", round {number}" if len(rounds) > 1 else ""
         if "stages" in this:
-            yield _stages(this, f"{STAGES}{suffix}")
+            yield _stages(this, f"Stages{suffix}")
         if "headroom" in this:
             yield _headroom(this["headroom"], f"Headroom before the generator{suffix}")
         if "gain" in this:
@@ -494,7 +493,7 @@ def _stages(this: RoundMetrics, title: str) -> Table:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
         numbers = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]))
         rows.append(Row(name, (*map(Cell, numbers), Cell(listed))))
-    return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), left=True)
+    return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), left=True, funnel=True)
 
 
 def _headroom(found: Headroom, title: str) -> Table:

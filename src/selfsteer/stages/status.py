@@ -99,9 +99,11 @@ def status(path: Path) -> Status:
     for number in range(1, recipe.rounds + 1):
         reason = read_end(folder, number)
         names = stage_names(recipe, method, aligned=reason is None)
-        stages += (_stage_status(folder.stage(number, name), number) for name in names)
-        if reason is not None:
+        found = [_stage_status(folder.stage(number, name), number) for name in names]
+        if reason is not None:  # perhaps before its data was made
+            stages += (each for each in found if each["state"] != "waiting")
             return Status(run=str(path), stages=stages, next=f"nothing: {reason}")
+        stages += found
     following = next((each for each in stages if each["state"] != "sealed"), None)
     if following is None:
         return Status(run=str(path), stages=stages, next="nothing: the run is complete")
@@ -183,6 +185,6 @@ def _round(folder: RunFolder, number: int) -> Path:
 def _decided_on(folder: RunFolder, number: int) -> tuple[str, str]:
     """Digests of the recipe and of what the rounds up to this one have sealed, their trainings left out."""
     recipe = folder.path / "recipe.yaml"
-    names = ("5-preferences", QUALITY)
+    names = (HEADROOM, PREFERENCES, QUALITY)
     manifests = [Stage(_round(folder, each) / name).manifest() for each in range(1, number + 1) for name in names]
     return file_digest(recipe), digest([None if each is None else each.digest for each in manifests])

@@ -10,11 +10,21 @@ from typing import Any, cast
 from selfsteer.measures.gates import drift, evaluate
 from selfsteer.measures.metrics import Measures, Method, Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
 from selfsteer.models import hardware
-from selfsteer.recipe.gates import parse
+from selfsteer.recipe.gates import before_generator, parse
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages.base import read_measures, sealed
 from selfsteer.stages.quality import read_checks, read_contamination, read_differences, read_reports
-from selfsteer.stages.status import BAD_GENERATOR, GAIN, GOOD_GENERATOR, HEADROOM, PASSES, QUALITY, SELECTION, stage_names
+from selfsteer.stages.status import (
+    BAD_GENERATOR,
+    GAIN,
+    GOOD_GENERATOR,
+    HEADROOM,
+    PASSES,
+    PREFERENCES,
+    QUALITY,
+    SELECTION,
+    stage_names,
+)
 from selfsteer.stages.training import HISTORY, MODEL
 from selfsteer.store.folder import RunFolder, Stage
 from selfsteer.training.trainer import read_history
@@ -58,23 +68,22 @@ def unaligned(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
 
 def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) -> RunFacts:
     with_what = folder.sessions()[-1]
-    return RunFacts(
+    facts = RunFacts(
         name=folder.path.name,
         folder=str(folder.path),
         model=recipe.policy.model,
         seed=recipe.seed,
         seconds=sum(stage["seconds"] for each in rounds for stage in each.get("stages", {}).values()),
-        pairs=str(folder.stage(len(rounds), _pairs_stage(rounds)).path / "data.parquet"),
         versions=with_what["versions"],
         hardware=", ".join(
             f"{value} {name}" if name not in ("device", "dtype") else str(value)
             for name, value in with_what["hardware"].items()
         ),
     )
-
-
-def _pairs_stage(rounds: Sequence[RoundMetrics]) -> str:
-    return SELECTION if "selected" in rounds[-1] else "5-preferences"
+    pairs = SELECTION if "selected" in rounds[-1] else PREFERENCES
+    if pairs in rounds[-1].get("stages", {}):
+        facts["pairs"] = str(folder.stage(len(rounds), pairs).path / "data.parquet")
+    return facts
 
 
 def round_metrics(folder: RunFolder, recipe: Recipe, method: Method, *, unaligned: int | None = None) -> list[RoundMetrics]:
@@ -83,11 +92,14 @@ def round_metrics(folder: RunFolder, recipe: Recipe, method: Method, *, unaligne
     rounds: list[RoundMetrics] = []
     for number in range(1, (unaligned or recipe.rounds) + 1):
         names = stage_names(recipe, method, aligned=number != unaligned)
+        if number == unaligned:  # it may have ended before it had made its data
+            names = [name for name in names if folder.has_stage(number, name)]
         found = _round({name: folder.stage(number, name) for name in names}, method)
         if rounds:
             found["drift"] = drift(rounds[-1], found)
         if gates:
-            found["gates"] = evaluate(gates, found, number=number)
+            held = gates if PREFERENCES in names else [gate for gate in gates if before_generator(gate)]
+            found["gates"] = evaluate(held, found, number=number)
         if stops and rounds:
             found["stop_when"] = evaluate(stops, found, number=number)
         rounds.append(found)
@@ -102,12 +114,14 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
             for name, each in manifests.items()
         }
     )
-    measures = read_measures(stages["5-preferences"])
-    found["alignment" if method != "pbaa" else "pbaa"] = measures["pairs"]
     if "3-steering" in stages:
         steering = read_measures(stages["3-steering"])
         found["steering"], found["pbaa"] = steering["pairs"], steering["policy_pairs"]
-        found["comparison"] = measures["comparison"]
+    if PREFERENCES in stages:
+        measures = read_measures(stages[PREFERENCES])
+        found["alignment" if method != "pbaa" else "pbaa"] = measures["pairs"]
+        if "comparison" in measures:
+            found["comparison"] = measures["comparison"]
     if HEADROOM in stages:
         found["headroom"] = read_measures(stages[HEADROOM])["headroom"]
     if GAIN in stages and (gained := read_measures(stages[GAIN])["gain"]) is not None:

@@ -49,6 +49,9 @@ MODEL, ADAPTER, HISTORY = "model", "adapter", "history.jsonl"
 """What a training stage seals: the Hugging Face folder, with training.lora the adapter that is merged into it, a line an
 optimizer step, and (as every stage that measures) what training did to its pairs."""
 
+BOUNDING = ("dpop", "bdpo")
+"""Losses made against displacement (`training/objective.py`)."""
+
 _HALVES = {GOOD_GENERATOR: "l_plus", BAD_GENERATOR: "l_minus"}
 
 
@@ -214,7 +217,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     reward = _what_training_did(round, work, pairs, trained, section.beta)
     found: dict[str, object] = {"steps": result.steps, "reward": reward, "saving": result.saving}
     if result.moved is not None:
-        found["displacement"] = _displacement(work, result.moved, result.crossed)
+        found["displacement"] = _displacement(work, section.loss, result.moved, result.crossed)
     measures = write_measures(work.stage, found)
     return Contents(
         wanted=queries,
@@ -223,15 +226,13 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     )
 
 
-def _displacement(work: Work, moved: Moved, crossed: int | None) -> Displacement:
+def _displacement(work: Work, loss: str, moved: Moved, crossed: int | None) -> Displacement:
     found = displacement(moved)
     if crossed is not None:
         found["crossed"] = crossed
     if (warning := displaced(found)) is not None:
-        log.warning(
-            "%s: %s. Lower the learning rate or train less, or take a loss that bounds it (dpop, bdpo); docs/quality.md",
-            *(work.stage.path.name, warning),
-        )
+        other = "" if loss in BOUNDING else f", or take a loss that bounds it ({', '.join(BOUNDING)})"
+        log.warning("%s: %s. Lower the learning rate or train less%s; docs/quality.md", work.stage.path.name, warning, other)
     return found
 
 
