@@ -45,6 +45,7 @@ def test_recipes_are_shipped():
         "llama3-8b",
         "quickstart",
         "qwen2-7b",
+        "steering",
         "ultrafeedback-cpu",
     ]
 
