@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
+from selfsteer.recipe import sections
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+
+_spec = importlib.util.spec_from_file_location("generated", DOCS / "generated.py")
+assert _spec is not None
+assert _spec.loader is not None
+GENERATED: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(GENERATED)
 
 
 def pages_of(nav: Any) -> Iterator[str]:
@@ -42,13 +50,19 @@ def outside_code(page: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_every_page_is_in_the_navigation_once():
-    assert sorted(NAV) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
+    assert sorted(NAV) == sorted([*(page.relative_to(DOCS).as_posix() for page in PAGES), *GENERATED.PAGES])
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page: Path):
     links = [(number, link) for number, line in outside_code(page) for link in re.findall(r"\]\(([^)#\s]+)", line)]
-    assert [(number, link) for number, link in links if "://" not in link and not (page.parent / link).exists()] == []
+    made = {(DOCS / name).resolve() for name in GENERATED.PAGES}
+    lost = [
+        (number, link)
+        for number, link in links
+        if "://" not in link and not (page.parent / link).exists() and (page.parent / link).resolve() not in made
+    ]
+    assert lost == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -61,6 +75,20 @@ def test_lists_and_tables_stand_apart(page: Path):
             swallowed.append((number, line))
         before = line
     assert swallowed == []
+
+
+@pytest.mark.parametrize("name", GENERATED.PAGES)
+def test_generated_pages_leave_nothing_undescribed(name: str):
+    """Fields of the run folder that their names describe aside, every row of every table says what it is."""
+    text = GENERATED.PAGES[name]()
+    assert name == "reference/run-folder.md" or not re.findall(r"^\|.*\|\s+\|$", text, flags=re.MULTILINE)
+
+
+def test_every_key_of_a_recipe_is_on_its_page():
+    page = GENERATED.PAGES["reference/recipe.md"]()
+    keys = [line.strip().split(":")[0] for line in sections.describe(sections.load("quickstart")).splitlines()]
+    names = {key for key in keys if re.fullmatch(r"[a-z_]+", key)}
+    assert [key for key in names if not re.search(rf"\b{key}\b", page)] == []
 
 
 def test_the_site_builds_strictly(tmp_path: Path):

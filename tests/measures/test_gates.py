@@ -204,10 +204,7 @@ def test_measures_are_found_by_dotted_path():
     assert find(this(), "alignment.judge.accuracy") == share(0.62)
 
 
-def test_the_documentation_lists_every_gate():
-    text = Path(__file__).parents[2].joinpath("docs/quality.md").read_text(encoding="utf-8")
-    listed = {name for line in text.splitlines() if line.startswith("| `") for name in line.split("|")[1].split("`")[1::2]}
-    assert listed >= set(MEASURES)
+def test_bounds_as_the_documentation_has_them():
     assert parse(
         {"accuracy": ">= 0.6", "on_policy_gain": "> 0 at 95%", "length_ratio": ">= 0.8, <= 1.25", "refusals": "<= 0.05"}
     )

@@ -490,7 +490,7 @@ class Quality(Section):
     """On so many held-out queries, what the generator's training changed: the expected on-policy log-probability of a token,
     exact over the vocabulary, and how much of it is steering and how much sharpening."""
     gates: dict[str, str] = Field(default_factory=dict[str, str])
-    """Bounds on the measures of a round's pairs, such as accuracy: ">= 0.6"; `docs/quality.md` lists them."""
+    """Bounds on the measures of a round's pairs, such as accuracy: ">= 0.6" (`docs/quality.md`)."""
     on_failure: Literal["stop", "warn"] = "stop"
     """After a failed gate: stop before the policy is aligned (the data stays), or warn and go on."""
     stop_when: dict[str, str] = Field(default_factory=dict[str, str])
