@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from selfsteer.cli import app
 from selfsteer.recipe import sections
+from selfsteer.recipe.text import kinds_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -89,6 +93,53 @@ def test_every_key_of_a_recipe_is_on_its_page():
     keys = [line.strip().split(":")[0] for line in sections.describe(sections.load("quickstart")).splitlines()]
     names = {key for key in keys if re.fullmatch(r"[a-z_]+", key)}
     assert [key for key in names if not re.search(rf"\b{key}\b", page)] == []
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Every `selfsteer ...` in the code of a page, without what stands behind two spaces and more."""
+    for page in (ROOT / "README.md", *PAGES):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^(?: {4})?(selfsteer [a-z].*)$", text, flags=re.MULTILINE):
+            yield page.name, re.split(r"\s{2,}(?!--|\w+=)", line)[0]
+
+
+def is_key(dotted: str) -> bool:
+    """Whether a recipe has this key."""
+    found: list[Any] = [sections.Recipe]
+    for name in dotted.split("."):
+        fields = [model.model_fields[name] for model in found if name in model.model_fields]
+        if not fields:
+            return False
+        found = [model for field in fields for model in kinds_of(field).values()]
+    return True
+
+
+@pytest.mark.parametrize(("page", "line"), [pytest.param(*each, id=f"{each[0]}-{n}") for n, each in enumerate(commands())])
+def test_commands_of_the_pages_exist(page: str, line: str):
+    group: Any = typer.main.get_command(app)
+    _, name, *arguments = shlex.split(line, comments=True)
+    options = {option for each in group.commands[name].params for option in each.opts}
+    assert [each for each in arguments if each.startswith("--") and each.split("=")[0].strip("[]") not in options] == []
+    keys = [found[1] for each in arguments if (found := re.match(r"([a-z_]+(?:\.[a-z_]+)*)=", each))]
+    assert [key for key in keys if not is_key(key)] == []
+
+
+SNIPPETS = [
+    pytest.param(text, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, text in enumerate(re.findall(r"^```yaml[^\n]*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("text", SNIPPETS)
+def test_pieces_of_recipes_are_recipes(text: str):
+    """Each fenced piece of YAML is valid beside a model, queries, and what some settings need."""
+    recipe: dict[str, Any] = {"policy": {"model": "m"}, "queries": {"path": "q.jsonl"}, "training": {"lora": {}}}
+    recipe["quality"] = {"evaluation_files": ["e.jsonl"]}
+    for name, section in yaml.safe_load(text).items():
+        recipe[name] = {**recipe.get(name, {}), **section} if isinstance(section, dict) else section
+    recipe.setdefault("judge", {"kind": "reward_model", "model": "j"})
+    sections.Recipe.model_validate(recipe)
 
 
 def test_the_site_builds_strictly(tmp_path: Path):
