@@ -1,5 +1,6 @@
 """The documentation: every page stands in the navigation, every link leads somewhere, and the site builds strictly."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -13,6 +14,7 @@ import pytest
 import typer
 import yaml
 
+import selfsteer
 from selfsteer.cli import app
 from selfsteer.recipe import sections
 from selfsteer.recipe.text import kinds_of
@@ -140,6 +142,15 @@ def test_pieces_of_recipes_are_recipes(text: str):
         recipe[name] = {**recipe.get(name, {}), **section} if isinstance(section, dict) else section
     recipe.setdefault("judge", {"kind": "reward_model", "model": "j"})
     sections.Recipe.model_validate(recipe)
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_code():
+    messages = re.findall(r"^\| `([^`]+)` \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in Path(selfsteer.__file__).parent.rglob("*.py"))
+    said = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    texts = [text for text in said if isinstance(text, str)]
+    assert len(messages) >= 20
+    assert [message for message in messages if not any(message in text for text in texts)] == []
 
 
 def test_the_site_builds_strictly(tmp_path: Path):
