@@ -128,7 +128,7 @@ def test_commands_of_the_pages_exist(page: str, line: str):
 
 SNIPPETS = [
     pytest.param(text, id=f"{page.name}-{number}")
-    for page in PAGES
+    for page in (ROOT / "README.md", *PAGES)
     for number, text in enumerate(re.findall(r"^```yaml[^\n]*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
 ]
 
