@@ -18,7 +18,7 @@ FLOORS = (
     {"stages"},
     {"report"},
     {"pipeline"},
-    {"compare", "given", "evaluate", "rewards", "doctor"},
+    {"compare", "given", "evaluate", "rewards", "doctor", "plan"},
     {"cli", "__init__"},
     {"__main__"},
 )

@@ -93,7 +93,7 @@ def _devices() -> Iterator[Finding]:
     try:  # here and not above: where one of them is broken, that is what is to be said
         import torch
 
-        from selfsteer.models import hardware
+        from selfsteer.models import available_memory, hardware
     except (ImportError, OSError) as error:
         yield Finding("torch", "broken", str(error), "install a torch build for this machine: https://pytorch.org")
         return
@@ -111,16 +111,6 @@ def _devices() -> Iterator[Finding]:
     memory = available_memory()
     if memory is not None:
         yield Finding("memory", "ok", f"{memory / 1e9:.0f} GB available")
-
-
-def available_memory() -> int | None:
-    """Bytes that a new process can have; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
 
 
 def _disk(what: str, folder: Path) -> Finding:

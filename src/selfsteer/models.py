@@ -558,6 +558,16 @@ def _from_hub(policy: Policy) -> Path:
         ) from error
 
 
+def available_memory() -> int | None:
+    """Bytes that a new process can have; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
+
+
 def hardware() -> dict[str, str | int]:
     """What this process runs on, for run.json and the model card."""
     device = pick_device()

@@ -32,6 +32,7 @@ from selfsteer.report.reading import reading_of
 from selfsteer.report.tables import cell, gates_table, table_text, write_metrics
 from selfsteer.stages import summary
 from selfsteer.stages.base import Round, read_measures
+from selfsteer.stages.essentials import check_essentials
 from selfsteer.stages.evaluation import check_evaluation, evaluate_run
 from selfsteer.stages.gain import gain_stage
 from selfsteer.stages.headroom import headroom_stage
@@ -60,6 +61,7 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
     check_evaluation(recipe, prepared.judge)
+    check_essentials(recipe, prepared.policy, prepared.prompts, prepared.judge)
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     lending = lenders(borrow)

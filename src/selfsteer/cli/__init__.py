@@ -92,6 +92,20 @@ def status(
     tell(found, json, lambda: _print_status(found))
 
 
+@app.command(epilog=examples("plan quickstart", "plan my-recipe.yaml queries.limit=8000 --json -"))
+def plan(recipe: RecipeFile, overrides: Overrides = None, json: Json = None) -> None:
+    """What a run will take on this machine: tokens, memory, disk and time by stage; status 2 where it would not fit."""
+    resolved = _there(_read(recipe, overrides))
+    with graceful_stop():
+        from selfsteer import plan as planning
+        from selfsteer.report.tables import print_plan
+
+        found = planning.plan(resolved)
+        tell(found, json, lambda: print_plan(found))
+        if found["problems"]:
+            raise typer.Exit(2)
+
+
 @app.command(epilog=examples("doctor", "doctor --engine-python ../vllm/bin/python"))
 def doctor(
     engine_python: Annotated[

@@ -700,6 +700,34 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
     return Table(title, tuple(name for name, _ in names), tuple(kept), note)
 
 
+def print_plan(found: Mapping[str, Any]) -> None:
+    """Print what a run will take (`plan.Plan`)."""
+
+    def size(number: int) -> Cell:
+        return Cell(f"{number / 1e9:.2f}" if number else "")
+
+    def row(stage: Mapping[str, Any]) -> Row:
+        counts = (Cell(f"{stage[name]:,}" if stage[name] else "") for name in ("samples", "sampled", "scored", "trained"))
+        time = "" if stage["seconds"] is None else duration(stage["seconds"])
+        disk = stage["disk"] + stage["passing_disk"]
+        return Row(stage["stage"], (*counts, size(stage["memory"]), size(disk), Cell(time)))
+
+    rates = ", ".join(f"{rate:,.0f} {name}" for name, rate in found["rates"].items() if rate is not None)
+    whole = "not known" if found["seconds"] is None else duration(found["seconds"])
+    free = "not known" if found["memory_free"] is None else f"{found['memory_free'] / 1e9:.1f}"
+    note = (
+        f"{found['queries']:,} queries, responses of {found['response']:.0f} tokens; tokens a second:"
+        f" {rates or 'not measured'}. Memory at the peak {found['memory'] / 1e9:.1f} GB of {free} free, disk"
+        f" {found['disk'] / 1e9:.1f} GB of {found['disk_free'] / 1e9:.0f} free. Time of {found['rounds']} round(s), as this"
+        f" machine is now: {whole}; judges, benchmarks, 4-gain and 5-quality are not in it."
+    )
+    columns = ("samples", "tokens sampled", "scored", "trained", "memory GB", "disk GB", "time")
+    console = console_of()
+    _print(Table(f"Plan for {found['model']}", columns, tuple(map(row, found["stages"])), note), console)
+    for problem in found["problems"]:
+        console.print(Text(f"! {problem}", style="bold red"), soft_wrap=True)
+
+
 def console_of() -> Console:
     """Standard output; 100 columns where it is no terminal."""
     console = Console()

@@ -388,8 +388,14 @@ def _without_zero(rate: Callable[[int], float], warmup: int) -> Callable[[int], 
     return lambda step: (step + 1) / warmup if step < warmup else rate(step)
 
 
-_SAMPLE = 32
-"""Queries whose margins are taken when a model is saved."""
+_SAMPLE, _FEWEST, _SHARE = 32, 4, 24
+"""Queries whose margins are taken when a model is saved: at most, at least, and as a share of all. That takes up to three
+forward passes, which cost as much as a training step of these queries."""
+
+
+def margin_queries(count: int) -> int:
+    """How many of so many queries that are trained on."""
+    return min(_SAMPLE, max(_FEWEST, count // _SHARE))
 
 
 def spread(count: int, most: int) -> range:
@@ -399,7 +405,7 @@ def spread(count: int, most: int) -> range:
 
 def margins(data: TokenGroups, collator: Collator, *, beta: float, weighted: bool) -> Callable[[torch.nn.Module], float]:
     """The mean margin of the pairs of a few queries, spread over the data, under a taught model; without dropout."""
-    indices = spread(len(data), _SAMPLE)
+    indices = spread(len(data), margin_queries(len(data)))
 
     def mean(model: torch.nn.Module) -> float:
         training = model.training

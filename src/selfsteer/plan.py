@@ -1,0 +1,222 @@
+"""What a recipe will take on this machine, before anything is spent: `stages/costs.py` with counts and rates filled in.
+
+Counts come from the recipe's own queries. Rates come from a short calibration: a few of these queries answered by the engine
+and passed through the model forward and backward, as the stages will. Where the engine is a server, or the model is trained
+by other processes, there is no calibration here and times are left open. Left out on purpose: judges and benchmarks.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, cast
+
+import torch
+
+from selfsteer.data.queries import read_queries
+from selfsteer.engines.base import Completion, Sampling
+from selfsteer.engines.open import check_engines, open_engine
+from selfsteer.engines.sampling import request
+from selfsteer.models import compute_dtype, pick_device
+from selfsteer.pipeline import Prepared, prepare
+from selfsteer.recipe.sections import Recipe
+from selfsteer.records import Message, Query
+from selfsteer.stages.costs import Counts, Lengths, Rates, StageCost, run_disk, stage_costs
+from selfsteer.stages.essentials import check_essentials, device_memory, existing, size_of
+from selfsteer.stages.principles import choose_principles, load_pool
+from selfsteer.training.logps import choose_packing, to_device
+from selfsteer.training.packing import Row
+from selfsteer.training.scoring import open_scorer
+
+_MEASURED = 200
+"""Queries whose prompts are measured; the others are counted."""
+
+_ASKED, _LONGEST = 30, 128
+"""Calibration: prompts that are answered, as many under the good principle as under the bad one and bare, and the most
+tokens of an answer."""
+
+
+class Plan(TypedDict):
+    """What a run will take."""
+
+    model: str
+    queries: int
+    """Usable ones."""
+    response: float
+    """Tokens of a response on average, as calibrated; the limit where nothing was."""
+    rates: dict[str, float | None]
+    """Tokens a second: sampled, scored, trained."""
+    rounds: int
+    stages: list[StageCost]
+    """Of one round."""
+    seconds: float | None
+    """Of all rounds; None where a stage is not known."""
+    memory: int
+    """Bytes of the largest stage."""
+    memory_free: int | None
+    disk: int
+    """Bytes at the peak."""
+    disk_free: int
+    problems: list[str]
+    """What would not fit, or would fail, each with its way out."""
+
+
+def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
+    """Raises ValueError for a recipe that can't begin at all: its model, queries or principles are not there."""
+    prepared = prepare(recipe)
+    queries = [item for item in read_queries(recipe.queries) if isinstance(item, Query)]
+    if not queries:
+        raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
+    prompts = list(_prompts(recipe, prepared, queries[:_MEASURED]))
+    used = [each for each in prompts if len(each.good) <= recipe.queries.max_prompt_tokens]
+    count = round(len(queries) * len(used) / len(prompts))
+    problems = list(_problems(recipe, prepared))
+    if not used:
+        problems.append("no query fits queries.max_prompt_tokens with its principle; raise it")
+        used = prompts
+    here = recipe.engine.kind == "transformers"
+    found = _calibrated(recipe, prepared, used) if calibrate and here and not problems else _Calibration(Rates(), None)
+    response = found.response or float(recipe.responses.max_new_tokens)
+    size, device = size_of(prepared.policy, recipe), pick_device()
+    half = compute_dtype(recipe.training.dtype, device) != torch.float32
+    counts = Counts(count, _lengths([each.bare for each in used]), _lengths([each.good for each in used]), response)
+    stages = stage_costs(recipe, counts, size, found.rates, half=half)
+    seconds = [stage["seconds"] for stage in stages if stage["samples"] or stage["scored"] or stage["trained"]]
+    memory, free = max(stage["memory"] for stage in stages), device_memory(device)
+    disk, room = run_disk(stages, recipe.rounds), shutil.disk_usage(existing(Path(recipe.output))).free
+    if free is not None and memory > free:
+        problems.append(
+            f"memory: {memory / 1e9:.1f} GB at the peak, {free / 1e9:.1f} GB are free; set training.lora.rank=16,"
+            " training.gradient_checkpointing=true or a smaller engine.batch_size"
+        )
+    if disk > room:
+        problems.append(f"disk: {disk / 1e9:.1f} GB at the peak, {room / 1e9:.1f} GB are free; name another output")
+    return Plan(
+        model=recipe.policy.model,
+        queries=count,
+        response=response,
+        rates={"sampled": found.rates.sampled, "scored": found.rates.scored, "trained": found.rates.trained},
+        rounds=recipe.rounds,
+        stages=stages,
+        seconds=None if None in seconds else recipe.rounds * sum(cast("list[float]", seconds)),
+        memory=memory,
+        memory_free=free,
+        disk=disk,
+        disk_free=room,
+        problems=problems,
+    )
+
+
+class _Prompts(NamedTuple):
+    bare: tuple[int, ...]
+    good: tuple[int, ...]
+    bad: tuple[int, ...]
+    messages: tuple[tuple[Message, ...], ...]
+    """Of the three."""
+
+
+def _prompts(recipe: Recipe, prepared: Prepared, queries: Sequence[Query]) -> Iterator[_Prompts]:
+    """The first queries bare and under the principles that they would get; of generated ones the library stands in."""
+    pool = load_pool(recipe.principles)
+    for query in queries:
+        principles = choose_principles(query, pool, recipe.seed)
+        steered = (
+            prepared.prompts.steer(query.messages, each) for each in (principles.good_message, principles.bad_message)
+        )
+        messages = (query.messages, *steered)
+        bare, good, bad = (tuple(prepared.prompts.prompt_ids(each)) for each in messages)
+        yield _Prompts(bare, good, bad, messages)
+
+
+def _lengths(prompts: Sequence[tuple[int, ...]]) -> Lengths:
+    lengths = [len(each) for each in prompts]
+    return Lengths(sum(lengths) / len(lengths), max(lengths))
+
+
+def _problems(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
+    """What a run would be refused for, each check by itself."""
+    for check in (
+        lambda: check_engines(recipe, prepared.policy, prepared.prompts),
+        lambda: check_essentials(recipe, prepared.policy, prepared.prompts, prepared.judge),
+    ):
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            yield str(error)
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------------
+
+
+class _Calibration(NamedTuple):
+    rates: Rates
+    response: float | None
+    """Tokens of a response, on average."""
+
+
+def _calibrated(recipe: Recipe, prepared: Prepared, prompts: Sequence[_Prompts]) -> _Calibration:
+    """Some seconds of work: answers, a forward pass, a forward and backward pass."""
+    whole = (pair for each in prompts for pair in zip((each.bare, each.good, each.bad), each.messages, strict=True))
+    asked = list(islice(whole, _ASKED))
+    limit = min(_LONGEST, recipe.responses.max_new_tokens)
+    sampling = Sampling(**recipe.responses.steered.model_dump() | {"max_new_tokens": limit})
+    requests = [
+        replace(request(prepared.prompts, messages, model_digest="", sampling=sampling, seed=number), prompt_ids=ids)
+        for number, (ids, messages) in enumerate(asked)
+    ]
+    trust = recipe.policy.trust_remote_code
+    began = time.perf_counter()
+    with open_engine(recipe.engine, prepared.policy, prepared.prompts, trust_remote_code=trust) as engine:
+        loaded = time.perf_counter()
+        answers = [answer for answer in engine.generate(requests) if isinstance(answer, Completion)]
+        sampled = sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - loaded)
+    if not answers:
+        return _Calibration(Rates(loading=loaded - began), None)
+    forward, backward = _passes(recipe, prepared, [ids for ids, _ in asked], answers)
+    rates = Rates(sampled=sampled, scored=forward, trained=backward, loading=loaded - began)
+    return _Calibration(rates, expected_length(answers, recipe.responses.max_new_tokens))
+
+
+def expected_length(answers: Sequence[Completion], limit: int) -> float:
+    """Mean tokens of answers up to `limit`, of some that were cut off earlier.
+
+    As if each token were the last with one probability (exponential lengths): tokens / endings is its estimate, and the mean
+    up to the limit follows. Without an ending the limit itself.
+    """
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    ended = sum(answer.finish_reason == "stop" for answer in answers)
+    if ended == 0 or tokens == 0:
+        return float(limit)
+    mean = tokens / ended
+    return mean * (1 - math.exp(-limit / mean))
+
+
+def _passes(
+    recipe: Recipe, prepared: Prepared, prompts: Sequence[tuple[int, ...]], answers: Sequence[Completion]
+) -> tuple[float, float]:
+    """Tokens a second forward alone, and forward and backward, of responses behind their prompts."""
+    completions = [answer.token_ids or prompts[0][:8] for answer in answers]
+    rows = [Row(prompt, (completion,)) for prompt, completion in zip(prompts[:4], completions, strict=False)]
+    policy = recipe.policy.model_copy(update={"model": prepared.policy.path})
+    with open_scorer(policy, recipe.training) as scorer:
+        model = scorer.model
+        packing = choose_packing(model, rows[:1], sharing=recipe.training.prefix_sharing)
+        batches = [to_device(packing([row]), model.device) for row in rows]
+        tokens = sum(len(row.prompt) + len(row.completions[0]) for row in rows)
+
+        def run(*, train: bool) -> float:
+            began = time.perf_counter()
+            for batch in batches:
+                with torch.set_grad_enabled(train):
+                    logps = model(**cast("dict[str, Any]", batch))
+                if train:
+                    logps.sum().backward()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            return tokens / (time.perf_counter() - began)
+
+        run(train=True)  # kernels are chosen, memory is taken
+        return run(train=False), run(train=True)

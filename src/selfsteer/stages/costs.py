@@ -1,0 +1,249 @@
+"""What a round will take, stage by stage: samples, tokens, memory, disk, time. Pure arithmetic over counts and rates.
+
+Everything is of one round; a run of several takes it as many times (`run_disk` alone adds up what stays). Memory is what the
+weights, the optimizer, the cache and the activations take; the libraries themselves add about a gigabyte. Left out on
+purpose: how counts and rates are found (`plan.py`), what this machine has (`essentials.py`), and judges, benchmarks and
+stage 4-gain, which are counted as far as they ask something and not timed.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+from selfsteer.recipe.sections import Alignment, Generator, Recipe
+from selfsteer.stages.headroom import QUERIES as HEADROOM_QUERIES
+from selfsteer.stages.status import GAIN, HEADROOM, PASSES, QUALITY, SELECTION, method_of, stage_names
+from selfsteer.training.checkpoints import KEPT
+from selfsteer.training.displacement import LARGEST, schedule
+from selfsteer.training.trainer import margin_queries
+
+_ADAM = 8
+"""Bytes of AdamW's two moments, for each trained weight in float32."""
+
+_ACTIVATIONS = 34
+"""Bytes a token, layer and unit of width that half precision keeps for the backward pass (arXiv 2205.05198, section 4.1,
+without the attention scores, which are never stored)."""
+
+_MARGIN_PASSES = 3
+"""How often margins are taken when a model is saved, at most (`training/export.py`)."""
+
+
+class Size(NamedTuple):
+    """Of a model."""
+
+    parameters: int
+    trained: int
+    """Parameters that a training changes: all, or those of the adapter."""
+    layers: int
+    width: int
+    cached: int
+    """Numbers that the cache of a token takes, over all layers."""
+
+
+class Lengths(NamedTuple):
+    """In tokens."""
+
+    mean: float
+    most: int
+
+
+class Counts(NamedTuple):
+    """What a round is given."""
+
+    queries: int
+    bare: Lengths
+    """Prompts of the bare query."""
+    steered: Lengths
+    """Prompts of the query under a principle."""
+    response: float
+    """Tokens of a response, on average."""
+
+
+class Rates(NamedTuple):
+    """Tokens a second, each None where it is not known, and the seconds that loading the model takes."""
+
+    sampled: float | None = None
+    scored: float | None = None
+    """Prompt and completions, forward alone."""
+    trained: float | None = None
+    loading: float = 0.0
+
+
+class StageCost(TypedDict):
+    """What one stage takes."""
+
+    stage: str
+    samples: int
+    """Responses that are sampled."""
+    sampled: int
+    """Tokens of them."""
+    scored: int
+    """Tokens, prompts included, that pass forward through the model."""
+    trained: int
+    """The same of the trainings, every epoch."""
+    memory: int
+    """Bytes at the peak; 0 where no model is held by this process."""
+    disk: int
+    """Bytes that stay."""
+    passing_disk: int
+    """Bytes beside these at the peak: checkpoints."""
+    seconds: float | None
+    """None where a rate is not known."""
+
+
+def stage_costs(recipe: Recipe, counts: Counts, size: Size, rates: Rates, *, half: bool) -> list[StageCost]:
+    """The stages of a round, in order. half: whether matrix products run in half precision."""
+    found: list[StageCost] = []
+    for name in stage_names(recipe, method_of(recipe)):
+        work = _work(recipe, counts, name)
+        section = recipe.alignment if name == "6-policy" else recipe.generator
+        training = name.startswith("4-generator") or name == "6-policy"
+        memory = 0
+        if training:
+            memory = training_memory(recipe, counts, size, half=half)
+        elif work.samples and recipe.engine.kind == "transformers":
+            memory = sampling_memory(recipe, counts, size, half=half)
+        elif work.scored:
+            memory = 4 * size.parameters
+        trained = _trained(section, work) if training else 0
+        scored = work.scored + (_passes(recipe, counts, work, trained, section) if training else 0)
+        found.append(
+            StageCost(
+                stage=name,
+                samples=work.samples,
+                sampled=round(work.samples * counts.response),
+                scored=round(scored),
+                trained=round(trained),
+                memory=memory,
+                disk=model_disk(recipe, size) if training else _BYTES_A_SAMPLE * work.samples,
+                passing_disk=checkpoints_disk(size) if training else 0,
+                seconds=_seconds(work, counts, scored, trained, rates, timed=name not in (GAIN, QUALITY)),
+            )
+        )
+    return found
+
+
+_BYTES_A_SAMPLE = 2000
+"""Of a response in the journal and the sealed table; a few thousand at most."""
+
+
+class _Work(NamedTuple):
+    samples: int = 0
+    queries: int = 0
+    """That are trained on."""
+    each: float = 0.0
+    """Tokens of one query's pairs, prompts shared."""
+    scored: float = 0.0
+
+
+def training_queries(recipe: Recipe, queries: int) -> int:
+    """How many queries of a round train its generator."""
+    rest = queries - spared_queries(recipe, queries)
+    return max(0, rest if recipe.generator.queries is None else min(rest, recipe.generator.queries))
+
+
+def spared_queries(recipe: Recipe, queries: int) -> int:
+    """How many no training sees: those held out, or those set aside for the displacement (`stages.base.set_aside`)."""
+    if recipe.queries.holdout:
+        return recipe.queries.holdout
+    return 0 if recipe.training.displacement_steps == 0 else min(LARGEST, queries // 32)
+
+
+def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
+    """What a stage does, the filters left out: they drop what they drop."""
+    n, spared, learned = counts.queries, spared_queries(recipe, counts.queries), training_queries(recipe, counts.queries)
+    answer, bare, steered = counts.response, counts.bare.mean, counts.steered.mean
+    pair = bare + 2 * answer
+    both = recipe.generator.objective in ("sso", "equation_3") and recipe.generator.kind != "dual"
+    lesson = (steered + 2 * answer) * (2 if both else 1)
+    asides = 0 if recipe.training.displacement_steps == 0 else min(LARGEST, spared)
+    if name == "1-principles":
+        return _Work(samples=n if recipe.principles.source == "generate" else 0)
+    if name == "2-responses":
+        if recipe.generator.kind == "none":
+            return _Work(samples=2 * n + asides)
+        return _Work(samples=learned * (3 if recipe.generator.uses_original else 2) + asides)
+    if name == "3-steering":
+        both_pairs = 2 * (steered + 2 * answer) if recipe.generator.objective in ("sso", "equation_3") else lesson
+        return _Work(scored=learned * (both_pairs + pair))
+    if name == HEADROOM:
+        return _Work(scored=min(learned, HEADROOM_QUERIES) * (bare + 3 * answer))
+    if name.startswith("4-generator"):
+        return _Work(queries=learned, each=lesson)
+    if name == "5-preferences":
+        own = recipe.generator.kind == "none"
+        more = (recipe.selection.samples - 1) * max(0, n - recipe.queries.holdout)
+        return _Work(samples=0 if own else 2 * (n + more), scored=(n + more) * pair)
+    if name == SELECTION:
+        return _Work(scored=n * pair if recipe.selection.by == "generator" else 0)
+    if name == "6-policy":
+        return _Work(queries=max(0, n - spared), each=pair)
+    if name == PASSES:
+        return _Work(samples=3 * recipe.quality.answers)
+    return _Work()  # 4-gain and 5-quality: not timed
+
+
+def _trained(section: Generator | Alignment, work: _Work) -> float:
+    queries = work.queries * section.epochs if section.max_steps is None else section.max_steps * section.batch_size
+    return queries * work.each
+
+
+def _passes(recipe: Recipe, counts: Counts, work: _Work, trained: float, section: Generator | Alignment) -> float:
+    """Tokens that a training passes forward beside its steps: displacement, margins when saving, margins of its pairs."""
+    after = min(work.queries, recipe.quality.sample or work.queries) * work.each
+    saving = _MARGIN_PASSES * min(work.queries, margin_queries(work.queries)) * work.each
+    if recipe.training.displacement_steps == 0 or not work.each:
+        return after + saving
+    unrelated = counts.bare.mean + counts.response
+    steps = max(1, math.ceil(trained / work.each / section.batch_size))
+    size, every = schedule(work.each + unrelated, trained, steps=steps, every=recipe.training.displacement_steps)
+    return after + saving + (2 + steps // every) * size * (work.each + unrelated)
+
+
+def _seconds(work: _Work, counts: Counts, scored: float, trained: float, rates: Rates, *, timed: bool) -> float | None:
+    parts = (
+        (work.samples * counts.response, rates.sampled),
+        (scored, rates.scored),
+        (trained, rates.trained),
+    )
+    needed = [(tokens, rate) for tokens, rate in parts if tokens]
+    if not timed or any(rate is None for _, rate in needed):
+        return None
+    return sum(tokens / rate for tokens, rate in needed if rate) + len(needed) * rates.loading
+
+
+def sampling_memory(recipe: Recipe, counts: Counts, size: Size, *, half: bool) -> int:
+    """Bytes of the embedded engine: the weights and the cache of all that is sampled side by side."""
+    engine = recipe.engine
+    assert engine.kind == "transformers"
+    longest = counts.steered.most + recipe.responses.max_new_tokens
+    width = 2 if half else 4
+    return width * (size.parameters + engine.batch_size * longest * size.cached)
+
+
+def training_state(size: Size, *, half: bool) -> int:
+    """Bytes of weights in float32, their copy in half precision, gradients and AdamW: what no setting but LoRA lowers."""
+    return (4 + (2 if half else 0)) * size.parameters + (4 + _ADAM) * size.trained
+
+
+def training_memory(recipe: Recipe, counts: Counts, size: Size, *, half: bool) -> int:
+    """Bytes of a training in one process, with the activations of its largest micro-batch."""
+    longest = 2 * counts.steered.most + 4 * recipe.responses.max_new_tokens
+    tokens = recipe.training.micro_batch_size * min(longest, 2 * counts.steered.mean + 4 * counts.response)
+    each = (2 if recipe.training.gradient_checkpointing else _ACTIVATIONS) * (1 if half else 2)
+    return training_state(size, half=half) + round(tokens * size.layers * size.width * each)
+
+
+def model_disk(recipe: Recipe, size: Size) -> int:
+    """Bytes of a trained model as it is delivered, in float32 at most, and of its adapter."""
+    return 4 * size.parameters + (0 if recipe.training.lora is None else 4 * size.trained)
+
+
+def checkpoints_disk(size: Size) -> int:
+    """Bytes of a training's checkpoints at the peak: those that are kept, and the one that is being written."""
+    return (KEPT + 1) * (4 + _ADAM) * size.trained
+
+
+def run_disk(costs: Sequence[StageCost], rounds: int) -> int:
+    """Bytes that a whole run needs at its peak."""
+    return rounds * sum(cost["disk"] for cost in costs) + max((cost["passing_disk"] for cost in costs), default=0)

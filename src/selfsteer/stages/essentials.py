@@ -1,0 +1,144 @@
+"""What a run needs and can be known before anything is sampled: trackers, servers that answer, disk, memory.
+
+Each is refused in one line with its way out. Left out on purpose: models, files, templates and what engines lack, which
+`pipeline.prepare` and `check_engines` say, and everything that is an estimate (`plan.py`): only what can't do is refused.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+
+from selfsteer.engines.open import open_engine
+from selfsteer.judges.find import RecipeJudge, open_judge
+from selfsteer.models import available_memory, compute_dtype, load_configuration, pick_device
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.engines import runs_already
+from selfsteer.recipe.sections import Recipe
+from selfsteer.records import Checkpoint
+from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, training_state
+from selfsteer.stages.status import method_of, stage_names
+from selfsteer.store.folder import Stage
+
+
+def check_essentials(recipe: Recipe, policy: Checkpoint, prompts: Prompts, judge: RecipeJudge | None) -> None:
+    """Raises ValueError for the first thing without which this run, or what is left of it, would fail later."""
+    check_trackers(recipe.training.report_to)
+    size = size_of(policy, recipe)
+    stages = unsealed_trainings(recipe)
+    if stages:
+        check_memory(recipe, size)
+    check_disk(recipe, size, stages)
+    check_servers(recipe, policy, prompts, judge)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that transformers does not know, or that is not installed."""
+    installed = {*get_available_reporting_integrations(), "flyte", "all", "none"}  # of flyte transformers can't tell
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK and name not in ("all", "none"):
+            raise ValueError(f"training.report_to: {name!r} is no tracker; there are {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if name not in installed:
+            raise ValueError(
+                f"training.report_to: {name} is not installed; pip install {name.replace('_', '-')}, or leave it out"
+            )
+
+
+def check_memory(recipe: Recipe, size: Size) -> None:
+    """Raises ValueError where weights, gradients and optimizer of a training in this process can't fit its device."""
+    if recipe.launcher.kind != "local":
+        return
+    device = pick_device()
+    room = device_memory(device)
+    need = training_state(size, half=compute_dtype(recipe.training.dtype, device) != torch.float32)
+    if room is None or need <= room:
+        return
+    way_out = (
+        "set training.lora.rank=16" if recipe.training.lora is None else "take a smaller model"
+    ) + ", or share the training among several devices (launcher, docs/scaling.md)"
+    raise ValueError(
+        f"memory: training {size.parameters / 1e9:.2g} billion weights takes {need / 1e9:.3g} GB for weights, gradients and"
+        f" optimizer, and {device.type} has {room / 1e9:.3g} GB; {way_out}"
+    )
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that this process can have on a device; None where that is not told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory()
+
+
+def check_disk(recipe: Recipe, size: Size, stages: Sequence[str]) -> None:
+    """Raises ValueError where the models and checkpoints of these training stages don't fit the disk of the run folder."""
+    if not stages:
+        return
+    need = len(stages) * model_disk(recipe, size) + checkpoints_disk(size)
+    free = shutil.disk_usage(existing(Path(recipe.output))).free
+    if need > free:
+        raise ValueError(
+            f"disk: {', '.join(stages)} need up to {need / 1e9:.3g} GB for models and checkpoints, and {recipe.output} has"
+            f" {free / 1e9:.3g} GB free; make room (selfsteer clean RUN says what of a run may go), or name another output"
+        )
+
+
+def existing(path: Path) -> Path:
+    """The folder itself, or the first above it that is there."""
+    whole = path.absolute()
+    return next(each for each in (whole, *whole.parents) if each.exists())
+
+
+def unsealed_trainings(recipe: Recipe) -> list[str]:
+    """The training stages of a run that are still to be made, as round-N/STAGE."""
+    names = [name for name in stage_names(recipe, method_of(recipe)) if name.startswith("4-generator") or name == "6-policy"]
+    places = [f"round-{number}/{name}" for number in range(1, recipe.rounds + 1) for name in names]
+    return [place for place in places if Stage(Path(recipe.output) / place).manifest() is None]
+
+
+def check_servers(recipe: Recipe, policy: Checkpoint, prompts: Prompts, judge: RecipeJudge | None) -> None:
+    """Asks each server that runs already for a sign of life. Raises ValueError for one that does not answer."""
+    trust = recipe.policy.trust_remote_code
+    for section in (recipe.engine, recipe.principles.engine):
+        if section is not None and runs_already(section):
+            with open_engine(section, policy, prompts, trust_remote_code=trust):
+                pass
+    if judge is not None and runs_already(judge.section.engine):
+        with open_judge(judge):
+            pass
+
+
+def size_of(model: Checkpoint, recipe: Recipe) -> Size:
+    """From its configuration alone; no weight is read."""
+    trust = recipe.policy.trust_remote_code
+    configuration = load_configuration(model.path, trust_remote_code=trust)
+    with torch.device("meta"):
+        empty = cast(PreTrainedModel, AutoModelForCausalLM.from_config(configuration, trust_remote_code=trust))
+    parameters = sum(part.numel() for part in empty.parameters())
+    text: dict[str, Any] = configuration.get_text_config().to_dict()
+    layers, width, heads = (int(text.get(name) or 1) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    each = int(text.get("head_dim") or width // heads)
+    cached = 2 * layers * int(text.get("num_key_value_heads") or heads) * each
+    return Size(parameters, _trained(empty, recipe) or parameters, layers, width, cached)
+
+
+def _trained(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Parameters of the recipe's adapter; 0 without one."""
+    lora = recipe.training.lora
+    if lora is None:
+        return 0
+    names = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    output = model.get_output_embeddings()
+    return sum(
+        lora.rank * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module is not output
+        and (names == ["all-linear"] or name.rpartition(".")[2] in names)
+    )

@@ -1,0 +1,107 @@
+"""What a run will take: counted as the run then counts, refused where it would not fit, timed by a calibration."""
+
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import run, samples
+
+from selfsteer import plan as planning
+from selfsteer.engines.base import Completion
+from selfsteer.recipe.sections import Recipe
+from selfsteer.stages import essentials
+from selfsteer.stages.costs import Counts, Lengths, Rates, Size, stage_costs
+
+RecipeOf = Callable[..., dict[str, Any]]
+Usage = namedtuple("Usage", "total used free")
+
+
+def planned(recipe: dict[str, Any], **options: Any) -> planning.Plan:
+    return planning.plan(Recipe.model_validate(recipe), **options)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"queries.holdout": 2}, {"generator.kind": "none"}, {"generator.objective": "equation_3", "generator.queries": 3}],
+)
+def test_as_many_samples_are_planned_as_are_drawn(recipe_of: RecipeOf, tmp_path: Path, changes: dict[str, Any]):
+    short = {"generator.max_steps": 1, "alignment.max_steps": 1, **changes}
+    found = planned(recipe_of(tmp_path / "run", short), calibrate=False)
+    assert found["problems"] == []
+    assert not (tmp_path / "run").exists(), "a plan leaves nothing behind"
+    stages = run(recipe_of(tmp_path / "run", short))["rounds"][0]["stages"]
+    assert [stage["stage"] for stage in found["stages"]] == list(stages)
+    wanted = {stage["stage"]: stage["samples"] for stage in found["stages"]}
+    assert wanted["2-responses"] == len(set(samples(tmp_path / "run", "2-responses")))
+    drawn = wanted["5-preferences"]
+    if drawn:  # its journal holds a score for each pair, too
+        both = 2 * stages["5-preferences"]["wanted"]
+        assert drawn == both
+
+
+def test_a_calibration_finds_rates_and_times_every_stage(recipe_of: RecipeOf, tmp_path: Path):
+    found = planned(recipe_of(tmp_path / "run"))
+    assert all(rate is not None and rate > 0 for rate in found["rates"].values())
+    assert 1 <= found["response"] <= 8, "tokens, up to responses.max_new_tokens"
+    timed = [stage["seconds"] for stage in found["stages"] if stage["samples"] or stage["scored"] or stage["trained"]]
+    assert found["seconds"] == pytest.approx(sum(timed))
+    twice = planned(recipe_of(tmp_path / "run", {"rounds": 2}), calibrate=False)
+    assert (twice["rounds"], twice["seconds"]) == (2, None)
+
+
+def test_costs_by_hand():
+    """PBAA, 10 queries: two responses each of 20 tokens; scored are prompt and both; one epoch of the same is trained."""
+    recipe = Recipe.model_validate(
+        {
+            "policy": {"model": "m"},
+            "queries": {"path": "q.jsonl"},
+            "generator": {"kind": "none"},
+            "quality": {"principle_consistency": False},
+            "training": {"displacement_steps": 0},
+        }
+    )
+    counts = Counts(10, Lengths(5, 9), Lengths(15, 19), 20.0)
+    rates = Rates(sampled=40.0, scored=45.0, trained=9.0, loading=1.0)
+    costs = {each["stage"]: each for each in stage_costs(recipe, counts, Size(1000, 1000, 2, 8, 32), rates, half=False)}
+    assert (costs["2-responses"]["samples"], costs["2-responses"]["sampled"]) == (20, 400)
+    assert costs["2-responses"]["seconds"] == pytest.approx(400 / 40 + 1)
+    assert costs["5-preferences"]["scored"] == 10 * (5 + 2 * 20)
+    assert costs["6-policy"]["trained"] == 450
+    assert costs["6-policy"]["disk"] == 4 * 1000, "float32"
+
+
+def answer(tokens: int, finish: Any) -> Completion:
+    return Completion(key="k", text="", token_ids=tuple(range(tokens)), finish_reason=finish)
+
+
+def test_the_expected_length_of_answers_that_were_cut_off():
+    """Of 60 tokens in all one ended: 60 on average without a limit, 60 (1 - e^-1) up to 60."""
+    answers = [answer(40, "length"), answer(20, "stop")]
+    assert planning.expected_length(answers, 60) == pytest.approx(60 * (1 - 2.718281828**-1), rel=1e-6)
+    assert planning.expected_length([answer(40, "length")], 500) == 500
+
+
+def test_what_does_not_fit_is_said_and_refused(recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = recipe_of(tmp_path / "run")
+    monkeypatch.setattr(essentials, "available_memory", lambda: 1000)
+    (first, *_) = planned(recipe)["problems"]
+    assert first.startswith("memory: training ")
+    assert "set training.lora.rank=16" in first
+    with pytest.raises(ValueError, match=r"memory: training .* set training.lora.rank=16"):
+        run(recipe)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(essentials, "available_memory", lambda: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 0, 1000))
+    with pytest.raises(ValueError, match=r"disk: round-1/4-generator, round-1/6-policy need up to .* name another output"):
+        run(recipe)
+
+
+def test_trackers_are_asked_for_before_anything_is_sampled(recipe_of: RecipeOf, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"training.report_to: 'wandbb' is no tracker; there are .*wandb"):
+        run(recipe_of(tmp_path / "run", {"training.report_to": ["wandbb"]}))
+    with pytest.raises(ValueError, match=r"training.report_to: clearml is not installed; pip install clearml"):
+        run(recipe_of(tmp_path / "run", {"training.report_to": ["clearml"]}))
+    assert not (tmp_path / "run").exists()
