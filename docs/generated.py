@@ -140,7 +140,7 @@ def run_folder_page() -> str:
             for part in (
                 f"### {name}",
                 _text(described.get(name, "")),
-                _table(["column", "type"], [(f"`{field.name}`", _arrow(field.type)) for field in getattr(columns, name)]),
+                _columns(getattr(columns, name)),
             )
         ),
         "## Records",
@@ -173,6 +173,27 @@ def _arrow(kind: pa.DataType) -> str:
     if pa.types.is_struct(kind):
         return "{" + ", ".join(f"`{field.name}` {_arrow(field.type)}" for field in kind) + "}"
     return str(kind)
+
+
+def _columns(schema: pa.Schema) -> str:
+    """The columns of a schema; those of pairs with what `columns.pair_row` fills them from."""
+    if schema is not columns.PAIRS:
+        return _table(["column", "type"], [(f"`{field.name}`", _arrow(field.type)) for field in schema])
+    described = _attributes("records")
+    [row] = [each for each in ast.walk(ast.parse(inspect.getsource(columns.pair_row))) if isinstance(each, ast.Dict)]
+    filled: dict[str, tuple[str, str]] = {}
+    for key, value in zip(row.keys, row.values, strict=True):
+        found = next(
+            each for each in ast.walk(value) if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name)
+        )
+        record = "Pair" if ast.unparse(found.value) == "pair" else "Side"
+        filled[ast.literal_eval(ast.unparse(key or value))] = (record, found.attr)
+    rows = [
+        (f"`{field.name}`", _arrow(field.type), f"`{record}.{name}`", _cell(described[record].get(name, "")))
+        for field in schema
+        for record, name in [filled[field.name]]
+    ]
+    return _table(["column", "type", "in Python", "what it is"], rows)
 
 
 def _classes(module: str, wanted: Sequence[str] | None) -> Iterator[str]:

@@ -174,8 +174,11 @@ class Pair:
     """A prompt with a better and a worse response: the one shape of a pair, whoever made it and whatever it trains."""
 
     query_id: str
+    """`Query.id`; of a pair made elsewhere its own id, or one of its prompt."""
     kind: PairKind
+    """What it trains: l_plus, l_minus, alignment, or given."""
     prompt: tuple[Message, ...]
+    """What both sides answer: x+, x- or the bare query."""
     chosen: Side
     rejected: Side
     principles: Principles | None = None
