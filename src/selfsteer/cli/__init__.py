@@ -92,6 +92,30 @@ def status(
     tell(found, json, lambda: _print_status(found))
 
 
+@app.command(epilog=examples("init my-recipe.yaml --model path/or/hub-id --queries my-queries.jsonl --column prompt"))
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
+    model: Annotated[
+        str, typer.Option(prompt="The chat model (a folder, a hub id, a .gguf file)", help="As policy.model in a recipe.")
+    ] = ...,  # pyright: ignore[reportArgumentType] (asked for where it is not given)
+    queries: Annotated[
+        str, typer.Option(prompt="The file of queries (or hub:NAME)", help="As queries.path in a recipe.")
+    ] = ...,  # pyright: ignore[reportArgumentType]
+    column: Annotated[str, typer.Option(help="The column that holds them.")] = "query",
+    output: Annotated[str, typer.Option(metavar="DIR", help="The run folder.")] = "runs/first",
+) -> None:
+    """Write a short recipe for your model, queries and this machine; what is not given is asked for."""
+    if file.exists():
+        raise ValueError(f"{file} is there already; name another file, or move it away")
+    from selfsteer.first_recipe import first_recipe
+
+    text = first_recipe(model, queries, column, output)
+    file.write_text(text, encoding="utf-8")
+    typer.echo(
+        f"wrote {file}\nlook   selfsteer plan {shlex.quote(str(file))}\nrun    selfsteer run {shlex.quote(str(file))}"
+    )
+
+
 @app.command(epilog=examples("plan quickstart", "plan my-recipe.yaml queries.limit=8000 --json -"))
 def plan(recipe: RecipeFile, overrides: Overrides = None, json: Json = None) -> None:
     """What a run will take on this machine: tokens, memory, disk and time by stage; status 2 where it would not fit."""
