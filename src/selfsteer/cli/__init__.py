@@ -32,7 +32,7 @@ from selfsteer.cli.arguments import (
     tell,
 )
 from selfsteer.recipe.sections import Recipe, describe, load
-from selfsteer.runtime import Interrupted, graceful_stop
+from selfsteer.runtime import Interrupted, graceful_stop, stop_requested
 
 if TYPE_CHECKING:
     from selfsteer.doctor import Finding
@@ -127,6 +127,22 @@ def init(
     typer.echo(
         f"wrote {file}\nlook   selfsteer plan {shlex.quote(str(file))}\nrun    selfsteer run {shlex.quote(str(file))}"
     )
+
+
+@app.command(epilog=examples("view runs/quickstart"))
+def view(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    port: Annotated[int, typer.Option(help="Of this machine; 0 takes a free one.", min=0, max=65535)] = 0,
+) -> None:
+    """Serve the page of a run on this machine alone, and while it goes on how far it is; ^C ends it."""
+    import time
+
+    from selfsteer.report.view import viewing
+
+    with graceful_stop(), viewing(run, port) as address:
+        typer.echo(f"{address}  (^C ends it)")
+        while not stop_requested():
+            time.sleep(0.2)
 
 
 @app.command(epilog=examples("plan quickstart", "plan my-recipe.yaml queries.limit=8000 --json -"))

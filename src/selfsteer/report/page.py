@@ -52,7 +52,13 @@ def write_page(path: Path, metrics: Metrics, reading: Reading | None = None) -> 
 
 
 def write_frame(path: Path, name: str, facts: Iterable[str], body: str, *, data: object = None) -> None:
-    """Write a page of the report's style, whole or not at all.
+    """Write a page of the report's style, whole or not at all; see `frame`."""
+    with replacing(path) as file:
+        file.write(frame(name, facts, body, data=data).encode(errors="replace"))
+
+
+def frame(name: str, facts: Iterable[str], body: str, *, data: object = None) -> str:
+    """A page of the report's style.
 
     name, facts: escaped here. data: JSON values for the script; without, there is none.
     """
@@ -62,15 +68,13 @@ def write_frame(path: Path, name: str, facts: Iterable[str], body: str, *, data:
         code = (templates / "report.js").read_text(encoding="utf-8")
         policy = f"; script-src 'sha256-{base64.b64encode(sha256(code.encode()).digest()).decode()}'"
         script = f'<script type="application/json" id="data">{json_text(data)}</script>\n<script>{code}</script>\n'
-    text = Template((templates / "report.html").read_text(encoding="utf-8")).substitute(
+    return Template((templates / "report.html").read_text(encoding="utf-8")).substitute(
         name=escape(name),
         facts=" · ".join(escape(fact) for fact in facts if fact),
         script_policy=policy,
         body=body,
         script=script,
     )
-    with replacing(path) as file:
-        file.write(text.encode(errors="replace"))
 
 
 def json_text(data: object) -> str:
