@@ -85,7 +85,7 @@ def check_disk(recipe: Recipe, size: Size, stages: Sequence[str]) -> None:
     if need > free:
         raise ValueError(
             f"disk: {', '.join(stages)} need up to {need / 1e9:.3g} GB for models and checkpoints, and {recipe.output} has"
-            f" {free / 1e9:.3g} GB free; make room (selfsteer clean RUN says what of a run may go), or name another output"
+            f" {free / 1e9:.3g} GB free; make room, or name another output"
         )
 
 
