@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What a card must show, in pieces of under ten minutes each; nothing is fetched. Give the pieces by name; all of them if none.
 #
-#   bench/gpu.sh [tests] [step] [step-1b] [step-8b] [sampler] [run] [compare]
+#   bench/gpu.sh [tests] [step] [step-1b] [step-8b] [sampler] [run] [compare] [style]
 #
-# PYTHON: the interpreter (python3); OUT: a folder for logs; QUERIES: for compare, a file with prompts. It stops after nine
+# PYTHON: the interpreter (python3); OUT: a folder for logs; QUERIES: for compare and style, a file with prompts. It stops after nine
 # minutes with status 143 until it is done: ask for it again, and it goes on.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -24,6 +24,9 @@ piece() {
     compare) timeout --preserve-status --signal TERM "${SECONDS_EACH:-540}" "$PYTHON" -m selfsteer compare comparison-gpu \
       "queries.path=${QUERIES:?names no file}" "output=$OUT/comparison" --seeds 0,1,2 \
       --arms "${ARMS:-pbaa,sso,sso_greedy,equation_3,sft_only,cooler,slower,faster,gamma_1,dpop}" ;;
+    style) timeout --preserve-status --signal TERM "${SECONDS_EACH:-540}" "$PYTHON" -m selfsteer compare comparison-style \
+      "queries.path=${QUERIES:?names no file}" "output=$OUT/comparison-style" engine.batch_size=512 --seeds 0,1,2 \
+      --arms "${ARMS:-pbaa,sso,pbaa_slow,sso_slow,pbaa_fast,sso_fast,equation_3,sft_only}" ;;
     *) echo "no piece $1" >&2; return 2 ;;
   esac
 }

@@ -12,7 +12,7 @@ from tiny import CHAT_TEMPLATE
 
 from selfsteer import compare, run
 from selfsteer.recipe.sections import Recipe
-from selfsteer.report.comparison import ComparisonResult
+from selfsteer.report.comparison import ComparisonResult, write_comparison, write_comparison_page
 
 RecipeOf = Callable[..., dict[str, Any]]
 ARMS = ["pbaa", "rlcd", "weak_principles", "ipo", "given"]
@@ -36,6 +36,7 @@ def recipe(recipe_of: RecipeOf, tiny_folder: str, tmp_path_factory: pytest.TempP
         "queries.holdout": 2,
         "generator.max_steps": 1,
         "alignment.max_steps": 1,
+        "training.displacement_steps": 1,
         "principles.max_new_tokens": 8,
         "principles.retries": 0,
         "compare": {"align": True, "given": str(folder / "given.jsonl")},
@@ -81,6 +82,22 @@ def test_ipo_trains_both_models_with_ipo(result: ComparisonResult):
     assert arm["policy"]["first"] == pytest.approx(25.0)
     assert 50.0 < arm["generator"]["first"] < 55.0
     assert result["arms"]["pbaa"]["policy"]["first"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_headroom_and_displacement_stand_beside_the_gains(recipe: Recipe, result: ComparisonResult):
+    """What each arm's own run measured."""
+    folder = Path(recipe.output)
+    (round,) = json.loads((folder / "ipo-seed0" / "metrics.json").read_text())["rounds"]
+    arm = result["arms"]["ipo"]
+    moved = {key: round[key]["displacement"]["unrelated_token"]["mean"] for key in ("generator", "policy")}
+    assert arm["headroom"] == pytest.approx(round["headroom"]["all"]["mean"])
+    assert [arm["generator"]["unrelated_token"], arm["policy"]["unrelated_token"]] == pytest.approx([*moved.values()])
+    assert "headroom" not in result["arms"]["pbaa"]
+    write_comparison(folder, result)
+    write_comparison_page(folder)
+    trainings = (folder / "comparison.md").read_text().split("### Training")[1]
+    (row,) = (line.split(" | ") for line in trainings.splitlines() if line.startswith("| ipo |"))
+    assert [row[at] for at in (1, 4, 6)] == [f"{value:+.3f}" for value in (arm["headroom"], *moved.values())]
 
 
 def test_given_pairs_are_those_of_the_file(recipe: Recipe, result: ComparisonResult):

@@ -4,6 +4,7 @@ The pieces below are those of llama.cpp's own tokenizer (b11549), whose ids for 
 """
 
 import importlib.util
+import shutil
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny import tiny_gguf, tiny_model, tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
+from selfsteer import models
 from selfsteer.llamacpp import byte_level_tokenizer, read_header
 from selfsteer.models import end_ids, load_model, load_tokenizer, resolve
 from selfsteer.recipe.sections import Policy
@@ -90,6 +92,21 @@ def test_a_gguf_is_the_model_that_was_stored(tmp_path: Path, monkeypatch: pytest
     with torch.no_grad():
         expected = tiny_model(vocab_size=400)(ids).logits
         assert torch.allclose(load_model(found.path, dtype=torch.float32)(ids).logits, expected, atol=1e-5)
+
+
+def test_two_processes_may_turn_the_same_file_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The one that comes second takes the folder of the first."""
+    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path))
+
+    def another_is_first(unfinished: Path) -> None:
+        folder = unfinished.parent / unfinished.name[1:].rpartition("-")[0]
+        shutil.copytree(unfinished, folder)
+        (folder / "of the first").touch()
+
+    monkeypatch.setattr(models, "open_to_others", another_is_first)
+    path = Path(resolve(Policy(model=tiny_gguf(tmp_path / "tiny.gguf"))).path)
+    assert (path / "of the first").exists()
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing left over"
 
 
 def test_an_old_conversion_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

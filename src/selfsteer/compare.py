@@ -237,6 +237,9 @@ def _arm(arm: Arm, name: str, runs: Sequence[ArmRun], baseline: Sequence[ArmRun]
     result["seconds"] = sum(stage["seconds"] for run in runs for stage in run.metrics.get("stages", {}).values())
     if name != BASELINE and baseline:
         result["difference"] = _crossed([_less(run.values, base.values) for run, base in zip(runs, baseline, strict=True)])
+    headroom = [found["all"].mean for run in runs if (found := run.metrics.get("headroom")) is not None]
+    if headroom:
+        result["headroom"] = _average(headroom)
     for key in ("generator", "bad_generator", "policy"):
         trainings = [found for run in runs if (found := run.metrics.get(key)) is not None]
         if trainings:
@@ -277,7 +280,10 @@ def _means(values: Values) -> dict[str, Estimate]:
 
 def _training(trainings: Sequence[TrainingSummary]) -> dict[str, float]:
     curves = [training.get("curve", []) for training in trainings]
+    displacements = [training.get("displacement", {}) for training in trainings]
+    moved = [each["unrelated_token"].mean for each in displacements if "unrelated_token" in each]
     return {
+        **({"unrelated_token": _average(moved)} if len(moved) == len(trainings) else {}),
         "first": _average([curve[0]["loss"] for curve in curves]),
         "last": _average([curve[-1]["loss"] for curve in curves]),
         "steps": _average([float(len(curve)) for curve in curves]),

@@ -487,7 +487,11 @@ def _from_gguf(file: Path) -> Path:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         open_to_others(unfinished)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process turned the same file at the same time
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -41,6 +41,7 @@ def test_recipes_are_shipped():
         "authors-qwen2-7b",
         "comparison-cpu",
         "comparison-gpu",
+        "comparison-style",
         "house-style",
         "llama3-8b",
         "quickstart",

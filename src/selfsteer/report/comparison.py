@@ -80,9 +80,12 @@ class ArmResult(TypedDict, total=False):
     seconds: float
     """Making and judging the data, and aligning, all seeds together; a stage that arms share counts for each."""
     generator: dict[str, float]
-    """"first" and "last" loss, "margin" after training: means over the seeds."""
+    """"first" and "last" loss, "last_margin", "steps", and "unrelated_token", nats a token that unrelated answers moved:
+    means over the seeds."""
     bad_generator: dict[str, float]
     policy: dict[str, float]
+    headroom: float
+    """On-policy probability of y_o above the mean of y+ and y-, the mean over the seeds."""
     wins: JudgeReport
     """Of the aligned policy over the first one; accuracy is the win rate, a tie counting one half."""
 
@@ -164,22 +167,30 @@ def _trainings(arms: Mapping[str, ArmResult]) -> Table:
         found = cast("dict[str, float] | None", arm.get(key))
         return Cell("") if found is None else Cell(f"{found['first']:.4f} -> {found['last']:.4f}")
 
+    def moved(arm: ArmResult, key: str) -> Cell:
+        found = cast("dict[str, float] | None", arm.get(key)) or {}
+        return Cell(f"{found['unrelated_token']:+.3f}" if "unrelated_token" in found else "")
+
     rows = [
         Row(
             name,
             (
+                Cell(f"{arm['headroom']:+.3f}" if "headroom" in arm else ""),
                 loss(arm, "generator"),
                 loss(arm, "bad_generator"),
+                moved(arm, "generator"),
                 loss(arm, "policy"),
+                moved(arm, "policy"),
                 cell(plain(arm["wins"].get("accuracy")) if "wins" in arm else None, "share"),
                 Cell(duration(arm.get("seconds", 0.0))),
             ),
         )
         for name, arm in arms.items()
     ]
-    columns = ("generator's loss", "of rejected", "policy's loss", "win rate", "time")
+    columns = ("headroom", "generator's loss", "of rejected", "displaced", "policy's loss", "displaced", "win rate", "time")
     note = (
-        "Loss of the first and of the last step. Win rate of the aligned policy over the first one. "
+        "Headroom: on-policy probability of y_o above y+ and y-. Loss of the first and of the last step. Displaced: nats a"
+        " token that unrelated answers moved in the training. Win rate of the aligned policy over the first one. "
         "Time: a stage that arms share counts for each."
     )
     return Table("Training", columns, tuple(rows), note)
