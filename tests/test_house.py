@@ -8,7 +8,7 @@ import selfsteer
 
 HOUSE = Path(selfsteer.__file__).parent
 FLOORS = (
-    {"runtime", "records", "recipe"},
+    {"runtime", "records", "recipe", "clock"},
     {"store", "cluster", "llamacpp"},
     {"weights"},
     {"data", "models", "prompts"},
@@ -28,7 +28,7 @@ ROOMS = {  # foreign libraries that live in few rooms
     "ray": ("cluster", "engines/ray", "training/launch"),
     "pyarrow": ("store/", "data/", "training/trainer", "stages/quality"),
 }
-LIGHT = ("runtime", "records", "recipe/", "cli/", "__init__", "__main__")
+LIGHT = ("runtime", "records", "clock", "recipe/", "cli/", "__init__", "__main__")
 """Modules that --help and show load: no numpy and no torch."""
 
 

@@ -77,6 +77,26 @@ def test_counts_add_up(finished: Path, metrics: dict[str, Any]):
         assert (shown["wanted"], shown["kept"], shown["dropped"]) == (sealed["wanted"], sealed["kept"], sealed["dropped"])
 
 
+def test_every_stage_says_where_its_time_went(finished: Path, metrics: dict[str, Any]):
+    """Each part in the stages that have it, no more than the stage took; tokens are those of the responses."""
+    stages = metrics["rounds"][0]["stages"]
+    for name, stage in stages.items():
+        assert sum(part["seconds"] for part in stage["parts"].values()) <= stage["seconds"] + 0.01, name
+        files = [file for file in (finished / "round-1" / name).rglob("*") if file.is_file()]
+        records = {"MANIFEST.json", "elapsed.json", "README.md", "history.jsonl"}
+        least = sum(file.stat().st_size for file in files if file.name not in records)
+        assert least <= stage["disk"] <= sum(file.stat().st_size for file in files), name
+    assert {"load", "render", "sample", "journal"} <= stages["2-responses"]["parts"].keys()
+    assert {"load", "score"} <= stages["3-steering"]["parts"].keys()
+    trained = {"load", "forward", "backward", "optimizer", "checkpoint"}
+    assert trained <= stages["4-generator"]["parts"].keys() & stages["6-policy"]["parts"].keys()
+    answered = rows(finished, "2-responses")
+    sampled = sum(len(row[role]["token_ids"]) for row in answered for role in ("good", "bad", "original"))
+    assert stages["2-responses"]["parts"]["sample"]["tokens"] >= sampled > 0
+    learned = sum(row["chosen_tokens"] + row["rejected_tokens"] for row in rows(finished, "3-steering"))
+    assert stages["4-generator"]["parts"]["forward"]["tokens"] % learned == 0, "whole epochs"
+
+
 def test_responses_are_kept_with_tokens_reasons_and_seeds(finished: Path):
     found = rows(finished, "2-responses")
     assert [row["messages"][-1]["content"] for row in found] == list(QUERIES), "in the order of the input"

@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from selfsteer import llamacpp
+from selfsteer.clock import part
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.references import PACKAGE, check_model
 from selfsteer.recipe.sections import Policy
@@ -74,6 +75,14 @@ def pick_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def wait_for_device() -> None:
+    """Until what was asked of the GPU is done; nothing on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def compute_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
@@ -342,6 +351,7 @@ def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset([*several, *([] if own is None else [own])])
 
 
+@part("load")
 def load_model(
     path: str,
     *,

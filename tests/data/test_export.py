@@ -117,7 +117,7 @@ def test_a_run_exports_its_last_finished_round(tmp_path: Path):
             row = {**ROW, "query_id": f"round {round}", "chosen_seed": round}
             stage = run.stage(round, "5-preferences")
             if round < 10:
-                stage.seal(Origin(settings={}, inputs={}), Contents(wanted=1, rows=[row], schema=schema), seconds=1.0)
+                stage.seal(Origin(settings={}, inputs={}), Contents(wanted=1, rows=[row], schema=schema))
     found = export(tmp_path / "run", tmp_path / "out", "parquet", keep_truncated=True)
     assert found.written == 1
     table = pq.read_table(tmp_path / "out/pairs.parquet")
@@ -137,7 +137,7 @@ def finished_run(path: Path, *rounds: int, aligned: int, ended: str | None = Non
         for number in rounds:
             for name in ("5-preferences", *(["6-policy"] if number <= aligned else [])):
                 contents = Contents(wanted=1, rows=[{**row, "query_id": f"round {number}"}], schema=PAIR_SCHEMA)
-                run.stage(number, name).seal(Origin(settings={}, inputs={}), contents, seconds=1.0)
+                run.stage(number, name).seal(Origin(settings={}, inputs={}), contents)
     metrics = {"run": {} if ended is None else {"ended": ended}, "rounds": [{} for _ in rounds]}
     (path / "metrics.json").write_text(json.dumps(metrics))
     return path

@@ -52,6 +52,44 @@ def test_summary_says_what_became_of_the_rows():
     assert "round-1/5-preferences/data.parquet  (20 pairs)" in text
 
 
+def test_summary_says_where_the_time_went():
+    """200 s, of which 150 s are accounted for and 110 s are model products."""
+    found = metrics()
+    found["rounds"][0]["stages"] = {
+        "2-responses": {
+            "wanted": 4,
+            "kept": 4,
+            "dropped": {},
+            "seconds": 80.0,
+            "parts": {"load": {"seconds": 10.0, "tokens": 0}, "sample": {"seconds": 50.0, "tokens": 5000}},
+            "disk": 1_250_000,
+        },
+        "4-generator": {
+            "wanted": 4,
+            "kept": 4,
+            "dropped": {},
+            "seconds": 120.0,
+            "parts": {
+                "forward": {"seconds": 20.0, "tokens": 3000},
+                "backward": {"seconds": 40.0, "tokens": 0},
+                "measure": {"seconds": 30.0, "tokens": 0},
+            },
+        },
+    }
+    text = printed(found)
+    assert re.search(r"sample\s+50\.0 s\s+25\.0%\s+5,000\s+100\b", text)
+    assert re.search(r"forward\s+20\.0 s\s+10\.0%\s+3,000\s+150\b", text)
+    assert re.search(r"all else\s+50\.0 s\s+25\.0%\s*\n\s+all\s+3 min 20 s\s+100\.0%", text)
+    assert "55% in model products: sample, forward, backward." in text
+    assert re.search(r"2-responses\s+10\.0\s+50\.0\s+20\.0\s+80\.0\s+1\.2\s*\n", text)
+    assert re.search(r"4-generator\s+60\.0\s+30\.0\s+30\.0\s+120\.0\s*\n", text)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_runs_from_before_parts_were_timed_have_no_such_table():
+    assert "Where the time went" not in printed(metrics())
+
+
 def test_summary_compares_pbaa_with_the_generator():
     found = metrics()
     mean = found["rounds"][0]["comparison"]["all"].mean

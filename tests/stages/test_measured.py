@@ -71,7 +71,7 @@ def test_the_end_of_a_run_holds_for_its_recipe_and_its_data(tmp_path: Path):
     with RunFolder(tmp_path / "run") as folder:
         folder.describe("seed: 1\n", {})
         stage = folder.stage(1, "5-preferences")
-        stage.seal(Origin(settings={}, inputs={}), Contents(wanted=1, rows=[{"a": 1}]), seconds=0.0)
+        stage.seal(Origin(settings={}, inputs={}), Contents(wanted=1, rows=[{"a": 1}]))
         assert read_end(folder, 1) is None
         record_end(folder, 1, "enough")
         assert read_end(folder, 1) == "enough"

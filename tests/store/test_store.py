@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfsteer.clock import Taken, count, part
 from selfsteer.records import Dropped
 from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder
 from selfsteer.store.folder import SCHEMA_VERSION, Contents, Origin, RunFolder, RunFolderBusy, Stage, StageDamaged, elapsed
@@ -32,7 +33,7 @@ def rows(count: int) -> list[dict[str, object]]:
 
 def sealed(path: Path, count: int = 3) -> Stage:
     stage = Stage(path / "round-1" / "2-responses")
-    stage.seal(ORIGIN, Contents(wanted=count, rows=rows(count)), seconds=1.5)
+    stage.seal(ORIGIN, Contents(wanted=count, rows=rows(count)), taken=lambda: Taken(1.5))
     return stage
 
 
@@ -306,7 +307,7 @@ def test_seal_and_read_back(tmp_path: Path):
                 yield row
 
     assert stage.manifest() is None
-    sealed_as = stage.seal(ORIGIN, Contents(wanted=602, rows=stream(), dropped=dropped), seconds=2.5)
+    sealed_as = stage.seal(ORIGIN, Contents(wanted=602, rows=stream(), dropped=dropped), taken=lambda: Taken(2.5))
     manifest = stage.verify()
     assert manifest == sealed_as == stage.manifest()
     assert (manifest.wanted, manifest.kept, manifest.dropped) == (602, 600, {"empty": 2})
@@ -321,12 +322,12 @@ def test_seal_and_read_back(tmp_path: Path):
 def test_a_row_that_vanished_is_noticed(tmp_path: Path):
     stage = Stage(tmp_path / "2-responses")
     with pytest.raises(ValueError, match=r"wanted 4, dropped 0, but wrote 3 rows where 4 x 1 were due"):
-        stage.seal(ORIGIN, Contents(wanted=4, rows=rows(3)), seconds=0)
+        stage.seal(ORIGIN, Contents(wanted=4, rows=rows(3)))
     assert stage.manifest() is None
-    stage.seal(ORIGIN, Contents(wanted=2, rows=rows(2), rows_each=1), seconds=0)
+    stage.seal(ORIGIN, Contents(wanted=2, rows=rows(2), rows_each=1))
     stage.reopen()
     drop = [Dropped(id="q", reason="identical")]
-    manifest = stage.seal(ORIGIN, Contents(wanted=3, rows=rows(4), rows_each=2, dropped=drop), seconds=0)
+    manifest = stage.seal(ORIGIN, Contents(wanted=3, rows=rows(4), rows_each=2, dropped=drop))
     assert (manifest.kept, manifest.dropped) == (2, {"identical": 1})
 
 
@@ -334,9 +335,9 @@ def test_columns_are_never_lost(tmp_path: Path):
     schema = pa.schema([("query_id", pa.string()), ("note", pa.string())])
     stage = Stage(tmp_path / "3-steering")
     with pytest.raises(ValueError, match=r"row 1 has \['extra'\], not in the schema"):
-        stage.seal(ORIGIN, Contents(wanted=2, rows=[{"query_id": "a"}, {"extra": 1}], schema=schema), seconds=0)
+        stage.seal(ORIGIN, Contents(wanted=2, rows=[{"query_id": "a"}, {"extra": 1}], schema=schema))
     assert [path.name for path in stage.path.iterdir()] == []
-    stage.seal(ORIGIN, Contents(wanted=1, rows=[{"query_id": "a"}], schema=schema), seconds=0)
+    stage.seal(ORIGIN, Contents(wanted=1, rows=[{"query_id": "a"}], schema=schema))
     assert list(stage.rows()) == [{"query_id": "a", "note": None}]
 
 
@@ -344,7 +345,7 @@ def test_columns_are_never_lost(tmp_path: Path):
 def test_everything_dropped_is_still_a_result(tmp_path: Path, schema: pa.Schema | None):
     stage = Stage(tmp_path / "3-steering")
     drop = [Dropped(id="q", reason="empty")]
-    stage.seal(ORIGIN, Contents(wanted=1, rows=iter(()), dropped=drop, schema=schema), seconds=0)
+    stage.seal(ORIGIN, Contents(wanted=1, rows=iter(()), dropped=drop, schema=schema))
     assert stage.verify().kept == 0
     assert list(stage.rows()) == []
 
@@ -355,7 +356,7 @@ def test_model_folder_is_sealed_file_by_file(tmp_path: Path):
     (stage.path / "model" / "model.safetensors").write_bytes(b"weights")
     (stage.path / "model" / "sub" / "config.json").write_bytes(b"{}")
     (stage.path / "checkpoint-1").mkdir()
-    manifest = stage.seal(ORIGIN, Contents(wanted=10, files=("model",)), seconds=0)
+    manifest = stage.seal(ORIGIN, Contents(wanted=10, files=("model",)))
     assert set(manifest.outputs) == {"dropped.jsonl", "model/model.safetensors", "model/sub/config.json"}
     assert manifest.outputs["model/sub/config.json"] == digest({})
     flip(stage.path / "model" / "model.safetensors", 3)
@@ -428,7 +429,7 @@ def test_reopen_killed_half_way_is_finished_by_the_owner(tmp_path: Path, monkeyp
         stage = run.stage(1, "2-responses")
         (stage.path / "model").mkdir()
         (stage.path / "model" / "shard-2").write_bytes(b"old")
-        stage.seal(ORIGIN, Contents(wanted=3, rows=rows(3), files=("model",)), seconds=0)
+        stage.seal(ORIGIN, Contents(wanted=3, rows=rows(3), files=("model",)))
         with monkeypatch.context() as broken:
             broken.setattr("shutil.rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
@@ -442,7 +443,7 @@ def test_reopen_killed_half_way_is_finished_by_the_owner(tmp_path: Path, monkeyp
 def test_a_sealed_stage_is_not_overwritten(tmp_path: Path):
     stage = sealed(tmp_path)
     with pytest.raises(ValueError, match="sealed already"):
-        stage.seal(ORIGIN, Contents(wanted=0, rows=[]), seconds=0)
+        stage.seal(ORIGIN, Contents(wanted=0, rows=[]))
     assert len(list(stage.rows())) == 3
 
 
@@ -465,7 +466,7 @@ def test_order_of_sealing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stage = Stage(tmp_path / "stage")
     (stage.path / "model").mkdir(parents=True)
     (stage.path / "model" / "weights").write_bytes(b"w")
-    stage.seal(ORIGIN, Contents(wanted=3, rows=rows(3), files=("model",)), seconds=0)
+    stage.seal(ORIGIN, Contents(wanted=3, rows=rows(3), files=("model",)))
 
     def written(name: str) -> list[str]:
         return [f"sync {name}.tmp", f"name {name}", "sync stage"]
@@ -481,11 +482,11 @@ def test_full_disk_while_sealing(tmp_path: Path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(OSError, match=r"File too large.*same command again.*data\.parquet"):
-            stage.seal(ORIGIN, Contents(wanted=200, rows=many), seconds=0)
+            stage.seal(ORIGIN, Contents(wanted=200, rows=many))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(stage.path.iterdir()) == []
-    stage.seal(ORIGIN, Contents(wanted=200, rows=many), seconds=0)
+    stage.seal(ORIGIN, Contents(wanted=200, rows=many))
     assert list(stage.rows()) == many
 
 
@@ -493,7 +494,7 @@ def test_reading_holds_a_row_group_not_the_file(tmp_path: Path):
     """20 row groups of 256 rows, 2 MB each."""
     stage = Stage(tmp_path / "2-responses")
     count = 20 * 256
-    stage.seal(ORIGIN, Contents(wanted=count, rows=({"blob": os.urandom(8000)} for _ in range(count))), seconds=0)
+    stage.seal(ORIGIN, Contents(wanted=count, rows=({"blob": os.urandom(8000)} for _ in range(count))))
     before = pa.total_allocated_bytes()
     most = 0
     for row in stage.rows():
@@ -549,15 +550,22 @@ def test_a_damaged_run_json_is_named_with_the_way_out(tmp_path: Path, content: s
 )
 def test_a_damaged_clock_begins_at_zero_and_says_so(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture):
     (tmp_path / "elapsed.json").write_bytes(content.encode("latin-1"))
-    with elapsed(tmp_path) as seconds:
-        assert 0 <= seconds() < 60
+    with elapsed(tmp_path) as taken:
+        assert 0 <= taken().seconds < 60
     assert "elapsed.json: damaged" in caplog.text
 
 
 def test_a_clock_adds_up(tmp_path: Path):
-    (tmp_path / "elapsed.json").write_text('{"seconds": 1000}')
-    with elapsed(tmp_path) as seconds:
-        assert 1000 <= seconds() < 1060
+    (tmp_path / "elapsed.json").write_text('{"seconds": 1000, "parts": {"score": [600.5, 70], "load": [2, 0]}}')
+    with elapsed(tmp_path) as taken:
+        with part("score"):
+            count("score", 5)
+        seconds, parts = taken()
+    assert 1000 <= seconds < 1060
+    assert 600.5 <= parts["score"].seconds < 660
+    assert parts["score"].tokens == 75
+    assert parts["load"] == (2.0, 0)
+    assert json.loads((tmp_path / "elapsed.json").read_text())["parts"]["load"] == [2.0, 0], "kept for the next session"
 
 
 def test_what_is_no_lock_file_is_refused(tmp_path: Path):

@@ -29,7 +29,7 @@ with RunFolder(sys.argv[1]) as run:
             print(batch, flush=True)
             if batch % 5 == 4:
                 contents = Contents(wanted=8, rows=(journal.get(key) for key in keys))
-                stage.seal(Origin(settings={}, inputs={}), contents, seconds=0)
+                stage.seal(Origin(settings={}, inputs={}), contents)
                 stage.reopen()
 """
 
@@ -88,7 +88,7 @@ def work(path):
         else:
             rows, dropped = [{"n": n} for n in range(300)], [Dropped(id="q", reason="empty")]
             contents = Contents(wanted=301, rows=rows, dropped=dropped, files=("model",))
-            stage.seal(Origin(settings={}, inputs={}), contents, seconds=0)
+            stage.seal(Origin(settings={}, inputs={}), contents)
 
 pa.Table.from_pylist([{"n": 1}])  # imports pandas, once instead of in every child
 for steps, path in enumerate(sys.argv[2:], start=1):
@@ -125,7 +125,7 @@ def runs(what: str, folder: Path) -> list[Path]:
 def seal(stage: Stage) -> None:
     dropped = [Dropped(id="q", reason="empty")]
     contents = Contents(wanted=301, rows=({"n": n} for n in range(300)), dropped=dropped, files=("model",))
-    stage.seal(ORIGIN, contents, seconds=0)
+    stage.seal(ORIGIN, contents)
 
 
 def is_whole(stage: Stage) -> bool:

@@ -24,7 +24,7 @@ from selfsteer.training.launch import launch
 from selfsteer.training.packing import Row
 from selfsteer.training.scoring import tokenize
 from selfsteer.training.train import TrainingJob, TrainingResult, train
-from selfsteer.training.trainer import PreferenceTrainer, TrainingDiverged, read_history
+from selfsteer.training.trainer import PreferenceTrainer, TrainingDiverged, margin_queries, read_history, reward_queries
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
 
@@ -80,6 +80,23 @@ def same(one: TrainingResult, other: TrainingResult) -> bool:
 def test_a_schedule_by_hand():
     """A reading of 16 costs 16 * 10 = 160 tokens; 4 % of 3 * 16,000 are 1,920: 12 readings, with before and after."""
     assert schedule(10, 16_000, steps=250, every=None) == Schedule(16, 25)
+
+
+@pytest.mark.parametrize(
+    ("trained", "sample", "after", "saving"),
+    [
+        (3, 512, 3, 3),
+        (16, 512, 16, 4),
+        (40, 512, 16, 4),
+        (100, 512, 25, 4),
+        (4000, 512, 512, 32),
+        (4000, None, 1000, 32),
+        (40, 2, 2, 4),
+    ],
+)
+def test_margins_are_measured_on_a_share_of_what_was_trained(trained: int, sample: int | None, after: int, saving: int):
+    assert reward_queries(trained, sample) == after
+    assert min(trained, margin_queries(trained)) == saving
 
 
 def test_short_trainings_are_measured_on_less_and_once():

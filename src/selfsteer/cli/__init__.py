@@ -9,13 +9,16 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from selfsteer import clock
 from selfsteer.cli import measuring
 from selfsteer.cli.arguments import (
     Borrow,
@@ -77,15 +80,31 @@ def _there(recipe: Recipe) -> Recipe:
 
 
 @app.command(epilog=examples("run quickstart", "run my-recipe.yaml generator.beta=0.2 output=runs/softer"))
-def run(recipe: RecipeFile, overrides: Overrides = None, replace: Replace = False, borrow: Borrow = None) -> None:
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    replace: Replace = False,
+    borrow: Borrow = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print where the time went; parts on a GPU are timed to their end.")
+    ] = False,
+) -> None:
     """Run the whole pipeline, or continue it where it stopped; output=DIR names the run folder."""
+    started = time.monotonic()
     resolved = _there(_read(recipe, overrides))
     log.info("run folder %s: loading the libraries", resolved.output)  # a sign of life: torch takes its seconds
     with graceful_stop():
         from selfsteer import pipeline
+        from selfsteer.models import wait_for_device
         from selfsteer.report.verdict import print_verdict
 
-        print_verdict(pipeline.run(resolved, replace=replace, borrow=borrow or ()))
+        with clock.exact(wait_for_device) if profile else nullcontext():
+            found = pipeline.run(resolved, replace=replace, borrow=borrow or ())
+        print_verdict(found)
+        if profile:
+            from selfsteer.report.tables import print_costs
+
+            print_costs(found, session=time.monotonic() - started)
 
 
 @app.command(epilog=examples("show quickstart alignment.loss=ipo"))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+from selfsteer.clock import count, part, timed
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.records import Message, Response
@@ -74,10 +75,26 @@ def sample(
     if lacking is None:
         return 0
     to_send = (_rendered(item, sampler.prompts) for item in lacking)
-    with progress(description, max(0, total - len(journal)), unit="responses") as advance, sampler.open_engine() as engine:
-        new = journal.fill(((answer.key, _data(answer)) for answer in engine.generate(to_send)), advance)
+    left = max(0, total - len(journal))
+    with progress(description, left, unit="responses") as advance, _loaded(sampler.open_engine()) as engine:
+        answers = map(_counted, timed("sample", engine.generate(to_send)))
+        new = journal.fill(((answer.key, _data(answer)) for answer in answers), advance)
     raise_if_stopped()
     return new
+
+
+@contextmanager
+def _loaded(engine: AbstractContextManager[Engine]) -> Generator[Engine]:
+    with ExitStack() as stack:
+        with part("load"):
+            opened = stack.enter_context(engine)
+        yield opened
+
+
+def _counted(answer: Completion | Failed) -> Completion | Failed:
+    if isinstance(answer, Completion):
+        count("sample", len(answer.token_ids))
+    return answer
 
 
 def response(journal: Journal, wanted: Request) -> Response | Failed:
@@ -114,6 +131,7 @@ def _journalled(journal: Journal, wanted: Request) -> Response | Failed:
     )
 
 
+@part("render")
 def _rendered(item: Request, prompts: Prompts | None) -> Request:
     if prompts is None:
         return item

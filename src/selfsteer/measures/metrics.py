@@ -299,6 +299,14 @@ class GateResult(NamedTuple):
     """Why it failed."""
 
 
+class PartSummary(TypedDict):
+    """What a part of a stage's work took (`clock.py`)."""
+
+    seconds: float
+    tokens: int
+    """Of responses; 0 where none are counted."""
+
+
 class StageSummary(TypedDict):
     """What became of the rows of one stage."""
 
@@ -307,6 +315,10 @@ class StageSummary(TypedDict):
     dropped: dict[str, int]
     """Rows by the reason they were dropped for."""
     seconds: float
+    parts: NotRequired[dict[str, PartSummary]]
+    """What of the seconds went where, as far as it is known; the rest is Python around it."""
+    disk: NotRequired[int]
+    """Bytes of what it sealed and of its samples."""
 
 
 class TrainingSummary(TypedDict, total=False):

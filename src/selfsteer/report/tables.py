@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from selfsteer.clock import PARTS, PRODUCTS, Part
 from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.measures.checks import parse
 from selfsteer.measures.displacement import displaced
@@ -34,8 +35,10 @@ from selfsteer.measures.metrics import (
     Json,
     Measures,
     Metrics,
+    PartSummary,
     RoundMetrics,
     RunFacts,
+    StageSummary,
     find,
     from_plain,
     plain,
@@ -191,6 +194,18 @@ def print_run(metrics: Metrics, console: Console | None = None) -> None:
     console.print(Text(closing_line(metrics)), soft_wrap=True)
 
 
+def print_costs(metrics: Metrics, *, session: float, console: Console | None = None) -> None:
+    """Print where the time of a run went. session: seconds of the command that ends now."""
+    console = console or console_of()
+    rounds = metrics["rounds"]
+    for number, this in enumerate(rounds, 1):
+        for table in cost_tables(this, f", round {number}" if len(rounds) > 1 else ""):
+            _print(table, console)
+    stages = sum(stage["seconds"] for this in rounds for stage in this.get("stages", {}).values())
+    said = f"stages {duration(stages)}, over all sessions; this command {duration(session)}, with libraries, checks and page"
+    console.print(Text(said), soft_wrap=True)
+
+
 def run_tables(metrics: Metrics) -> Iterator[Table]:
     """All tables of a run."""
     yield from tables(metrics["rounds"])
@@ -309,6 +324,7 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
         suffix = f", round {number}" if len(rounds) > 1 else ""
         if "stages" in this:
             yield _stages(this, f"Stages{suffix}")
+            yield from cost_tables(this, suffix)
         if "headroom" in this:
             yield _headroom(this["headroom"], f"Headroom before the generator{suffix}")
         if "gain" in this:
@@ -494,6 +510,50 @@ def _stages(this: RoundMetrics, title: str) -> Table:
         numbers = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]))
         rows.append(Row(name, (*map(Cell, numbers), Cell(listed))))
     return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), left=True, funnel=True)
+
+
+def cost_tables(this: RoundMetrics, suffix: str = "") -> Iterator[Table]:
+    """What each part of the work took, over all stages and in each; nothing where it was not recorded."""
+    stages = this.get("stages", {})
+    known = {name: stage.get("parts", {}) for name, stage in stages.items()}
+    found = [part for part in PARTS if any(part in parts for parts in known.values())]
+    whole = sum(stage["seconds"] for stage in stages.values())
+    if not found or not whole:
+        return
+    seconds = {part: sum(parts.get(part, _NOTHING)["seconds"] for parts in known.values()) for part in found}
+    tokens = {part: sum(parts.get(part, _NOTHING)["tokens"] for parts in known.values()) for part in found}
+
+    def line(label: str, took: float, counted: int = 0) -> Row:
+        rate = f"{counted / took:,.0f}" if counted and took else ""
+        return Row(label, tuple(map(Cell, (duration(took), f"{took / whole:.1%}", f"{counted:,}" if counted else "", rate))))
+
+    rows = [line(part, seconds[part], tokens[part]) for part in found]
+    rows += [line("all else", max(0.0, whole - sum(seconds.values()))), line("all", whole)]
+    products = [part for part in found if part in PRODUCTS]
+    share = sum(seconds[part] for part in products) / whole
+    note = f"{share:.0%} in model products: {', '.join(products)}. Tokens are of responses."
+    yield Table(f"Where the time went{suffix}", ("time", "share", "tokens", "tokens a second"), tuple(rows), note)
+
+    def of_stage(name: str, stage: StageSummary) -> Row:
+        took = {group: sum(known[name].get(part, _NOTHING)["seconds"] for part in parts) for group, parts in _COSTS.items()}
+        took |= {"else": max(0.0, stage["seconds"] - sum(took.values())), "all": stage["seconds"]}
+        disk = f"{stage['disk'] / 1e6:,.1f}" if "disk" in stage else ""
+        return Row(name, (*(Cell(f"{each:.1f}" if each >= 0.05 else "") for each in took.values()), Cell(disk)))
+
+    rows = [of_stage(name, stage) for name, stage in stages.items()]
+    yield Table(f"Seconds, and megabytes on disk, by stage{suffix}", (*_COSTS, "else", "all", "MB"), tuple(rows))
+
+
+_NOTHING = PartSummary(seconds=0.0, tokens=0)
+
+_COSTS: Mapping[str, tuple[Part, ...]] = {
+    "load": ("load", "render"),
+    "sample": ("sample",),
+    "score": ("score",),
+    "train": ("forward", "backward", "optimizer"),
+    "measure": ("measure",),
+    "save": ("checkpoint", "journal", "seal"),
+}
 
 
 def _headroom(found: Headroom, title: str) -> Table:

@@ -87,9 +87,9 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
     if adopt(stage, lenders, origin.fingerprint):
         log.info("%s: the same as in an earlier run, taken over", name)
         return _not_empty(stage, sealed(stage))
-    with elapsed(stage.path) as seconds, stage.journal() as journal:
+    with elapsed(stage.path) as taken, stage.journal() as journal:
         contents = make(Work(stage=stage, journal=journal, origin=origin))
-        manifest = stage.seal(origin, contents, seconds=seconds())
+        manifest = stage.seal(origin, contents, taken=taken)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items())
     log.info("%s: kept %s of %s%s", name, f"{manifest.kept:,}", f"{manifest.wanted:,}", f" ({reasons})" if reasons else "")
     return _not_empty(stage, manifest)

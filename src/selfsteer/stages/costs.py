@@ -15,7 +15,7 @@ from selfsteer.stages.headroom import QUERIES as HEADROOM_QUERIES
 from selfsteer.stages.status import GAIN, HEADROOM, PASSES, QUALITY, SELECTION, method_of, stage_names
 from selfsteer.training.checkpoints import KEPT
 from selfsteer.training.displacement import LARGEST, schedule
-from selfsteer.training.trainer import margin_queries
+from selfsteer.training.trainer import margin_queries, reward_queries
 
 _ADAM = 8
 """Bytes of AdamW's two moments, for each trained weight in float32."""
@@ -190,7 +190,7 @@ def _trained(section: Generator | Alignment, work: _Work) -> float:
 
 def _passes(recipe: Recipe, counts: Counts, work: _Work, trained: float, section: Generator | Alignment) -> float:
     """Tokens that a training passes forward beside its steps: displacement, margins when saving, margins of its pairs."""
-    after = min(work.queries, recipe.quality.sample or work.queries) * work.each
+    after = reward_queries(work.queries, recipe.quality.sample) * work.each
     saving = _MARGIN_PASSES * min(work.queries, margin_queries(work.queries)) * work.each
     if recipe.training.displacement_steps == 0 or not work.each:
         return after + saving

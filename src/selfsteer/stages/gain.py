@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+from selfsteer.clock import timed
 from selfsteer.engines.base import Failed
 from selfsteer.engines.sampling import response, sample
 from selfsteer.measures.gain import gain, query_changes
@@ -149,7 +150,7 @@ def _measure_missing(round: Round, work: Work, items: Items, after: dict[str, Ch
             before = Sampler(opened(round.policy), recipe.responses.steered)
             trained = before.scorer if model == round.policy else opened(model)
             advance = stack.enter_context(progress("gain", len(lacking), unit="responses"))
-            numbers = expectations(before, Sampler(trained, recipe.of_pairs), _until_stopped(lacking))
+            numbers = timed("measure", expectations(before, Sampler(trained, recipe.of_pairs), _until_stopped(lacking)))
             records = ((item.key, _record(found)) for item, found in zip(lacking, numbers, strict=False))
             work.journal.fill(records, advance)
         raise_if_stopped()

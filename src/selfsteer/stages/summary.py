@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from selfsteer.measures.gates import drift, evaluate
-from selfsteer.measures.metrics import Measures, Method, Metrics, RoundMetrics, RunFacts, StageSummary, TrainingSummary
+from selfsteer.measures.metrics import (
+    Measures,
+    Method,
+    Metrics,
+    PartSummary,
+    RoundMetrics,
+    RunFacts,
+    StageSummary,
+    TrainingSummary,
+)
 from selfsteer.models import hardware
 from selfsteer.recipe.gates import before_generator, parse
 from selfsteer.recipe.sections import Recipe
@@ -110,7 +119,14 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
     manifests = {name: sealed(stage) for name, stage in stages.items()}
     found = RoundMetrics(
         stages={
-            name: StageSummary(wanted=each.wanted, kept=each.kept, dropped=each.dropped, seconds=each.seconds)
+            name: StageSummary(
+                wanted=each.wanted,
+                kept=each.kept,
+                dropped=each.dropped,
+                seconds=each.seconds,
+                parts={part: PartSummary(seconds=took, tokens=tokens) for part, (took, tokens) in each.parts.items()},
+                disk=stages[name].size(),
+            )
             for name, each in manifests.items()
         }
     )

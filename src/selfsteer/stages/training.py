@@ -42,6 +42,7 @@ from selfsteer.training.launch import launch
 from selfsteer.training.packing import Row
 from selfsteer.training.scoring import Group, score_missing, scores, tokenize
 from selfsteer.training.train import TrainingJob
+from selfsteer.training.trainer import reward_queries
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     shutil.copyfile(unfinished / HISTORY, work.stage.path / HISTORY)
     known = {file.name: file_digest(file) for file in (work.stage.path / MODEL).iterdir() if file.is_file()}
     trained = checkpoint(work.stage.path / MODEL, known)
-    reward = _what_training_did(round, work, pairs, trained, section.beta)
+    reward = _what_training_did(round, work, pairs, trained, section.beta, queries)
     found: dict[str, object] = {"steps": result.steps, "reward": reward, "saving": result.saving}
     if result.moved is not None:
         found["displacement"] = _displacement(work, section.loss, result.moved, result.crossed)
@@ -236,12 +237,15 @@ def _displacement(work: Work, loss: str, moved: Moved, crossed: int | None) -> D
     return found
 
 
-def _what_training_did(round: Round, work: Work, pairs: Stage, trained: Checkpoint, beta: float) -> ImplicitReward:
-    """Margins and accuracy of the training pairs before and after, on at most quality.sample queries.
+def _what_training_did(
+    round: Round, work: Work, pairs: Stage, trained: Checkpoint, beta: float, queries: int
+) -> ImplicitReward:
+    """Margins and accuracy of the training pairs before and after, on some of the queries, at most quality.sample.
 
     Rewards are against the policy at the round's start, whatever reference the loss had.
     """
-    drawn = draw_queries(round, pairs, round.recipe.quality.sample, without=_spared(round, work))
+    count = reward_queries(queries, round.recipe.quality.sample)
+    drawn = draw_queries(round, pairs, count, without=_spared(round, work))
     scorer = policy_scorer(round)._replace(model=trained)
 
     def groups() -> Iterator[Group]:

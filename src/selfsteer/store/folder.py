@@ -43,6 +43,8 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+from selfsteer import clock
+from selfsteer.clock import Spent, Taken
 from selfsteer.records import Dropped
 from selfsteer.store import columns
 from selfsteer.store.durable import (
@@ -65,50 +67,52 @@ _EVERY_SECONDS = 5.0
 
 
 @contextmanager
-def elapsed(folder: Path) -> Generator[Callable[[], float]]:
-    """Yields a function that returns the seconds spent in `folder` so far, earlier sessions included.
+def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
+    """Yields a function that returns what was spent in `folder` so far, earlier sessions included.
 
     The sum is kept in elapsed.json every five seconds: a kill loses at most that much.
     """
     file = folder / _ELAPSED
-    earlier = _read_seconds(file)
+    earlier, before = _read_taken(file), clock.spent()
     started = time.monotonic()
     finished = threading.Event()
 
-    def seconds() -> float:
-        return earlier + time.monotonic() - started
+    def taken() -> Taken:
+        return Taken(earlier.seconds + time.monotonic() - started, clock.since(before, earlier.parts))
 
     def keep() -> None:
         while not finished.wait(_EVERY_SECONDS):
-            _write_seconds(file, seconds())
+            _write_taken(file, taken())
 
     keeper = threading.Thread(target=keep, daemon=True, name="selfsteer-clock")
     keeper.start()
     try:
-        yield seconds
+        yield taken
     finally:
         finished.set()
         keeper.join()
-        _write_seconds(file, seconds())
+        _write_taken(file, taken())
 
 
-def _read_seconds(file: Path) -> float:
+def _read_taken(file: Path) -> Taken:
     if not file.exists():
-        return 0.0
+        return Taken()
     way_out = "counting from zero"
     try:
-        seconds = float(read_json(file, {"seconds": (int, float)}, way_out=way_out)["seconds"])
+        found = read_json(file, {"seconds": (int, float)}, way_out=way_out)
+        seconds = float(found["seconds"])
         if not 0 <= seconds < math.inf:
             raise ValueError(f"{file}: damaged, {seconds} seconds are no time; {way_out}")
-    except (ValueError, OverflowError) as error:
+        parts = {name: Spent(float(took), int(tokens)) for name, (took, tokens) in found.get("parts", {}).items()}
+    except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
         log.warning("%s", error)
-        return 0.0
-    return seconds
+        return Taken()
+    return Taken(seconds, parts)
 
 
-def _write_seconds(file: Path, seconds: float) -> None:
+def _write_taken(file: Path, taken: Taken) -> None:
     unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"seconds": round(seconds, 3)}))
+    unfinished.write_text(json.dumps({"seconds": round(taken.seconds, 3), "parts": taken.parts}))
     unfinished.replace(file)
 
 
@@ -190,6 +194,8 @@ class Manifest:
     outputs: dict[str, str]
     """sha256 of each output, by path relative to the stage."""
     seconds: float
+    parts: dict[str, tuple[float, int]] = field(default_factory=dict[str, tuple[float, int]])
+    """Seconds and tokens of each part of the work (`clock.py`)."""
     created: str
     """UTC, ISO 8601."""
 
@@ -333,6 +339,7 @@ class Stage:
         manifest = self.manifest()
         return manifest is not None and manifest.fingerprint == fingerprint
 
+    @clock.part("seal")
     def verify(self) -> Manifest:
         """Compare every output with its digest; returns the manifest. Raises StageDamaged naming the file that differs."""
         manifest = self._sealed()
@@ -345,6 +352,11 @@ class Stage:
                     f"{path}: changed since it was sealed (sha256 differs). {_way_out(self.path / _MANIFEST)}"
                 )
         return manifest
+
+    def size(self) -> int:
+        """Bytes of what is sealed and of the journal."""
+        files = [*(self.path / name for name in self._sealed().outputs), *(self.path / _PARTS).glob("*")]
+        return sum(file.stat().st_size for file in files)
 
     def reopen(self) -> None:
         """Unseal, and delete the outputs; the journal stays. Does nothing to a stage that was never sealed."""
@@ -377,10 +389,11 @@ class Stage:
         with Journal(self.path / "parts", repair=False) as journal:
             return len(journal)
 
-    def seal(self, origin: Origin, contents: Contents, *, seconds: float) -> Manifest:
+    @clock.part("seal")
+    def seal(self, origin: Origin, contents: Contents, *, taken: Callable[[], Taken] = Taken) -> Manifest:
         """Write data.parquet and dropped.jsonl, force every output to the disk, then write the manifest.
 
-        seconds: what the stage took, all sessions together where the caller knows.
+        taken: what the stage took, all sessions together where the caller knows; asked last of all.
         Raises ValueError when rows do not fit the schema or kept + dropped is not wanted; the stage is then not sealed.
         """
         if self.manifest() is not None:
@@ -393,7 +406,7 @@ class Stage:
             rows = columns.write_rows(self.path / _DATA, contents.rows, contents.schema)
         if contents.measures is not None:
             names.append(MEASURES)
-            with replacing(self.path / MEASURES) as file:
+            with replacing(self.path / MEASURES) as file, clock.part("measure"):
                 file.write(canonical_json(contents.measures()))
         reasons = _write_dropped(self.path / _DROPPED, contents.dropped)
         lost = reasons.total()
@@ -404,6 +417,8 @@ class Stage:
                 f" {kept:,} x {contents.rows_each} were due. Every item must be kept or dropped with a reason."
             )
         outputs = {path.relative_to(self.path).as_posix(): path for path in _files(self.path, names)}
+        digests = {name: _settle(path, contents.known.get(name)) for name, path in outputs.items()}
+        seconds, parts = taken()
         manifest = Manifest(
             stage=f"{self.path.parent.name}/{self.path.name}",
             schema_version=SCHEMA_VERSION,
@@ -413,8 +428,9 @@ class Stage:
             dropped=dict(reasons.most_common()),
             settings=dict(origin.settings),
             inputs=dict(origin.inputs),
-            outputs={name: _settle(path, contents.known.get(name)) for name, path in outputs.items()},
+            outputs=digests,
             seconds=seconds,
+            parts={name: (took, tokens) for name, (took, tokens) in parts.items()},
             created=_now(),
         )
         fields = asdict(manifest)
@@ -500,6 +516,7 @@ def _read_manifest(path: Path) -> Manifest | None:
     claimed = fields.pop("sha256")
     if claimed != digest(fields):
         raise StageDamaged(f"{path}: not as it was written. {_way_out(path)}")
+    fields.setdefault("parts", {})  # sealed before there were any
     if fields["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
             f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another folder with output=DIR."

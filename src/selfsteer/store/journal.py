@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from selfsteer import clock
 from selfsteer.store.durable import canonical_json, make_folder, sync, write_failed
 
 SLOT = 16
@@ -221,6 +222,7 @@ class Journal:
             )
         return json.loads(body)["data"]
 
+    @clock.part("journal")
     def append(self, records: Sequence[Record]) -> None:
         """Write records and wait until they are on the disk, all in one go; keys that have a record are passed over.
 

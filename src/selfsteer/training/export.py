@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from selfsteer.clock import part
 from selfsteer.models import mark_exact, restore_dropout
 from selfsteer.records import Saving
 from selfsteer.store.durable import open_to_others, sync
@@ -48,6 +49,7 @@ class Delivery(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
+@part("checkpoint")
 def deliver(model: PreTrainedModel | PeftModel, to: Delivery, margin: Margin | None) -> Saving:
     """Write the trained model, and its adapter before it; each is there as a whole or not at all.
 

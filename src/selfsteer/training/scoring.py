@@ -32,6 +32,7 @@ import torch
 from transformers import PreTrainedModel
 
 from selfsteer import runtime
+from selfsteer.clock import count, part, timed
 from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device, position_limit
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy, Training
@@ -161,6 +162,7 @@ def open_scorer(policy: Policy, training: Training) -> Generator[OpenScorer]:
     yield OpenScorer(model, Prompts.of(policy, tokenizer), training)
 
 
+@part("render")
 def tokenize(pair: Pair, prompts: Prompts, positions: int | None = None) -> TokenPair:
     """The pair as token ids: those that were sampled, else those of the text behind its prompt.
 
@@ -214,6 +216,7 @@ def _score_batch(
         for row in rows.rows
         for completion in row.completions
     ]
+    count("score", sum(ends[-1] for ends in lengths))
     # The model sums what the layout takes for a completion: the parts between the edges.
     parts = [end - start for ends in lengths for start, end in pairwise((0, *ends))]
     batch["layout"] = replace(batch["layout"], tokens=tuple(parts))
@@ -261,7 +264,7 @@ def score_into(
 ) -> None:
     """Score every group and append it to the journal; returns early when a signal asked to stop, with all of it durable."""
     with open_scorer(*how) as scorer:
-        scored = _score(scorer, takewhile(lambda _: not stop_requested(), groups))
+        scored = timed("score", _score(scorer, takewhile(lambda _: not stop_requested(), groups)))
         journal.fill(((group.key, _record(group, found)) for group, found in scored), advance)
 
 

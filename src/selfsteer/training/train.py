@@ -29,6 +29,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from selfsteer import runtime
+from selfsteer.clock import part
 from selfsteer.models import (
     compute_dtype,
     load_configuration,
@@ -189,7 +190,8 @@ def _train(job: TrainingJob) -> TrainingResult | None:
     planned = round(len(data) * job.epochs) if job.max_steps is None else job.max_steps * job.batch_size
     meter, every = _meter(job, data, packing, planned)
     if meter is not None:
-        meter.begin(model)
+        with part("measure"):
+            meter.begin(model)
     bound = training.stop_at_displacement
     if bound is not None and not job.unrelated:
         raise ValueError("training.stop_at_displacement: no unrelated response can be measured here; set queries.holdout")
@@ -216,7 +218,8 @@ def _train(job: TrainingJob) -> TrainingResult | None:
     if keeper.crossed:
         _turn_back(output, keeper, trainer.state.global_step)
         return None
-    moved = None if meter is None else meter.moved(cast(torch.nn.Module, trainer.model_wrapped))
+    with part("measure"):
+        moved = None if meter is None else meter.moved(cast(torch.nn.Module, trainer.model_wrapped))
     saving = _export(trainer, tokenizer, job, lambda trained: pairs(trained) - at_first)
     history = read_history(output / "history.jsonl")
     return TrainingResult(

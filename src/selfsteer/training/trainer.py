@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -24,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from selfsteer.clock import count, part
 from selfsteer.prompts import Prompts
 from selfsteer.records import Pair
 from selfsteer.store import columns
@@ -272,6 +274,7 @@ class PreferenceTrainer(Trainer):
         queries = torch.stack([batch["queries"] for batch in batch_samples]).sum().to(device)
         return cast(Tensor, self.accelerator.gather(queries)).sum() if self.args.world_size > 1 else queries
 
+    @part("forward")
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -299,8 +302,14 @@ class PreferenceTrainer(Trainer):
         loss = self._job.loss(pairs).sum() * (self.args.world_size / num_items_in_batch)
         self._check_finite("loss", loss.item())
         self._measure(pairs)
+        count("forward", int(tokens[batch["chosen"]].sum() + tokens[batch["rejected"]].sum()))
         self._job.advance(int(batch["queries"].item()) * self.args.world_size)
         return loss
+
+    @part("backward")
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch; what of its time is no `compute_loss` is the way back."""
+        return super().training_step(*args, **kwargs)
 
     def _measure(self, pairs: PairLogps) -> None:
         margin = self._job.beta * pairs.ratio_gap.detach()
@@ -358,6 +367,7 @@ class PreferenceTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    @part("checkpoint")
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """As transformers does; a full disk is told like everywhere else."""
         with checkpoints.writing(checkpoints.at_step(Path(cast(str, self.args.output_dir)), self.state.global_step)):
@@ -376,7 +386,8 @@ class PreferenceTrainer(Trainer):
                 del logs["weight"]
             step, meter = self.state.global_step, self._job.meter
             if meter is not None and (step % self._job.measure_every == 0 or step == self.state.max_steps):
-                logs |= averages(meter.moved(cast(torch.nn.Module, self.model_wrapped)))
+                with part("measure"):
+                    logs |= averages(meter.moved(cast(torch.nn.Module, self.model_wrapped)))
             now = time.perf_counter()
             logs |= {"tokens": int(tokens), "seconds": round(now - self._since, 3)}
             self._sums.zero_()
@@ -398,6 +409,14 @@ def margin_queries(count: int) -> int:
     return min(_SAMPLE, max(_FEWEST, count // _SHARE))
 
 
+def reward_queries(count: int, sample: int | None) -> int:
+    """How many of so many queries that were trained on are scored afterwards, of at most `sample`.
+
+    A quarter, which costs a twelfth of an epoch; of few queries 16, and of fewer all.
+    """
+    return min(count, max(16, count // 4), count if sample is None else sample)
+
+
 def spread(count: int, most: int) -> range:
     """At most so many of the numbers below `count`, as far apart as they can be."""
     return range(0, count, -(-count // most))
@@ -407,6 +426,7 @@ def margins(data: TokenGroups, collator: Collator, *, beta: float, weighted: boo
     """The mean margin of the pairs of a few queries, spread over the data, under a taught model; without dropout."""
     indices = spread(len(data), margin_queries(len(data)))
 
+    @part("measure")
     def mean(model: torch.nn.Module) -> float:
         training = model.training
         model.eval()
@@ -459,6 +479,7 @@ class Keeper(TrainerCallback):
         self._bound = bound
         self.within = None if resume is None or bound is None else _last_within(history_of(resume), bound)
         """The last step that was found within the bound."""
+        self._update = ExitStack()
         self.crossed = False
         """The bound was crossed behind `within`."""
 
@@ -479,6 +500,7 @@ class Keeper(TrainerCallback):
         else:
             self.within = state.global_step
 
+    @part("checkpoint")
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal what transformers has just written, when every process has written its part."""
         self._saved = state.global_step
@@ -486,6 +508,18 @@ class Keeper(TrainerCallback):
         if parallel.is_first():
             checkpoints.seal(checkpoints.at_step(self._output, state.global_step), self.training)
             checkpoints.rotate(self._output, spare=self.within)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The update begins."""
+        self._update.enter_context(part("optimizer"))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The update is done."""
+        self._update.close()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop when asked to."""
