@@ -80,6 +80,14 @@ def graceful_stop() -> Generator[None]:
 _LOG_SECONDS = 30.0
 
 
+def _span(seconds: float) -> str:
+    """About so long: 40 s, 3 min, 2 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 @contextmanager
 def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[int], None]]:
     """Yields `advance(n)`; call it with the number of units finished since the last call.
@@ -108,8 +116,9 @@ def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[
             now = time.monotonic()
             if now - last >= _LOG_SECONDS:
                 last = now
-                of = f" of {total}" if done <= total else ""
-                log.info("%s: %d%s %s, %.1f a second", description, done, of, unit, done / (now - started))
+                rate = done / (now - started)
+                of, left = (f" of {total}", f", {_span((total - done) / rate)} left") if done <= total else ("", "")
+                log.info("%s: %d%s %s, %.1f a second%s", description, done, of, unit, rate, left)
 
         yield advance_log
     if done:

@@ -477,8 +477,8 @@ class Quality(Section):
     """The measures of the data, and what becomes of a round whose data fails them."""
 
     sample: int | None = Field(default=512, ge=1)
-    """Judge the pairs of at most this many queries, drawn with the seed; of all when empty. Margins after training are measured
-    on a quarter of the queries trained on (at least 16), at most on this many; not again when this changes."""
+    """Judge the pairs of at most this many queries, drawn with the seed; of all when empty. Margins after training are
+    measured on a quarter of the queries trained on (at least 16), at most on this many; not again when this changes."""
     principle_consistency: bool = True
     """Measure whether the policy itself tells the responses apart by their principles: a forward pass a pair."""
     evaluation_files: list[str] = Field(default_factory=list[str])

@@ -20,6 +20,18 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, Training
 from selfsteer.records import Checkpoint
 from selfsteer.stages.guard import Attempt, refuse_to_replace
+from selfsteer.stages.status import (
+    BAD_GENERATOR,
+    GAIN,
+    GOOD_GENERATOR,
+    HEADROOM,
+    PASSES,
+    PREFERENCES,
+    QUALITY,
+    SELECTION,
+    method_of,
+    stage_names,
+)
 from selfsteer.store import columns
 from selfsteer.store.durable import canonical_json, read_json, replacing
 from selfsteer.store.folder import MEASURES, Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
@@ -82,6 +94,8 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
         )
         log.info("%s: made again, because of %s; samples that are still wanted are reused", name, ", ".join(changed))
         stage.reopen()
+    if (line := _which(round, name)) is not None:
+        log.info("%s", line)
     lenders = [lender.stage(round.number, name) for lender in round.lenders]
     borrow(stage, lenders)
     if adopt(stage, lenders, origin.fingerprint):
@@ -97,6 +111,34 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
 
 TOO_LONG = "too long for the model"
 """Why what exceeds the positions of the policy is dropped."""
+
+_PURPOSES = {
+    "1-principles": "a good and a bad principle for every query",
+    "2-responses": "the policy answers under both, and the bare query",
+    "3-steering": "steering pairs",
+    HEADROOM: "what there is to win",
+    "4-generator": "the data generator learns from the steering pairs",
+    GOOD_GENERATOR: "the generator of good responses learns",
+    BAD_GENERATOR: "the generator of bad responses learns",
+    GAIN: "what that changed, at the same contexts",
+    PREFERENCES: "the pairs that the policy will be aligned on",
+    QUALITY: "the pairs are judged",
+    SELECTION: "which pairs align the policy",
+    "6-policy": "the policy is aligned on the pairs",
+    PASSES: "held-out queries are answered before and after",
+}
+
+
+def _which(round: Round, name: str) -> str | None:
+    """Which of a round's stages begins; None of pairs made elsewhere, which have no such order."""
+    recipe = round.recipe
+    names = stage_names(recipe, method_of(recipe))
+    ordered = name == names[0] or round.folder.has_stage(round.number, names[0])
+    if name not in names or not ordered:
+        return None
+    of_rounds = f"round {round.number} of {recipe.rounds}, " if recipe.rounds > 1 else ""
+    return f"{of_rounds}stage {names.index(name) + 1} of {len(names)}, {name}: {_PURPOSES[name]}"
+
 
 _WAYS_OUT = {
     "prompt too long": "raise queries.max_prompt_tokens",

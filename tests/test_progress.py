@@ -1,0 +1,70 @@
+"""What a run says while it works: which stage of how many, how fast, how long it will still take."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfsteer import run, runtime
+from selfsteer.recipe.sections import Recipe
+from selfsteer.runtime import progress
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that is set by hand, and no terminal."""
+    now = [0.0]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runtime.sys.stderr, "isatty", lambda: False, raising=False)
+    return now
+
+
+@pytest.mark.parametrize(
+    ("total", "done", "seconds", "said"),
+    [
+        (100, 40, 40.0, "work: 40 of 100 rows, 1.0 a second, 60 s left"),
+        (1000, 100, 50.0, "work: 100 of 1000 rows, 2.0 a second, 8 min left"),
+        (100_000, 100, 40.0, "work: 100 of 100000 rows, 2.5 a second, 11 h 06 min left"),
+        (10, 40, 40.0, "work: 40 rows, 1.0 a second"),
+    ],
+)
+def test_lines_say_how_long_it_will_still_take(
+    total: int, done: int, seconds: float, said: str, now: list[float], caplog: pytest.LogCaptureFixture
+):
+    """Where the total turns out too small, nothing is known of it."""
+    caplog.set_level(logging.INFO)
+    with progress("work", total, unit="rows") as advance:
+        now[0] = seconds
+        advance(done)
+        assert caplog.messages == [said]
+
+
+def test_every_stage_is_announced_once_by_its_place(
+    recipe_of: Callable[..., dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    recipe = Recipe.model_validate(
+        recipe_of(tmp_path / "run", {"rounds": 2, "generator.max_steps": 1, "alignment.max_steps": 1})
+    )
+    run(recipe)
+    lines = [line for line in caplog.messages if re.match(r"round \d of 2, stage", line)]
+    found = [re.match(r"round (\d) of 2, stage (\d) of (\d), (\S+): \w+", line) for line in lines]
+    names = [
+        "1-principles",
+        "2-responses",
+        "3-steering",
+        "3-headroom",
+        "4-generator",
+        "5-preferences",
+        "5-quality",
+        "6-policy",
+    ]
+    expected = [(str(round), str(place), name) for round in (1, 2) for place, name in enumerate(names, 1)]
+    assert [each.group(1, 2, 4) for each in found if each] == expected
+    assert {each.group(3) for each in found if each} == {"8"}
+    caplog.clear()
+    run(recipe)
+    assert not [line for line in caplog.messages if " stage " in line], "nothing is made anew"
