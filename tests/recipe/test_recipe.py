@@ -46,6 +46,7 @@ def test_recipes_are_shipped():
         "llama3-8b",
         "quickstart",
         "qwen2-7b",
+        "small-model",
         "steering",
         "ultrafeedback-cpu",
     ]
