@@ -1,5 +1,6 @@
 """The first recipe: what it says fits the machine, loads, and never replaces a file."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -43,6 +44,21 @@ def test_the_command_writes_what_loads(
     assert command(monkeypatch, str(file), *given) == 2
     assert "is there already" in capsys.readouterr().err
     assert file.read_bytes() == before
+
+
+def test_what_is_not_given_is_asked_for(
+    tiny_folder: str, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A person answers; where nobody does, the option is named."""
+    file = tmp_path / "mine.yaml"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{tiny_folder}\n{queries}\n"))
+    assert command(monkeypatch, str(file), "--column", "prompt") == 0
+    assert load(file).policy.model == tiny_folder
+    for answers, option in (("", "--model"), (f"{tiny_folder}\n", "--queries")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(answers))
+        assert command(monkeypatch, str(tmp_path / "other.yaml")) == 2
+        assert f"nobody answers: give it with {option}" in capsys.readouterr().err
+    assert not (tmp_path / "other.yaml").exists()
 
 
 def test_adapters_where_all_weights_do_not_fit(tiny_folder: str, queries: Path, monkeypatch: pytest.MonkeyPatch):

@@ -128,17 +128,19 @@ def status(
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[
-        str, typer.Option(prompt="The chat model (a folder, a hub id, a .gguf file)", help="As policy.model in a recipe.")
-    ] = ...,  # pyright: ignore[reportArgumentType] (asked for where it is not given)
+        str | None, typer.Option(help="As policy.model in a recipe: a folder, a hub id, a .gguf file.", show_default=False)
+    ] = None,
     queries: Annotated[
-        str, typer.Option(prompt="The file of queries (or hub:NAME)", help="As queries.path in a recipe.")
-    ] = ...,  # pyright: ignore[reportArgumentType]
+        str | None, typer.Option(help="As queries.path in a recipe: a file, or hub:NAME.", show_default=False)
+    ] = None,
     column: Annotated[str, typer.Option(help="The column that holds them.")] = "query",
     output: Annotated[str, typer.Option(metavar="DIR", help="The run folder.")] = "runs/first",
 ) -> None:
     """Write a short recipe for your model, queries and this machine; what is not given is asked for."""
     if file.exists():
         raise ValueError(f"{file} is there already; name another file, or move it away")
+    model = model or _typed("The chat model (a folder, a hub id, a .gguf file)", "--model")
+    queries = queries or _typed("The file of queries (or hub:NAME)", "--queries")
     from selfsteer.first_recipe import first_recipe
 
     text = first_recipe(model, queries, column, output)
@@ -146,6 +148,14 @@ def init(
     typer.echo(
         f"wrote {file}\nlook   selfsteer plan {shlex.quote(str(file))}\nrun    selfsteer run {shlex.quote(str(file))}"
     )
+
+
+def _typed(question: str, option: str) -> str:
+    """What a person answers. Raises ValueError where nobody can."""
+    try:
+        return typer.prompt(question)
+    except typer.Abort:
+        raise ValueError(f"{question} is not known, and nobody answers: give it with {option}") from None
 
 
 @app.command(epilog=examples("view runs/quickstart"))
