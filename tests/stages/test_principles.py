@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from selfsteer import pipeline
 from selfsteer.data.queries import make_query
 from selfsteer.recipe import sections
 from selfsteer.recipe.shipped import located
@@ -21,6 +22,7 @@ from selfsteer.stages.principles import (
     Unparsed,
     choose_principles,
     concision_pairs,
+    find_writer,
     generate_principles,
     library,
     load_pool,
@@ -420,3 +422,51 @@ def test_shipped_principle_files_carry_checks(name: str):
     assert pool.pairs
     assert all(pair.checks for pair in pool.pairs)
     assert len({pair.good for pair in pool.pairs}) == len(pool.pairs)
+
+
+def test_a_writer_has_a_template_and_arguments_of_its_own(tiny_folder: str, tmp_path: Path):
+    """And is told the day of the run; without a model of its own there is none."""
+    template = tmp_path / "writer.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }} {{ mood }} {{ messages[-1].content }}<|im_end|>")
+    policy = {"model": tiny_folder, "date": "2024-02-29", "template_arguments": {"mood": "the policy's"}}
+    section = {
+        "source": "generate",
+        "model": tiny_folder,
+        "chat_template": str(template),
+        "template_arguments": {"mood": "calm"},
+    }
+    recipe = sections.Recipe.model_validate({"policy": policy, "queries": {"path": "q.jsonl"}, "principles": section})
+    found = find_writer(recipe)
+    assert found is not None
+    writer, prompts = found
+    assert writer.path == tiny_folder
+    text = prompts.tokenizer.decode(prompts.prompt_ids(({"role": "user", "content": "Why?"},)))
+    assert text.startswith("2024-02-29 calm Why?")
+    other = recipe.model_copy(
+        update={"principles": recipe.principles.model_copy(update={"template_arguments": {"mood": "x"}})}
+    )
+    assert prompts.digest != found_digest(other), "another answer is asked for"
+    assert find_writer(recipe.model_copy(update={"principles": sections.PrincipleSource(source="generate")})) is None
+
+
+def found_digest(recipe: sections.Recipe) -> str:
+    found = find_writer(recipe)
+    assert found is not None
+    return found[1].digest
+
+
+@pytest.mark.parametrize("key", ["chat_template", "template_arguments"])
+def test_settings_of_a_writer_need_one(key: str):
+    value = "t.jinja" if key == "chat_template" else {"enable_thinking": False}
+    with pytest.raises(ValueError, match=rf"{key} is of principles.model; the policy's own is policy.{key}"):
+        source(source="generate", **{key: value})
+
+
+def test_a_writer_s_missing_template_is_told_before_anything_is_sampled(tiny_folder: str, tmp_path: Path):
+    (tmp_path / "q.jsonl").write_text('{"query": "Why?"}\n')
+    section = {"source": "generate", "model": tiny_folder, "chat_template": str(tmp_path / "none.jinja")}
+    recipe = sections.Recipe.model_validate(
+        {"policy": {"model": tiny_folder}, "queries": {"path": str(tmp_path / "q.jsonl")}, "principles": section}
+    )
+    with pytest.raises(FileNotFoundError, match=r"none\.jinja"):
+        pipeline.prepare(recipe)

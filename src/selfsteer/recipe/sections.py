@@ -392,6 +392,10 @@ class PrincipleSource(Section):
     """With source: generate, the principle generator; the policy itself when empty."""
     engine: EngineSection | None = None
     """With source: generate, the engine that holds the principle generator; the one of the responses when empty."""
+    chat_template: str | None = None
+    """Of `model`: path of a Jinja chat template, for tokenizers without one."""
+    template_arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """Of `model`: arguments of the chat template, such as {enable_thinking: false}."""
     wrap: bool = False
     """Set the principle into a sentence that asks to follow it without mentioning it, instead of sending it bare."""
     concision: float = Field(default=0.2, ge=0, le=1)
@@ -403,8 +407,16 @@ class PrincipleSource(Section):
     retries: int = Field(default=2, ge=0)
     """With source: generate, further tries before a library pair stands in."""
 
+    @field_validator("template_arguments")
+    @classmethod
+    def _for_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        return template_arguments(arguments)
+
     @model_validator(mode="after")
     def _used_settings(self) -> Self:
+        for key in ("chat_template", "template_arguments"):
+            if getattr(self, key) and not self.model:
+                raise ValueError(f"{key} is of principles.model; the policy's own is policy.{key}")
         if self.source == "file" and not self.path:
             raise ValueError("source: file needs principles.path, a JSONL file of principle pairs")
         if self.source != "file" and self.path:

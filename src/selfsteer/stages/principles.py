@@ -30,7 +30,7 @@ from selfsteer.recipe import sections
 from selfsteer.recipe.engines import context_limit, sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.recipe.shipped import located
-from selfsteer.records import Dropped, Message, Principles, Query
+from selfsteer.records import Checkpoint, Dropped, Message, Principles, Query
 from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, share_of_round
 from selfsteer.store import columns
 from selfsteer.store.durable import digest, file_digest, regular_file
@@ -311,15 +311,22 @@ def _attempts(queries: Iterable[Query], number: int, seed: int, in_flight: set[s
         yield Attempt(query, number, _draw(seed, query, f"attempt {number}") % 2**31)
 
 
+_OF_WRITER = ("chat_template", "template_arguments")
+"""Settings of principles.model that most recipes leave out."""
+
+
 def principles_stage(round: Round) -> Stage:
     """Step 1: every usable query with its pair of opposing principles."""
     section = round.recipe.principles
     inputs = inputs_of(round) | {"queries": reading.source_digest(round.recipe.queries)}
+    if section.chat_template is not None:
+        inputs["chat template"] = file_digest(Path(section.chat_template))
     if section.path is not None:
         inputs["principles"] = file_digest(Path(located(section.path)))
     settings = {
         "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds"}),
-        "principles": section.model_dump(exclude={"path", "engine", "limit", "wrap"}),
+        "principles": section.model_dump(exclude={"path", "engine", "limit", "wrap", *_OF_WRITER}),
+        **{key: value for key in _OF_WRITER if (value := getattr(section, key))},
         "wrap": wrapping(section),
         **(sampling_identity(section.engine or round.recipe.engine) if section.source == "generate" else {}),
         "system_role": round.prompts.system_role,
@@ -438,13 +445,25 @@ def _longest_prompt(round: Round, positions: int | None) -> int:
     return limit if positions is None else min(limit, positions - new)
 
 
+def find_writer(recipe: Recipe) -> tuple[Checkpoint, Prompts] | None:
+    """The model that writes principles in the policy's place, and how it is asked; it is told the same day.
+
+    Raises ValueError, or FileNotFoundError, for a model or a chat template that is not there.
+    """
+    section, policy = recipe.principles, recipe.policy
+    if section.model is None:
+        return None
+    trust, arguments = policy.trust_remote_code, section.template_arguments
+    asked = Policy(model=section.model, template_arguments=arguments, date=policy.date, trust_remote_code=trust)
+    writer = resolve(asked)
+    tokenizer = load_tokenizer(writer.path, chat_template=section.chat_template, trust_remote_code=trust)
+    return writer, Prompts.of(asked, tokenizer).whole()
+
+
 def _generated_principles(round: Round, work: Work, pool: Pool, wanted: _Queries) -> Callable[[Query], Principles]:
     """Sample what the journal lacks; returns a function that reads a query's principles back from it."""
     section, recipe = round.recipe.principles, round.recipe
-    writer, prompts = round.policy, round.prompts
-    if section.model is not None:
-        writer = resolve(Policy(model=section.model, trust_remote_code=recipe.policy.trust_remote_code))
-        prompts = Prompts(load_tokenizer(writer.path)).whole()
+    writer, prompts = find_writer(recipe) or (round.policy, round.prompts)
     engine_section = section.engine or recipe.engine
     model_digest = sampler_digest(engine_section, writer)
     engine = partial(opening.open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
