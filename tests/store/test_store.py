@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfsteer.clock import Taken, count, part
+from selfsteer.clock import Spent, Taken, count, part
 from selfsteer.records import Dropped
 from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder
 from selfsteer.store.folder import SCHEMA_VERSION, Contents, Origin, RunFolder, RunFolderBusy, Stage, StageDamaged, elapsed
@@ -652,3 +652,18 @@ def test_make_folder_forces_each_new_name_to_the_disk(tmp_path: Path, monkeypatc
     monkeypatch.setattr("selfsteer.store.durable.sync", synced.append)
     make_folder(tmp_path / "a" / "b")
     assert synced == [tmp_path, tmp_path / "a"]
+
+
+def test_stages_sealed_before_parts_were_timed_are_read(tmp_path: Path):
+    with RunFolder(tmp_path / "run") as run:
+        stage = run.stage(1, "2-responses")
+        taken = Taken(7.0, {"sample": Spent(3.0, 50)})
+        sealed = stage.seal(ORIGIN, Contents(wanted=1, rows=rows(1)), taken=lambda: taken)
+        assert stage.verify() == sealed
+        assert sealed.parts == {"sample": [3.0, 50]}
+        file = stage.path / "MANIFEST.json"
+        fields = json.loads(file.read_text())
+        del fields["parts"], fields["sha256"]
+        file.write_text(json.dumps({**fields, "sha256": digest(fields)}))
+        found = stage.verify()
+    assert (found.parts, found.seconds) == ({}, 7.0)

@@ -124,7 +124,7 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
                 kept=each.kept,
                 dropped=each.dropped,
                 seconds=each.seconds,
-                parts={part: PartSummary(seconds=took, tokens=tokens) for part, (took, tokens) in each.parts.items()},
+                parts={part: PartSummary(seconds=took, tokens=int(tokens)) for part, (took, tokens) in each.parts.items()},
                 disk=stages[name].size(),
             )
             for name, each in manifests.items()

@@ -194,7 +194,7 @@ class Manifest:
     outputs: dict[str, str]
     """sha256 of each output, by path relative to the stage."""
     seconds: float
-    parts: dict[str, tuple[float, int]] = field(default_factory=dict[str, tuple[float, int]])
+    parts: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     """Seconds and tokens of each part of the work (`clock.py`)."""
     created: str
     """UTC, ISO 8601."""
@@ -430,7 +430,7 @@ class Stage:
             inputs=dict(origin.inputs),
             outputs=digests,
             seconds=seconds,
-            parts={name: (took, tokens) for name, (took, tokens) in parts.items()},
+            parts={name: list(each) for name, each in parts.items()},
             created=_now(),
         )
         fields = asdict(manifest)
