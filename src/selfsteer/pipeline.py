@@ -38,7 +38,7 @@ from selfsteer.stages.gain import gain_stage
 from selfsteer.stages.headroom import headroom_stage
 from selfsteer.stages.passes import passes_stage
 from selfsteer.stages.preferences import preferences_stage
-from selfsteer.stages.principles import find_writer, load_pool, principles_stage
+from selfsteer.stages.principles import check_writer, load_pool, principles_stage
 from selfsteer.stages.quality import quality_stage, require_checks
 from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
@@ -155,7 +155,7 @@ def prepare(recipe: Recipe, *, principles: bool = True) -> Prepared:
     prompts = _prompts_of(recipe, policy)
     if principles:
         load_pool(recipe.principles)
-        find_writer(recipe)
+        check_writer(recipe)
     require_checks(recipe, principles=principles)
     known = {recipe.policy.model: policy} if recipe.policy.revision is None else {}
     judge = find_judge(recipe.judge, recipe.policy, known)

@@ -33,7 +33,7 @@ from selfsteer.recipe.shipped import located
 from selfsteer.records import Checkpoint, Dropped, Message, Principles, Query
 from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, share_of_round
 from selfsteer.store import columns
-from selfsteer.store.durable import digest, file_digest, regular_file
+from selfsteer.store.durable import digest, file_digest, read_small_text, regular_file
 from selfsteer.store.folder import Contents, Origin, Stage
 
 _UNNAMED = "unnamed"
@@ -443,6 +443,12 @@ def _too_long(round: Round, tokens: int, positions: int | None) -> _Long | None:
 def _longest_prompt(round: Round, positions: int | None) -> int:
     limit, new = round.recipe.queries.max_prompt_tokens, round.recipe.responses.max_new_tokens
     return limit if positions is None else min(limit, positions - new)
+
+
+def check_writer(recipe: Recipe) -> None:
+    """Raises FileNotFoundError, or ValueError, for a chat template that can't be read; the model is found in stage 1."""
+    if recipe.principles.chat_template is not None:
+        read_small_text(Path(recipe.principles.chat_template))
 
 
 def find_writer(recipe: Recipe) -> tuple[Checkpoint, Prompts] | None:
