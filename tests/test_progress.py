@@ -25,10 +25,11 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize(
     ("total", "done", "seconds", "said"),
     [
-        (100, 40, 40.0, "work: 40 of 100 rows, 1.0 a second, 60 s left"),
-        (1000, 100, 50.0, "work: 100 of 1000 rows, 2.0 a second, 8 min left"),
+        (100, 40, 40.0, "work: 40 of 100 rows, 1.0 a second, 1 min 00 s left"),
+        (1000, 100, 50.0, "work: 100 of 1000 rows, 2.0 a second, 7 min 30 s left"),
         (100_000, 100, 40.0, "work: 100 of 100000 rows, 2.5 a second, 11 h 06 min left"),
         (10, 40, 40.0, "work: 40 rows, 1.0 a second"),
+        (100, 0, 40.0, "work: 0 of 100 rows, 0.0 a second"),
     ],
 )
 def test_lines_say_how_long_it_will_still_take(

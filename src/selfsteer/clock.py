@@ -98,9 +98,9 @@ def count(name: Part, tokens: int) -> None:
 
 def spent() -> dict[str, Spent]:
     """What each part of this process took so far, the one under way included."""
-    seconds, now, since = dict(_clock.seconds), _clock.now, _clock.since
+    seconds, now, began = dict(_clock.seconds), _clock.now, _clock.since
     if now is not None:
-        seconds[now] = seconds.get(now, 0.0) + time.perf_counter() - since
+        seconds[now] = seconds.get(now, 0.0) + time.perf_counter() - began
     tokens = dict(_clock.tokens)
     return {name: Spent(seconds.get(name, 0.0), tokens.get(name, 0)) for name in PARTS if name in seconds or name in tokens}
 

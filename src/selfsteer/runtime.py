@@ -80,12 +80,14 @@ def graceful_stop() -> Generator[None]:
 _LOG_SECONDS = 30.0
 
 
-def _span(seconds: float) -> str:
-    """About so long: 40 s, 3 min, 2 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 8.4 s, 3 min 20 s, 2 h 05 min."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 @contextmanager
@@ -116,9 +118,9 @@ def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[
             now = time.monotonic()
             if now - last >= _LOG_SECONDS:
                 last = now
-                rate = done / (now - started)
-                of, left = (f" of {total}", f", {_span((total - done) / rate)} left") if done <= total else ("", "")
-                log.info("%s: %d%s %s, %.1f a second%s", description, done, of, unit, rate, left)
+                of = f" of {total}" if done <= total else ""
+                left = f", {duration((total - done) * (now - started) / done)} left" if of and done else ""
+                log.info("%s: %d%s %s, %.1f a second%s", description, done, of, unit, done / (now - started), left)
 
         yield advance_log
     if done:

@@ -18,7 +18,8 @@ from selfsteer.records import Pair, Principles
 from selfsteer.report import reading
 from selfsteer.report.page import write_page
 from selfsteer.report.reading import PairSet, Reading, pick_examples
-from selfsteer.report.tables import closing_line, duration, print_measures, print_run, write_metrics
+from selfsteer.report.tables import closing_line, print_measures, print_run, write_metrics
+from selfsteer.runtime import duration
 
 
 def printed(found: Metrics) -> str:

@@ -35,7 +35,7 @@ from selfsteer.cli.arguments import (
     tell,
 )
 from selfsteer.recipe.sections import Recipe, describe, load
-from selfsteer.runtime import Interrupted, graceful_stop, stop_requested
+from selfsteer.runtime import Interrupted, duration, graceful_stop, stop_requested
 
 if TYPE_CHECKING:
     from selfsteer.doctor import Finding
@@ -399,8 +399,6 @@ def _print_status(found: "Status") -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-
-    from selfsteer.report.tables import duration
 
     colours = {"sealed": "green", "partial": "yellow", "waiting": "dim"}
     table = Table(title=Text(found["run"]), title_justify="left")

@@ -13,7 +13,8 @@ from selfsteer.measures.estimates import METHOD, Estimate
 from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.report.page import NO_PLOTS, table_html, write_frame
-from selfsteer.report.tables import Cell, Row, Table, cell, duration, markdown
+from selfsteer.report.tables import Cell, Row, Table, cell, markdown
+from selfsteer.runtime import duration
 from selfsteer.store.durable import read_json, replacing
 
 BASELINE = "pbaa"

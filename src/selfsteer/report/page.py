@@ -20,8 +20,9 @@ from typing import Any
 from selfsteer.measures.metrics import Metrics, RoundMetrics
 from selfsteer.report import tables
 from selfsteer.report.reading import Entry, PairSet, Reading, SideEntry, pick_examples
-from selfsteer.report.tables import Table, duration
+from selfsteer.report.tables import Table
 from selfsteer.report.verdict import answer_lines, headline, measure_rows, places, warnings
+from selfsteer.runtime import duration
 from selfsteer.store.durable import replacing
 
 NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'

@@ -43,6 +43,7 @@ from selfsteer.measures.metrics import (
     from_plain,
     plain,
 )
+from selfsteer.runtime import duration
 from selfsteer.store.durable import read_object, replacing
 
 Form = Literal["number", "share"]
@@ -102,16 +103,6 @@ def _decimals(value: float, form: Form) -> int:
     if form == "share" or abs(value) >= 100:
         return 1
     return 2 if abs(value) >= 10 else 3
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 8.4 s, 3 min 20 s, 2 h 05 min."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 DIRT = (

@@ -16,7 +16,8 @@ from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.report.tables import GENERATOR, cell, console_of, data_sets, duration, result_of
+from selfsteer.report.tables import GENERATOR, cell, console_of, data_sets, result_of
+from selfsteer.runtime import duration
 
 FEW_ITEMS = 30
 """A measure of fewer items is named as such."""

@@ -16,7 +16,8 @@ from threading import Thread
 from typing import Any
 
 from selfsteer.report.page import frame, table_html
-from selfsteer.report.tables import Cell, Row, Table, duration
+from selfsteer.report.tables import Cell, Row, Table
+from selfsteer.runtime import duration
 from selfsteer.stages.status import Status, status
 
 REFRESH = 5
