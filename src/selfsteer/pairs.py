@@ -85,6 +85,12 @@ def reject_reason(good: Response, bad: Response, principles: Principles, filters
     return None
 
 
+def pair_reject_reason(responses: Responses, filters: Filters, prompts: Prompts) -> str | None:
+    """Why y+ and y- must not become a pair that the policy is aligned on, or None to keep them."""
+    reason = reject_reason(responses.good, responses.bad, responses.principles, filters)
+    return reason or sampled_special_reason((responses.good, responses.bad), prompts)
+
+
 def steering_reject_reason(responses: Responses, filters: Filters, prompts: Prompts) -> str | None:
     """Why these responses must not train the generator, or None to keep them."""
     reason = reject_reason(responses.good, responses.bad, responses.principles, filters)

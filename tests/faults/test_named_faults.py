@@ -77,6 +77,6 @@ def test_no_random_number_is_met_twice(recipe_of: Callable[..., dict[str, Any]],
         item.seed
         for stage in (RESPONSES, PREFERENCES)
         for number in range(2)
-        for item in requests_of(drawn, models, row, stage=stage, number=number).values()
+        for item in requests_of(drawn, models, row, recipe.of_pairs, stage=stage, number=number).values()
     ]
     assert len(set(seeds)) == len(seeds) == 12

@@ -97,7 +97,7 @@ def test_summary_compares_pbaa_with_the_generator():
     text = printed(found)
     assert re.search(r"PBAA pairs\s+generator pairs\s+difference", text)
     assert f"+{mean:.3f} [+" in text
-    assert "over the 20 queries that both have" in text
+    assert "over the queries that both have; the generator was trained on some of them" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -44,6 +44,7 @@ def metrics(**more: Any) -> Metrics:
                 },
                 "comparison": {
                     "queries": 40,
+                    "held_out": True,
                     "all": estimate(0.004, -0.011, 0.019),
                     "both": {"pairs": estimate(0.390), "baseline": estimate(0.386)},
                 },
@@ -81,9 +82,20 @@ def test_the_verdict_of_a_demo():
 
 
 def test_a_difference_of_the_same_queries_is_said_in_words():
-    found = metrics(judged_difference={"judge": estimate(-0.1, -0.18, -0.02)})
+    """The columns are of the queries that both have, whatever else either set was judged on."""
+    both = {"pairs": estimate(0.7, n=22), "baseline": estimate(0.8, n=22)}
+    found = metrics(judged_comparison={"judge": {"difference": estimate(-0.1, -0.18, -0.02), "both": both}})
     line = next(line for line in verdict(found) if "accuracy" in line)
-    assert line.endswith("-10 [-18, -2] points  less accurate")
+    assert " ".join(line.split()) == (
+        "accuracy (checks) PBAA 80% of 22 (few) generator 70% of 22 (few) -10 [-18, -2] points less accurate"
+    )
+
+
+def test_a_comparison_on_queries_that_were_trained_on_says_so():
+    found = metrics()
+    found["rounds"][0]["comparison"]["held_out"] = False
+    line = next(line for line in verdict(found) if "on-policy probability" in line)
+    assert line.endswith("no difference shown, on queries trained on")
 
 
 def test_failed_gates_come_before_everything_else():

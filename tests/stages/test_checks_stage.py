@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_every_row_of_every_stage_carries_the_checks(folder: Path):
 def test_accuracy_is_that_chosen_passes_and_rejected_does_not_a_tie_counting_half(folder: Path, name: str, file: str):
     held_out = {row["query_id"] for row in rows(folder, "5-preferences/data.parquet")}
     held_out -= {row["query_id"] for row in rows(folder, "3-steering/data.parquet")}
-    judged = [row for row in rows(folder, file) if name == "pbaa" or row["query_id"] in held_out]
+    judged = [row for row in rows(folder, file) if row["query_id"] in held_out]
     both = [
         (passes(row, row["chosen"][0]["content"]), passes(row, row["rejected"][0]["content"])) for row in with_checks(judged)
     ]
@@ -116,6 +117,49 @@ def test_accuracy_is_that_chosen_passes_and_rejected_does_not_a_tie_counting_hal
         "both_fail": sum(not c and not r for c, r in both),
     }.items():
         assert checks[key]["mean"] == pytest.approx(hits / len(both)), key
+
+
+def test_policy_and_generator_are_compared_on_the_same_held_out_queries(folder: Path):
+    """Accuracy and on-policy probability of both, and the paired differences: by hand from the sealed rows."""
+    trained = {row["query_id"] for row in rows(folder, "2-responses/data.parquet")}
+    sets = {"pairs": "5-preferences/data.parquet", "baseline": "3-steering/policy-pairs.parquet"}
+    found = {
+        name: {row["query_id"]: row for row in rows(folder, file) if row["query_id"] not in trained}
+        for name, file in sets.items()
+    }
+    assert all(row["ref_chosen_logps"] is not None for each in found.values() for row in each.values())
+    shared = sorted(found["pairs"].keys() & found["baseline"].keys())
+    assert len(shared) > 6, "of 12 held out"
+
+    def points(row: dict[str, Any]) -> float:
+        return (1 + passes(row, row["chosen"][0]["content"]) - passes(row, row["rejected"][0]["content"])) / 2
+
+    def on_policy(row: dict[str, Any]) -> float:
+        return sum(math.exp(row[f"ref_{side}_logps"] / row[f"{side}_tokens"]) for side in ("chosen", "rejected")) / 2
+
+    def mean(values: Iterable[float]) -> Any:
+        listed = list(values)
+        return pytest.approx(sum(listed) / len(listed), rel=1e-5)
+
+    judged = metrics(folder)["judged_comparison"]["judge"]
+    checked = [query for query in shared if with_checks([found["pairs"][query]])]
+    assert judged["difference"]["n"] == len(checked)
+    compared = metrics(folder)["comparison"]
+    assert (compared["held_out"], compared["queries"]) == (True, len(shared))
+    for name, each in found.items():
+        assert judged["both"][name]["mean"] == mean(points(each[query]) for query in checked)
+        assert compared["both"][name]["mean"] == mean(on_policy(each[query]) for query in shared)
+    assert judged["difference"]["mean"] == pytest.approx(
+        judged["both"]["pairs"]["mean"] - judged["both"]["baseline"]["mean"]
+    )
+
+
+def test_held_out_answers_of_the_policy_train_nothing(folder: Path):
+    spared = {row["query_id"] for row in rows(folder, "2-responses/held-out.parquet")}
+    assert len(spared) == 12
+    assert all(row["original"] is None for row in rows(folder, "2-responses/held-out.parquet"))
+    for stage in ("2-responses", "3-steering"):
+        assert spared.isdisjoint(row["query_id"] for row in rows(folder, f"{stage}/data.parquet"))
 
 
 def test_steering_pairs_are_judged_too_with_the_bare_answers_beside_them(folder: Path):

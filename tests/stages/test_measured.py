@@ -49,7 +49,9 @@ def test_the_sealed_measures_are_those_of_the_sealed_pairs(finished: Path):
     steering = read_measures(Stage(finished / "round-1/3-steering"))
     assert steering == from_plain(plain({"pairs": measure(rows("3-steering/data.parquet")), "policy_pairs": measure(own)}))
     preferences = read_measures(Stage(finished / "round-1/5-preferences"))
-    assert preferences == from_plain(plain({"pairs": measure(made), "comparison": compare(made, own)}))
+    assert preferences == from_plain(
+        plain({"pairs": measure(made), "comparison": {**compare(made, own), "held_out": False}})
+    )
     metrics = json.loads((finished / "metrics.json").read_text())["rounds"][0]
     assert metrics["alignment"].items() >= plain(preferences["pairs"]).items()
     assert metrics["comparison"] == plain(preferences["comparison"])

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 from selfsteer.measures.checks import CheckReport
 from selfsteer.measures.estimates import Estimate
-from selfsteer.measures.verdicts import JudgeReport
+from selfsteer.measures.verdicts import JudgedComparison, JudgeReport
 from selfsteer.records import Saving
 
 Method = Literal["sso", "dual", "pbaa", "given"]
@@ -203,6 +203,8 @@ class Comparison(TypedDict, total=False):
     """One set of pairs against another on the queries that both have: mean of the per-query differences."""
 
     queries: int
+    held_out: bool
+    """Nothing was trained on these queries."""
     chosen: Estimate
     """On-policy probability of the chosen response, first set - second set."""
     rejected: Estimate
@@ -360,8 +362,8 @@ class RoundMetrics(TypedDict, total=False):
     """Of the generator over the policy, where quality.gain asks for it."""
     comparison: Comparison
     """alignment - pbaa."""
-    judged_difference: dict[str, Estimate]
-    """alignment - pbaa in the share of right verdicts, by judge as in `Measures`; of the queries that both have."""
+    judged_comparison: dict[str, JudgedComparison]
+    """alignment against pbaa, by judge as in `Measures`."""
     contamination: Contamination
     drift: Drift
     """From the second round on."""

@@ -146,13 +146,27 @@ def judge_report(verdicts: Iterable[Verdict]) -> JudgeReport:
     return report
 
 
-def judged_difference(verdicts: Iterable[Verdict], baseline: Iterable[Verdict]) -> Estimate | None:
-    """Accuracy of the first verdicts - that of the others, of the queries that both have; None when they share none."""
-    first, second = (
-        {verdict.query_id: points(verdict) for verdict in side if verdict.preferred is not None}
-        for side in (verdicts, baseline)
-    )
-    return paired_difference(first, second)
+class JudgedComparison(TypedDict):
+    """What one judge says of one set of pairs against another, over the queries of which both have a verdict."""
+
+    difference: Estimate
+    """Accuracy of the first set - that of the second."""
+    both: dict[str, Estimate]
+    """Accuracy of "pairs" and of the "baseline"."""
+
+
+def judged_comparison(verdicts: Iterable[Verdict], baseline: Iterable[Verdict]) -> JudgedComparison | None:
+    """The first verdicts against the others; None when they share no query."""
+    sides = {
+        name: {verdict.query_id: points(verdict) for verdict in side if verdict.preferred is not None}
+        for name, side in (("pairs", verdicts), ("baseline", baseline))
+    }
+    difference = paired_difference(sides["pairs"], sides["baseline"])
+    if difference is None:
+        return None
+    shared = sides["pairs"].keys() & sides["baseline"].keys()
+    means = {name: mean_estimate([side[query] for query in sorted(shared)]) for name, side in sides.items()}
+    return JudgedComparison(difference=difference, both={name: mean for name, mean in means.items() if mean is not None})
 
 
 def points(verdict: Verdict) -> float:

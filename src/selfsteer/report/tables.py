@@ -26,7 +26,6 @@ from selfsteer.measures.headroom import in_words
 from selfsteer.measures.metrics import (
     AnswerShares,
     CheckedAnswers,
-    Comparison,
     Contamination,
     Drift,
     Gain,
@@ -322,7 +321,7 @@ def tables(rounds: Sequence[RoundMetrics]) -> Iterator[Table]:
             yield _gain(this["gain"], f"What the generator's training changed{suffix}")
         columns = data_sets(this)
         if columns:
-            yield measures_table(columns, this.get("comparison"), title=f"Preference data{suffix}")
+            yield measures_table(columns, _differences(this), title=f"Preference data{suffix}")
         yield from _checks(this, suffix)
         if "contamination" in this:
             yield _contamination(this["contamination"], f"Overlap of the queries with evaluation files{suffix}")
@@ -405,16 +404,23 @@ def _stops_table(results: Sequence[GateResult], title: str) -> Table:
     return Table(title, ("measured", "condition", ""), tuple(rows), METHOD, left=True)
 
 
-def measures_table(columns: Mapping[str, Measures], comparison: Comparison | None = None, *, title: str = "Pairs") -> Table:
-    """Sets of pairs side by side and, with `comparison`, how far the last is above the first on the same queries."""
+def _differences(this: RoundMetrics) -> Json | None:
+    """How far the alignment pairs are above PBAA's, by measure as in `measures_table`; of the queries that both have."""
+    compared = this.get("comparison")
+    judged = {judge: found["difference"] for judge, found in this.get("judged_comparison", {}).items()}
+    if compared is None or not compared.get("queries"):
+        return None
+    return cast(Json, plain({**compared, **judged}))
+
+
+def measures_table(columns: Mapping[str, Measures], differences: Json | None = None, *, title: str = "Pairs") -> Table:
+    """Sets of pairs side by side and, with `differences`, how far the last is above the first."""
     sets = [cast(Json, plain(measures)) for measures in columns.values()]
-    differences = cast(Json, plain(comparison)) if comparison else None
-    compared = differences is not None and differences.get("queries", 0) > 0
 
     def line(label: str, path: str, form: Form = "number", difference: str = "") -> Row:
         cells = tuple(cell(find(measures, path), form) for measures in sets)
-        if compared:
-            cells += (cell(find(differences or {}, difference), form, signed=True) if difference else Cell(""),)
+        if differences is not None:
+            cells += (cell(find(differences, difference), form, signed=True) if difference else Cell(""),)
         return Row(label, cells)
 
     names = {"judge": "checks"} if any("checks" in measures for measures in sets) else {}
@@ -444,7 +450,10 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
             ],
         ),
         *(
-            (f"judged by {names.get(key, name)}", [*_judged(line, key), *_unjudged(sets, key, blank=compared)])
+            (
+                f"judged by {names.get(key, name)}",
+                [*_verdicts(line, key), *_unjudged(sets, key, blank=bool(differences))],
+            )
             for key, name in JUDGES
         ),
         (
@@ -472,15 +481,16 @@ def measures_table(columns: Mapping[str, Measures], comparison: Comparison | Non
     note = METHOD
     if GENERATOR in columns:
         note = f"PBAA: from the policy, steered by principle only; generator: from the policy trained with L_SSO. {note}"
-    if compared and differences is not None:
-        note += f" Difference: generator - PBAA, per query, over the {differences['queries']:,} queries that both have."
+    if differences:
+        trained = "" if differences.get("held_out") else "; the generator was trained on some of them"
+        note += f" Difference: generator - PBAA, per query, over the queries that both have{trained}."
     if SELECTED in columns:
         note += " The policy is aligned on the selected pairs; judges have seen those before the selection."
-    return Table(title, (*columns, "difference") if compared else tuple(columns), tuple(rows), note)
+    return Table(title, (*columns, "difference") if differences is not None else tuple(columns), tuple(rows), note)
 
 
-def _judged(line: Callable[[str, str, Form], Row], judge: str) -> list[Row]:
-    return [line(label, f"{judge}.{key}", "share") for label, key in VERDICTS]
+def _verdicts(line: Callable[[str, str, Form, str], Row], judge: str) -> list[Row]:
+    return [line(label, f"{judge}.{key}", "share", judge if key == "accuracy" else "") for label, key in VERDICTS]
 
 
 def _unjudged(sets: Sequence[Json], judge: str, *, blank: bool) -> list[Row]:

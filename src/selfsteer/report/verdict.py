@@ -16,7 +16,7 @@ from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.report.tables import GENERATOR, cell, console_of, data_sets, result_of
+from selfsteer.report.tables import GENERATOR, PBAA, cell, console_of, data_sets, result_of
 from selfsteer.runtime import duration
 
 FEW_ITEMS = 30
@@ -90,12 +90,13 @@ def measure_rows(this: RoundMetrics) -> list[tuple[str, str, str, str]]:
     both = compared.get("both") if compared else None
     if compared and both and "all" in compared:
         difference = compared["all"]
+        said = in_words(difference, "more on-policy", "less on-policy")
         rows.append(
             (
                 "on-policy probability",
                 f"PBAA {_mean(both['baseline'])}",
                 f"generator {_mean(both['pairs'])}",
-                f"{_signed(difference)}  {in_words(difference, 'more on-policy', 'less on-policy')}",
+                f"{_signed(difference)}  {said}{'' if compared.get('held_out') else ', on queries trained on'}",
             )
         )
     elif sets:
@@ -134,18 +135,23 @@ def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[s
     """By whoever judged: of PBAA and of the generator, with the difference where both have the same queries."""
     judge = "accuracy (checks)" if any("checks" in measures for measures in sets.values()) else "accuracy (judge)"
     for key, label in (("judge", judge), ("principle_consistency", "principle consistency")):
-        cells: list[str] = []
+        compared = this.get("judged_comparison", {}).get(key)
+        accuracies: dict[str, Estimate] = {}
         for name, measures in sets.items():
             report = cast("JudgeReport | None", measures.get(key))
             if report and "accuracy" in report:
-                found = report["accuracy"]
-                cells.append(f"{name.removesuffix(' pairs')} {_share(found)} of {found.n:,}{few(found.n)}")
-        if not cells:
+                accuracies[name] = report["accuracy"]
+        if not accuracies:
             continue
-        difference = this.get("judged_difference", {}).get(key)
-        said = "different queries" if GENERATOR in sets and len(cells) > 1 else ""
-        if difference is not None:
+        said = "different queries" if GENERATOR in sets and len(accuracies) > 1 else ""
+        if compared is not None:
+            accuracies |= {PBAA: compared["both"]["baseline"], list(sets)[-1]: compared["both"]["pairs"]}
+            difference = compared["difference"]
             said = f"{_signed(difference, share=True)} points  {in_words(difference, 'more accurate', 'less accurate')}"
+        cells = [
+            f"{name.removesuffix(' pairs')} {_share(found)} of {found.n:,}{few(found.n)}"
+            for name, found in accuracies.items()
+        ]
         first, second, *_ = [*cells, ""]
         yield label, first, second, said
 

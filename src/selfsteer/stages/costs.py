@@ -162,10 +162,10 @@ def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
     if name == "2-responses":
         if recipe.generator.kind == "none":
             return _Work(samples=2 * n + asides)
-        return _Work(samples=learned * (3 if recipe.generator.uses_original else 2) + asides)
+        return _Work(samples=learned * (3 if recipe.generator.uses_original else 2) + 2 * recipe.queries.holdout + asides)
     if name == "3-steering":
         both_pairs = 2 * (steered + 2 * answer) if recipe.generator.objective in ("sso", "equation_3") else lesson
-        return _Work(scored=learned * (both_pairs + pair))
+        return _Work(scored=learned * (both_pairs + pair) + recipe.queries.holdout * pair)
     if name == HEADROOM:
         return _Work(scored=min(learned, HEADROOM_QUERIES) * (bare + 3 * answer))
     if name.startswith("4-generator"):

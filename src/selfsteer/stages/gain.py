@@ -76,7 +76,7 @@ def _gain(round: Round, work: Work, principles: Stage, generators: Generators | 
     drawn = draw(round, held_out(round), round.recipe.quality.gain)
     rows = [row for row in principles.rows() if row["query_id"] in drawn]
     models: dict[str, Checkpoint] = dict.fromkeys(ROLES, round.policy)
-    requests = {row["query_id"]: requests_of(round, models, row, stage=GAIN) for row in rows}
+    requests = {row["query_id"]: requests_of(round, models, row, round.recipe.responses.steered, stage=GAIN) for row in rows}
     wanted = [item for of_query in requests.values() for item in of_query.values()]
     sample(sampler_of(round, models), wanted, work.journal, description="contexts", total=len(wanted))
 

@@ -4,7 +4,7 @@ Left out on purpose: how responses are sampled, pairs built and scored: the modu
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from selfsteer.engines.sampling import sample
 from selfsteer.measures.metrics import Comparison
 from selfsteer.measures.quality import compare
 from selfsteer.models import positions_of
-from selfsteer.pairs import alignment_pair, item_key, reject_reason, sampled_special_reason, special_token_reason, usable
+from selfsteer.pairs import alignment_pair, item_key, pair_reject_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, Message, Pair, Responses
@@ -76,16 +76,23 @@ def preferences_stage(
 
     def make(work: Work) -> Contents:
         measures = taking(
-            pairs=lambda: measured(work.stage.written()), comparison=lambda: _compared(work.stage.written(), steering)
+            pairs=lambda: measured(work.stage.written()),
+            comparison=lambda: _compared(work.stage.written(), steering, held_out(round)),
         )
         return replace(_preferences(round, work, principles, generators), measures=measures)
 
     return make_stage(round, PREFERENCES, origin, make)
 
 
-def _compared(rows: Iterator[dict[str, Any]], steering: Stage) -> Comparison:
-    """The generator's pairs with those of the policy."""
-    return compare(map(columns.pair, rows), map(columns.pair, policy_pairs(steering)))
+def _compared(rows: Iterable[dict[str, Any]], steering: Stage, spared: frozenset[str]) -> Comparison:
+    """The generator's pairs with those of the policy: of the held-out queries, where there are any.
+
+    To those that trained it the generator has seen the policy's own answers.
+    """
+    sets = ((row for row in each if not spared or row["query_id"] in spared) for each in (rows, policy_pairs(steering)))
+    found = compare(*(map(columns.pair, each) for each in sets))
+    found["held_out"] = bool(spared)
+    return found
 
 
 def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
@@ -96,7 +103,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
     spared, samples = held_out(round), round.recipe.selection.samples
     wanted_ids = spared if round.held_out_only else None
     total = kept(principles) + (samples - 1) * (kept(principles) - len(spared)) if wanted_ids is None else len(wanted_ids)
-    groups = samplers(round, generators)
+    groups, drawn = samplers(round, generators), round.recipe.of_pairs
 
     def wanted() -> Iterator[tuple[dict[str, Any], int]]:
         """A query and the number of the sample; held-out ones are answered once."""
@@ -106,7 +113,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row, number in wanted():
-            asked_for = (requests_of(round, models, row, stage=PREFERENCES, number=number) for models in groups)
+            asked_for = (requests_of(round, models, row, drawn, stage=PREFERENCES, number=number) for models in groups)
             yield row, {role: item for requests in asked_for for role, item in requests.items()}
 
     for models in groups:
@@ -118,7 +125,7 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
                 item
                 for role in roles
                 for row, number in wanted()
-                for item in requests_of(round, role, row, stage=PREFERENCES, number=number).values()
+                for item in requests_of(round, role, row, drawn, stage=PREFERENCES, number=number).values()
             ),
             work.journal,
             description="responses of the generator",
@@ -145,8 +152,7 @@ def _preference_pairs(
     reasons: dict[tuple[str, int], str] = {}
 
     def reason(item: Responses) -> str | None:
-        found = reject_reason(item.good, item.bad, item.principles, round.recipe.filters)
-        return found or sampled_special_reason((item.good, item.bad), round.prompts)
+        return pair_reject_reason(item, round.recipe.filters, round.prompts)
 
     def group(item: Responses) -> Group:
         return scorer.group((alignment_pair(item),))

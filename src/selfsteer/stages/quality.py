@@ -23,7 +23,15 @@ from selfsteer.measures.checks import CheckReport, Outcome, Passes, check_report
 from selfsteer.measures.contamination import contamination, overlaps, read_evaluation
 from selfsteer.measures.estimates import Estimate, share_estimate
 from selfsteer.measures.metrics import Contamination, plain
-from selfsteer.measures.verdicts import JudgeReport, Orders, Verdict, judge_report, judged_difference, unanswered
+from selfsteer.measures.verdicts import (
+    JudgedComparison,
+    JudgeReport,
+    Orders,
+    Verdict,
+    judge_report,
+    judged_comparison,
+    unanswered,
+)
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Pair, Principles, Query
 from selfsteer.stages.base import (
@@ -234,8 +242,8 @@ def write_verdicts(stage: Stage, rows: Iterator[dict[str, Any]], **more: object)
     found = read_verdicts(stage)
     reports = {name: {by: judge_report(verdicts) for by, verdicts in judges.items()} for name, judges in found.items()}
     ours, theirs = found.get("alignment", {}), found.get("pbaa", {})
-    differences = {by: judged_difference(verdicts, theirs.get(by, ())) for by, verdicts in ours.items()}
-    measures = {"reports": reports, "differences": differences, **more}
+    comparisons = {by: judged_comparison(verdicts, theirs.get(by, ())) for by, verdicts in ours.items()}
+    measures = {"reports": reports, "comparisons": comparisons, **more}
     return (VERDICTS, write_measures(stage, measures))
 
 
@@ -254,9 +262,9 @@ def read_reports(stage: Stage) -> dict[DataSet, dict[JudgeName, JudgeReport]]:
     return read_measures(stage)["reports"]
 
 
-def read_differences(stage: Stage) -> dict[JudgeName, Estimate]:
-    """How much more often the alignment pairs' verdicts are right than PBAA's, where both have the same queries."""
-    return {by: found for by, found in read_measures(stage)["differences"].items() if found is not None}
+def read_comparisons(stage: Stage) -> dict[JudgeName, JudgedComparison]:
+    """The alignment pairs' verdicts against PBAA's, where both have the same queries."""
+    return {by: found for by, found in read_measures(stage)["comparisons"].items() if found is not None}
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """Stage 2: y+, y- and y_o, sampled from the policy; and what all stages that sample ask it.
 
+    2-responses/data.parquet        of the queries that train the generator (of all, where there is none)
+    2-responses/held-out.parquet    y+ and y- of those held out: what the generator's pairs are compared with
+    2-responses/unrelated.parquet   y_o of those set aside: displacement is measured on them
+
 Left out on purpose: how prompts are rendered and responses sampled: the modules of that name.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -27,7 +31,6 @@ from selfsteer.stages.base import (
     make_stage,
     set_aside,
 )
-from selfsteer.stages.status import PREFERENCES
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.store.journal import Journal
@@ -36,8 +39,7 @@ log = logging.getLogger(__name__)
 
 RESPONSES = "2-responses"
 
-UNRELATED = "unrelated.parquet"
-"""The policy's answers to the bare queries that are set aside (`columns.UNRELATED`): displacement is measured on them."""
+HELD_OUT, UNRELATED = "held-out.parquet", "unrelated.parquet"
 
 # --- 2: responses ----------------------------------------------------------------------------------------------------------
 
@@ -46,7 +48,7 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
     """Step 2: y+, y- and y_o from the policy, for the queries that train the generator (for all, where there is none)."""
     generator = round.recipe.generator
     settings = {
-        "responses": _steered(round.recipe, RESPONSES).model_dump(),
+        "responses": _steered(round.recipe).model_dump(),
         "dtype": None if round.recipe.engine.kind == "openai" else round.recipe.engine.dtype,
         **sampling_identity(round.recipe.engine),
         "queries": None if generator.kind == "none" else generator.queries,
@@ -55,7 +57,7 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
         "round": round.number,
     }
     if round.recipe.queries.holdout and generator.kind != "none":
-        settings["holdout"] = round.recipe.queries.holdout
+        settings["holdout"] = [round.recipe.queries.holdout, round.recipe.of_pairs.model_dump()]
     elif round.held_out_only:
         settings["only"] = round.recipe.queries.holdout
     if aside := set_aside(round):
@@ -71,38 +73,45 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         wanted_ids = draw_queries(round, principles, generator.queries, without=held_out(round) | aside)
     elif round.held_out_only:
         wanted_ids = set(held_out(round))
-    roles = ["good", "bad", "original"] if generator.uses_original else ["good", "bad"]
-    models = dict.fromkeys(roles, round.policy)
+    pair: dict[str, Checkpoint] = {"good": round.policy, "bad": round.policy}
+    models = {**pair, "original": round.policy} if generator.uses_original else pair
 
     def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row in principles.rows():
             if wanted_ids is None or row["query_id"] in wanted_ids:
-                yield row, requests_of(round, models, row, stage=RESPONSES)
+                yield row, requests_of(round, models, row, _steered(round.recipe), stage=RESPONSES)
 
+    spared = frozenset() if generator.kind == "none" else held_out(round)
+    own = [
+        (row, requests_of(round, pair, row, round.recipe.of_pairs, stage=RESPONSES))
+        for row in principles.rows()
+        if row["query_id"] in spared
+    ]
     bare = [
-        (row, requests_of(round, {"original": round.policy}, row, stage=RESPONSES))
+        (row, requests_of(round, {"original": round.policy}, row, _steered(round.recipe), stage=RESPONSES))
         for row in principles.rows()
         if row["query_id"] in aside
     ]
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
         sampler_of(round, models),
-        (item for _, requests in chain(asked(), bare) for item in requests.values()),
+        (item for _, requests in chain(asked(), own, bare) for item in requests.values()),
         work.journal,
         description="responses of the policy",
-        total=total * len(models) + len(bare),
+        total=total * len(models) + len(own) * len(pair) + len(bare),
     )
     dropped: list[Dropped] = []
+    if own:
+        rows_own = (_row(row, found) for row, found in _answered(work, own))
+        columns.write_rows(work.stage.path / HELD_OUT, rows_own, columns.RESPONSES)
     if bare:
-        answered = ((row, answers_to(work.journal, row["query_id"], requests)) for row, requests in bare)
         unrelated = (
             {
                 "query_id": row["query_id"],
                 "messages": row["messages"],
                 "original": columns.response_columns(found["original"]),
             }
-            for row, found in answered
-            if not isinstance(found, Dropped)
+            for row, found in _answered(work, bare)
         )
         columns.write_rows(work.stage.path / UNRELATED, unrelated, columns.UNRELATED)
 
@@ -114,13 +123,26 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
                 dropped.append(answers)
             else:
                 texts += sum(answer.reencoded for answer in answers.values())
-                yield {**row, "original": None} | {
-                    role: columns.response_columns(answer) for role, answer in answers.items()
-                }
+                yield _row(row, answers)
         note_texts(log, texts)
 
-    files = (UNRELATED,) if bare else ()
+    files = tuple(name for name, asked_for in ((HELD_OUT, own), (UNRELATED, bare)) if asked_for)
     return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.RESPONSES, files=files)
+
+
+def _row(row: dict[str, Any], answers: Mapping[str, Response]) -> dict[str, Any]:
+    """A row of `columns.RESPONSES`."""
+    return {**row, "original": None} | {role: columns.response_columns(answer) for role, answer in answers.items()}
+
+
+def _answered(
+    work: Work, asked: Iterable[tuple[dict[str, Any], dict[str, Request]]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Response]]]:
+    """Those that were answered whole."""
+    for row, requests in asked:
+        found = answers_to(work.journal, row["query_id"], requests)
+        if not isinstance(found, Dropped):
+            yield row, found
 
 
 def note_texts(log: logging.Logger, texts: int) -> None:
@@ -144,10 +166,9 @@ def answers_to(journal: Journal, query_id: str, requests: dict[str, Request]) ->
     return answers
 
 
-def _steered(recipe: Recipe, stage: str) -> Sampled:
-    """How y+ and y- are drawn; without a generator those of stage 2 are the alignment pairs."""
-    own = stage == RESPONSES and recipe.generator.kind == "none"
-    return recipe.of_pairs if own or stage == PREFERENCES else recipe.responses.steered
+def _steered(recipe: Recipe) -> Sampled:
+    """How y+ and y- of stage 2 are drawn; without a generator they are the alignment pairs."""
+    return recipe.of_pairs if recipe.generator.kind == "none" else recipe.responses.steered
 
 
 def sampler_of(round: Round, models: Mapping[str, Checkpoint]) -> Sampler:
@@ -160,10 +181,11 @@ def sampler_of(round: Round, models: Mapping[str, Checkpoint]) -> Sampler:
 
 
 def requests_of(
-    round: Round, models: Mapping[str, Checkpoint], row: dict[str, Any], *, stage: str, number: int = 0
+    round: Round, models: Mapping[str, Checkpoint], row: dict[str, Any], steered: Sampled, *, stage: str, number: int = 0
 ) -> dict[str, Request]:
     """The prompts x+ (good), x- (bad) and x (original) of a query, each answered by its model for the `number`-th time.
 
+    steered: how the answers to x+ and x- are drawn.
     Every stage draws from random numbers of its own: a generator that met those behind the very y+ that it was trained on
     would be measured as more on-policy than it is.
     """
@@ -173,7 +195,7 @@ def requests_of(
         "bad": round.prompts.steer(query.messages, principles.bad_message),
         "original": query.messages,
     }
-    steered, bare = _steered(round.recipe, stage), round.recipe.responses.bare
+    bare = round.recipe.responses.bare
     found: dict[str, Request] = {}
     for role, model in models.items():
         seed = seed_for(round.recipe.seed, round.number, stage, query.id, role, number)

@@ -22,7 +22,7 @@ from selfsteer.models import hardware
 from selfsteer.recipe.gates import before_generator, parse
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages.base import read_measures, sealed
-from selfsteer.stages.quality import read_checks, read_contamination, read_differences, read_reports
+from selfsteer.stages.quality import read_checks, read_comparisons, read_contamination, read_reports
 from selfsteer.stages.status import (
     BAD_GENERATOR,
     GAIN,
@@ -166,9 +166,8 @@ def _add_quality(found: RoundMetrics, stage: Stage) -> None:
     for name, reports in read_reports(stage).items():
         for by, report in reports.items():
             found.setdefault(name, Measures())[by] = report
-    differences = read_differences(stage)
-    if differences:
-        found["judged_difference"] = {**differences}
+    if comparisons := read_comparisons(stage):
+        found["judged_comparison"] = {**comparisons}
     for name, report in read_checks(stage).items():
         found.setdefault(name, Measures())["checks"] = report
     overlap = read_contamination(stage)
