@@ -2,16 +2,20 @@
 
 import json
 import os
+import shlex
+import sys
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch is imported: for matrices this small threads cost more than they save
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_servers import put_server, put_vllm
 from tiny import tiny_model_dir
 
 QUERIES = (
@@ -69,6 +73,18 @@ def recipe_of(tiny_folder: str, queries_file: Path) -> Callable[..., dict[str, A
         return recipe
 
     return build
+
+
+@pytest.fixture
+def scripted_vllm(tmp_path: Path) -> Callable[..., str]:
+    """An interpreter that stands in for vLLM's: `put_vllm`."""
+    return partial(put_vllm, tmp_path)
+
+
+@pytest.fixture
+def scripted_server(tmp_path: Path) -> Callable[..., str]:
+    """A server's program and its interpreter, as words of a command: `put_server`."""
+    return lambda text, **script: shlex.join([sys.executable, str(put_server(tmp_path / "server.py", text, **script))])
 
 
 @pytest.fixture

@@ -1,25 +1,16 @@
-"""An interpreter that stands in for the one that holds vLLM: it serves what a test says, guarded by the key, on loopback."""
+"""Programs that stand in for servers, on loopback: they answer as a test says."""
 
 import sys
 from pathlib import Path
+from textwrap import indent
 
 from tiny import END_ID
 
 from selfsteer.engines import serving
 
-PYTHON = """#!{python}
-import sys
-if sys.argv[1] == "-c":
-    {probe}
-    print("vllm-is-there 0.0 {on_cpu}")
-    sys.exit()
-import json, os
+HTTP = """
+import json, os, pathlib, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-arguments = sys.argv[1:]
-log = {log!r} + f"/{{os.getpid()}}"
-key = os.environ["VLLM_API_KEY"]
-with open(log, "w") as file:
-    json.dump({{"arguments": arguments, "key": key, "devices": os.environ.get("CUDA_VISIBLE_DEVICES")}}, file)
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def answer(self, body, status=200):
@@ -29,44 +20,75 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
     def guarded(self):
-        if self.headers["Authorization"] != f"Bearer {{key}}":
-            self.answer({{"error": "Unauthorized"}}, 401)
+        if key is not None and self.headers["Authorization"] != f"Bearer {key}":
+            self.answer({"error": "Unauthorized"}, 401)
             return True
     def do_GET(self):
-        self.guarded() or self.answer({{"data": [{{"id": "the model"}}]}})
+        self.guarded() or self.answer({"data": [{"id": name}]})
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.guarded():
-            return
-        ids = [*asked["prompt"], 20, {end}]
-        choice = {{"text": "not looked at", "finish_reason": "stop", "token_ids": ids}}
-        {during}
-        self.answer({{"choices": [choice], "asked": asked}})
+        self.guarded() or reply(self, asked)
     def log_message(self, *_):
         pass
+"""
+
+SERVE = """
+ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+"""
+
+PROBED = """#!{python}
+import sys
+if sys.argv[1] == "-c":
+    {probe}
+    print("vllm-is-there 0.0 {on_cpu}")
+    sys.exit()
+"""
+
+VLLM = """
+arguments, name, key = sys.argv[1:], "the model", os.environ["VLLM_API_KEY"]
+port = arguments[arguments.index("--port") + 1]
+devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+pathlib.Path({started!r}, str(os.getpid())).write_text(json.dumps(dict(arguments=arguments, key=key, devices=devices)))
+def reply(self, asked):
+    choice = {{"text": "not looked at", "finish_reason": "stop", "token_ids": [*asked["prompt"], 20, {end}]}}
+{during}
+    self.answer({{"choices": [choice]}})
 {before}
-ThreadingHTTPServer(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
+"""
+
+CHAT = """
+model, port, *words = sys.argv[1:]
+name, key = {name}, None
+def reply(self, asked):
+    text = {text}
+{during}
+    self.answer({{"choices": [{{"finish_reason": "stop", "message": {{"content": text}}}}]}})
+{before}
 """
 
 
-def scripted_vllm(folder: Path, *, probe: str = "pass", before: str = "", during: str = "pass", on_cpu: int = 0) -> str:
-    """The interpreter, in the folder; what each server was started with lies in the folder `started` beside it.
+def put_vllm(folder: Path, *, probe: str = "pass", before: str = "", during: str = "pass", on_cpu: int = 0) -> str:
+    """An interpreter in place of the one that holds vLLM; what each server was started with lies in `folder/started`.
 
-    probe, before, during: statements for the import of vLLM, for the start, and for each request (`choice` is its answer).
+    probe, before, during: statements for the import of vLLM, for the start, and for each request (`asked`, a `choice` to
+    answer with, the handler `self`).
     """
-    started = folder / "started"
+    started, path = folder / "started", folder / "python"
     started.mkdir(exist_ok=True)
-    path = folder / "python"
-    filled = PYTHON.format(
-        python=sys.executable,
-        probe=probe,
-        before=before,
-        during=during,
-        on_cpu=on_cpu,
-        log=str(folder / "started"),
-        end=END_ID,
-    )
-    path.write_text(filled, encoding="utf-8")
+    probed = PROBED.format(python=sys.executable, probe=probe, on_cpu=on_cpu)
+    vllm = VLLM.format(started=str(started), end=END_ID, before=before, during=indent(during, "    "))
+    path.write_text(probed + HTTP + vllm + SERVE, encoding="utf-8")
     path.chmod(0o755)
     serving.find_vllm.cache_clear()
     return str(path)
+
+
+def put_server(path: Path, text: str, *, name: str = "model", before: str = "", during: str = "pass") -> Path:
+    """A program that takes a model, a port and more words, and serves chat completions of a text.
+
+    text, name: expressions for what a request (`asked`) is answered with and for what the model is called. before, during:
+    statements for the start and for each request.
+    """
+    chat = CHAT.format(name=name, text=text, before=before, during=indent(during, "    "))
+    path.write_text(HTTP + chat + SERVE, encoding="utf-8")
+    return path
