@@ -1,5 +1,6 @@
 """Shared by the tests of the whole pipeline: the tiny model on disk, and recipes around it."""
 
+import gc
 import json
 import os
 import shlex
@@ -26,6 +27,12 @@ QUERIES = (
     "Why is the brown fox quick?",
     "How deep is a drop of water?",
 )
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now is left out when garbage is collected: engines and trainers do that at each end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
