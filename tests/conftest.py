@@ -13,11 +13,13 @@ os.environ.setdefault(
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from scripted_servers import put_server, put_vllm
 from tiny import tiny_model_dir
+
+from selfsteer import cli
 
 QUERIES = (
     "What is the capital of France?",
@@ -92,6 +94,29 @@ def scripted_vllm(tmp_path: Path) -> Callable[..., str]:
 def scripted_server(tmp_path: Path) -> Callable[..., str]:
     """A server's program and its interpreter, as words of a command: `put_server`."""
     return lambda text, **script: shlex.join([sys.executable, str(put_server(tmp_path / "server.py", text, **script))])
+
+
+class Ended(NamedTuple):
+    """What a command of this process came to."""
+
+    status: object
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Calls the command in this process: `command("run", "recipe.yaml")`."""
+
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(cli, "_configure_logging", lambda *, verbose: None)
+        monkeypatch.setattr(sys, "argv", ["selfsteer", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Ended(ended.value.code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture

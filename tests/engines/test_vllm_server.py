@@ -176,9 +176,13 @@ def test_replicas_are_data_parallel(
 
 
 def test_the_key_is_random_and_in_the_environment_alone(
-    scripted_vllm: Callable[..., str], open_vllm: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+    scripted_vllm: Callable[..., str],
+    open_vllm: Callable[..., Engine],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     caplog.set_level("DEBUG")
+    monkeypatch.setattr(serving, "_DYING", 0.1)  # it lives, and has no last words
     python = scripted_vllm(during='choice = {"finish_reason": "stop", "text": "x", "token_ids": [key]}')
     keys: list[str] = []
     for _ in range(2):
