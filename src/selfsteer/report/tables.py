@@ -1,8 +1,8 @@
 """From metrics to metrics.json and to tables. The shape is in `measures/metrics.py`.
 
-The tables are built once (`tables`), and drawn by `print_run` here and by `page.py` as HTML; what the terminal shows at the
-end of a run is in `verdict.py`. Left out on purpose:
-measuring; a number that is not in the metrics is not in the report.
+The tables are built once (`tables`), and drawn by `print_tables` here and by `page.py` as HTML; what the terminal shows at
+the end of a run is in `verdict.py`. Left out on purpose: measuring; a number that is not in the metrics is not in the
+report.
 """
 
 import io
@@ -177,12 +177,10 @@ def read_metrics(folder: Path) -> Metrics:
     return metrics
 
 
-def print_run(metrics: Metrics, console: Console | None = None) -> None:
-    """Print all tables of a run, and where its results are. 100 columns where the output is no terminal."""
-    console = console or console_of()
+def print_tables(metrics: Metrics, console: Console) -> None:
+    """Print all tables of a run."""
     for table in run_tables(metrics):
         _print(table, console)
-    console.print(Text(closing_line(metrics)), soft_wrap=True)
 
 
 def print_costs(metrics: Metrics, *, session: float, console: Console | None = None) -> None:
@@ -279,27 +277,6 @@ def markdown(table: Table) -> str:
             lines.append(cells(iter((f"**{row.label}**", *[""] * len(table.columns)))))
     note = f"\n\n{table.note}" if table.note else ""
     return f"### {table.title}\n\n" + "\n".join(lines) + note
-
-
-def closing_line(metrics: Metrics) -> str:
-    """What was made, and where it is."""
-    run = metrics["run"]
-    lines: list[str] = []
-    if "policy_folder" in run:
-        lines.append(f"aligned policy   {run['policy_folder']}")
-    if "ended" in run:
-        lines.append(f"ended early      {run['ended']}")
-        lines.append(f"                 {result_of(run)}")
-    if "pairs" in run:
-        counts = [
-            measures["pairs"]
-            for this in metrics["rounds"][-1:]
-            for measures in data_sets(this).values()
-            if "pairs" in measures
-        ]
-        lines.append(f"preference data  {run['pairs']}" + (f"  ({counts[-1]:,} pairs)" if counts else ""))
-    lines.append(f"run folder       {run['folder']}  (seed {run['seed']}, {duration(run['seconds'])})")
-    return "\n".join(lines)
 
 
 def result_of(run: RunFacts) -> str:
