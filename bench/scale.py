@@ -117,6 +117,7 @@ def words(seed: str, count: int) -> str:
 
 def make_policy(folder: Path) -> str:
     """The quickstart model's tokenizer with almost no weights: nothing is computed with them."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from selfsteer.llamacpp import byte_level_tokenizer, read_header
@@ -128,6 +129,7 @@ def make_policy(folder: Path) -> str:
     tokenizer = byte_level_tokenizer(read_header(file))
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     sizes |= {"max_position_embeddings": 8192}
+    torch.manual_seed(0)  # keys, and with them the words of the responses, follow from the weights
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

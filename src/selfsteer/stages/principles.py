@@ -7,7 +7,7 @@ What a query gets depends on the seed and the query alone, not on its place or i
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import resources
 from itertools import chain
@@ -371,7 +371,11 @@ def _principles(round: Round, work: Work) -> Contents:
             if length is not None and (found := _too_long(round, length, positions)) is not None:
                 dropped.append(Dropped(id=item.id, reason=found.reason, detail=f"with its principle, {found.detail}"))
                 continue
-            yield {"query_id": item.id, "messages": list(item.messages), "principles": asdict(principles)}
+            yield {
+                "query_id": item.id,
+                "messages": list(item.messages),
+                "principles": columns.principles_columns(principles),
+            }
 
     return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PRINCIPLES)
 

@@ -24,12 +24,15 @@ def open_to_others(folder: Path) -> None:
         file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def canonical_json(value: object) -> bytes:
     """The one UTF-8 JSON text of a value: sorted keys, no spaces. Mappings must have string keys.
 
     Raises ValueError for NaN, infinities and lone surrogates, which no other reader would take; TypeError for objects.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = _CANONICAL.encode(value)
     try:
         return text.encode()
     except UnicodeEncodeError as error:
