@@ -329,18 +329,7 @@ def data_sets(this: RoundMetrics) -> dict[str, Measures]:
 
 def gates_table(results: Sequence[GateResult], *, title: str = "Gates") -> Table:
     """What each gate of the recipe measured, and whether that is within its bound."""
-    rows = [
-        Row(
-            result.name,
-            (
-                cell(plain(result.value), "number"),
-                Cell(result.bound),
-                Cell("passed" if result.passed else f"FAILED: {result.reason}"),
-            ),
-        )
-        for result in results
-    ]
-    return Table(title, ("measured", "bound", ""), tuple(rows), METHOD, left=True)
+    return _bounds_table(results, title, "bound", lambda found: "passed" if found.passed else f"FAILED: {found.reason}")
 
 
 def evaluation_table(found: Json, title: str = "Evaluation") -> Table:
@@ -372,14 +361,12 @@ def evaluation_table(found: Json, title: str = "Evaluation") -> Table:
 
 
 def _stops_table(results: Sequence[GateResult], title: str) -> Table:
-    rows = [
-        Row(
-            each.name,
-            (cell(plain(each.value), "number"), Cell(each.bound), Cell("HOLDS" if each.passed else "does not hold")),
-        )
-        for each in results
-    ]
-    return Table(title, ("measured", "condition", ""), tuple(rows), METHOD, left=True)
+    return _bounds_table(results, title, "condition", lambda found: "HOLDS" if found.passed else "does not hold")
+
+
+def _bounds_table(results: Sequence[GateResult], title: str, bound: str, said: Callable[[GateResult], str]) -> Table:
+    rows = [Row(each.name, (cell(plain(each.value), "number"), Cell(each.bound), Cell(said(each)))) for each in results]
+    return Table(title, ("measured", bound, ""), tuple(rows), METHOD, left=True)
 
 
 def measures_table(columns: Mapping[str, Measures], comparison: Comparison | None = None, *, title: str = "Pairs") -> Table:
@@ -690,7 +677,6 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         line("optimizer steps", "steps"),
         texts("time", (duration(side["seconds"]) if "seconds" in side else "" for side in sides)),
         line("tokens a second", "tokens_per_second"),
-        texts("peak memory", (f"{side['peak_memory'] / 1e9:.1f} GB" if "peak_memory" in side else "" for side in sides)),
         texts("loss, first -> last", ends("loss", 4)),
         texts("weight of a pair", ends("weight", 3)),
         texts("share of the SFT term", ends("sft_share", 3)),

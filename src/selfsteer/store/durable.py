@@ -81,10 +81,10 @@ def read_small(path: Path, *, at_most: int = SMALL) -> bytes:
     return content
 
 
-def read_small_text(path: Path, *, at_most: int = SMALL) -> str:
+def read_small_text(path: Path) -> str:
     """The text of a file that somebody named; raises as `read_small`, and ValueError where it is not UTF-8."""
     try:
-        return read_small(path, at_most=at_most).decode()
+        return read_small(path).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
 

@@ -380,9 +380,9 @@ class Stage:
         (self.path / _REOPENED).unlink()
         sync(self.path)
 
-    def journal(self, *, writer: str = "main") -> Journal:
+    def journal(self) -> Journal:
         """The finished samples; to be used in a `with` block, by the owner of the run."""
-        return Journal(self.path / "parts", writer=writer)
+        return Journal(self.path / "parts")
 
     def finished(self) -> int:
         """How many good records the journal holds; changes nothing on disk, so anyone may ask at any time."""
