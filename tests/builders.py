@@ -110,10 +110,11 @@ def plain_logps(folder: str, row: dict[str, Any], side: str) -> tuple[float, int
 
 
 CHILDREN = """
-import os, signal, sys, traceback
+import gc, os, signal, sys, traceback
 from pathlib import Path
 import torch, transformers, datasets, peft, pyarrow.parquet, selfsteer
 from selfsteer import cli, pipeline, report
+gc.freeze()
 
 def child(recipe, moment):
     count, name, place = moment.split(":")

@@ -1,18 +1,25 @@
 """Shared by the tests of the whole pipeline: the tiny model on disk, and recipes around it."""
 
+import gc
 import json
 import os
+import shlex
+import sys
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch is imported: for matrices this small threads cost more than they save
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from scripted_servers import put_server, put_vllm
 from tiny import tiny_model_dir
+
+from selfsteer import cli
 
 QUERIES = (
     "What is the capital of France?",
@@ -22,6 +29,12 @@ QUERIES = (
     "Why is the brown fox quick?",
     "How deep is a drop of water?",
 )
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now is left out when garbage is collected: engines and trainers do that at each end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +82,41 @@ def recipe_of(tiny_folder: str, queries_file: Path) -> Callable[..., dict[str, A
         return recipe
 
     return build
+
+
+@pytest.fixture
+def scripted_vllm(tmp_path: Path) -> Callable[..., str]:
+    """An interpreter that stands in for vLLM's: `put_vllm`."""
+    return partial(put_vllm, tmp_path)
+
+
+@pytest.fixture
+def scripted_server(tmp_path: Path) -> Callable[..., str]:
+    """A server's program and its interpreter, as words of a command: `put_server`."""
+    return lambda text, **script: shlex.join([sys.executable, str(put_server(tmp_path / "server.py", text, **script))])
+
+
+class Ended(NamedTuple):
+    """What a command of this process came to."""
+
+    status: object
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Calls the command in this process: `command("run", "recipe.yaml")`."""
+
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(cli, "_configure_logging", lambda *, verbose: None)
+        monkeypatch.setattr(sys, "argv", ["selfsteer", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Ended(ended.value.code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture

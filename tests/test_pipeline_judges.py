@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from misbehaving import Call, MisbehavingServer, Reply, chat, error
-from vllm_script import scripted_vllm
 
 import selfsteer
 from selfsteer.pipeline import GateFailed
@@ -225,11 +224,13 @@ def test_a_kill_amid_the_retries_repeats_none_that_happened(judged_by: Callable[
         assert len(later) == 2 * len(found), "the retries that were in flight or not yet durable, and the rest"
 
 
-def test_a_judge_on_vllm_is_another_model_than_the_policy(judged_by: Callable[..., Any], tiny_folder: str, tmp_path: Path):
+def test_a_judge_on_vllm_is_another_model_than_the_policy(
+    judged_by: Callable[..., Any], scripted_vllm: Callable[..., str], tiny_folder: str, tmp_path: Path
+):
     """Both letters in both orders: the first response is the better one with probability 0.75."""
     tokens = {"A": math.log(0.75), "B": math.log(0.25)}
     said = f"choice['logprobs'] = {{'top_logprobs': [{tokens!r}]}}"
-    python = scripted_vllm(tmp_path, during=said)
+    python = scripted_vllm(during=said)
     run(judged_by("", {"judge": {"kind": "llm", "model": tiny_folder, "engine": {"kind": "vllm", "python": python}}}))
     for row in verdicts(tmp_path / "run"):
         assert (row["chosen_first"], row["chosen_second"]) == pytest.approx((0.75, 0.25))

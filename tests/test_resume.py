@@ -139,23 +139,24 @@ def test_stopped_by_a_signal_in_every_stage(recipe: Path, undisturbed: Path):
     same_result(recipe.parent / "run", undisturbed)
 
 
-def test_a_second_process_names_the_holder(recipe: Path):
+def test_a_second_process_names_the_holder(recipe: Path, command: Callable[..., Any]):
     """It ends with 2 and leaves the folder as it is; the first one does not notice."""
-    command = [sys.executable, "-m", "selfsteer", "run", str(recipe), "generator.epochs=5000"]
+    arguments = ["run", str(recipe), "generator.epochs=5000"]
     folder = recipe.parent / "run"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
+    holding = [sys.executable, "-m", "selfsteer", *arguments]
+    with subprocess.Popen(holding, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
         try:
             until(lambda: (folder / "run.json").exists(), first)
-            second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            second = command(*arguments)
             assert first.poll() is None, "the first one was to be at work still"
         finally:
             first.kill()
         assert first.stderr is not None
         assert "Traceback" not in first.stderr.read()
-    assert second.returncode == 2, second.stderr
-    assert str(folder) in second.stderr
-    assert str(first.pid) in second.stderr
-    assert "Traceback" not in second.stderr
+    assert second.status == 2, second.err
+    assert str(folder) in second.err
+    assert str(first.pid) in second.err
+    assert "Traceback" not in second.err
 
 
 def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,14 +159,16 @@ def test_a_comparison_is_guarded_and_lends_its_runs(recipe_of: RecipeOf, tmp_pat
     assert not list(parts.glob("main-*"))
 
 
-def test_the_command_ends_with_status_2_and_one_message(folder: Path, recipe_of: RecipeOf, tmp_path: Path):
+def test_the_command_ends_with_status_2_and_one_message(
+    folder: Path, recipe_of: RecipeOf, tmp_path: Path, command: Callable[..., Any]
+):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(folder, SHORT)))
-    command = [sys.executable, "-m", "selfsteer", "run", str(recipe), "alignment.learning_rate=0.002"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert ended.returncode == 2
-    assert ended.stderr.count("selfsteer: error:") == 1
-    assert "Traceback" not in ended.stderr
-    assert "6-policy would be made again; a model would go." in ended.stderr
-    missing = subprocess.run([*command, "--borrow", "nosuch"], capture_output=True, text=True, check=False, timeout=120)
-    assert (missing.returncode, "nosuch: no run here" in missing.stderr) == (2, True)
+    arguments = ["run", str(recipe), "alignment.learning_rate=0.002"]
+    ended = command(*arguments)
+    assert ended.status == 2
+    assert ended.err.count("selfsteer: error:") == 1
+    assert "Traceback" not in ended.err
+    assert "6-policy would be made again; a model would go." in ended.err
+    missing = command(*arguments, "--borrow", "nosuch")
+    assert (missing.status, "nosuch: no run here" in missing.err) == (2, True)

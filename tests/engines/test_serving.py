@@ -17,29 +17,10 @@ from selfsteer.engines.serving import KEEPER, Address, Serve, ServedEngine
 from selfsteer.recipe.engines import OpenAISection
 from selfsteer.records import Adapter
 
-SERVER = """
-import json, os, sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-model, port = sys.argv[1:]
-print("serving", model, flush=True)
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def answer(self, body):
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-    def do_GET(self):
-        self.answer({"data": [{"id": "served " + os.path.basename(model)}]})
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = f"{asked['model']}, {os.getpid()}"
-        self.answer({"choices": [{"finish_reason": "stop", "message": {"content": text}}]})
-    def log_message(self, *_):
-        pass
-ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
-"""
+ANSWER = """f"{asked['model']}, {os.getpid()}\""""
+"""Which model answers, in which process."""
+
+NAME = '"served " + os.path.basename(model)'
 
 
 def connect(address: Address) -> OpenAIEngine:
@@ -48,12 +29,9 @@ def connect(address: Address) -> OpenAIEngine:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Callable[..., ServedEngine]:
-    script = tmp_path / "server.py"
-    script.write_text(SERVER, encoding="utf-8")
-
+def served(scripted_server: Callable[..., str]) -> Callable[..., ServedEngine]:
     def build(command: str | None = None, *, start_seconds: float = 60) -> ServedEngine:
-        command = command or f"{shlex.quote(sys.executable)} {shlex.quote(str(script))} {{model}} {{port}}"
+        command = command or scripted_server(ANSWER, name=NAME) + " {model} {port}"
         serve = Serve(command=shlex.split(command), model_path="/models/the {port}", start_seconds=start_seconds)
         return ServedEngine(serve, connect)
 
@@ -73,13 +51,12 @@ def test_the_stage_is_answered_by_a_server_of_its_model_which_ends_with_it(serve
         engine.generate([request])
 
 
-def test_adapters_are_words_of_the_command_and_models_of_the_server(tmp_path: Path):
-    script, words = tmp_path / "server.py", tmp_path / "words"
-    said = f"open({str(words)!r}, 'w').write(repr(sys.argv[3:]))\n"
-    script.write_text(SERVER.replace("model, port = sys.argv[1:]", f"model, port = sys.argv[1:3]\n{said}"), encoding="utf-8")
+def test_adapters_are_words_of_the_command_and_models_of_the_server(scripted_server: Callable[..., str], tmp_path: Path):
+    said = tmp_path / "words"
+    server = scripted_server(ANSWER, before=f"open({str(said)!r}, 'w').write(repr(words))")
     adapters = (Adapter(name="good", path="/runs/an adapter", rank=8), Adapter(name="bad", path="/runs/b", rank=8))
     serve = Serve(
-        command=[sys.executable, str(script), "{model}", "{port}", "--lora-modules", "{adapters}"],
+        command=[*shlex.split(server), "{model}", "{port}", "--lora-modules", "{adapters}"],
         model_path="/models/m",
         start_seconds=60,
         adapters=adapters,
@@ -89,7 +66,7 @@ def test_adapters_are_words_of_the_command_and_models_of_the_server(tmp_path: Pa
     )
     with ServedEngine(serve, connect) as engine:
         (answer,) = engine.generate([request])
-    assert words.read_text() == "['--lora-modules', 'good=/runs/an adapter', 'bad=/runs/b']"
+    assert said.read_text() == "['--lora-modules', 'good=/runs/an adapter', 'bad=/runs/b']"
     assert isinstance(answer, Completion)
     assert answer.text.startswith("bad, ")
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from tiny import END_ID, tiny_model_dir
-from vllm_script import scripted_vllm
 from waiting import alive, until
 
 from selfsteer.engines import serving
@@ -27,16 +26,6 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import VllmSection
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Adapter, Checkpoint
-
-
-@pytest.fixture
-def scripted(tmp_path: Path) -> Callable[..., str]:
-    """An interpreter of this script; what each server was started with lies in the folder `started` beside it."""
-
-    def put(**script: Any) -> str:
-        return scripted_vllm(tmp_path, **script)
-
-    return put
 
 
 @pytest.fixture
@@ -76,11 +65,11 @@ def requests(count: int) -> Iterator[Request]:
 
 
 def test_what_was_sampled_comes_back_as_ids(
-    scripted: Callable[..., str], open_vllm: Callable[..., Engine], model: Checkpoint
+    scripted_vllm: Callable[..., str], open_vllm: Callable[..., Engine], model: Checkpoint
 ):
     """The end token apart, and the text decoded here."""
     tokenizer = load_tokenizer(model.path)
-    with open_vllm(scripted()) as engine:
+    with open_vllm(scripted_vllm()) as engine:
         answers = {answer.key: answer for answer in engine.generate(requests(30))}
     assert answers.keys() == {f"k{i}" for i in range(30)}
     for i in range(30):
@@ -92,11 +81,11 @@ def test_what_was_sampled_comes_back_as_ids(
 
 @pytest.mark.parametrize("on_cpu", [0, 1])
 def test_a_request_carries_its_end_tokens_and_its_seed(
-    on_cpu: int, scripted: Callable[..., str], open_vllm: Callable[..., Engine], tmp_path: Path
+    on_cpu: int, scripted_vllm: Callable[..., str], open_vllm: Callable[..., Engine], tmp_path: Path
 ):
     """On a CPU no seed: vLLM dies on it there."""
     during = f"open({str(tmp_path / 'asked')!r}, 'w').write(json.dumps(asked))"
-    with open_vllm(scripted(during=during, on_cpu=on_cpu)) as engine:
+    with open_vllm(scripted_vllm(during=during, on_cpu=on_cpu)) as engine:
         list(engine.generate(requests(1)))
     asked = json.loads((tmp_path / "asked").read_text())
     seed = asked.pop("seed", None)
@@ -114,9 +103,9 @@ def test_a_request_carries_its_end_tokens_and_its_seed(
     }
 
 
-def test_settings_become_arguments(scripted: Callable[..., str], open_vllm: Callable[..., Engine], model: Checkpoint):
+def test_settings_become_arguments(scripted_vllm: Callable[..., str], open_vllm: Callable[..., Engine], model: Checkpoint):
     """Ranks 4 and 24 need room for 32."""
-    python = scripted()
+    python = scripted_vllm()
     adapters = (Adapter(name="good", path="/a/good", rank=4), Adapter(name="bad", path="/a/bad b", rank=24))
     extra = {
         "quantization": "fp8",
@@ -162,22 +151,22 @@ def test_settings_become_arguments(scripted: Callable[..., str], open_vllm: Call
     }
 
 
-def test_requests_name_their_adapters(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
+def test_requests_name_their_adapters(scripted_vllm: Callable[..., str], open_vllm: Callable[..., Engine]):
     names = ("good", "bad", None)
     wanted = [replace(request, adapter=name) for request, name in zip(requests(3), names, strict=True)]
     during = 'choice["token_ids"] = [{"good": 11, "bad": 12, "the model": 13}[asked["model"]]]'
     adapters = tuple(Adapter(name=name, path=f"/{name}", rank=8) for name in ("good", "bad"))
-    with open_vllm(scripted(during=during), adapters=adapters) as engine:
+    with open_vllm(scripted_vllm(during=during), adapters=adapters) as engine:
         answers = {answer.key: answer for answer in engine.generate(wanted)}
     assert [answers[f"k{i}"].token_ids for i in range(3)] == [(11,), (12,), (13,)]  # type: ignore[union-attr]
 
 
 def test_replicas_are_data_parallel(
-    scripted: Callable[..., str], open_vllm: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    scripted_vllm: Callable[..., str], open_vllm: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ):
     """One server, which sees all GPUs and deals them out."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
-    python = scripted()
+    python = scripted_vllm()
     with open_vllm(python, replicas=2, tensor_parallel_size=2):
         said = started(python)
     found = options(said["arguments"])
@@ -187,10 +176,14 @@ def test_replicas_are_data_parallel(
 
 
 def test_the_key_is_random_and_in_the_environment_alone(
-    scripted: Callable[..., str], open_vllm: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+    scripted_vllm: Callable[..., str],
+    open_vllm: Callable[..., Engine],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     caplog.set_level("DEBUG")
-    python = scripted(during='choice = {"finish_reason": "stop", "text": "x", "token_ids": [key]}')
+    monkeypatch.setattr(serving, "_DYING", 0.1)  # it lives, and has no last words
+    python = scripted_vllm(during='choice = {"finish_reason": "stop", "text": "x", "token_ids": [key]}')
     keys: list[str] = []
     for _ in range(2):
         with open_vllm(python) as engine:
@@ -208,10 +201,10 @@ def test_the_key_is_random_and_in_the_environment_alone(
     assert keys[0] != keys[1]
 
 
-def test_a_refused_prompt_fails_alone(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
+def test_a_refused_prompt_fails_alone(scripted_vllm: Callable[..., str], open_vllm: Callable[..., Engine]):
     """Of two tokens: the server is asked for one token behind the first of them, whether it is well."""
     during = 'if asked["prompt"] == [1, 11]: return self.answer({"error": "too long"}, 400)'
-    with open_vllm(scripted(during=during)) as engine:
+    with open_vllm(scripted_vllm(during=during)) as engine:
         wanted = (replace(each, prompt_ids=(1, *each.prompt_ids)) for each in requests(3))
         answers = {answer.key: answer for answer in engine.generate(wanted)}
     refused = answers.pop("k1")
@@ -220,10 +213,12 @@ def test_a_refused_prompt_fails_alone(scripted: Callable[..., str], open_vllm: C
     assert all(isinstance(answer, Completion) for answer in answers.values())
 
 
-def test_a_killed_server_is_an_error_after_what_is_finished(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
+def test_a_killed_server_is_an_error_after_what_is_finished(
+    scripted_vllm: Callable[..., str], open_vllm: Callable[..., Engine]
+):
     out_of_memory = 'print("CUDA error: out of memory", file=sys.stderr, flush=True); os.kill(os.getpid(), 9)'
     finished: list[str] = []
-    python = scripted(during=f'if asked["prompt"] == [13]: {out_of_memory}')
+    python = scripted_vllm(during=f'if asked["prompt"] == [13]: {out_of_memory}')
     with open_vllm(python, max_num_seqs=1) as engine, pytest.raises(ServerError) as caught:
         finished.extend(answer.key for answer in engine.generate(requests(9)))
     assert set(finished) <= {"k0", "k1", "k2", "k4"}
@@ -233,8 +228,8 @@ def test_a_killed_server_is_an_error_after_what_is_finished(scripted: Callable[.
     assert "the same command continues" in str(caught.value)
 
 
-def test_a_server_that_does_not_start_says_why(scripted: Callable[..., str], open_vllm: Callable[..., Engine]):
-    python = scripted(before='sys.exit("no memory for the cache")')
+def test_a_server_that_does_not_start_says_why(scripted_vllm: Callable[..., str], open_vllm: Callable[..., Engine]):
+    python = scripted_vllm(before='sys.exit("no memory for the cache")')
     with pytest.raises(ServerError, match=r"ended with status 1 before .*\n.*no memory for the cache"), open_vllm(python):
         pass
 
@@ -251,11 +246,15 @@ def test_a_server_that_does_not_start_says_why(scripted: Callable[..., str], ope
     ],
 )
 def test_an_interpreter_without_vllm_is_refused_before_anything_starts(
-    python: str, said: str, scripted: Callable[..., str], open_vllm: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    python: str,
+    said: str,
+    scripted_vllm: Callable[..., str],
+    open_vllm: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     if python == "sleeper":
         monkeypatch.setattr(serving, "_PROBE_SECONDS", 0.2)
-        python = scripted(probe="import time; time.sleep(60)")
+        python = scripted_vllm(probe="import time; time.sleep(60)")
     with pytest.raises(ValueError, match=rf"engine\.python: .*{said}"):
         open_vllm(python)
 
@@ -271,9 +270,9 @@ with ServedEngine(serve, lambda address: __import__("contextlib").nullcontext())
 """
 
 
-def test_a_server_ends_with_the_process_that_started_it(scripted: Callable[..., str]):
+def test_a_server_ends_with_the_process_that_started_it(scripted_vllm: Callable[..., str]):
     """kill -9 of the one that samples: its end of the pipe closes, and the keeper ends the server."""
-    python = scripted()
+    python = scripted_vllm()
     with subprocess.Popen([sys.executable, "-c", OWNER, python, "-m"], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "open\n"
@@ -282,9 +281,9 @@ def test_a_server_ends_with_the_process_that_started_it(scripted: Callable[..., 
     until(lambda: not alive(pid), "the end of the server", seconds=60)
 
 
-def test_a_server_ends_with_its_keeper(scripted: Callable[..., str]):
+def test_a_server_ends_with_its_keeper(scripted_vllm: Callable[..., str]):
     """kill -9 of the keeper itself, as by someone who kills all processes of a run one by one."""
-    python = scripted()
+    python = scripted_vllm()
     with subprocess.Popen([sys.executable, "-c", OWNER, python, "-m"], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "open\n"
@@ -299,12 +298,12 @@ def test_a_server_ends_with_its_keeper(scripted: Callable[..., str]):
 # --- room and rows ---------------------------------------------------------------------------------------------------------
 
 
-def test_ids_without_a_token_are_never_sampled(scripted: Callable[..., str], tmp_path: Path):
+def test_ids_without_a_token_are_never_sampled(scripted_vllm: Callable[..., str], tmp_path: Path):
     """The embedding has 9 rows more than the tokenizer has tokens."""
     folder = tiny_model_dir(tmp_path / "model", spare_rows=9)
     tokenizer = load_tokenizer(folder)
     size = len(tokenizer)
-    python = scripted(during=f"open({str(tmp_path / 'asked')!r}, 'w').write(json.dumps(asked))")
+    python = scripted_vllm(during=f"open({str(tmp_path / 'asked')!r}, 'w').write(json.dumps(asked))")
     section = VllmSection(kind="vllm", python=python)
     with open_engine(section, checkpoint(Path(folder)), Prompts(tokenizer), trust_remote_code=False) as engine:
         list(engine.generate(requests(1)))

@@ -18,7 +18,8 @@ from selfsteer.records import Pair, Principles
 from selfsteer.report import reading
 from selfsteer.report.page import write_page
 from selfsteer.report.reading import PairSet, Reading, pick_examples
-from selfsteer.report.tables import closing_line, print_measures, print_run, write_metrics
+from selfsteer.report.tables import print_measures, write_metrics
+from selfsteer.report.verdict import print_run
 from selfsteer.runtime import duration
 
 
@@ -49,8 +50,9 @@ def test_metrics_that_are_no_number_are_refused_and_the_old_file_stays(tmp_path:
 def test_summary_says_what_became_of_the_rows():
     text = printed(metrics())
     assert re.search(r"3-steering\s+1,000\s+812\s+1 h 06 min\s+120 identical <responses>, 68 empty response", text)
-    assert "aligned policy   runs/quickstart/round-1/6-policy/model" in text
-    assert "round-1/5-preferences/data.parquet  (20 pairs)" in text
+    assert "quick<start>: 20 pairs from 1,000 queries, policy aligned in 2 min 05 s, seed 0\n" in text
+    assert "model   runs/quickstart/round-1/6-policy/model\n" in text
+    assert "pairs   runs/quickstart/round-1/5-preferences/data.parquet\n" in text
 
 
 def test_summary_says_where_the_time_went():
@@ -234,11 +236,14 @@ def test_examples_are_drawn_evenly_and_kept_in_order():
     assert pick_examples(rows[:3], n=5) == rows[:3]
 
 
-def test_closing_line_without_results():
+def test_what_is_said_of_a_run_without_results():
     run = metrics()["run"]
     run.pop("policy_folder")
     run.pop("pairs")
-    assert closing_line({"run": run, "rounds": []}) == "run folder       runs/quickstart  (seed 0, 2 min 05 s)"
+    assert printed({"run": run, "rounds": []}).splitlines() == [
+        "quick<start>: no pairs, no policy aligned in 2 min 05 s, seed 0",
+        "report  runs/quickstart/report.html, or: selfsteer report runs/quickstart",
+    ]
 
 
 def displaced_metrics(unrelated: float) -> Metrics:

@@ -7,30 +7,37 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Self
 
 import pyarrow as pa
 import pytest
+from tiny import tiny_tokenizer
 
 from selfsteer import pipeline
 from selfsteer.data.queries import make_query
+from selfsteer.engines.base import Completion, Request, Sampling
+from selfsteer.engines.sampling import Sampler
+from selfsteer.prompts import Prompts
 from selfsteer.recipe import sections
 from selfsteer.recipe.shipped import located
 from selfsteer.records import Principles, Query
 from selfsteer.stages.principles import (
-    Attempt,
     PrinciplePair,
     Unparsed,
+    Writer,
     choose_principles,
     concision_pairs,
     find_writer,
-    generate_principles,
     library,
     load_pool,
     parse_principles,
     principle_messages,
     wrapping,
+    write_principles,
+    written_principles,
 )
 from selfsteer.store import columns
+from selfsteer.store.journal import Journal
 
 GOOD = "Explain each step and give clear reasons."
 BAD = "Skip the steps and give no reasons."
@@ -240,30 +247,55 @@ def test_the_prompt_shows_parseable_examples_and_ends_with_the_query():
 
 
 class Scripted:
-    """Answers attempts in a shuffled order: the text of each query's try, or nonsense."""
+    """An engine that answers in a shuffled order: the text of each query's try, or nonsense."""
 
     def __init__(self, texts: dict[tuple[str, int], str]) -> None:
         self.texts = texts
         self.asked: list[tuple[str, int, int]] = []
+        """Query, number of the try, seed."""
 
-    def __call__(self, attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        taken = list(attempts)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        taken = list(requests)
         random.Random(0).shuffle(taken)
-        for tried in taken:
-            self.asked.append((tried.query.text, tried.number, tried.seed))
-            yield tried, self.texts.get((tried.query.text, tried.number), "nonsense")
+        for request in taken:
+            query = request.messages[-1]["content"].rpartition("Request: ")[2]
+            number = sum(query == other for other, _, _ in self.asked)
+            self.asked.append((query, number, request.seed))
+            yield Completion(
+                key=request.key, text=self.texts.get((query, number), "nonsense"), token_ids=(), finish_reason="stop"
+            )
 
 
-def generated(scripted: Scripted, section: sections.PrincipleSource, *queries: str) -> dict[str, Principles]:
-    rows = list(generate_principles(map(make, queries), scripted, section, load_pool(section), 3))
-    assert sorted(query.text for query, _ in rows) == sorted(queries)
-    return {query.text: principles for query, principles in rows}
+def writer_of(section: sections.PrincipleSource, journal: Journal) -> Writer:
+    return Writer(
+        model_digest="m",
+        prompts=Prompts(tiny_tokenizer()),
+        sampling=Sampling(temperature=section.temperature),
+        retries=section.retries,
+        seed=3,
+        journal=journal,
+    )
 
 
-def test_unparseable_answers_are_asked_again_and_then_replaced():
+def generated(engine: Scripted, section: sections.PrincipleSource, folder: Path, *texts: str) -> dict[str, Principles]:
+    queries = [make(text) for text in texts]
+    with Journal(folder) as journal:
+        writer = writer_of(section, journal)
+        write_principles(writer, lambda: queries, Sampler(lambda: engine, writer.prompts), total=len(queries))
+        pool = load_pool(section)
+        return {query.text: written_principles(query, writer, pool) for query in queries}
+
+
+def test_unparseable_answers_are_asked_again_and_then_replaced(tmp_path: Path):
     section = source(source="generate", retries=2, concision=0)
     scripted = Scripted({("a", 0): PARSEABLE, ("b", 2): PARSEABLE})
-    given = generated(scripted, section, "a", "b", "c")
+    given = generated(scripted, section, tmp_path, "a", "b", "c")
     pair = Principles(good=GOOD, bad=BAD, quality="generated", source="generated")
     assert (given["a"], given["b"]) == (pair, pair)
     library_pair = choose_principles(make("c"), load_pool(section), 3)
@@ -272,56 +304,68 @@ def test_unparseable_answers_are_asked_again_and_then_replaced():
     assert Counter(text for text, _, _ in scripted.asked) == {"a": 1, "b": 3, "c": 3}
     assert len({seed for _, _, seed in scripted.asked}) == 7
     assert all(0 <= seed < 2**31 for _, _, seed in scripted.asked)
+    again = Scripted({})
+    assert generated(again, section, tmp_path, "a", "b", "c") == given
+    assert again.asked == []
 
 
-def test_attempts_are_the_same_in_every_run_and_company():
+def test_attempts_are_the_same_in_every_run_and_company(tmp_path: Path):
     section = source(source="generate", retries=1)
     alone, together = Scripted({}), Scripted({("b", 0): PARSEABLE})
-    generated(alone, section, "a")
-    generated(together, section, "b", "a", "c")
+    generated(alone, section, tmp_path / "alone", "a")
+    generated(together, section, tmp_path / "together", "b", "a", "c")
     assert alone.asked == [tried for tried in together.asked if tried[0] == "a"]
 
 
-def test_generated_pairs_get_concision_too():
-    given = generated(Scripted({("a", 0): PARSEABLE}), source(source="generate", concision=1), "a")["a"]
+def test_a_run_folder_of_an_earlier_version_still_holds(tmp_path: Path):
+    """The seed of a query's second try, which is part of its key, as it was first released."""
+    with Journal(tmp_path) as journal:
+        writer = writer_of(source(source="generate"), journal)
+        assert writer.request(make("a"), 1).seed == 1977024207
+
+
+def test_generated_pairs_get_concision_too(tmp_path: Path):
+    given = generated(Scripted({("a", 0): PARSEABLE}), source(source="generate", concision=1), tmp_path, "a")["a"]
     assert given.concision
     assert given.good.startswith(f"{GOOD} ")
     assert given.bad.startswith(f"{BAD} ")
 
 
-def test_at_temperature_0_nothing_is_asked_twice():
+def test_at_temperature_0_nothing_is_asked_twice(tmp_path: Path):
     scripted = Scripted({})
-    given = generated(scripted, source(source="generate", retries=5, temperature=0), "a")
+    given = generated(scripted, source(source="generate", retries=5, temperature=0), tmp_path, "a")
     assert len(scripted.asked) == 1
     assert given["a"].fallback == "1 lines instead of two (try 1 of 1)"
 
 
-def test_queries_are_taken_as_the_engine_asks_for_them():
+def test_queries_are_taken_as_the_engine_asks_for_them(tmp_path: Path):
     taken: list[str] = []
+    seen: list[int] = []
 
     def queries() -> Iterator[Query]:
-        for query in QUERIES:
+        for query in QUERIES[:5]:
             taken.append(query.id)
             yield query
 
-    def one_by_one(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        for tried in attempts:
-            yield tried, PARSEABLE
+    class OneByOne(Scripted):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for request in requests:
+                seen.append(len(taken))
+                yield Completion(key=request.key, text=PARSEABLE, token_ids=(), finish_reason="stop")
 
-    section = source(source="generate")
-    rows = generate_principles(queries(), one_by_one, section, load_pool(section), 0)
-    next(rows)
-    next(rows)
-    assert len(taken) == 2
+    with Journal(tmp_path) as journal:
+        writer = writer_of(source(source="generate"), journal)
+        write_principles(writer, queries, Sampler(lambda: OneByOne({}), writer.prompts), total=5)
+    assert seen == [1, 2, 3, 4, 5]
 
 
-def test_an_attempt_without_an_answer_does_not_pass_silently():
-    def forgetful(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        yield from [(tried, PARSEABLE) for tried in attempts][:1]
+def test_an_attempt_without_an_answer_does_not_pass_silently(tmp_path: Path):
+    class Forgetful(Scripted):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            yield from [*super().generate(requests)][:1]
 
-    section = source(source="generate")
-    with pytest.raises(AssertionError, match="1 attempts were not answered"):
-        list(generate_principles(QUERIES[:2], forgetful, section, load_pool(section), 0))
+    with pytest.raises(KeyError):
+        generated(Forgetful({}), source(source="generate"), tmp_path, "a", "b")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------

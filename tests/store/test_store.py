@@ -319,6 +319,15 @@ def test_seal_and_read_back(tmp_path: Path):
     assert not stage.is_current(Origin(settings={"temperature": 0.8}, inputs=ORIGIN.inputs).fingerprint)
 
 
+def test_rows_of_some_queries(tmp_path: Path):
+    """600 rows in three row groups, two a query; of the middle one nothing is wanted."""
+    stage = Stage(tmp_path / "3-steering")
+    every = [{"query_id": str(n // 2), "n": n} for n in range(600)]
+    stage.seal(ORIGIN, Contents(wanted=300, rows=every, rows_each=2))
+    assert [row["n"] for row in stage.rows(of={"299", "0", "1", "no such"})] == [0, 1, 2, 3, 598, 599]
+    assert list(stage.rows(of=())) == []
+
+
 def test_a_row_that_vanished_is_noticed(tmp_path: Path):
     stage = Stage(tmp_path / "2-responses")
     with pytest.raises(ValueError, match=r"wanted 4, dropped 0, but wrote 3 rows where 4 x 1 were due"):

@@ -271,7 +271,8 @@ def print_report(
         write_comparison_page(folder)
         typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
         return
-    from selfsteer.report.tables import print_run, read_metrics
+    from selfsteer.report.tables import read_metrics
+    from selfsteer.report.verdict import print_run
 
     metrics = read_metrics(folder)
     if figures is None:

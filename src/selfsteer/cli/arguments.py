@@ -70,10 +70,6 @@ JudgeName = Annotated[
     typer.Option(metavar="JUDGE", help="An LLM, a reward model, or a .yaml file with a judge section.", show_default=False),
 ]
 
-ChatTemplate = Annotated[
-    str | None, typer.Option(metavar="FILE", help="A Jinja chat template, for a model without.", show_default=False)
-]
-
 Output = Annotated[Path, typer.Option(metavar="DIR", help="Keeps what was answered; the same command goes on from there.")]
 
 Json = Annotated[

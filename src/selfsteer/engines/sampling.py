@@ -1,9 +1,10 @@
 """Sampling through an engine, into a journal: what is wanted, less what is there already.
 
-Both samplings of the method (by the policy, by the data generator) and the generation of principles are this one loop.
+Both samplings of the method (by the policy, by the data generator) and the generation of principles are this one loop. What
+has to be read (principles, verdicts) is asked again until it can be: `unread`.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -81,6 +82,32 @@ def sample(
         new = journal.fill(((answer.key, _data(answer)) for answer in answers), advance)
     raise_if_stopped()
     return new
+
+
+Question = Callable[[int], Request]
+"""The request of each try, from 0: the same question, under a key of its own."""
+
+
+def unread(
+    questions: Callable[[], Iterable[Sequence[Question]]], journal: Journal, readable: Callable[[str], bool], *, tries: int
+) -> Iterator[Iterator[list[Request]]]:
+    """Try by try, what is to be asked: the questions of which every earlier try was answered, and none readably.
+
+    questions: in groups that are asked together, each time from the beginning. readable: of an answered request's key.
+    The first try has all questions, a later one leaves out what it has answered already. Whoever takes a try sends it before
+    the next.
+    """
+
+    def asked(question: Question, number: int) -> bool:
+        earlier = (question(each).key for each in range(number))
+        return all(key in journal and not readable(key) for key in earlier)
+
+    def wanted(group: Sequence[Question], number: int) -> list[Request]:
+        requests = [question(number) for question in group if asked(question, number)]
+        return requests if number == 0 else [request for request in requests if request.key not in journal]
+
+    for number in range(tries):
+        yield (wanted(group, number) for group in questions())
 
 
 @contextmanager

@@ -72,14 +72,14 @@ class Arena:
     no_verdict: Mapping[str, int]
 
 
-def read_arena_hard(folder: Path, baseline: str = BASELINE) -> ArenaHard:
+def read_arena_hard(folder: Path) -> ArenaHard:
     """Raises ValueError for a missing file, and naming it, for a prompt that the baseline has not answered."""
-    answers = {_id(row): _text(row) for row in _rows(folder / "model_answer" / f"{baseline}.jsonl")}
+    answers = {_id(row): _text(row) for row in _rows(folder / "model_answer" / f"{BASELINE}.jsonl")}
     prompts: list[Prompt] = []
     for row in _rows(folder / "question.jsonl"):
         id, text = _id(row), row["prompt"] if "prompt" in row else row["turns"][0]["content"]
         if id not in answers:
-            raise ValueError(f"{folder}: the baseline {baseline} has no answer to prompt {id}")
+            raise ValueError(f"{folder}: the baseline {BASELINE} has no answer to prompt {id}")
         prompts.append(Prompt(id, text, answers[id]))
     file = folder / "judge_prompt.txt"
     built_in = resources.files("selfsteer").joinpath("templates", "arena_hard_prompt.txt")

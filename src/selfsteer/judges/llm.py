@@ -19,12 +19,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
+from selfsteer.engines.sampling import Question, unread
 from selfsteer.measures.verdicts import Orders, Verdict, by_orders, failure, no_answer
 from selfsteer.prompts import THOUGHT_ENDS, Prompts
 from selfsteer.recipe.sections import JudgeSection
@@ -238,8 +239,23 @@ def sampled_verdicts(
     """
     failures = _Failures()
     refused: dict[int, str] = {}
-    for attempt in range(1 + judge.section.retries):
-        wanted = journal.lacking(_unread(judge, pairs(), attempt, journal, refused), key=lambda request: request.key)
+
+    def checked(asked: Iterable[list[Request]]) -> Iterator[Request]:
+        """All pairs' at the first try, to be checked; notes why a pair, by its number, must not be asked about."""
+        for number, requests in enumerate(asked):
+            found = judge.rendered([request.messages for request in requests])
+            if isinstance(found, str):
+                refused[number] = found
+                continue
+            for request, prompt_ids in zip(requests, found, strict=True):
+                yield replace(request, prompt_ids=prompt_ids)
+
+    def both_orders() -> Iterator[list[Question]]:
+        return ([partial(judge.request, messages) for messages in questions(judge.template, pair)] for pair in pairs())
+
+    tries = 1 + judge.section.retries
+    for asked in unread(both_orders, journal, lambda key: _read(journal, key) is not None, tries=tries):
+        wanted = journal.lacking(checked(asked), key=lambda request: request.key)
         if wanted is None:  # perhaps a later try was broken off
             continue
         with progress("verdicts", 2 * total, unit="answers") as advance:
@@ -255,29 +271,6 @@ def sampled_verdicts(
             yield failure(pair, refused[number])
         else:
             yield _verdict(judge, pair, journal, failures.reasons)
-
-
-def _unread(
-    judge: LLMJudge, pairs: Iterable[Pair], attempt: int, journal: Journal, refused: dict[int, str]
-) -> Iterator[Request]:
-    """The questions that were answered unreadably in every earlier try and have no answer to this one.
-
-    At the first try all of them, rendered to be checked; notes why a pair, by its number, must not be asked about.
-    """
-
-    def unread(messages: tuple[Message, ...]) -> bool:
-        *earlier, this = (judge.request(messages, number).key for number in range(1 + attempt))
-        answered = attempt > 0 and this in journal
-        return not answered and all(key in journal and _read(journal, key) is None for key in earlier)
-
-    for number, pair in enumerate(pairs):
-        asked = [messages for messages in questions(judge.template, pair) if unread(messages)]
-        found = judge.rendered(asked)
-        if isinstance(found, str):
-            refused[number] = found
-            continue
-        for messages, prompt_ids in zip(asked, found, strict=True):
-            yield replace(judge.request(messages, attempt), prompt_ids=prompt_ids)
 
 
 @dataclass(slots=True)

@@ -329,8 +329,6 @@ class TrainingSummary(TypedDict, total=False):
     steps: int
     seconds: float
     tokens_per_second: float
-    peak_memory: int
-    """Bytes."""
     curve: list[dict[str, float]]
     """One entry a logged step: "step", "loss", and whatever else the trainer logs."""
     reward: ImplicitReward

@@ -40,10 +40,10 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(text.lower()))
 
 
-def repetition(text_words: Sequence[str]) -> float | None:
+def repetition(text_words: tuple[str, ...]) -> float | None:
     """The share of a text's word 3-grams that it has said before; None of fewer than three words."""
-    trigrams = list(zip(text_words, text_words[1:], text_words[2:], strict=False))
-    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else None
+    count = len(text_words) - 2
+    return 1 - len(_ngrams(text_words, 3)) / count if count > 0 else None
 
 
 def ngram_hashes(text_words: Sequence[str], size: int) -> NDArray[np.uint64]:
@@ -64,7 +64,7 @@ def ngram_hashes(text_words: Sequence[str], size: int) -> NDArray[np.uint64]:
 
 def signature(text_words: Sequence[str]) -> bytes:
     """The MinHash signature of a text's word 3-grams (of the words, where there are fewer): HASHES bytes."""
-    shingles = np.unique(ngram_hashes(text_words, 3 if len(text_words) >= 3 else 1))
+    shingles = ngram_hashes(text_words, 3 if len(text_words) >= 3 else 1)
     least = np.full(HASHES, np.iinfo(np.uint64).max)
     for start in range(0, len(shingles), _CHUNK):
         products = _MULTIPLIERS[:, None] * shingles[None, start : start + _CHUNK]  # (HASHES, chunk)
@@ -167,6 +167,9 @@ _LEAKAGE = re.compile(
 )
 """A response that speaks of having been given a principle."""
 
+_LEAKS = ("guideline", "principle", "instruct", "system", "told", "directed", "asked")
+"""One of these is in all that `_LEAKAGE` finds; most responses have none, and looking for that is fast."""
+
 _QUOTED_WORDS = 8
 """A response that repeats this many consecutive words of its principle quotes it."""
 
@@ -178,7 +181,8 @@ def is_refusal(text: str) -> bool:
 
 def leaks_principle(text: str, principle: str | None = None) -> bool:
     """Whether a response speaks of its principle, or quotes eight words of it in a row."""
-    if _LEAKAGE.search(text) is not None:
+    folded = text.casefold()
+    if any(word in folded for word in _LEAKS) and _LEAKAGE.search(text) is not None:
         return True
     if principle is None:
         return False
@@ -196,5 +200,6 @@ def similarity(a: str, b: str) -> float:
     return len(one & other) / len(one | other) if one or other else 1.0
 
 
-def _ngrams(text_words: Sequence[str], size: int) -> set[tuple[str, ...]]:
-    return {tuple(text_words[i : i + size]) for i in range(len(text_words) - size + 1)}
+@lru_cache(maxsize=16)
+def _ngrams(text_words: tuple[str, ...], size: int) -> frozenset[tuple[str, ...]]:
+    return frozenset(zip(*(text_words[start:] for start in range(size)), strict=False))

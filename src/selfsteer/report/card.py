@@ -80,8 +80,6 @@ class CardFacts(TypedDict):
     """As in metrics.json."""
     result: NotRequired[str]
     """Which of several rounds this policy comes from, and why."""
-    license: NotRequired[str]
-    """Of the base model, as the hub abbreviates it ("apache-2.0"); it binds the result too."""
 
 
 def judged(recipe: Recipe, method: Method) -> str:
@@ -135,8 +133,6 @@ def _front_matter(facts: CardFacts) -> dict[str, object]:
     # The hub takes only ids of its own models.
     if is_hub_id(facts["base_model"]):
         matter["base_model"] = facts["base_model"]
-    if "license" in facts:
-        matter["license"] = facts["license"]
     return {**matter, "tags": ["selfsteer", "preference", "dpo", "alignment"]}
 
 

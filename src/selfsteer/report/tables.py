@@ -1,8 +1,8 @@
 """From metrics to metrics.json and to tables. The shape is in `measures/metrics.py`.
 
-The tables are built once (`tables`), and drawn by `print_run` here and by `page.py` as HTML; what the terminal shows at the
-end of a run is in `verdict.py`. Left out on purpose:
-measuring; a number that is not in the metrics is not in the report.
+The tables are built once (`tables`), and drawn by `print_tables` here and by `page.py` as HTML; what the terminal shows at
+the end of a run is in `verdict.py`. Left out on purpose: measuring; a number that is not in the metrics is not in the
+report.
 """
 
 import io
@@ -176,12 +176,10 @@ def read_metrics(folder: Path) -> Metrics:
     return metrics
 
 
-def print_run(metrics: Metrics, console: Console | None = None) -> None:
-    """Print all tables of a run, and where its results are. 100 columns where the output is no terminal."""
-    console = console or console_of()
+def print_tables(metrics: Metrics, console: Console) -> None:
+    """Print all tables of a run."""
     for table in run_tables(metrics):
         _print(table, console)
-    console.print(Text(closing_line(metrics)), soft_wrap=True)
 
 
 def print_costs(metrics: Metrics, *, session: float, console: Console | None = None) -> None:
@@ -280,27 +278,6 @@ def markdown(table: Table) -> str:
     return f"### {table.title}\n\n" + "\n".join(lines) + note
 
 
-def closing_line(metrics: Metrics) -> str:
-    """What was made, and where it is."""
-    run = metrics["run"]
-    lines: list[str] = []
-    if "policy_folder" in run:
-        lines.append(f"aligned policy   {run['policy_folder']}")
-    if "ended" in run:
-        lines.append(f"ended early      {run['ended']}")
-        lines.append(f"                 {result_of(run)}")
-    if "pairs" in run:
-        counts = [
-            measures["pairs"]
-            for this in metrics["rounds"][-1:]
-            for measures in data_sets(this).values()
-            if "pairs" in measures
-        ]
-        lines.append(f"preference data  {run['pairs']}" + (f"  ({counts[-1]:,} pairs)" if counts else ""))
-    lines.append(f"run folder       {run['folder']}  (seed {run['seed']}, {duration(run['seconds'])})")
-    return "\n".join(lines)
-
-
 def result_of(run: RunFacts) -> str:
     """Whose policy the result of a run is that ended early."""
     return (
@@ -351,18 +328,7 @@ def data_sets(this: RoundMetrics) -> dict[str, Measures]:
 
 def gates_table(results: Sequence[GateResult], *, title: str = "Gates") -> Table:
     """What each gate of the recipe measured, and whether that is within its bound."""
-    rows = [
-        Row(
-            result.name,
-            (
-                cell(plain(result.value), "number"),
-                Cell(result.bound),
-                Cell("passed" if result.passed else f"FAILED: {result.reason}"),
-            ),
-        )
-        for result in results
-    ]
-    return Table(title, ("measured", "bound", ""), tuple(rows), METHOD, left=True)
+    return _bounds_table(results, title, "bound", lambda found: "passed" if found.passed else f"FAILED: {found.reason}")
 
 
 def evaluation_table(found: Json, title: str = "Evaluation") -> Table:
@@ -394,14 +360,12 @@ def evaluation_table(found: Json, title: str = "Evaluation") -> Table:
 
 
 def _stops_table(results: Sequence[GateResult], title: str) -> Table:
-    rows = [
-        Row(
-            each.name,
-            (cell(plain(each.value), "number"), Cell(each.bound), Cell("HOLDS" if each.passed else "does not hold")),
-        )
-        for each in results
-    ]
-    return Table(title, ("measured", "condition", ""), tuple(rows), METHOD, left=True)
+    return _bounds_table(results, title, "condition", lambda found: "HOLDS" if found.passed else "does not hold")
+
+
+def _bounds_table(results: Sequence[GateResult], title: str, bound: str, said: Callable[[GateResult], str]) -> Table:
+    rows = [Row(each.name, (cell(plain(each.value), "number"), Cell(each.bound), Cell(said(each)))) for each in results]
+    return Table(title, ("measured", bound, ""), tuple(rows), METHOD, left=True)
 
 
 def _differences(this: RoundMetrics) -> Json | None:
@@ -723,7 +687,6 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         line("optimizer steps", "steps"),
         texts("time", (duration(side["seconds"]) if "seconds" in side else "" for side in sides)),
         line("tokens a second", "tokens_per_second"),
-        texts("peak memory", (f"{side['peak_memory'] / 1e9:.1f} GB" if "peak_memory" in side else "" for side in sides)),
         texts("loss, first -> last", ends("loss", 4)),
         texts("weight of a pair", ends("weight", 3)),
         texts("share of the SFT term", ends("sft_share", 3)),

@@ -16,7 +16,7 @@ from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.report.tables import GENERATOR, PBAA, cell, console_of, data_sets, result_of
+from selfsteer.report.tables import GENERATOR, PBAA, cell, console_of, data_sets, print_tables, result_of
 from selfsteer.runtime import duration
 
 FEW_ITEMS = 30
@@ -36,22 +36,34 @@ def print_verdict(metrics: Metrics, console: Console | None = None) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
+def print_run(metrics: Metrics, console: Console | None = None) -> None:
+    """Print all tables of a run, what was made, and where it is. 100 columns where the output is no terminal."""
+    console = console or console_of()
+    print_tables(metrics, console)
+    for line in (f"{headline(metrics)}, seed {metrics['run']['seed']}", *closing_lines(metrics["run"])):
+        console.print(Text(line), soft_wrap=True)
+
+
 def verdict(metrics: Metrics) -> list[str]:
     """The lines of the verdict."""
     run, this = metrics["run"], metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
     rows = measure_rows(this)
     width = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
-    lines = [
+    return [
         headline(metrics),
         *("  " + "  ".join(text.ljust(size) for text, size in zip(row, width, strict=True)).rstrip() for row in rows),
         *(f"  {line}" for line in answer_lines(this)),
         *(f"  ! {line}" for line in warnings(this)),
+        *closing_lines(run),
     ]
-    if "ended" in run:
-        lines += [f"  ! ended early: {run['ended']}", f"    {result_of(run)}"]
+
+
+def closing_lines(run: RunFacts) -> list[str]:
+    """Why a run ended early, and where its results are."""
+    ended = [f"  ! ended early: {run['ended']}", f"    {result_of(run)}"] if "ended" in run else []
     found = places(run)
     found["report"] = f"{run['folder']}/report.html, or: {found['report']}"
-    return lines + [f"{name:6}  {place}" for name, place in found.items()]
+    return ended + [f"{name:6}  {place}" for name, place in found.items()]
 
 
 def places(run: RunFacts) -> dict[str, str]:

@@ -221,7 +221,11 @@ def draw_queries(round: Round, stage: Stage, count: int | None, *, without: Coll
 
 def draw(round: Round, ids: Iterable[str], count: int | None) -> set[str]:
     """At most `count` of these queries, drawn with the seed; all of them for None."""
-    return set(sorted(ids, key=lambda query_id: seed_for(round.recipe.seed, "drawn", query_id))[:count])
+    return _drawn(round.recipe.seed, ids, count)
+
+
+def _drawn(seed: int, ids: Iterable[str], count: int | None) -> set[str]:
+    return set(sorted(ids, key=lambda query_id: seed_for(seed, "drawn", query_id))[:count])
 
 
 def held_out(round: Round) -> frozenset[str]:
@@ -259,8 +263,15 @@ def set_aside(round: Round) -> frozenset[str]:
         return frozenset(draw(round, spared, LARGEST))
     if not round.folder.has_stage(round.number, "1-principles"):
         return frozenset()
-    ids = set(round.folder.stage(round.number, "1-principles").column("query_id"))
-    return frozenset(draw(round, ids, min(LARGEST, len(ids) // 32)))
+    source = round.folder.stage(round.number, "1-principles")
+    return _set_aside(source, sealed(source).digest, round.recipe.seed)
+
+
+@lru_cache(maxsize=4)
+def _set_aside(source: Stage, _digest: str, seed: int) -> frozenset[str]:
+    """As in `_held_out`."""
+    ids = set(source.column("query_id"))
+    return frozenset(_drawn(seed, ids, min(LARGEST, len(ids) // 32)))
 
 
 def share_of_round(round: Round, ids: Collection[str]) -> frozenset[str]:

@@ -49,9 +49,8 @@ def _headroom(round: Round, work: Work, responses: Stage, steering: Stage) -> Co
     found: list[Answers] = []
 
     def asked() -> Iterator[Group]:
-        for row in responses.rows():
-            if row["query_id"] in drawn:
-                yield scorer.group(_beside_original(columns.responses(row), round.prompts), EDGES)
+        for row in responses.rows(of=drawn):
+            yield scorer.group(_beside_original(columns.responses(row), round.prompts), EDGES)
 
     def rows() -> Iterator[dict[str, Any]]:
         for group in asked():

@@ -1,28 +1,28 @@
 """Stage 1: every usable query with its pair of opposing principles, from the library, a language model, or a file.
 
 What a query gets depends on the seed and the query alone, not on its place or its neighbours. Texts for models are in
-`templates/`. `generate_principles` is driven by any function that answers attempts.
+`templates/`.
 """
 
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import yaml
 
-from selfsteer import runtime
 from selfsteer.data import queries as reading
 from selfsteer.data.files import jsonl_rows
 from selfsteer.data.queries import fold
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Request, Sampling
 from selfsteer.engines.open import sampler_digest
-from selfsteer.engines.sampling import Sampler, kept_open, request, sample
+from selfsteer.engines.sampling import Question, Sampler, kept_open, request, sample, unread
 from selfsteer.measures.checks import parse_all
 from selfsteer.models import load_tokenizer, positions_of, resolve
 from selfsteer.prompts import Prompts, behind_thought
@@ -35,6 +35,7 @@ from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, 
 from selfsteer.store import columns
 from selfsteer.store.durable import digest, file_digest, read_small_text, regular_file
 from selfsteer.store.folder import Contents, Origin, Stage
+from selfsteer.store.journal import Journal
 
 _UNNAMED = "unnamed"
 """The quality of a file's pair that gives none."""
@@ -61,16 +62,6 @@ class Pool:
     source: Literal["library", "file"]
     concision: float
     """Share of the queries that get a concision pair added."""
-
-
-class Attempt(NamedTuple):
-    """One try at a model-written pair."""
-
-    query: Query
-    number: int
-    """0 for the first try."""
-    seed: int
-    """Seed of the sampling, below 2^31, from the recipe's seed, the query and the number."""
 
 
 class Unparsed(NamedTuple):
@@ -270,45 +261,63 @@ def _unfit(principle: str) -> str | None:
     return None
 
 
-def generate_principles(
-    queries: Iterable[Query],
-    answer: Callable[[Iterable[Attempt]], Iterable[tuple[Attempt, str]]],
-    section: sections.PrincipleSource,
-    pool: Pool,
-    seed: int,
-) -> Iterator[tuple[Query, Principles]]:
-    """Yield the principles of every query as soon as they are known, in the order of the answers.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """A model that writes principles, and what it has written."""
 
-    `answer` turns attempts into texts, in any order, each exactly once; it may take them from a journal, because an attempt
-    is the same in every run. A query whose text does not parse is asked again with a new seed, `section.retries` times, then
-    gets a library pair. Attempts are made lazily; memory holds those in flight and the queries that failed. Raises
-    `Interrupted` when a signal ended the answers early.
+    model_digest: str
+    prompts: Prompts
+    sampling: Sampling
+    retries: int
+    seed: int
+    """The recipe's."""
+    journal: Journal
+
+    @property
+    def tries(self) -> int:
+        """How often it is asked for a query's at most; once where another seed gives the same text."""
+        return 1 if self.sampling.temperature == 0 else 1 + self.retries
+
+    def request(self, query: Query, number: int) -> Request:
+        """A query's try, from 0."""
+        seed = _draw(self.seed, query, f"attempt {number}") % 2**31
+        messages = principle_messages(query)
+        return request(self.prompts, messages, model_digest=self.model_digest, sampling=self.sampling, seed=seed)
+
+    def read(self, key: str) -> PrinciplePair | Unparsed:
+        """What an answered request says."""
+        text = self.journal.get(key).get("text", "")  # of one that failed there is none
+        return parse_principles(behind_thought(text) or "")
+
+
+def write_principles(writer: Writer, queries: Callable[[], Iterable[Query]], sampler: Sampler, *, total: int) -> None:
+    """Ask for the principles of every query until they parse, `writer.tries` times at most.
+
+    queries: each time from the beginning. total, their number, is for the progress bar. Raises Interrupted when a signal
+    asked to stop.
     """
-    tries = 1 if section.temperature == 0 else 1 + section.retries  # greedily, another seed gives the same text
-    pending = queries
-    for number in range(tries):
-        in_flight: set[str] = set()
-        failed: list[Query] = []
-        for tried, text in answer(_attempts(pending, number, seed, in_flight)):
-            in_flight.remove(tried.query.id)
-            pair = parse_principles(text)
-            if isinstance(pair, PrinciplePair):
-                principles = Principles(good=pair.good, bad=pair.bad, quality=pair.quality, source="generated")
-                yield tried.query, _with_concision(principles, tried.query, pool.concision, seed)
-            elif number + 1 < tries:
-                failed.append(tried.query)
-            else:
-                fallback = f"{pair.reason} (try {tries} of {tries})"
-                yield tried.query, replace(choose_principles(tried.query, pool, seed), fallback=fallback)
-        runtime.raise_if_stopped()
-        assert not in_flight, f"{len(in_flight)} attempts were not answered"
-        pending = failed
+
+    def questions() -> Iterator[list[Question]]:
+        return ([partial(writer.request, query)] for query in queries())
+
+    def parses(key: str) -> bool:
+        return isinstance(writer.read(key), PrinciplePair)
+
+    for asked in unread(questions, writer.journal, parses, tries=writer.tries):
+        sample(sampler, chain.from_iterable(asked), writer.journal, description="principles", total=total)
 
 
-def _attempts(queries: Iterable[Query], number: int, seed: int, in_flight: set[str]) -> Iterator[Attempt]:
-    for query in queries:
-        in_flight.add(query.id)
-        yield Attempt(query, number, _draw(seed, query, f"attempt {number}") % 2**31)
+def written_principles(query: Query, writer: Writer, pool: Pool) -> Principles:
+    """What the first try says that parses, or a library pair. KeyError for a query that was not answered."""
+    reason = ""
+    for number in range(writer.tries):
+        pair = writer.read(writer.request(query, number).key)
+        if isinstance(pair, PrinciplePair):
+            principles = Principles(good=pair.good, bad=pair.bad, quality=pair.quality, source="generated")
+            return _with_concision(principles, query, pool.concision, writer.seed)
+        reason = pair.reason
+    fallback = f"{reason} (try {writer.tries} of {writer.tries})"
+    return replace(choose_principles(query, pool, writer.seed), fallback=fallback)
 
 
 _OF_WRITER = ("chat_template", "template_arguments")
@@ -362,7 +371,11 @@ def _principles(round: Round, work: Work) -> Contents:
             if length is not None and (found := _too_long(round, length, positions)) is not None:
                 dropped.append(Dropped(id=item.id, reason=found.reason, detail=f"with its principle, {found.detail}"))
                 continue
-            yield {"query_id": item.id, "messages": list(item.messages), "principles": asdict(principles)}
+            yield {
+                "query_id": item.id,
+                "messages": list(item.messages),
+                "principles": columns.principles_columns(principles),
+            }
 
     return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PRINCIPLES)
 
@@ -469,41 +482,26 @@ def find_writer(recipe: Recipe) -> tuple[Checkpoint, Prompts] | None:
 def _generated_principles(round: Round, work: Work, pool: Pool, wanted: _Queries) -> Callable[[Query], Principles]:
     """Sample what the journal lacks; returns a function that reads a query's principles back from it."""
     section, recipe = round.recipe.principles, round.recipe
-    writer, prompts = find_writer(recipe) or (round.policy, round.prompts)
+    model, prompts = find_writer(recipe) or (round.policy, round.prompts)
     engine_section = section.engine or recipe.engine
-    model_digest = sampler_digest(engine_section, writer)
-    engine = partial(opening.open_engine, engine_section, writer, prompts, trust_remote_code=recipe.policy.trust_remote_code)
+    engine = partial(opening.open_engine, engine_section, model, prompts, trust_remote_code=recipe.policy.trust_remote_code)
     sampling = Sampling(temperature=section.temperature, top_p=recipe.responses.top_p, max_new_tokens=section.max_new_tokens)
-
-    def ask(attempt: Attempt) -> Request:
-        messages = principle_messages(attempt.query)
-        return request(prompts, messages, model_digest=model_digest, sampling=sampling, seed=attempt.seed)
-
-    def answer_to(key: str) -> str:
-        return behind_thought(work.journal.get(key).get("text", "")) or ""  # of one that failed there is none
-
-    def read_back(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-        return ((attempt, answer_to(ask(attempt).key)) for attempt in attempts)
-
+    writer = Writer(
+        model_digest=sampler_digest(engine_section, model),
+        prompts=prompts,
+        sampling=sampling,
+        retries=section.retries,
+        seed=recipe.seed,
+        journal=work.journal,
+    )
     total = sum(1 for _ in wanted)
-    queries = (item for item in wanted if isinstance(item, Query))
+
+    def queries() -> Iterator[Query]:
+        return (item for item in wanted if isinstance(item, Query))
+
     with kept_open(engine) as opened:  # over all tries
-
-        def answer(attempts: Iterable[Attempt]) -> Iterator[tuple[Attempt, str]]:
-            tried: list[tuple[Attempt, str]] = []
-
-            def asked() -> Iterator[Request]:
-                for attempt in attempts:
-                    item = ask(attempt)
-                    tried.append((attempt, item.key))
-                    yield item
-
-            sample(Sampler(opened, prompts), asked(), work.journal, description="principles", total=total)
-            return ((attempt, answer_to(key)) for attempt, key in tried)
-
-        for _ in generate_principles(queries, answer, section, pool, recipe.seed):
-            pass
-    return lambda query: next(generate_principles([query], read_back, section, pool, recipe.seed))[1]
+        write_principles(writer, queries, Sampler(opened, prompts), total=total)
+    return partial(written_principles, writer=writer, pool=pool)
 
 
 def _length_beyond(prompts: Prompts, query: Query, principles: Principles, limit: int) -> int | None:

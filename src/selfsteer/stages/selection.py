@@ -7,6 +7,7 @@ Wanted are the pairs of stage 5 that are not held out. Left out on purpose: meas
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -215,8 +216,7 @@ def _lessons(preferences: Stage, spared: frozenset[str]) -> Iterator[Pair]:
 
 
 def _by_judge(candidates: Candidates, judge: RecipeJudge, spared: frozenset[str]) -> Rank:
-    def lessons() -> Iterator[Pair]:
-        return _lessons(candidates.preferences, spared)
+    lessons = partial(_lessons, candidates.preferences, spared)
 
     def rank(work: Work) -> Iterator[Ranked]:
         total = sum(1 for _ in lessons())
@@ -227,8 +227,7 @@ def _by_judge(candidates: Candidates, judge: RecipeJudge, spared: frozenset[str]
 
 
 def _by_checks(candidates: Candidates, spared: frozenset[str]) -> Rank:
-    def lessons() -> Iterator[Pair]:
-        return _lessons(candidates.preferences, spared)
+    lessons = partial(_lessons, candidates.preferences, spared)
 
     def rank(_work: Work) -> Iterator[Ranked]:
         return map(Ranked, lessons(), checks_verdicts(lessons()))

@@ -8,7 +8,7 @@ Left out on purpose: the trainer (`training/`); files are the contract: sealed p
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from selfsteer.measures.displacement import displaced, displacement
@@ -132,11 +132,14 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
     return stage
 
 
-def _lessons(round: Round, work: Work, pairs: Stage) -> Iterator[Pair]:
-    """The pairs that this stage trains on: all of them, or a generator's half, and none that is held out."""
+def _lessons(round: Round, work: Work, pairs: Stage, *, of: Collection[str] | None = None) -> Iterator[Pair]:
+    """The pairs that this stage trains on: all of them, or a generator's half, and none that is held out.
+
+    of: only those of these queries.
+    """
     half = _HALVES.get(work.stage.path.name)
     spared = _spared(round, work)
-    every_pair = map(columns.pair, pairs.rows())
+    every_pair = map(columns.pair, pairs.rows(of=of))
     return (pair for pair in every_pair if (half is None or pair.kind == half) and pair.query_id not in spared)
 
 
@@ -249,8 +252,7 @@ def _what_training_did(
     scorer = policy_scorer(round)._replace(model=trained)
 
     def groups() -> Iterator[Group]:
-        lessons = _lessons(round, work, pairs)
-        return scorer.by_query(pair for pair in lessons if drawn is None or pair.query_id in drawn)
+        return scorer.by_query(_lessons(round, work, pairs, of=drawn))
 
     total = kept(pairs) if drawn is None else len(drawn)
     score_missing(scorer, groups(), work.journal, description="margins after training", total=total)

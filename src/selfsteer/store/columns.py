@@ -1,8 +1,7 @@
 """The columns of the sealed Parquet files, and records back from their rows."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -109,6 +108,11 @@ def principles(row: Mapping[str, Any]) -> Principles:
     return Principles(**fields)
 
 
+def principles_columns(item: Principles) -> dict[str, Any]:
+    """The principles as a column. Not asdict: that copies the values."""
+    return {name: getattr(item, name) for name in Principles.__dataclass_fields__}
+
+
 def responses(row: dict[str, Any]) -> Responses:
     """The record of a stage-2 row."""
     good, bad, original = (response(row[role]) for role in ("good", "bad", "original"))
@@ -153,7 +157,7 @@ def pair_row(pair: Pair) -> dict[str, Any]:
         "ref_rejected_logps": rejected.logps,
         "chosen_tokens": chosen.tokens,
         "rejected_tokens": rejected.tokens,
-        "principles": None if pair.principles is None else asdict(pair.principles),
+        "principles": None if pair.principles is None else principles_columns(pair.principles),
         "chosen_seed": chosen.seed,
         "rejected_seed": rejected.seed,
     }
@@ -215,10 +219,18 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any = None
     return count
 
 
-def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file, in order; of all columns, or of these. Raises ValueError naming a file that is damaged."""
+def file_rows(
+    path: Path, columns: list[str] | None = None, *, of: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, in order; of all columns, or of these. Raises ValueError naming a file that is damaged.
+
+    of: only the rows of these queries; the others are passed over before anything is made of them.
+    """
     with opened(path) as file:
         for batch in batches(path, file, columns):
+            if of is not None:
+                mask = [query_id in of for query_id in batch.column("query_id").to_pylist()]
+                batch = batch.filter(pa.array(mask, pa.bool_()))
             yield from batch.to_pylist()
 
 

@@ -24,12 +24,15 @@ def open_to_others(folder: Path) -> None:
         file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def canonical_json(value: object) -> bytes:
     """The one UTF-8 JSON text of a value: sorted keys, no spaces. Mappings must have string keys.
 
     Raises ValueError for NaN, infinities and lone surrogates, which no other reader would take; TypeError for objects.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = _CANONICAL.encode(value)
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -78,10 +81,10 @@ def read_small(path: Path, *, at_most: int = SMALL) -> bytes:
     return content
 
 
-def read_small_text(path: Path, *, at_most: int = SMALL) -> str:
+def read_small_text(path: Path) -> str:
     """The text of a file that somebody named; raises as `read_small`, and ValueError where it is not UTF-8."""
     try:
-        return read_small(path, at_most=at_most).decode()
+        return read_small(path).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
 

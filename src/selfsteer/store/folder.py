@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -380,9 +380,9 @@ class Stage:
         (self.path / _REOPENED).unlink()
         sync(self.path)
 
-    def journal(self, *, writer: str = "main") -> Journal:
+    def journal(self) -> Journal:
         """The finished samples; to be used in a `with` block, by the owner of the run."""
-        return Journal(self.path / "parts", writer=writer)
+        return Journal(self.path / "parts")
 
     def finished(self) -> int:
         """How many good records the journal holds; changes nothing on disk, so anyone may ask at any time."""
@@ -438,13 +438,13 @@ class Stage:
             file.write(_pretty({**fields, "sha256": digest(fields)}))
         return manifest
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of a sealed stage, in order, a row group in memory at a time."""
+    def rows(self, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of a sealed stage, or those of these queries, in order, a row group in memory at a time."""
         self._sealed()
-        return self.written()
+        return _read_rows(self.path, of)
 
     def written(self) -> Iterator[dict[str, Any]]:
-        """The same rows for `Contents.measures`, just before the stage is sealed."""
+        """All rows for `Contents.measures`, just before the stage is sealed."""
         return _read_rows(self.path)
 
     def column(self, name: str) -> list[Any]:
@@ -531,9 +531,9 @@ def _read_manifest(path: Path) -> Manifest | None:
     return manifest
 
 
-def _read_rows(stage: Path) -> Iterator[dict[str, Any]]:
+def _read_rows(stage: Path, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
     with _damage_named(stage):
-        yield from columns.file_rows(stage / _DATA)
+        yield from columns.file_rows(stage / _DATA, of=of)
 
 
 @contextmanager
