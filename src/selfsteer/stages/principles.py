@@ -324,7 +324,7 @@ def principles_stage(round: Round) -> Stage:
     if section.path is not None:
         inputs["principles"] = file_digest(Path(located(section.path)))
     settings = {
-        "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds"}),
+        "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds", "shard"}),
         "principles": section.model_dump(exclude={"path", "engine", "limit", "wrap", *_OF_WRITER}),
         **{key: value for key in _OF_WRITER if (value := getattr(section, key))},
         "wrap": wrapping(section),
