@@ -98,19 +98,22 @@ def find_shards(runs: Sequence[Path], output: Path) -> list[Shard]:
     for shard, following in pairwise(shards):
         if shard.share == following.share:
             raise ValueError(f"{shard} and {following} are the same shard: name one of them.")
-    if missing := [f"{number}/{first.share.of}" for number in range(1, first.share.of + 1) if number not in numbers]:
-        lender = "" if first.share.number > 1 else f" --borrow {_quoted(first.folder.path)}"
+    if missing := [number for number in range(1, first.share.of + 1) if number not in numbers]:
+        named = [f"{number}/{first.share.of}" for number in missing]
+        command = ["selfsteer", "run", f"{first.folder.path}/recipe.yaml", f"queries.shard={named[0]}"]
+        command.append(f"output={output}-{missing[0]}")
+        if first.share.number == 1:
+            command += ["--borrow", str(first.folder.path)]
         raise ValueError(
-            f"{len(missing)} of {first.share.of} shards are missing: {', '.join(missing)}. Make them, such as:"
-            f" selfsteer run {_quoted(first.folder.path / 'recipe.yaml')} queries.shard={missing[0]}"
-            f" output={_quoted(f'{output}-{missing[0].partition("/")[0]}')}{lender}"
+            f"{len(missing)} of {first.share.of} shards are missing: {', '.join(named)}. Make them, such as:"
+            f" {shlex.join(command)}"
         )
     for shard in shards[1:]:
         said = _changes(first, shard)
         if shard.origin.fingerprint != first.origin.fingerprint:
             raise ValueError(
                 f"{shard} is of another run than {first}: {said or differences(first.origin, shard.origin)}. Make it again"
-                f" with the recipe of the others and --borrow {_quoted(first.folder.path)}."
+                f" with the recipe of the others and --borrow {first.folder.path}."
             )
         if said:
             log.warning("%s: %s; what follows is done as %s has it", shard, said, first)
@@ -136,10 +139,6 @@ def _changes(first: Shard, other: Shard) -> str:
     """What differs between the recipes of two shards, and need not."""
     before, after = (shard.recipe.model_dump(mode="json") for shard in (first, other))
     return ", ".join(str(each) for each in changes(before, after) if each.key not in ("output", "queries.shard"))
-
-
-def _quoted(path: Path | str) -> str:
-    return shlex.quote(str(path))
 
 
 def _check_output(output: Path, recipe: Recipe, wanted: dict[str, str]) -> None:
