@@ -231,6 +231,12 @@ def test_what_can_not_be_split_is_refused(recipe_of: RecipeOf, tmp_path: Path, u
         shard_run(recipe_of, tmp_path / "run", "1/3", unfit)
 
 
+def test_more_shards_than_queries_are_refused(recipe_of: RecipeOf, changes: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ValueError, match=r"queries.shard: 12 shards of 11 queries; take fewer"):
+        shard_run(recipe_of, tmp_path / "run", "1/12", changes)
+    assert not (tmp_path / "run/round-1/2-responses").exists()
+
+
 def test_only_a_run_is_split(recipe_of: RecipeOf, tmp_path: Path, given: Path):
     from selfsteer.compare import compare
 
@@ -277,6 +283,9 @@ def test_a_merge_wants_every_shard_once(
     assert refused([tmp_path / "nosuch"], output).startswith(f"{tmp_path / 'nosuch'}: no run here")
     half = tmp_path / "half"
     shard_run(recipe_of, half, "2/2", changes, one)
+    lent = [path.name for path in (half / f"round-1/{PAIRS}/parts").glob("*.jsonl")]
+    assert {name.rpartition("-")[0] for name in lent} == {"s1-main", "main"}, "with another number, shards lend samples"
+    assert len(samples(half, PAIRS)) == len(set(samples(half, PAIRS)))
     assert refused([one, two, half], output).startswith(f"{one} (1/3) and {half} (2/2) are not shards of one run: ")
     unfinished = Path(shutil.copytree(three, tmp_path / "unfinished"))
     (unfinished / f"round-1/{PAIRS}/MANIFEST.json").unlink()
