@@ -7,7 +7,7 @@ Engine, scorer and trainer are scripted and take no time to speak of; queries, p
 seals and measures are real. Each size runs in a process of its own, so that its peak memory is its own. "again" is the same
 command on the finished run; "resumed" the same with the responses unsealed, so that they are read back from their journal.
 With --shards the generator learns from 1,000 queries, and stage 5 is made in one run and in that many shards, which are
-merged: CPU seconds of each. On a machine that is doing other things the CPU seconds of the first run are the figure to look at.
+merged: CPU seconds of each. On a machine that is doing other things these are the figures to look at, not the others.
 """
 
 import argparse
