@@ -289,7 +289,11 @@ def test_a_merge_wants_every_shard_once(
     assert refused([one, two, half], output).startswith(f"{one} (1/3) and {half} (2/2) are not shards of one run: ")
     unfinished = Path(shutil.copytree(three, tmp_path / "unfinished"))
     (unfinished / f"round-1/{PAIRS}/MANIFEST.json").unlink()
-    assert refused([one, two, unfinished], output).startswith(f"{unfinished} (3/3) has not made its pairs yet: continue it")
+    said = f"{unfinished} (3/3) has not made its pairs yet: continue it with the command that began it, then merge."
+    assert refused([one, two, unfinished], output) == said
+    shutil.copy(three / f"round-1/{PAIRS}/MANIFEST.json", unfinished / f"round-1/{PAIRS}")
+    (unfinished / "round-1/3-steering/MANIFEST.json").unlink()
+    assert refused([one, two, unfinished], output) == said, "the steering pairs are being made again"
 
 
 def test_a_shard_of_another_recipe_is_refused(
@@ -325,6 +329,16 @@ def test_a_merge_touches_no_other_run(whole: Path, shards: list[Path], merged: P
     path.unlink()
     shutil.copy(whole / "round-1/6-policy/MANIFEST.json", path)
     assert refused(shards, other) == f"{other} {said}"
+
+
+def test_what_has_been_merged_is_left_as_it_is(shards: list[Path], merged: Path, tmp_path: Path):
+    """Other settings may have gone on from it."""
+    folder = Path(shutil.copytree(merged, tmp_path / "run"))
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace("weight_decay: 0.0", "weight_decay: 0.1"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert merge(shards, folder).kept == manifest(merged, PAIRS)["kept"]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_damaged_shard_is_named(shards: list[Path], tmp_path: Path):

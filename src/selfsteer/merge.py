@@ -71,7 +71,8 @@ def merge(runs: Sequence[Path], output: Path) -> Manifest:
     )
     *before, last = stage_names(first.recipe, method_of(first.recipe))
     wanted = {name: sealed(first.stage(name)).fingerprint for name in before} | {last: first.origin.fingerprint}
-    _check_output(output, recipe, wanted)
+    if _is_merged(output, recipe, wanted):
+        return RunFolder.view(output).stage(1, last).verify()
     with RunFolder(output) as folder:
         folder.describe(dump(recipe), {**summary.session(), "date": recipe.policy.date})
         for name in before:
@@ -126,13 +127,24 @@ def _shard(path: Path) -> Shard:
     share = recipe.queries.share
     if share is None:
         raise ValueError(f"{path} is no shard: its recipe has no queries.shard. Name runs that have one, such as 1/3.")
-    made = folder.stage(1, PREFERENCES).manifest()
-    if made is None or made.settings.get(SHARD) != recipe.queries.shard:
+    stages = [folder.stage(1, name).manifest() for name in stage_names(recipe, method_of(recipe))]
+    made = stages[-1]
+    digests = {manifest.digest for manifest in stages if manifest is not None}
+    # What it was made from is what lies beside it: nothing has been made again since.
+    if (
+        made is None
+        or made.settings.get(SHARD) != recipe.queries.shard
+        or not digests.issuperset(map(made.inputs.get, _READ))
+    ):
         raise ValueError(
             f"{path} ({recipe.queries.shard}) has not made its pairs yet: continue it with the command that began it,"
             " then merge."
         )
     return Shard(folder, recipe, share, made)
+
+
+_READ = ("principles", "steering", "generator")
+"""The stages that pairs are made from, as the inputs name them."""
 
 
 def _changes(first: Shard, other: Shard) -> str:
@@ -141,19 +153,20 @@ def _changes(first: Shard, other: Shard) -> str:
     return ", ".join(str(each) for each in changes(before, after) if each.key not in ("output", "queries.shard"))
 
 
-def _check_output(output: Path, recipe: Recipe, wanted: dict[str, str]) -> None:
-    """Raises ValueError for a folder that holds anything but this merge, perhaps unfinished, and what followed from it.
+def _is_merged(output: Path, recipe: Recipe, wanted: dict[str, str]) -> bool:
+    """Whether a folder holds the pairs of this merge already; then other settings may have gone on from them.
 
-    wanted: stage -> fingerprint.
+    wanted: stage -> fingerprint. Raises ValueError for a folder that holds anything else than this merge, or its beginning.
     """
     if not (output / "run.json").exists():
-        return
+        return False
     folder = RunFolder.view(output)
     found = {name: folder.stage(1, name).manifest() for name in wanted}
     same = load(output / "recipe.yaml").model_copy(update={"output": recipe.output}) == recipe
     others = [name for name, manifest in found.items() if manifest is not None and manifest.fingerprint != wanted[name]]
     if others or not (same or found[PREFERENCES]):
         raise ValueError(f"{output} holds another run; give the merged one a folder of its own with --output RUN.")
+    return found[PREFERENCES] is not None
 
 
 # --- the pairs of all queries ----------------------------------------------------------------------------------------------
@@ -162,8 +175,6 @@ def _check_output(output: Path, recipe: Recipe, wanted: dict[str, str]) -> None:
 def _merged(folder: RunFolder, shards: Sequence[Shard]) -> Manifest:
     """Stage 5 as one run would have sealed it."""
     stage, origin = folder.stage(1, PREFERENCES), shards[0].origin
-    if stage.is_current(origin.fingerprint):
-        return stage.verify()
     parts = [shard.stage(PREFERENCES) for shard in shards]
     for shard, part in zip(shards, parts, strict=True):
         part.verify()
