@@ -106,7 +106,9 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
     wanted_ids = spared if round.held_out_only else None
     share = round.recipe.queries.share or Share(1, 1)
     places = share.places(kept(principles))
-    once = len(spared.intersection(principles.column("query_id")[places.start :: places.step]) if spared else spared)
+    once = len(spared)
+    if spared and share.of > 1:
+        once = len(spared.intersection(principles.column("query_id")[places.start :: places.step]))
     total = samples * len(places) - (samples - 1) * once if wanted_ids is None else len(wanted_ids)
     groups = samplers(round, generators)
 
