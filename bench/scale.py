@@ -1,11 +1,13 @@
 """What the pipeline itself costs: everything but the model, at 1,000, 10,000 and 100,000 queries.
 
     python bench/scale.py [--sizes 1000 10000] [--folder DIR]
+    python bench/scale.py --shards 4 [--sizes 10000]
 
 Engine, scorer and trainer are scripted and take no time to speak of; queries, prompts, tokenizer, journals, filters, pairs,
 seals and measures are real. Each size runs in a process of its own, so that its peak memory is its own. "again" is the same
 command on the finished run; "resumed" the same with the responses unsealed, so that they are read back from their journal.
-On a machine that is doing other things the CPU seconds of the first run are the figure to look at.
+With --shards the generator learns from 1,000 queries, and stage 5 is made in one run and in that many shards, which are
+merged: CPU seconds of each. On a machine that is doing other things these are the figures to look at, not the others.
 """
 
 import argparse
@@ -32,10 +34,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--folder", type=Path, help="where the runs are written (default: a temporary folder)")
+    parser.add_argument("--shards", type=int, help="make stage 5 in so many shards, too, and merge them")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one is not None:
         print(json.dumps(measure(given.one, given.folder)))
+        return
+    if given.shards is not None:
+        for size in given.sizes:
+            with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+                measure_shards(size, given.shards, Path(folder))
         return
     print("queries  seconds    CPU s  queries/CPU s  again s  resumed s  start MB  peak MB  disk MB  seconds a stage")
     for size in given.sizes:
@@ -55,9 +63,8 @@ def main() -> None:
         print(f"{size:7,d} {' '.join(columns)}  {stages}", flush=True)
 
 
-def measure(size: int, folder: Path) -> dict[str, Any]:
-    """One size: run, run again, and resume."""
-    from selfsteer import pipeline
+def scripted(size: int, folder: Path, **generator: Any) -> Any:
+    """The recipe, once nothing but the model's work is left out."""
     from selfsteer.engines import open as opening
     from selfsteer.recipe.sections import Recipe
     from selfsteer.stages import training
@@ -69,15 +76,48 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
     with (folder / "queries.jsonl").open("w") as file:
         for number in range(size):
             file.write(json.dumps({"query": f"Question {number}: {words(f'q{number}', QUERY_WORDS)}?"}) + "\n")
-    recipe = Recipe.model_validate(
+    return Recipe.model_validate(
         {
             "output": str(folder / "run"),
             "policy": {"model": make_policy(folder / "policy")},
             "queries": {"path": str(folder / "queries.jsonl")},
-            "generator": {"queries": None},
+            "generator": generator,
             "filters": {"max_length_ratio": 1000.0},
         }
     )
+
+
+def measure_shards(size: int, shards: int, folder: Path) -> None:
+    """One size in one run and in shards."""
+    from selfsteer import merge, pipeline
+
+    recipe = scripted(size, folder, queries=1000)
+
+    def cpu(work: Any) -> float:
+        before = time.process_time()
+        work()
+        return time.process_time() - before
+
+    whole = cpu(lambda: pipeline.run(recipe))
+    took: list[float] = []
+    runs = [folder / f"shard-{number}" for number in range(1, shards + 1)]
+    for number, run in enumerate(runs, 1):
+        queries = recipe.queries.model_copy(update={"shard": f"{number}/{shards}"})
+        shard = recipe.model_copy(update={"output": str(run), "queries": queries})
+        took.append(cpu(lambda shard=shard: pipeline.run(shard, borrow=runs[:1] if shard.queries.share.number > 1 else ())))
+    before = peak()
+    merging = cpu(lambda: merge.merge(runs, folder / "merged"))
+    print(
+        f"{size:,} queries, {shards} shards; CPU s: one run {whole:.1f}; shards {', '.join(f'{each:.1f}' for each in took)};"
+    )
+    print(f"  merge {merging:.1f}, {size / merging:,.0f} queries a CPU s; peak MB {before:.0f} before, {peak():.0f} after")
+
+
+def measure(size: int, folder: Path) -> dict[str, Any]:
+    """One size: run, run again, and resume."""
+    from selfsteer import pipeline
+
+    recipe = scripted(size, folder, queries=None)
     start, before = peak(), time.process_time()
     seconds = timed(lambda: pipeline.run(recipe))
     cpu = time.process_time() - before

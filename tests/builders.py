@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,10 +111,10 @@ def plain_logps(folder: str, row: dict[str, Any], side: str) -> tuple[float, int
 
 
 CHILDREN = """
-import gc, os, signal, sys, traceback
+import gc, json, os, signal, sys, traceback
 from pathlib import Path
 import torch, transformers, datasets, peft, pyarrow.parquet, selfsteer
-from selfsteer import cli, pipeline, report
+from selfsteer import cli, merge, pipeline, report
 gc.freeze()
 
 def child(recipe, moment):
@@ -131,10 +132,11 @@ def child(recipe, moment):
         return step
 
     os.fsync = counted(os.fsync)
-    sys.argv = ["selfsteer", "run", recipe]
+    sys.argv = ["selfsteer", *command]
     cli.main()
 
-recipe, *moments = sys.argv[1:]
+command, recipe, *moments = sys.argv[1:]
+command = json.loads(command)
 for moment in moments:
     pid = os.fork()
     if pid == 0:
@@ -162,10 +164,11 @@ THROUGH = "0:SIGKILL:"
 """Nothing happens to this child."""
 
 
-def children(recipe: Path, *moments: str) -> tuple[list[Child], str]:
-    """What became of every child, and what they all said."""
-    command = [sys.executable, "-c", CHILDREN, str(recipe), *moments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+def children(recipe: Path, *moments: str, command: Sequence[str] = ()) -> tuple[list[Child], str]:
+    """What became of every child, and what they all said. command: what is run, of the run folder beside the recipe."""
+    arguments = json.dumps(list(command) or ["run", str(recipe)])
+    started = [sys.executable, "-c", CHILDREN, arguments, str(recipe), *moments]
+    ended = subprocess.run(started, capture_output=True, text=True, timeout=1200, check=False)
     assert ended.returncode == 0, ended.stderr
     lines = [line.removeprefix("child ").split() for line in ended.stdout.splitlines() if line.startswith("child ")]
     return [Child(int(status), int(sealed)) for status, sealed in lines], ended.stderr

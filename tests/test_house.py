@@ -18,7 +18,7 @@ FLOORS = (
     {"stages"},
     {"report"},
     {"pipeline"},
-    {"compare", "given", "evaluate", "rewards", "doctor", "plan", "first_recipe", "chat"},
+    {"compare", "given", "merge", "evaluate", "rewards", "doctor", "plan", "first_recipe", "chat"},
     {"cli", "__init__"},
     {"__main__"},
 )

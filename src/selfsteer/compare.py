@@ -145,6 +145,8 @@ def check_arms(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Non
         raise ValueError(f"there is no arm {', '.join(unknown)}; arms: {', '.join(known)}")
     if len(set(arms)) != len(arms) or len(set(seeds)) != len(seeds):
         raise ValueError("an arm or a seed is named twice")
+    if recipe.queries.shard is not None:
+        raise ValueError("queries.shard: a comparison is not split over run folders; set shard=null")
     if recipe.queries.holdout == 0:
         raise ValueError(
             "queries.holdout is 0: a comparison is measured on queries that nothing was trained on; set queries.holdout=64"

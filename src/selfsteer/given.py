@@ -119,6 +119,8 @@ def train_pairs(pairs: Path, recipe: Recipe, *, replace: bool = False, borrow: S
     replace, borrow: as of `pipeline.run`.
     """
     recipe = recipe.model_copy(update={"rounds": 1})
+    if recipe.queries.shard is not None:
+        raise ValueError("queries.shard: pairs made elsewhere are not split over run folders; set shard=null")
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
     pairs, recipe = _pairs(find_pairs(pairs)), dated(recipe)

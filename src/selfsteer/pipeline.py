@@ -42,7 +42,7 @@ from selfsteer.stages.principles import check_writer, load_pool, principles_stag
 from selfsteer.stages.quality import quality_stage, require_checks
 from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
-from selfsteer.stages.status import method_of, record_end
+from selfsteer.stages.status import method_of, record_end, stage_names
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import MODEL, generator_stage, model_of, policy_stage
 from selfsteer.store.folder import RunFolder, Stage, began, lenders
@@ -56,7 +56,9 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
     replace: give up the pairs and models that other settings made in this folder; without, `WouldReplace` is raised.
     borrow: folders of other runs, whose stages and samples are taken over where they are the same.
     """
-    recipe = dated(recipe)
+    lending = lenders(borrow)
+    check_share(recipe, lending)
+    recipe = dated(recipe, borrow if recipe.queries.shard is not None else ())
     # What can't begin must leave no trace, and must not touch the folder of an earlier run.
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
@@ -64,10 +66,11 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
     check_essentials(recipe, prepared.policy, prepared.prompts, prepared.judge)
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
-    lending = lenders(borrow)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
-        folder.describe(dump(recipe), summary.session())
+        folder.describe(dump(recipe), {**summary.session(), "date": recipe.policy.date})
         round = dataclasses.replace(first_round(folder, recipe, prepared), replace=replace, lenders=lending)
+        if recipe.queries.shard is not None:
+            return run_shard(round)
         while (aligned := run_round(round)) is not None:
             if round.number == recipe.rounds:
                 return finish(round, method_of(recipe))
@@ -88,6 +91,14 @@ def run_round(round: Round) -> Checkpoint | None:
     return model_of(aligned)
 
 
+def run_shard(round: Round) -> Metrics:
+    """The pairs of a share of the queries; the run that `merge.py` makes of all shards judges them and aligns the policy."""
+    make_data(round)
+    metrics = summary.unaligned(round.folder, round.recipe, method_of(round.recipe))
+    write_report(round.folder, metrics, round.recipe.seed)
+    return metrics
+
+
 def make_data(round: Round) -> Candidates:
     """Steps 1 to 4 of a round: the preference pairs, judged."""
     principles = principles_stage(round)
@@ -99,19 +110,37 @@ def make_data(round: Round) -> Candidates:
     steering = steering_stage(round, responses)
     hold_headroom(round, headroom_stage(round, responses, steering))
     generators = generator_stage(round, steering)
+    if round.recipe.queries.shard is not None:
+        return Candidates(preferences_stage(round, principles, responses, steering, generators))
     gain_stage(round, principles, generators)
     preferences = preferences_stage(round, principles, responses, steering, generators)
     return Candidates(preferences, quality_stage(round, preferences, steering), generators)
 
 
-def dated(recipe: Recipe) -> Recipe:
+def check_share(recipe: Recipe, lending: Sequence[RunFolder]) -> None:
+    """Raises ValueError for a shard that would train a generator of its own, as none of these runs has one to lend."""
+    share = recipe.queries.share
+    if share is None or share.number == 1:
+        return
+    names = [name for name in stage_names(recipe, method_of(recipe)) if name.startswith("4-generator")]
+    folders = [Path(recipe.output), *(folder.path for folder in lending)]
+    if not any(all(Stage(folder / "round-1" / name).manifest() for name in names) for folder in folders):
+        raise ValueError(
+            f"queries.shard: {recipe.queries.shard} takes the generator over from the run of shard 1/{share.of}: name it"
+            f" with --borrow RUN, once its {' and '.join(names)} is sealed (selfsteer status RUN)."
+        )
+
+
+def dated(recipe: Recipe, lending: Sequence[Path] = ()) -> Recipe:
     """The recipe with the day that chat templates are told: that on which the run, or the comparison, began.
 
     What is sampled on one day and trained on the next must stand behind one prompt.
+    lending: runs whose day it is, where there is none yet.
     """
     if recipe.policy.date is not None:
         return recipe
-    day = began(Path(recipe.output)) or datetime.now(UTC).date().isoformat()
+    found = filter(None, map(began, (Path(recipe.output), *lending)))
+    day = next(found, None) or datetime.now(UTC).date().isoformat()
     return recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"date": day})})
 
 

@@ -45,6 +45,8 @@ class Plan(TypedDict):
     model: str
     queries: int
     """Usable ones."""
+    shard: str | None
+    """Which share of them this run answers; None for all."""
     response: float
     """Tokens of a response on average, as calibrated; the limit where nothing was."""
     rates: dict[str, float | None]
@@ -97,6 +99,7 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
     return Plan(
         model=recipe.policy.model,
         queries=count,
+        shard=recipe.queries.shard,
         response=response,
         rates={"sampled": found.rates.sampled, "scored": found.rates.scored, "trained": found.rates.trained},
         rounds=recipe.rounds,

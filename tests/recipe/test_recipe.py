@@ -222,7 +222,7 @@ def test_the_pairs_may_have_a_temperature_of_their_own(smallest: Path):
         (
             "queries.zzz=1",
             "queries.zzz: unknown key; the keys of queries are"
-            " path, column, split, limit, max_prompt_tokens, holdout, split_rounds",
+            " path, column, split, limit, max_prompt_tokens, holdout, split_rounds, shard",
         ),
     ],
 )

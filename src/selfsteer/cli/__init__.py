@@ -107,6 +107,23 @@ def run(
             print_costs(found, session=time.monotonic() - started)
 
 
+@app.command(epilog=examples("merge runs/a-1 runs/a-2 runs/a-3 --output runs/a"))
+def merge(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The run folders of all shards, in any order.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(metavar="RUN", help="The run folder to make of them.", show_default=False)],
+) -> None:
+    """Make one run of the runs of all shards (queries.shard); `selfsteer run` then goes on from their pairs."""
+    with graceful_stop():
+        from selfsteer import merge as merging
+
+        found = merging.merge(runs, output)
+        typer.echo(f"{output}: {found.kept:,} pairs of {found.wanted:,}, from {len(runs)} shards")
+        print_dropped(found.dropped, found.kept)
+        typer.echo(f"next    selfsteer run {shlex.quote(str(output / 'recipe.yaml'))}")
+
+
 @app.command(epilog=examples("show quickstart alignment.loss=ipo"))
 def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Print the resolved recipe: every setting, its description, and what differs from the default."""

@@ -395,6 +395,8 @@ class RunFacts(TypedDict):
     """Why the last of `rounds` did not align the policy; absent where it did."""
     pairs: NotRequired[str]
     """Where the preference data is."""
+    shard: NotRequired[str]
+    """Of a run that made the pairs of a share of the queries alone, which: 3/8."""
     versions: NotRequired[dict[str, str]]
     hardware: NotRequired[str]
 

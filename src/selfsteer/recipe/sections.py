@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -357,6 +357,21 @@ class Policy(Section):
         return given.isoformat() if isinstance(given, date) else given
 
 
+class Share(NamedTuple):
+    """`queries.shard` in numbers: of a run's queries, in their order, the `number`-th of every `of`."""
+
+    number: int
+    """From 1."""
+    of: int
+
+    def places(self, count: int) -> range:
+        """Which of `count` queries these are, from 0."""
+        return range(self.number - 1, count, self.of)
+
+
+_SHARD = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
+
+
 class Queries(Section):
     """The requests to answer."""
 
@@ -374,6 +389,23 @@ class Queries(Section):
     """Keep this many queries, the same whatever the seed, out of both trainings; pairs are made and judged on them."""
     split_rounds: bool = False
     """With several rounds, give each an equal share of the queries instead of all; held-out ones belong to every round."""
+    shard: str | None = None
+    """Such as 3/8: make the preference pairs of every 8th query alone, beginning with the 3rd, and align no policy. Shard 1
+    trains the generator, the others take it over (--borrow); `selfsteer merge` makes one run of all eight
+    (docs/scaling.md)."""
+
+    @field_validator("shard")
+    @classmethod
+    def _one_of_several(cls, shard: str | None) -> str | None:
+        found = None if shard is None else _SHARD.fullmatch(shard)
+        if shard is not None and (found is None or int(found[1]) > int(found[2])):
+            raise ValueError(f"{shard!r} is no shard; write the third of eight as 3/8")
+        return shard
+
+    @property
+    def share(self) -> Share | None:
+        """`shard` in numbers."""
+        return None if self.shard is None else Share(*map(int, self.shard.split("/")))
 
 
 class PrincipleSource(Section):
@@ -591,6 +623,19 @@ class Recipe(Section):
         bounds = {**self.quality.stop_when, **self.quality.gates}
         if mistakes := unmeasured(bounds, self._not_measured()):
             raise ValueError("; ".join(mistakes))
+        return self
+
+    @model_validator(mode="after")
+    def _shards_have_one_generator(self) -> Self:
+        if self.queries.shard is None:
+            return self
+        if self.rounds > 1:
+            raise ValueError(
+                "queries.shard: a second round begins from the policy that all shards together align; set rounds=1, and"
+                " begin the next round as a run of its own from the merged run's policy"
+            )
+        if self.generator.kind == "none":
+            raise ValueError("queries.shard: what is split is the work of the generator; set generator.kind, or shard=null")
         return self
 
     @model_validator(mode="after")

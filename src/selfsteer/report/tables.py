@@ -739,8 +739,9 @@ def print_plan(found: Mapping[str, Any]) -> None:
     rates = ", ".join(f"{rate:,.0f} {name}" for name, rate in found["rates"].items() if rate is not None)
     whole = "not known" if found["seconds"] is None else duration(found["seconds"])
     free = "not known" if found["memory_free"] is None else f"{found['memory_free'] / 1e9:.1f}"
+    shard = "" if found["shard"] is None else f"shard {found['shard']} of "
     note = (
-        f"{found['queries']:,} queries, responses of {found['response']:.0f} tokens; tokens a second:"
+        f"{shard}{found['queries']:,} queries, responses of {found['response']:.0f} tokens; tokens a second:"
         f" {rates or 'not measured'}. Memory at the peak {found['memory'] / 1e9:.1f} GB of {free} free, disk"
         f" {found['disk'] / 1e9:.1f} GB of {found['disk_free'] / 1e9:.0f} free. Time of {found['rounds']} round(s), as this"
         f" machine is now: {whole}; judges, benchmarks, 4-gain and 5-quality are not in it."

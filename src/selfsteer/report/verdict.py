@@ -70,7 +70,9 @@ def places(run: RunFacts) -> dict[str, str]:
     """Where the results are, and the commands that go on from them, to be copied."""
     folder = shlex.quote(run["folder"])
     found = {"model": run.get("policy_folder", ""), "pairs": run.get("pairs", ""), "report": f"selfsteer report {folder}"}
-    if "pairs" in run:
+    if "shard" in run:
+        found["next"] = f"selfsteer merge {folder} ... --output RUN"
+    elif "pairs" in run:
         found["next"] = f"selfsteer export {folder} --to pairs --format trl"
     return {name: place for name, place in found.items() if place}
 
@@ -90,6 +92,8 @@ def headline(metrics: Metrics) -> str:
     if rounds > 1:
         made += f" in the last of {rounds} rounds"
     done = "policy aligned" if "policy_folder" in run else "no policy aligned"
+    if "shard" in run:
+        done = f"shard {run['shard']} of them made"
     return f"{run['name']}: {made}, {done} in {duration(run['seconds'])}"
 
 

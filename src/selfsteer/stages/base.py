@@ -5,8 +5,9 @@ changed is made again from its journal, so that only samples that are new are pa
 themselves (the other files here) and their order (`pipeline.py`).
 """
 
+import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,8 @@ from selfsteer.judges.find import RecipeJudge
 from selfsteer.measures.metrics import Measures, from_plain, plain
 from selfsteer.measures.quality import measure
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.sections import Recipe, Training
+from selfsteer.recipe.sections import Recipe, Share, Training, load
+from selfsteer.recipe.text import changes
 from selfsteer.records import Checkpoint
 from selfsteer.stages.guard import Attempt, refuse_to_replace
 from selfsteer.stages.status import (
@@ -96,17 +98,52 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
         stage.reopen()
     if (line := _which(round, name)) is not None:
         log.info("%s", line)
-    lenders = [lender.stage(round.number, name) for lender in round.lenders]
+    lenders = [lender.stage(round.number, name) for lender in round.lenders if not _of_other_queries(round, name, lender)]
     borrow(stage, lenders)
     if adopt(stage, lenders, origin.fingerprint):
         log.info("%s: the same as in an earlier run, taken over", name)
         return _not_empty(stage, sealed(stage))
+    if (share := round.recipe.queries.share) is not None and share.number > 1 and name != PREFERENCES:
+        raise ValueError(_not_lent(share, lenders, origin))
     with elapsed(stage.path) as taken, stage.journal() as journal:
         contents = make(Work(stage=stage, journal=journal, origin=origin))
         manifest = stage.seal(origin, contents, taken=taken)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items())
     log.info("%s: kept %s of %s%s", name, f"{manifest.kept:,}", f"{manifest.wanted:,}", f" ({reasons})" if reasons else "")
     return _not_empty(stage, manifest)
+
+
+def _of_other_queries(round: Round, name: str, lender: RunFolder) -> bool:
+    """Whether a lender is another shard of the same queries: of their pairs it has none, and may just be sampling."""
+    mine = round.recipe.queries.share
+    if name != PREFERENCES or mine is None:
+        return False
+    theirs = load(lender.path / "recipe.yaml").queries.share
+    return theirs is not None and theirs.of == mine.of and theirs.number != mine.number
+
+
+def _not_lent(share: Share, lenders: Sequence[Stage], origin: Origin) -> str:
+    """Why a shard does not go on: a generator of its own would answer as no other shard's does."""
+    said: list[str] = []
+    for lender in lenders:
+        manifest = lender.manifest()
+        if manifest is None:
+            said.append(f"{lender.path} is not sealed")
+        else:
+            said.append(f"{lender.path} is of other settings: {differences(manifest.origin, origin)}")
+    return (
+        f"queries.shard: {share.number}/{share.of} takes all that comes before its pairs over, so that one generator makes"
+        f" those of all shards. {'; '.join(said) or 'No run was named with --borrow'}. Borrow the run of shard 1/{share.of},"
+        " with the same recipe, once its generator is sealed (selfsteer status RUN)."
+    )
+
+
+def differences(before: Origin, after: Origin) -> str:
+    """In which settings and inputs two origins differ, in words."""
+    old, new = (json.loads(canonical_json(each.settings)) for each in (before, after))
+    names = sorted(before.inputs.keys() | after.inputs.keys())
+    inputs = (f"another {name}" for name in names if before.inputs.get(name) != after.inputs.get(name))
+    return ", ".join([*map(str, changes(old, new)), *inputs])
 
 
 TOO_LONG = "too long for the model"

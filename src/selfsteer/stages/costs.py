@@ -1,18 +1,19 @@
 """What a round will take, stage by stage: samples, tokens, memory, disk, time. Pure arithmetic over counts and rates.
 
-Everything is of one round; a run of several takes it as many times (`run_disk` alone adds up what stays). Memory is what the
-weights, the optimizer, the cache and the activations take; the libraries themselves add about a gigabyte. Left out on
-purpose: how counts and rates are found (`plan.py`), what this machine has (`essentials.py`), and judges, benchmarks and
-stage 4-gain, which are counted as far as they ask something and not timed.
+Everything is of one round; a run of several takes it as many times (`run_disk` alone adds up what stays). Of a shard's run
+its share is counted, and what it takes over is no work. Memory is what the weights, the optimizer, the cache and the
+activations take; the libraries themselves add about a gigabyte. Left out on purpose: how counts and rates are found
+(`plan.py`), what this machine has (`essentials.py`), and judges, benchmarks and stage 4-gain, which are counted as far as
+they ask something and not timed.
 """
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
-from selfsteer.recipe.sections import Alignment, Generator, Recipe
+from selfsteer.recipe.sections import Alignment, Generator, Recipe, Share
 from selfsteer.stages.headroom import QUERIES as HEADROOM_QUERIES
-from selfsteer.stages.status import GAIN, HEADROOM, PASSES, QUALITY, SELECTION, method_of, stage_names
+from selfsteer.stages.status import GAIN, HEADROOM, PASSES, PREFERENCES, QUALITY, SELECTION, method_of, stage_names
 from selfsteer.training.checkpoints import KEPT
 from selfsteer.training.displacement import LARGEST, schedule
 from selfsteer.training.trainer import margin_queries, reward_queries
@@ -94,10 +95,13 @@ class StageCost(TypedDict):
 def stage_costs(recipe: Recipe, counts: Counts, size: Size, rates: Rates, *, half: bool) -> list[StageCost]:
     """The stages of a round, in order. half: whether matrix products run in half precision."""
     found: list[StageCost] = []
+    share = recipe.queries.share or Share(1, 1)
     for name in stage_names(recipe, method_of(recipe)):
-        work = _work(recipe, counts, name)
+        lent = share.number > 1 and name != PREFERENCES
+        work = _Work() if lent else _work(recipe, counts, name)
         section = recipe.alignment if name == "6-policy" else recipe.generator
-        training = name.startswith("4-generator") or name == "6-policy"
+        model = name.startswith("4-generator") or name == "6-policy"
+        training = model and not lent
         memory = 0
         if training:
             memory = training_memory(recipe, counts, size, half=half)
@@ -115,7 +119,7 @@ def stage_costs(recipe: Recipe, counts: Counts, size: Size, rates: Rates, *, hal
                 scored=round(scored),
                 trained=round(trained),
                 memory=memory,
-                disk=model_disk(recipe, size) if training else _BYTES_A_SAMPLE * work.samples,
+                disk=model_disk(recipe, size) if model else _BYTES_A_SAMPLE * work.samples,
                 passing_disk=checkpoints_disk(size) if training else 0,
                 seconds=_seconds(work, counts, scored, trained, rates, timed=name not in (GAIN, QUALITY)),
             )
@@ -170,9 +174,11 @@ def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
         return _Work(scored=min(learned, HEADROOM_QUERIES) * (bare + 3 * answer))
     if name.startswith("4-generator"):
         return _Work(queries=learned, each=lesson)
-    if name == "5-preferences":
+    if name == PREFERENCES:
         own = recipe.generator.kind == "none"
-        more = (recipe.selection.samples - 1) * max(0, n - recipe.queries.holdout)
+        share = recipe.queries.share or Share(1, 1)
+        n = len(share.places(n))
+        more = (recipe.selection.samples - 1) * max(0, n - recipe.queries.holdout // share.of)
         return _Work(samples=0 if own else 2 * (n + more), scored=(n + more) * pair)
     if name == SELECTION:
         return _Work(scored=n * pair if recipe.selection.by == "generator" else 0)

@@ -96,7 +96,9 @@ def existing(path: Path) -> Path:
 
 
 def unsealed_trainings(recipe: Recipe) -> list[str]:
-    """The training stages of a run that are still to be made, as round-N/STAGE."""
+    """The training stages of a run that are still to be made, as round-N/STAGE; shard 1 alone trains the generator."""
+    if recipe.queries.share is not None and recipe.queries.share.number > 1:
+        return []
     names = [name for name in stage_names(recipe, method_of(recipe)) if name.startswith("4-generator") or name == "6-policy"]
     places = [f"round-{number}/{name}" for number in range(1, recipe.rounds + 1) for name in names]
     return [place for place in places if Stage(Path(recipe.output) / place).manifest() is None]

@@ -19,6 +19,7 @@ from selfsteer.models import positions_of
 from selfsteer.pairs import alignment_pair, item_key, pair_reject_reason, special_token_reason, usable
 from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe.engines import sampling_identity
+from selfsteer.recipe.sections import Share
 from selfsteer.records import Dropped, Message, Pair, Responses
 from selfsteer.stages.base import (
     TOO_LONG,
@@ -66,6 +67,8 @@ def preferences_stage(
         settings["only"] = recipe.queries.holdout
     if recipe.selection.samples > 1:
         settings["samples"] = [recipe.selection.samples, recipe.queries.holdout]
+    if recipe.queries.shard is not None:
+        settings[SHARD] = recipe.queries.shard
     if generators is None or steering is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
         return make_stage(round, PREFERENCES, origin, lambda work: _own_preferences(round, work, responses))
@@ -75,13 +78,24 @@ def preferences_stage(
     origin = Origin(settings=settings, inputs=inputs)
 
     def make(work: Work) -> Contents:
-        measures = taking(
-            pairs=lambda: measured(work.stage.written()),
-            comparison=lambda: _compared(work.stage.written(), steering, held_out(round)),
+        spared = held_out(round)
+        return replace(
+            _preferences(round, work, principles, generators), measures=pair_measures(work.stage, steering, spared)
         )
-        return replace(_preferences(round, work, principles, generators), measures=measures)
 
     return make_stage(round, PREFERENCES, origin, make)
+
+
+SHARD = "shard"
+"""Among the settings of a stage that holds the pairs of a share of the queries."""
+
+
+def pair_measures(stage: Stage, steering: Stage, spared: frozenset[str]) -> Callable[[], dict[str, Any]]:
+    """Takes the measures of a generator's pairs once they are written, beside those of the policy.
+
+    spared: the queries held out, on which the two are compared.
+    """
+    return taking(pairs=lambda: measured(stage.written()), comparison=lambda: _compared(stage.written(), steering, spared))
 
 
 def _compared(rows: Iterable[dict[str, Any]], steering: Stage, spared: frozenset[str]) -> Comparison:
@@ -102,12 +116,17 @@ def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
 def _preferences(round: Round, work: Work, principles: Stage, generators: Generators) -> Contents:
     spared, samples = held_out(round), round.recipe.selection.samples
     wanted_ids = spared if round.held_out_only else None
-    total = kept(principles) + (samples - 1) * (kept(principles) - len(spared)) if wanted_ids is None else len(wanted_ids)
+    share = round.recipe.queries.share or Share(1, 1)
+    places = share.places(kept(principles))
+    once = len(spared)
+    if spared and share.of > 1:
+        once = len(spared.intersection(principles.column("query_id")[places.start :: places.step]))
+    total = samples * len(places) - (samples - 1) * once if wanted_ids is None else len(wanted_ids)
     groups, drawn = samplers(round, generators), round.recipe.of_pairs
 
     def wanted() -> Iterator[tuple[dict[str, Any], int]]:
         """A query and the number of the sample; held-out ones are answered once."""
-        for row in principles.rows():
+        for row in principles.picked(places) if share.of > 1 else principles.rows():
             if wanted_ids is None or row["query_id"] in wanted_ids:
                 yield from ((row, number) for number in range(1 if row["query_id"] in spared else samples))
 

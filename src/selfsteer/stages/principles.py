@@ -31,7 +31,7 @@ from selfsteer.recipe.engines import context_limit, sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.recipe.shipped import located
 from selfsteer.records import Checkpoint, Dropped, Message, Principles, Query
-from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, make_stage, share_of_round
+from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, kept, make_stage, share_of_round
 from selfsteer.store import columns
 from selfsteer.store.durable import digest, file_digest, read_small_text, regular_file
 from selfsteer.store.folder import Contents, Origin, Stage
@@ -333,7 +333,7 @@ def principles_stage(round: Round) -> Stage:
     if section.path is not None:
         inputs["principles"] = file_digest(Path(located(section.path)))
     settings = {
-        "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds"}),
+        "queries": round.recipe.queries.model_dump(exclude={"path", "holdout", "split_rounds", "shard"}),
         "principles": section.model_dump(exclude={"path", "engine", "limit", "wrap", *_OF_WRITER}),
         **{key: value for key in _OF_WRITER if (value := getattr(section, key))},
         "wrap": wrapping(section),
@@ -348,7 +348,12 @@ def principles_stage(round: Round) -> Stage:
         settings["longest_prompt"] = longest
     if _splits(round.recipe):
         settings["split"] = {"rounds": round.recipe.rounds, "holdout": round.recipe.queries.holdout}
-    return make_stage(round, "1-principles", Origin(settings=settings, inputs=inputs), lambda work: _principles(round, work))
+    origin = Origin(settings=settings, inputs=inputs)
+    stage = make_stage(round, "1-principles", origin, lambda work: _principles(round, work))
+    share = round.recipe.queries.share
+    if share is not None and share.of > kept(stage):
+        raise ValueError(f"queries.shard: {share.of} shards of {kept(stage):,} queries; take fewer.")
+    return stage
 
 
 def _principles(round: Round, work: Work) -> Contents:

@@ -57,10 +57,15 @@ def by_checks(recipe: Recipe, *, principles: bool = True) -> bool:
 
 
 def stage_names(recipe: Recipe, method: Method, *, aligned: bool = True) -> tuple[str, ...]:
-    """The stages of a round, in order. aligned: False for a round that makes its data and aligns no policy on it."""
+    """The stages of a round, in order. aligned: False for a round that makes its data and aligns no policy on it.
+
+    Those of a shard end with its pairs: what is measured and decided is of all shards together.
+    """
     *made, policy = STAGES[method]
     if "3-steering" in made and recipe.generator.uses_original:
         made.insert(made.index("3-steering") + 1, HEADROOM)
+    if recipe.queries.shard is not None:
+        return tuple(made)
     if recipe.measures_gain and method != "given":
         made.insert(made.index(PREFERENCES), GAIN)
     judged = [QUALITY] if is_judged(recipe, principles=method != "given") else []
@@ -106,7 +111,11 @@ def status(path: Path) -> Status:
         stages += found
     following = next((each for each in stages if each["state"] != "sealed"), None)
     if following is None:
-        return Status(run=str(path), stages=stages, next="nothing: the run is complete")
+        said = "the run is complete"
+        if recipe.queries.share is not None:
+            number, of = recipe.queries.share
+            said = f"shard {number} of {of} is made; when all are: selfsteer merge RUN... --output RUN"
+        return Status(run=str(path), stages=stages, next=f"nothing: {said}")
     verb = "continue" if following["state"] == "partial" else "begin"
     return Status(run=str(path), stages=stages, next=f"{verb} round {following['round']}, {following['name']}")
 

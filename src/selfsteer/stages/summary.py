@@ -89,6 +89,8 @@ def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) ->
             for name, value in with_what["hardware"].items()
         ),
     )
+    if recipe.queries.shard is not None:
+        facts["shard"] = recipe.queries.shard
     pairs = SELECTION if "selected" in rounds[-1] else PREFERENCES
     if pairs in rounds[-1].get("stages", {}):
         facts["pairs"] = str(folder.stage(len(rounds), pairs).path / "data.parquet")
@@ -107,7 +109,8 @@ def round_metrics(folder: RunFolder, recipe: Recipe, method: Method, *, unaligne
         if rounds:
             found["drift"] = drift(rounds[-1], found)
         if gates:
-            held = gates if PREFERENCES in names else [gate for gate in gates if before_generator(gate)]
+            whole = PREFERENCES in names and recipe.queries.shard is None
+            held = gates if whole else [gate for gate in gates if before_generator(gate)]
             found["gates"] = evaluate(held, found, number=number)
         if stops and rounds:
             found["stop_when"] = evaluate(stops, found, number=number)

@@ -204,6 +204,11 @@ class Manifest:
         """One digest of all outputs, for the `inputs` of later stages."""
         return digest(self.outputs)
 
+    @property
+    def origin(self) -> Origin:
+        """What it was made from."""
+        return Origin(settings=self.settings, inputs=self.inputs)
+
 
 class RunFolder:
     """The folder of one run; `with` makes this process its owner and creates it."""
@@ -483,11 +488,14 @@ def lenders(paths: Iterable[Path]) -> tuple[RunFolder, ...]:
 
 
 def began(path: Path) -> str | None:
-    """The day (UTC) on which the run in a folder began, or the first one of those below it; None where there is none."""
+    """The day of the run in a folder, or the first one of those below it; None where there is none.
+
+    That on which it began (UTC), or which it was told (`date` of its first session).
+    """
     days: list[str] = []
     for folder in (path, *path.glob("*")):
         if (folder / "run.json").is_file():
-            days += [str(session.get("started"))[:10] for session in RunFolder(folder).sessions()[:1]]
+            days += [str(session.get("date", session.get("started")))[:10] for session in RunFolder(folder).sessions()[:1]]
     return min(filter(_DAY.fullmatch, days), default=None)
 
 
@@ -595,11 +603,15 @@ def adopt(stage: Stage, lenders: Iterable[Stage], fingerprint: str) -> bool:
 def borrow(stage: Stage, lenders: Iterable[Stage]) -> None:
     """Put the samples of lenders among the stage's own: those that they made, and those that were lent to them."""
     for lender in lenders:
-        run = lender.path.parent.parent.name
-        for part in sorted((lender.path / _PARTS).glob("*main-*.jsonl")):
-            own = stage.path / _PARTS / (f"{run}-{part.name}" if part.name.startswith("main-") else part.name)
-            if not own.exists():
-                _link(part, own)
+        lend(lender, stage, lender.path.parent.parent.name)
+
+
+def lend(lender: Stage, stage: Stage, name: str) -> None:
+    """The samples of one lender; those that it made itself go by `name` there."""
+    for part in sorted((lender.path / _PARTS).glob("*main-*.jsonl")):
+        own = stage.path / _PARTS / (f"{name}-{part.name}" if part.name.startswith("main-") else part.name)
+        if not own.exists():
+            _link(part, own)
 
 
 def _link(source: Path, target: Path) -> None:
