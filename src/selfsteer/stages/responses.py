@@ -57,7 +57,7 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
         "round": round.number,
     }
     if round.recipe.queries.holdout and generator.kind != "none":
-        settings["holdout"] = [round.recipe.queries.holdout, round.recipe.of_pairs.model_dump()]
+        settings["held out"] = round.recipe.queries.holdout
     elif round.held_out_only:
         settings["only"] = round.recipe.queries.holdout
     if aside := set_aside(round):
@@ -83,7 +83,7 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
 
     spared = frozenset() if generator.kind == "none" else held_out(round)
     own = [
-        (row, requests_of(round, pair, row, round.recipe.of_pairs, stage=RESPONSES))
+        (row, requests_of(round, pair, row, _steered(round.recipe), stage=RESPONSES))
         for row in principles.rows()
         if row["query_id"] in spared
     ]
