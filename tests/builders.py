@@ -114,7 +114,7 @@ CHILDREN = """
 import gc, json, os, signal, sys, traceback
 from pathlib import Path
 import torch, transformers, datasets, peft, pyarrow.parquet, selfsteer
-from selfsteer import cli, merge, pipeline, report
+from selfsteer import cli, merge, pipeline, reports
 gc.freeze()
 
 def child(recipe, moment):

@@ -10,9 +10,9 @@ import pytest
 from conftest import QUERIES
 from tiny import CHAT_TEMPLATE
 
-from selfsteer import compare, run
+from selfsteer import comparing, run
 from selfsteer.recipe.sections import Recipe
-from selfsteer.report.comparison import ComparisonResult, write_comparison, write_comparison_page
+from selfsteer.reports.comparison import ComparisonResult, write_comparison, write_comparison_page
 
 RecipeOf = Callable[..., dict[str, Any]]
 ARMS = ["pbaa", "rlcd", "weak_principles", "ipo", "given"]
@@ -47,7 +47,7 @@ def recipe(recipe_of: RecipeOf, tiny_folder: str, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def result(recipe: Recipe) -> ComparisonResult:
-    return compare.compare(recipe, ARMS, [0])
+    return comparing.compare(recipe, ARMS, [0])
 
 
 def test_every_arm_is_measured_and_aligned(recipe: Recipe, result: ComparisonResult):
@@ -114,7 +114,7 @@ def test_another_chat_template_of_the_judge_decides_wins_anew(recipe: Recipe, re
     answered = {json.loads(line)["key"] for part in parts for line in part.read_text().splitlines()}
     assert recipe.judge.chat_template is not None
     Path(recipe.judge.chat_template).write_text("Hello." + CHAT_TEMPLATE)
-    compare.compare(recipe, ["pbaa", "rlcd"], [0])
+    comparing.compare(recipe, ["pbaa", "rlcd"], [0])
     after = {stage: manifest(Path(recipe.output), "rlcd", stage) for stage in before}
     assert after["6-policy"] == before["6-policy"]
     assert after["7-answers"]["inputs"] != before["7-answers"]["inputs"]
@@ -130,7 +130,7 @@ def controls(recipe_of: RecipeOf, tmp_path_factory: pytest.TempPathFactory) -> t
     folder = tmp_path_factory.mktemp("controls") / "all"
     changes = {"queries.holdout": 2, "generator.max_steps": 1, "generator.batch_size": 8, "compare.cooler": 0.3}
     recipe = Recipe.model_validate(recipe_of(folder, changes))
-    return folder, compare.compare(recipe, ["pbaa", "sso", "sft_only", "cooler"], [0])
+    return folder, comparing.compare(recipe, ["pbaa", "sso", "sft_only", "cooler"], [0])
 
 
 def test_sft_only_trains_on_the_chosen_responses_alone(controls: tuple[Path, ComparisonResult]):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import QUERIES
 
-from selfsteer import compare
-from selfsteer.compare import ARMS, ArmRun, arm_recipe, check_arms, query_values, summarize
+from selfsteer import comparing
+from selfsteer.comparing import ARMS, ArmRun, arm_recipe, check_arms, query_values, summarize
 from selfsteer.measures.metrics import RoundMetrics
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.recipe.sections import Recipe
@@ -155,7 +155,7 @@ def test_arms_share_what_they_have_in_common(recipe_of: RecipeOf, tmp_path: Path
         "judge": {"kind": "llm", "model": tiny_folder},
     }
     recipe = Recipe.model_validate(recipe_of(folder, changes))
-    result = compare.compare(recipe, ["base", "pbaa", "sso", "dual"], [0])
+    result = comparing.compare(recipe, ["base", "pbaa", "sso", "dual"], [0])
     trained = len(QUERIES) - 2
     assert len(keys(folder, "pbaa", "2-responses")) == 2 * len(QUERIES) + 2, "and y_o of the held-out ones, unrelated"
     assert len(keys(folder, "sso", "2-responses")) == trained, "y_o alone: y+ and y- are pbaa's"
@@ -172,14 +172,14 @@ def test_arms_share_what_they_have_in_common(recipe_of: RecipeOf, tmp_path: Path
     assert json.loads((folder / "comparison.json").read_text())["arms"].keys() == result["arms"].keys()
     assert "| dual |" in (folder / "comparison.md").read_text()
     before = sorted((file, file.stat().st_mtime_ns) for file in folder.glob("*/round-1/*/MANIFEST.json"))
-    compare.compare(recipe, ["pbaa", "sso", "dual"], [0])
+    comparing.compare(recipe, ["pbaa", "sso", "dual"], [0])
     assert before == sorted((file, file.stat().st_mtime_ns) for file in folder.glob("*/round-1/*/MANIFEST.json"))
 
 
 def test_without_alignment_pairs_are_made_for_the_held_out_queries_alone(recipe_of: RecipeOf, tmp_path: Path):
     folder = tmp_path / "all"
     recipe = Recipe.model_validate(recipe_of(folder, {"queries.holdout": 2, "generator.max_steps": 1}))
-    compare.compare(recipe, ["pbaa", "sso"], [0])
+    comparing.compare(recipe, ["pbaa", "sso"], [0])
     for arm in ("pbaa", "sso"):
         assert json.loads((folder / f"{arm}-seed0/round-1/5-preferences/MANIFEST.json").read_text())["wanted"] == 2
     assert len(keys(folder, "pbaa", "2-responses")) == 2 * 2

@@ -16,15 +16,15 @@ FLOORS = (
     {"pairs"},
     {"judges", "evaluations"},
     {"stages"},
-    {"report"},
+    {"reports"},
     {"pipeline"},
-    {"compare", "given", "merge", "evaluate", "rewards", "doctor", "plan", "first_recipe", "chat"},
+    {"comparing", "given", "merge", "evaluating", "rewards", "doctor", "plan", "first_recipe", "chat"},
     {"cli", "__init__"},
     {"__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 ROOMS = {  # foreign libraries that live in few rooms
-    "matplotlib": ("report/plots",),
+    "matplotlib": ("reports/plots",),
     "ray": ("cluster", "engines/ray", "training/launch"),
     "pyarrow": ("store/", "data/", "training/trainer", "stages/quality"),
 }

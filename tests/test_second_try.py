@@ -13,7 +13,7 @@ from builders import children, manifest, rows, run, samples
 from tiny import tiny_model_dir
 
 import selfsteer
-from selfsteer.compare import compare
+from selfsteer.comparing import compare
 from selfsteer.given import train_pairs
 from selfsteer.recipe.sections import Recipe
 from selfsteer.store.folder import WouldReplace

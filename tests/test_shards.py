@@ -18,7 +18,7 @@ from selfsteer.cli import app
 from selfsteer.given import train_pairs
 from selfsteer.merge import in_order, merge
 from selfsteer.recipe.sections import Recipe, Share
-from selfsteer.report.verdict import verdict
+from selfsteer.reports.verdict import verdict
 from selfsteer.stages.costs import Counts, Lengths, Rates, Size, stage_costs
 from selfsteer.stages.status import status
 from selfsteer.store.folder import RunFolder
@@ -238,7 +238,7 @@ def test_more_shards_than_queries_are_refused(recipe_of: RecipeOf, changes: dict
 
 
 def test_only_a_run_is_split(recipe_of: RecipeOf, tmp_path: Path, given: Path):
-    from selfsteer.compare import compare
+    from selfsteer.comparing import compare
 
     recipe = Recipe.model_validate(recipe_of(tmp_path / "run", {"queries.shard": "1/3"}))
     with pytest.raises(ValueError, match=r"queries.shard: a comparison is not split"):

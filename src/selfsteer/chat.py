@@ -16,7 +16,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import EngineSection
 from selfsteer.recipe.sections import Policy, Sampled
 from selfsteer.records import Message
-from selfsteer.report.tables import read_metrics
+from selfsteer.reports.tables import read_metrics
 from selfsteer.runtime import raise_if_stopped
 
 

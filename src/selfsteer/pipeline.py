@@ -26,10 +26,10 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.gates import before_generator, parse
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.records import Checkpoint, Query
-from selfsteer.report.card import CardFacts, judged, write_model_card
-from selfsteer.report.page import write_page
-from selfsteer.report.reading import reading_of
-from selfsteer.report.tables import cell, gates_table, table_text, write_metrics
+from selfsteer.reports.card import CardFacts, judged, write_model_card
+from selfsteer.reports.page import write_page
+from selfsteer.reports.reading import reading_of
+from selfsteer.reports.tables import cell, gates_table, table_text, write_metrics
 from selfsteer.stages import summary
 from selfsteer.stages.base import Round, read_measures
 from selfsteer.stages.essentials import check_essentials

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.sampling import Sampler, kept_open
-from selfsteer.evaluate import compare_answers, evaluate_models, read_engine
+from selfsteer.evaluating import compare_answers, evaluate_models, read_engine
 from selfsteer.evaluations.asking import Asked, Choices
 from selfsteer.evaluations.evaluate import answering, ask_with, score_with
 from selfsteer.recipe.engines import TransformersSection

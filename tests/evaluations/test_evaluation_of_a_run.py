@@ -10,7 +10,7 @@ import pytest
 from selfsteer import pipeline
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Completion, Request
-from selfsteer.evaluate import evaluate_models
+from selfsteer.evaluating import evaluate_models
 from selfsteer.recipe.engines import TransformersSection
 from selfsteer.recipe.sections import EvaluationSection, Policy, Recipe
 

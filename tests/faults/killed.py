@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from faults.scripted import IN_FLIGHT, ScriptedEngine, calls
 from selfsteer import cli, pipeline
 from selfsteer.engines import open as opening
-from selfsteer.report import tables
+from selfsteer.reports import tables
 from selfsteer.store.folder import Stage
 from selfsteer.store.journal import _DURABLE_EVERY
 

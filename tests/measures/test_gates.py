@@ -8,7 +8,7 @@ from selfsteer.measures.gates import difference, drift, evaluate
 from selfsteer.measures.metrics import GateResult, RoundMetrics, find
 from selfsteer.pipeline import GateFailed, complaint, require
 from selfsteer.recipe.gates import MEASURES, parse
-from selfsteer.report.tables import tables, write_metrics
+from selfsteer.reports.tables import tables, write_metrics
 
 
 def share(mean: float, width: float = 0.05, n: int = 100) -> Estimate:

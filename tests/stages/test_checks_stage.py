@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import selfsteer
-from selfsteer import compare
+from selfsteer import comparing
 from selfsteer.given import train_pairs
 from selfsteer.recipe.sections import Recipe, load
 
@@ -302,7 +302,7 @@ def test_a_comparison_shows_each_arms_held_out_answers(tmp_path: Path, recipe_of
         "compare.align": True,
     }
     recipe = Recipe.model_validate(recipe_of(tmp_path / "all", checked(files, **changes)))
-    arms = compare.compare(recipe, ["pbaa", "sso", "rlcd"], [0])["arms"]
+    arms = comparing.compare(recipe, ["pbaa", "sso", "rlcd"], [0])["arms"]
     assert arms["pbaa"]["measures"]["passes_before"] == arms["sso"]["measures"]["passes_before"]
     assert arms["sso"]["difference"]["passes_after"].n == 4
     assert arms["sso"]["measures"]["accuracy"].n > 0

@@ -96,13 +96,13 @@ def run(
     with graceful_stop():
         from selfsteer import pipeline
         from selfsteer.models import wait_for_device
-        from selfsteer.report.verdict import print_verdict
+        from selfsteer.reports.verdict import print_verdict
 
         with clock.exact(wait_for_device) if profile else nullcontext():
             found = pipeline.run(resolved, replace=replace, borrow=borrow or ())
         print_verdict(found)
         if profile:
-            from selfsteer.report.tables import print_costs
+            from selfsteer.reports.tables import print_costs
 
             print_costs(found, session=time.monotonic() - started)
 
@@ -183,7 +183,7 @@ def view(
     """Serve the page of a run on this machine alone, and while it goes on how far it is; ^C ends it."""
     import time
 
-    from selfsteer.report.view import viewing
+    from selfsteer.reports.view import viewing
 
     with graceful_stop(), viewing(run, port) as address:
         typer.echo(f"{address}  (^C ends it)")
@@ -197,7 +197,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, json: Json = None) -> 
     resolved = _there(_read(recipe, overrides))
     with graceful_stop():
         from selfsteer import plan as planning
-        from selfsteer.report.tables import print_plan
+        from selfsteer.reports.tables import print_plan
 
         found = planning.plan(resolved)
         tell(found, json, lambda: print_plan(found))
@@ -239,7 +239,7 @@ def train(
     check_recipe(resolved, queries=False)
     with graceful_stop():
         from selfsteer.given import train_pairs
-        from selfsteer.report.verdict import print_verdict
+        from selfsteer.reports.verdict import print_verdict
 
         print_verdict(train_pairs(pairs, resolved, replace=replace, borrow=borrow or ()))
 
@@ -257,9 +257,9 @@ def compare(
     resolved = _there(_read(recipe, overrides))
     numbers = [resolved.seed] if seeds is None else [_seed(text) for text in seeds.split(",")]
     with graceful_stop():
-        from selfsteer import compare as comparing
-        from selfsteer.report.comparison import comparison_tables
-        from selfsteer.report.tables import table_text
+        from selfsteer import comparing
+        from selfsteer.reports.comparison import comparison_tables
+        from selfsteer.reports.tables import table_text
 
         result = comparing.compare(
             resolved, [name.strip() for name in arms.split(",")], numbers, replace=replace, borrow=borrow or ()
@@ -283,19 +283,19 @@ def print_report(
     if (folder / "comparison.json").exists():
         if figures is not None:
             raise ValueError(f"--figures: {folder} is a comparison; name the folder of one of its runs")
-        from selfsteer.report.comparison import write_comparison_page
+        from selfsteer.reports.comparison import write_comparison_page
 
         write_comparison_page(folder)
         typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
         return
-    from selfsteer.report.tables import read_metrics
-    from selfsteer.report.verdict import print_run
+    from selfsteer.reports.tables import read_metrics
+    from selfsteer.reports.verdict import print_run
 
     metrics = read_metrics(folder)
     if figures is None:
         print_run(metrics)
         return
-    from selfsteer.report.page import write_run_figures
+    from selfsteer.reports.page import write_run_figures
 
     for path in write_run_figures(metrics, figures):
         typer.echo(path)
@@ -326,7 +326,7 @@ def chat(
     """Ask a model, or two of them the same thing side by side; /new begins again, the end of the input ends it."""
     with graceful_stop():
         from selfsteer import chat as chatting
-        from selfsteer.evaluate import read_engine
+        from selfsteer.evaluating import read_engine
         from selfsteer.recipe.sections import Policy, Sampled
 
         arguments = read_template_arguments(template_arguments)

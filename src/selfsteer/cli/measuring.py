@@ -53,7 +53,7 @@ def measure(
     check_pairs([pairs], {"--policy": policy, "--judge": judge})
     with graceful_stop():
         from selfsteer.given import measure_pairs
-        from selfsteer.report.tables import print_measures
+        from selfsteer.reports.tables import print_measures
 
         found = measure_pairs(pairs, policy, judge, read_template_arguments(template_arguments))
         tell(found, json, lambda: print_measures(found))
@@ -101,9 +101,9 @@ def evaluate(
     if annotations is None:
         check_pairs([], {"MODEL": model, "--before": before, "--judge": judge})
     with graceful_stop():
-        from selfsteer import evaluate as evaluating
+        from selfsteer import evaluating
         from selfsteer.recipe.sections import EvaluationSection, Policy
-        from selfsteer.report.tables import print_annotated, print_evaluation
+        from selfsteer.reports.tables import print_annotated, print_evaluation
 
         if annotations is not None:
             if tasks or before or judge:
@@ -156,9 +156,9 @@ def compare_answers(
     check_pairs([], {"A": a, "B": b, "--judge": judge})
     check_source(queries, "--queries")
     with graceful_stop():
-        from selfsteer import evaluate as evaluating
+        from selfsteer import evaluating
         from selfsteer.recipe.sections import Policy, Queries, Sampled
-        from selfsteer.report.tables import print_evaluation
+        from selfsteer.reports.tables import print_evaluation
 
         arguments = read_template_arguments(template_arguments)
         found = evaluating.compare_answers(
@@ -201,7 +201,7 @@ def reward(
     check_pairs(pairs, {"--model": model})
     with graceful_stop():
         from selfsteer import rewards
-        from selfsteer.report.tables import print_judged
+        from selfsteer.reports.tables import print_judged
         from selfsteer.training.reward import RewardTraining
 
         given = [1.0] * len(pairs) if weights is None else [_weight(text) for text in weights.split(",")]
@@ -249,7 +249,7 @@ def reward_bench(
         check_source(file, "--data")
     with graceful_stop():
         from selfsteer import rewards
-        from selfsteer.report.tables import print_reward_bench
+        from selfsteer.reports.tables import print_reward_bench
 
         settings = rewards.RewardSettings(max_tokens=max_tokens, dtype=dtype)
         found = rewards.reward_bench(model, data, output, settings)

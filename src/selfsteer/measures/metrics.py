@@ -1,4 +1,4 @@
-"""The shape of metrics.json: what a run measures, and what report.py, page.py and cards.py read.
+"""The shape of metrics.json: what a run measures, and what `reports/` reads.
 
 A key whose inputs were missing is absent. On disk an `Estimate` is {"mean", "low", "high", "n"}.
 """

@@ -15,8 +15,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from selfsteer.report.page import frame, table_html
-from selfsteer.report.tables import Cell, Row, Table
+from selfsteer.reports.page import frame, table_html
+from selfsteer.reports.tables import Cell, Row, Table
 from selfsteer.runtime import duration
 from selfsteer.stages.status import Status, status
 

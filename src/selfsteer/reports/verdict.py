@@ -16,7 +16,7 @@ from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.report.tables import GENERATOR, PBAA, cell, console_of, data_sets, print_tables, result_of
+from selfsteer.reports.tables import GENERATOR, PBAA, cell, console_of, data_sets, print_tables, result_of
 from selfsteer.runtime import duration
 
 FEW_ITEMS = 30

@@ -16,7 +16,7 @@ import yaml
 from selfsteer.measures.metrics import Method, RoundMetrics
 from selfsteer.recipe.references import is_hub_id
 from selfsteer.recipe.sections import Recipe
-from selfsteer.report import tables
+from selfsteer.reports import tables
 from selfsteer.store.durable import replacing
 
 _HOW: dict[Method, str] = {

@@ -15,11 +15,11 @@ from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.metrics import Metrics
 from selfsteer.measures.quality import measure
 from selfsteer.records import Pair, Principles
-from selfsteer.report import reading
-from selfsteer.report.page import write_page
-from selfsteer.report.reading import PairSet, Reading, pick_examples
-from selfsteer.report.tables import print_measures, write_metrics
-from selfsteer.report.verdict import print_run
+from selfsteer.reports import reading
+from selfsteer.reports.page import write_page
+from selfsteer.reports.reading import PairSet, Reading, pick_examples
+from selfsteer.reports.tables import print_measures, write_metrics
+from selfsteer.reports.verdict import print_run
 from selfsteer.runtime import duration
 
 
@@ -193,7 +193,7 @@ def test_page_escapes_all_text_and_loads_nothing(tmp_path: Path):
 
 
 def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):
-    plots = pytest.importorskip("selfsteer.report.plots")
+    plots = pytest.importorskip("selfsteer.reports.plots")
     reader = page(tmp_path / "report.html", metrics(), [])
     text = (tmp_path / "report.html").read_text()
     assert reader.tags.count("svg") == 8  # two trainings, and three measures of two sets
@@ -205,8 +205,8 @@ def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):
 
 def test_page_without_matplotlib_says_how_to_get_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "selfsteer.report.plots", raising=False)
-    monkeypatch.delattr("selfsteer.report.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "selfsteer.reports.plots", raising=False)
+    monkeypatch.delattr("selfsteer.reports.plots", raising=False)
     reader = page(tmp_path / "report.html", metrics(), [])
     assert "svg" not in reader.tags
     assert "selfsteer[report]" in reader.text

@@ -10,10 +10,10 @@ from rich.console import Console
 from selfsteer.measures.checks import Outcome, Passes, check_report
 from selfsteer.measures.estimates import share_estimate
 from selfsteer.measures.metrics import Metrics, RoundMetrics
-from selfsteer.report.page import write_page
-from selfsteer.report.reading import Reading
-from selfsteer.report.tables import check_label
-from selfsteer.report.verdict import print_run
+from selfsteer.reports.page import write_page
+from selfsteer.reports.reading import Reading
+from selfsteer.reports.tables import check_label
+from selfsteer.reports.verdict import print_run
 
 SHORT = json.dumps({"name": "length_constraints:number_words", "relation": "at most", "num_words": 40})
 PLAIN = json.dumps({"name": "selfsteer:no_markdown"})

@@ -18,10 +18,10 @@ from string import Template
 from typing import Any
 
 from selfsteer.measures.metrics import Metrics, RoundMetrics
-from selfsteer.report import tables
-from selfsteer.report.reading import Entry, PairSet, Reading, SideEntry, pick_examples
-from selfsteer.report.tables import Table
-from selfsteer.report.verdict import answer_lines, headline, measure_rows, places, warnings
+from selfsteer.reports import tables
+from selfsteer.reports.reading import Entry, PairSet, Reading, SideEntry, pick_examples
+from selfsteer.reports.tables import Table
+from selfsteer.reports.verdict import answer_lines, headline, measure_rows, places, warnings
 from selfsteer.runtime import duration
 from selfsteer.store.durable import replacing
 
@@ -114,7 +114,7 @@ def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
 
 def _figure_three(this: RoundMetrics) -> str:
     try:
-        from selfsteer.report import plots
+        from selfsteer.reports import plots
     except ModuleNotFoundError:
         return NO_PLOTS
     plot = plots.figure_three(this, tables.data_sets(this))
@@ -263,7 +263,7 @@ def _funnel(metrics: Metrics) -> str:
 
 def _plots(metrics: Metrics) -> Iterator[str]:
     try:
-        from selfsteer.report import plots
+        from selfsteer.reports import plots
     except ModuleNotFoundError:
         return
     for number, this in enumerate(metrics["rounds"], 1):
@@ -276,7 +276,7 @@ def _plots(metrics: Metrics) -> Iterator[str]:
 def write_run_figures(metrics: Metrics, folder: Path) -> list[Path]:
     """The plots of the page as SVG and PNG files; returns them. Raises ValueError without matplotlib, or without a plot."""
     try:
-        from selfsteer.report import plots
+        from selfsteer.reports import plots
     except ModuleNotFoundError as error:
         raise ValueError('plots need matplotlib: pip install "selfsteer[report]"') from error
     written: list[Path] = []

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from selfsteer import cli
-from selfsteer.compare import ArmRun, summarize
+from selfsteer.comparing import ArmRun, summarize
 from selfsteer.measures.metrics import RoundMetrics
 from selfsteer.recipe.sections import Recipe
-from selfsteer.report.comparison import ComparisonResult, write_comparison, write_comparison_page
+from selfsteer.reports.comparison import ComparisonResult, write_comparison, write_comparison_page
 
 RecipeOf = Callable[..., dict[str, Any]]
 

@@ -14,8 +14,8 @@ from chromium import BINARY, Page, chromium
 from report_builders import metrics
 
 from selfsteer.records import Message, Pair, Principles, side
-from selfsteer.report.page import differences, json_text, write_page
-from selfsteer.report.reading import DroppedEntry, Entry, PairSet, Reading, entry
+from selfsteer.reports.page import differences, json_text, write_page
+from selfsteer.reports.reading import DroppedEntry, Entry, PairSet, Reading, entry
 
 HOSTILE = "</script><script>window.hacked = 1</script><!-- <img src=x onerror='hacked = 1'> \u2028 \u2029 ${x} \"'"
 QUALITIES = ("accuracy", "clarity", f"<b>{HOSTILE}")

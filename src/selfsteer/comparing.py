@@ -25,7 +25,7 @@ from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.recipe.text import Override, apply_override
 from selfsteer.records import Pair
-from selfsteer.report.comparison import (
+from selfsteer.reports.comparison import (
     BASELINE,
     GAINS,
     ArmResult,

@@ -14,7 +14,7 @@ import pytest
 from builders import run
 
 from selfsteer.recipe.sections import Recipe, dump
-from selfsteer.report.view import REFRESH, viewing
+from selfsteer.reports.view import REFRESH, viewing
 from selfsteer.store.folder import RunFolder
 
 RecipeOf = Callable[..., dict[str, Any]]

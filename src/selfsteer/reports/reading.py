@@ -20,7 +20,7 @@ from selfsteer.measures.metrics import Metrics
 from selfsteer.measures.text import words
 from selfsteer.recipe.sections import load
 from selfsteer.records import Pair, Side
-from selfsteer.report.tables import ALIGNMENT, GENERATOR, PBAA
+from selfsteer.reports.tables import ALIGNMENT, GENERATOR, PBAA
 from selfsteer.stages.base import kept
 from selfsteer.stages.quality import CHECKS, VERDICTS
 from selfsteer.stages.status import PASSES, QUALITY

@@ -6,7 +6,7 @@ import yaml
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.metrics import Method
 from selfsteer.recipe.sections import Recipe
-from selfsteer.report.card import CardFacts, judged, write_model_card
+from selfsteer.reports.card import CardFacts, judged, write_model_card
 
 JUDGE = {"kind": "reward_model", "model": "somewhere"}
 

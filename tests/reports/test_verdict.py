@@ -10,8 +10,8 @@ from rich.console import Console
 
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.metrics import GateResult, Metrics
-from selfsteer.report.tables import read_metrics, write_metrics
-from selfsteer.report.verdict import in_words, print_run, print_verdict, verdict
+from selfsteer.reports.tables import read_metrics, write_metrics
+from selfsteer.reports.verdict import in_words, print_run, print_verdict, verdict
 
 
 def estimate(mean: float, low: float | None = None, high: float | None = None, n: int = 40) -> Estimate:

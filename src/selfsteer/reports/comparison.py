@@ -1,6 +1,6 @@
 """A comparison of ways of making preference data: its shape on disk, its tables, its page.
 
-Read from comparison.json alone. Left out on purpose: running the arms (`compare.py`).
+Read from comparison.json alone. Left out on purpose: running the arms (`comparing.py`).
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any, TypedDict, cast
 from selfsteer.measures.estimates import METHOD, Estimate
 from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.report.page import NO_PLOTS, table_html, write_frame
-from selfsteer.report.tables import Cell, Row, Table, cell, markdown
+from selfsteer.reports.page import NO_PLOTS, table_html, write_frame
+from selfsteer.reports.tables import Cell, Row, Table, cell, markdown
 from selfsteer.runtime import duration
 from selfsteer.store.durable import read_json, replacing
 
@@ -307,7 +307,7 @@ def _seeds(result: ComparisonResult, measure: str) -> dict[str, list[float]]:
 
 def _plots(result: ComparisonResult) -> Iterator[str]:
     try:
-        from selfsteer.report import plots
+        from selfsteer.reports import plots
     except ModuleNotFoundError:
         yield NO_PLOTS
         return
