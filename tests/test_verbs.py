@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import selfsteer
@@ -57,7 +58,8 @@ def test_the_pairs_of_a_run_are_measured(folder: Path):
     found = selfsteer.measure(folder)
     assert found["pairs"] == metrics["alignment"]["pairs"]
     assert found["overlap"].mean == pytest.approx(metrics["alignment"]["overlap"]["mean"])
-    assert 0 < found["on_policy"]["all"].mean < 1
+    sampled = metrics["alignment"]["on_policy"]["all"]["mean"]
+    assert found["on_policy"]["all"].mean == pytest.approx(sampled, rel=0.01), "of the ids that were sampled"
 
 
 def test_pairs_are_exported_and_trained_on(folder: Path, tmp_path: Path):
@@ -67,6 +69,11 @@ def test_pairs_are_exported_and_trained_on(folder: Path, tmp_path: Path):
         folder, folder / "recipe.yaml", f"output={tmp_path / 'trained'}", "quality.principle_consistency=false"
     )
     assert trained["rounds"][0]["policy"]["steps"] == 1
+    ids = [
+        pq.read_table(each / "round-1/5-preferences/data.parquet", columns=["query_id", "chosen_ids"]).to_pylist()
+        for each in (folder, tmp_path / "trained")
+    ]
+    assert ids[0] == ids[1], "trained on what was sampled, not on what its text would be"
 
 
 def test_arms_are_compared(tmp_path: Path, recipe_of: RecipeOf):

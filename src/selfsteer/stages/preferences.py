@@ -6,6 +6,7 @@ Left out on purpose: how responses are sampled, pairs built and scored: the modu
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from selfsteer.stages.base import (
     taking,
 )
 from selfsteer.stages.responses import answers_to, note_texts, requests_of, sampler_of
-from selfsteer.stages.status import PREFERENCES
+from selfsteer.stages.status import PREFERENCES, SELECTION
 from selfsteer.stages.steering import policy_pairs
 from selfsteer.stages.training import Generators, samplers
 from selfsteer.store import columns
@@ -202,6 +203,8 @@ def _pairs(work: Work, *, wanted: int, rows: Iterator[dict[str, Any]], dropped: 
 def given_stage(round: Round, pairs: Path) -> Stage:
     """Stage 5 filled from a file: checked pairs with their reference log-probabilities under the policy."""
     settings = {"max_prompt_tokens": round.recipe.queries.max_prompt_tokens, **arithmetic(round.recipe.training)}
+    if was_sampled(pairs, round.prompts):
+        settings["ids"] = "as sampled"
     origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": source_digest(pairs)})
     return make_stage(round, PREFERENCES, origin, lambda work: _given(round, work, pairs))
 
@@ -235,11 +238,13 @@ def usable_pairs(
 ) -> Iterator[Pair | Dropped]:
     """The pairs of a file that can be tokenised as they are, and the others with the reason why not.
 
+    Of a run's own pairs, behind the prompts that they were sampled for, the ids are those that were sampled.
     positions: the most tokens that the model takes, of prompt and response together.
     Raises ValueError, naming file and row, for a malformed file.
     """
     number = 0
-    for number, row in enumerate(read_pairs(path), 1):  # noqa: B007 (counts the rows for the error below)
+    sampled = columns.file_rows(path, ["chosen_ids", "rejected_ids"]) if was_sampled(path, prompts) else repeat({})
+    for number, (row, ids) in enumerate(zip(read_pairs(path), sampled, strict=False), 1):  # noqa: B007 (counts the rows)
         if isinstance(row, Dropped):
             yield row
             continue
@@ -254,7 +259,9 @@ def usable_pairs(
             if said != bare:
                 say_once(f"{path}: responses begin with a thought; what stands behind it is taken")
             row[side] = [Message(role="assistant", content=said)]
-        pair = columns.pair(row)
+            if said != text:
+                ids = {**ids, f"{side}_ids": None}
+        pair = columns.pair({**row, **ids})
         reason = (
             drop_reason(row)
             or prompts.quarantine_reason(pair.prompt)
@@ -267,6 +274,14 @@ def usable_pairs(
         yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
     if number == 0:
         raise ValueError(f"{path}: no rows")
+
+
+def was_sampled(path: Path, prompts: Prompts) -> bool:
+    """Whether these are the pairs that a run has sealed, its prompts rendered and tokenised as these are."""
+    if path.name != "data.parquet" or path.parent.name not in (PREFERENCES, SELECTION):
+        return False
+    made = Stage(path.parent).manifest()
+    return made is not None and made.inputs.get("prompts") == prompts.digest
 
 
 def _length(pair: Pair, prompts: Prompts) -> int:
