@@ -37,9 +37,9 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for the modules that the commands call; a test sets the functions that it expects to be called."""
     fake = SimpleNamespace()
     fake.check_recipe = fake.check_pairs = fake.check_order = fake.check_source = lambda *_, **__: None
-    for name in ("pipeline", "given", "data.exchange", "data.files", "data.named", "evaluate", "rewards"):
+    for name in ("pipeline", "given", "data.exchange", "data.files", "data.named", "evaluating", "rewards"):
         monkeypatch.setitem(sys.modules, f"selfsteer.{name}", fake)
-    for name in ("pipeline", "evaluate", "rewards"):
+    for name in ("pipeline", "evaluating", "rewards"):
         monkeypatch.setattr(selfsteer, name, fake, raising=False)
     monkeypatch.setattr("selfsteer.data.exchange", fake, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
