@@ -4,7 +4,7 @@ Left out on purpose: how responses are sampled, pairs built and scored: the modu
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -96,16 +96,16 @@ def pair_measures(stage: Stage, steering: Stage, spared: frozenset[str]) -> Call
 
     spared: the queries held out, on which the two are compared.
     """
-    return taking(pairs=lambda: measured(stage.written()), comparison=lambda: _compared(stage.written(), steering, spared))
+    return taking(pairs=lambda: measured(stage.written()), comparison=lambda: _compared(stage, steering, spared))
 
 
-def _compared(rows: Iterable[dict[str, Any]], steering: Stage, spared: frozenset[str]) -> Comparison:
+def _compared(stage: Stage, steering: Stage, spared: frozenset[str]) -> Comparison:
     """The generator's pairs with those of the policy: of the held-out queries, where there are any.
 
     To those that trained it the generator has seen the policy's own answers.
     """
-    sets = ((row for row in each if not spared or row["query_id"] in spared) for each in (rows, policy_pairs(steering)))
-    found = compare(*(map(columns.pair, each) for each in sets))
+    of = spared or None
+    found = compare(map(columns.pair, stage.written(of=of)), map(columns.pair, policy_pairs(steering, of=of)))
     found["held_out"] = bool(spared)
     return found
 

@@ -196,7 +196,7 @@ def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Conte
 def _drawn(round: Round, rows: Rows) -> Rows:
     """Those that are judged."""
     ids = {row["query_id"] for row in rows()}
-    # Beside a generator the policy's own pairs are of the queries that trained it: of those none is held out.
+    # Of the steering pairs, and where nothing is held out, all are of queries that were trained on.
     drawn = draw(round, ids & held_out(round) or ids, round.recipe.quality.sample)
     return lambda: (row for row in rows() if row["query_id"] in drawn)
 

@@ -8,7 +8,7 @@ Left out on purpose: how prompts are rendered and responses sampled: the modules
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -66,6 +66,10 @@ def responses_stage(round: Round, principles: Stage) -> Stage:
     return make_stage(round, RESPONSES, origin, lambda work: _responses(round, work, principles))
 
 
+_Asked = tuple[dict[str, Any], dict[str, Request]]
+"""A row of stage 1, and what is asked about its query."""
+
+
 def _responses(round: Round, work: Work, principles: Stage) -> Contents:
     generator, aside = round.recipe.generator, set_aside(round)
     wanted_ids = None
@@ -74,28 +78,19 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
     elif round.held_out_only:
         wanted_ids = set(held_out(round))
     pair: dict[str, Checkpoint] = {"good": round.policy, "bad": round.policy}
-    models = {**pair, "original": round.policy} if generator.uses_original else pair
+    original: dict[str, Checkpoint] = {"original": round.policy}
+    models = pair | original if generator.uses_original else pair
+    spared = frozenset[str]() if generator.kind == "none" else held_out(round)
+    drawn = _steered(round.recipe)
 
-    def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
-        for row in principles.rows():
-            if wanted_ids is None or row["query_id"] in wanted_ids:
-                yield row, requests_of(round, models, row, _steered(round.recipe), stage=RESPONSES)
+    def asking(models: Mapping[str, Checkpoint], of: Collection[str] | None) -> Iterator[_Asked]:
+        return ((row, requests_of(round, models, row, drawn, stage=RESPONSES)) for row in principles.rows(of=of))
 
-    spared = frozenset() if generator.kind == "none" else held_out(round)
-    own = [
-        (row, requests_of(round, pair, row, _steered(round.recipe), stage=RESPONSES))
-        for row in principles.rows()
-        if row["query_id"] in spared
-    ]
-    bare = [
-        (row, requests_of(round, {"original": round.policy}, row, _steered(round.recipe), stage=RESPONSES))
-        for row in principles.rows()
-        if row["query_id"] in aside
-    ]
+    own, bare = list(asking(pair, spared)), list(asking(original, aside))
     total = kept(principles) if wanted_ids is None else len(wanted_ids)
     sample(
         sampler_of(round, models),
-        (item for _, requests in chain(asked(), own, bare) for item in requests.values()),
+        (item for _, requests in chain(asking(models, wanted_ids), own, bare) for item in requests.values()),
         work.journal,
         description="responses of the policy",
         total=total * len(models) + len(own) * len(pair) + len(bare),
@@ -117,7 +112,7 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
 
     def rows() -> Iterator[dict[str, Any]]:
         texts = 0
-        for row, requests in asked():
+        for row, requests in asking(models, wanted_ids):
             answers = answers_to(work.journal, row["query_id"], requests)
             if isinstance(answers, Dropped):
                 dropped.append(answers)
@@ -135,9 +130,7 @@ def _row(row: dict[str, Any], answers: Mapping[str, Response]) -> dict[str, Any]
     return {**row, "original": None} | {role: columns.response_columns(answer) for role, answer in answers.items()}
 
 
-def _answered(
-    work: Work, asked: Iterable[tuple[dict[str, Any], dict[str, Request]]]
-) -> Iterator[tuple[dict[str, Any], dict[str, Response]]]:
+def _answered(work: Work, asked: Iterable[_Asked]) -> Iterator[tuple[dict[str, Any], dict[str, Response]]]:
     """Those that were answered whole."""
     for row, requests in asked:
         found = answers_to(work.journal, row["query_id"], requests)

@@ -5,7 +5,7 @@ Left out on purpose: how pairs are built (`pairs.py`) and scored (`training/scor
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any
 
@@ -42,9 +42,9 @@ POLICY_PAIRS = "policy-pairs.parquet"
 Of the queries that train the generator, and of those held out, which the comparison is made on."""
 
 
-def policy_pairs(stage: Stage) -> Iterator[dict[str, Any]]:
-    """Their rows."""
-    return columns.file_rows(stage.path / POLICY_PAIRS)
+def policy_pairs(stage: Stage, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Their rows, or those of these queries."""
+    return columns.file_rows(stage.path / POLICY_PAIRS, of=of)
 
 
 def steering_stage(round: Round, responses: Stage) -> Stage:

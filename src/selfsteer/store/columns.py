@@ -226,6 +226,8 @@ def file_rows(
 
     of: only the rows of these queries; the others are passed over before anything is made of them.
     """
+    if of is not None and not of:
+        return
     with opened(path) as file:
         for batch in batches(path, file, columns):
             if of is not None:

@@ -446,11 +446,11 @@ class Stage:
     def rows(self, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """The rows of a sealed stage, or those of these queries, in order, a row group in memory at a time."""
         self._sealed()
-        return _read_rows(self.path, of)
+        return self.written(of=of)
 
-    def written(self) -> Iterator[dict[str, Any]]:
-        """All rows for `Contents.measures`, just before the stage is sealed."""
-        return _read_rows(self.path)
+    def written(self, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The same rows for `Contents.measures`, just before the stage is sealed."""
+        return _read_rows(self.path, of)
 
     def column(self, name: str) -> list[Any]:
         """One column of the rows of a sealed stage; nothing else is read."""
