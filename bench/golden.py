@@ -32,6 +32,7 @@ OVERRIDES = (
 )
 TIMES = (
     "seconds",
+    "memory",
     "time",
     "tokens_a_second",
     "tokens_per_second",

@@ -130,4 +130,4 @@ def test_exact_waits_at_every_end(hand: Hand):
 
 
 def test_nothing_was_taken_by_default():
-    assert Taken() == (0.0, {})
+    assert Taken() == (0.0, {}, {})

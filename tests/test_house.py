@@ -18,7 +18,7 @@ FLOORS = (
     {"stages"},
     {"reports"},
     {"pipeline"},
-    {"comparing", "given", "merge", "evaluating", "rewards", "doctor", "plan", "first_recipe", "chat"},
+    {"comparing", "given", "merge", "evaluating", "rewards", "doctor", "plan", "first_recipe", "chat", "clean"},
     {"cli", "__init__"},
     {"__main__"},
 )

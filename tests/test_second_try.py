@@ -16,7 +16,7 @@ import selfsteer
 from selfsteer.comparing import compare
 from selfsteer.given import train_pairs
 from selfsteer.recipe.sections import Recipe
-from selfsteer.store.folder import WouldReplace
+from selfsteer.store.folder import StageDamaged, WouldReplace
 
 RecipeOf = Callable[..., dict[str, Any]]
 
@@ -92,6 +92,20 @@ def test_what_costs_nothing_is_not_refused(folder: Path, recipe_of: RecipeOf):
     run(recipe_of(folder, {**SHORT, **changes}))
     run(recipe_of(folder, {**SHORT, **changes, "quality.principle_consistency": False}))
     assert manifest(folder, "6-policy") == old
+
+
+def test_a_damaged_model_that_is_trained_again_as_the_message_says_replaces_nothing(folder: Path, recipe_of: RecipeOf):
+    """The same weights come out, in other seconds: pairs and policy were made from them and stay."""
+    before = {name: manifest(folder, name) for name in ("5-preferences", "5-quality", "6-policy")}
+    weights = folder / "round-1/4-generator/model/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(StageDamaged, match=r"delete \S+4-generator/MANIFEST.json and run the same command again"):
+        run(recipe_of(folder, SHORT))
+    (folder / "round-1/4-generator/MANIFEST.json").unlink()
+    run(recipe_of(folder, SHORT))
+    assert weights.read_bytes() == whole
+    assert {name: manifest(folder, name) for name in before} == before
 
 
 def test_an_unfinished_stage_with_nothing_lost_goes_on(recipe_of: RecipeOf, tmp_path: Path):

@@ -91,7 +91,7 @@ def no_models(patch: pytest.MonkeyPatch) -> None:
 def without_times(value: Any) -> Any:
     """Metrics, less what another folder and another hour may change."""
     if isinstance(value, dict):
-        gone = {"seconds", "parts", "disk", "folder", "policy_folder", "pairs_folder", "tokens_per_second"}
+        gone = {"seconds", "parts", "memory", "disk", "folder", "policy_folder", "pairs_folder", "tokens_per_second"}
         return {key: without_times(each) for key, each in value.items() if key not in gone}
     return [without_times(each) for each in value] if isinstance(value, list) else value
 

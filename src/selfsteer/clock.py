@@ -1,4 +1,4 @@
-"""Where the seconds of this process go: named parts, each without those inside it.
+"""Where the seconds of this process go: named parts, each without those inside it; and what memory it holds at most.
 
     with part("score"): ...                      # what is loaded within it counts as "load"
     for answer in timed("sample", answers): ...  # the time that the iterator takes, not what is done with an answer
@@ -8,12 +8,15 @@ processes) is of the part in which it waits. A GPU computes behind the calls tha
 parts wait for it, which `selfsteer run --profile` asks for; without, the seconds of a part are those until Python went on.
 """
 
+import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 Part = Literal[
     "load", "render", "sample", "score", "forward", "backward", "optimizer", "measure", "checkpoint", "journal", "seal"
@@ -42,6 +45,8 @@ class Taken(NamedTuple):
 
     seconds: float = 0.0
     parts: Mapping[str, Spent] = {}
+    memory: Mapping[str, int] = {}
+    """Bytes at the peak of any session: of this process in "ram", of what it allocated on "gpu"; absent where not known."""
 
 
 @dataclass(slots=True)
@@ -115,6 +120,38 @@ def since(before: Mapping[str, Spent], earlier: Mapping[str, Spent]) -> dict[str
         if both.seconds > 0 or both.tokens > 0:
             found[name] = both
     return found
+
+
+_OF_PROCESS = Path("/proc/self")
+
+
+def begin_peaks() -> bool:
+    """Forget what memory was held before; False where this system can't, and `peaks` would tell of the whole process."""
+    if (cuda := _cuda()) is not None:
+        for device in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(device)
+    try:
+        (_OF_PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peaks() -> dict[str, int]:
+    """Bytes that this process has held at most since `begin_peaks`, as in `Taken`; without the processes it started."""
+    found: dict[str, int] = {}
+    status = _OF_PROCESS / "status"
+    if status.exists() and (kilobytes := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
+        found["ram"] = int(kilobytes[1]) * 1024
+    if (cuda := _cuda()) is not None:
+        found["gpu"] = sum(cuda.max_memory_allocated(device) for device in range(cuda.device_count()))
+    return found
+
+
+def _cuda() -> Any:
+    """torch.cuda, where this process uses it: to look must not load it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 @contextmanager

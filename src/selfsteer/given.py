@@ -25,7 +25,8 @@ from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs
 from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
-from selfsteer.stages.training import MODEL, policy_stage
+from selfsteer.stages.status import MODEL
+from selfsteer.stages.training import policy_stage
 from selfsteer.store.folder import RunFolder, lenders
 from selfsteer.store.journal import Journal
 from selfsteer.training.scoring import Group, Scorer, score_missing, scores

@@ -223,10 +223,12 @@ def in_order(ids: Iterable[str], shards: Sequence[Iterator[Item]], query_of: Cal
 
 
 def _altogether(merging: Taken, shards: Sequence[Shard]) -> Taken:
-    """What the pairs took, on all machines together."""
+    """What the pairs took, on all machines together; the memory is the most that one of them held."""
     parts: dict[str, Spent] = dict(merging.parts)
     for shard in shards:
         for name, (seconds, tokens) in shard.made.parts.items():
             before = parts.get(name, Spent())
             parts[name] = Spent(before.seconds + seconds, before.tokens + int(tokens))
-    return Taken(merging.seconds + sum(shard.made.seconds for shard in shards), parts)
+    held = [merging.memory, *(shard.made.memory for shard in shards)]
+    memory = {where: max(each.get(where, 0) for each in held) for where in {name for each in held for name in each}}
+    return Taken(merging.seconds + sum(shard.made.seconds for shard in shards), parts, memory)

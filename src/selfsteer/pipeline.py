@@ -7,11 +7,12 @@ anything is done.
 """
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from selfsteer.cluster import cluster_of
 from selfsteer.data.queries import read_queries
@@ -31,7 +32,7 @@ from selfsteer.reports.page import write_page
 from selfsteer.reports.reading import reading_of
 from selfsteer.reports.tables import cell, gates_table, table_text, write_metrics
 from selfsteer.stages import summary
-from selfsteer.stages.base import Round, read_measures
+from selfsteer.stages.base import ModelCleaned, Round, read_measures
 from selfsteer.stages.essentials import check_essentials
 from selfsteer.stages.evaluation import check_evaluation, evaluate_run
 from selfsteer.stages.gain import gain_stage
@@ -42,12 +43,14 @@ from selfsteer.stages.principles import check_writer, load_pool, principles_stag
 from selfsteer.stages.quality import quality_stage, require_checks
 from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
-from selfsteer.stages.status import method_of, record_end, stage_names
+from selfsteer.stages.status import MODEL, method_of, record_end, stage_names
 from selfsteer.stages.steering import steering_stage
-from selfsteer.stages.training import MODEL, generator_stage, model_of, policy_stage
+from selfsteer.stages.training import generator_stage, model_of, policy_stage
 from selfsteer.store.folder import RunFolder, Stage, began, lenders
 
 log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 
 def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -> Metrics:
@@ -78,6 +81,21 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
         return finish(round, method_of(recipe), ended=True)
 
 
+def training_again(make: Callable[[Round], Made]) -> Callable[[Round], Made]:
+    """What `make` makes, where it needs a model that was cleaned after that has been trained again."""
+
+    @functools.wraps(make)
+    def made(round: Round) -> Made:
+        while True:
+            try:
+                return make(round)
+            except ModelCleaned as needed:
+                needed.train_again()
+
+    return made
+
+
+@training_again
 def run_round(round: Round) -> Checkpoint | None:
     """One round of Self-Steering Optimization (arXiv 2410.17131); returns the aligned policy.
 
@@ -99,6 +117,7 @@ def run_shard(round: Round) -> Metrics:
     return metrics
 
 
+@training_again
 def make_data(round: Round) -> Candidates:
     """Steps 1 to 4 of a round: the preference pairs, judged."""
     principles = principles_stage(round)

@@ -37,6 +37,14 @@ def test_on_policy_probability_by_hand():
     assert found["all"].n == 2
 
 
+def test_log_probabilities_are_counted_a_token():
+    """-1 and -3 of chosen, -2 and -4 of rejected, over bins from -4 to -1, an eighth wide."""
+    found = measure([scored((-4, 4), (-4, 2)), scored((-3, 1), (-4, 1))])["distributions"]["log_probability"]
+    assert found["edges"] == pytest.approx([-4 + number / 8 for number in range(25)])
+    places = {side: [at for at, count in enumerate(counts) if count] for side, counts in found["counts"].items()}
+    assert places == {"chosen": [8, 23], "rejected": [0, 16]}
+
+
 def test_margins_by_hand():
     """Sums: -2 - -6 = 4 and -9 - -3 = -6, mean -1; per token: -1 - -2 = 1 and -3 - -1 = -2, mean -0.5; one of two above.
 

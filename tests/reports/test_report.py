@@ -12,9 +12,10 @@ from rich.console import Console
 
 from selfsteer.measures.displacement import displaced, displacement
 from selfsteer.measures.estimates import Estimate
+from selfsteer.measures.headroom import Answers, headroom
 from selfsteer.measures.metrics import Metrics
 from selfsteer.measures.quality import measure
-from selfsteer.records import Pair, Principles
+from selfsteer.records import Pair, Principles, Scored
 from selfsteer.reports import reading
 from selfsteer.reports.page import write_page
 from selfsteer.reports.reading import PairSet, Reading, pick_examples
@@ -201,6 +202,33 @@ def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):
     assert not set(plots.COLOURS) & set(re.findall("#[0-9a-f]{6}", text.partition("<figure>")[2]))
     identifiers = re.findall(r'<(?:clipPath|path|g) id="(\w+)"', text)
     assert identifiers
+
+
+def test_figure_one_has_what_was_before_what_came_after_and_the_unsteered_answers():
+    plots = pytest.importorskip("selfsteer.reports.plots")
+    sets = {"PBAA pairs": measure(pairs(-4.0)), "generator pairs": measure(pairs(-6.0))}
+    found = headroom([Answers(*([Scored(-9.0, 4)] for _ in range(3)))] * 5)
+    assert found is not None
+    drawn = plots.figure_one({"headroom": found}, sets)
+    assert list(drawn.panels) == list(sets)
+    assert "y_o" in drawn.caption
+    titles, limits = [], set()
+    for name, figure in drawn.panels.items():
+        (axes,) = figure.axes
+        titles.append(axes.get_title(loc="left"))
+        limits.add(axes.get_xlim())
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chosen", "rejected", "y_o"]
+        outlines = {patch.get_label(): patch.get_data() for patch in axes.patches}
+        for side in ("chosen", "rejected", "y_o"):
+            heights, edges, _ = outlines[side]
+            assert sum(heights) * (edges[1] - edges[0]) == pytest.approx(1), "whatever is counted, the area is one"
+        heights, edges, _ = outlines["chosen"]
+        assert [edges[0], edges[-1]] == sets[name]["distributions"]["log_probability"]["edges"][:: len(edges) - 1]
+    assert titles == ["before: the policy's pairs", "after: the generator's pairs"]
+    ((low, high),) = limits
+    assert low <= -9 / 4 <= high, "one scale for both, which y_o is on"
+    assert plots.figure_one({}, {"pairs": measure(pairs(-4.0))}).panels.keys() == {"pairs"}
+    assert plots.figure_one({}, {}) is None
 
 
 def test_page_without_matplotlib_says_how_to_get_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """The served page: how far a run is while it goes on, the report when it has ended, and nothing to strangers."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from builders import run
+from builders import rows, run
 
 from selfsteer.recipe.sections import Recipe, dump
-from selfsteer.reports.view import REFRESH, viewing
+from selfsteer.reports.view import REFRESH, SO_FAR, viewing
 from selfsteer.store.folder import RunFolder
 
 RecipeOf = Callable[..., dict[str, Any]]
@@ -48,6 +49,38 @@ def test_a_run_under_way_shows_its_stages_and_asks_again(under_way: Path):
     assert "4-generator" in page
     assert "waiting" in page
     assert "next: begin round 1, 1-principles" in page
+
+
+def test_what_is_sealed_can_be_read_while_the_run_goes_on(recipe_of: RecipeOf, tmp_path: Path):
+    """The policy is not aligned yet: its pairs and their measures are there, and nothing asks for them anew."""
+    folder = tmp_path / "run"
+    run(recipe_of(folder, {"generator.max_steps": 1, "alignment.max_steps": 1}))
+    (folder / "round-1/6-policy/MANIFEST.json").unlink()
+    with viewing(folder) as address:
+        _, headers, stages = get(address)
+        code, so_far, page = get(address + SO_FAR)
+    assert headers["Refresh"] == str(REFRESH), "though a report of before is there"
+    assert f'<a href="{SO_FAR}">' in stages
+    assert code == 200
+    assert "Refresh" not in so_far
+    pairs = rows(folder, "5-preferences")
+    assert f"{len(pairs)} pairs from" in page
+    assert "still under way" in page
+    assert "policy aligned" not in page
+    assert f'"id":"{pairs[0]["query_id"]}"' in page
+    assert "before: the policy" in page
+
+
+def test_with_the_first_stages_alone_there_is_a_page_as_well(recipe_of: RecipeOf, tmp_path: Path):
+    folder = tmp_path / "run"
+    run(recipe_of(folder, {"generator.max_steps": 1, "alignment.max_steps": 1}))
+    names = sorted(stage.name for stage in (folder / "round-1").iterdir() if stage.is_dir())
+    for name in reversed(names):
+        shutil.rmtree(folder / "round-1" / name)
+        with viewing(folder) as address:
+            code, _, page = get(address + SO_FAR)
+        assert code == 200, name
+        assert "still under way" in page
 
 
 def test_a_finished_run_shows_its_report(recipe_of: RecipeOf, tmp_path: Path):

@@ -569,12 +569,31 @@ def test_a_clock_adds_up(tmp_path: Path):
     with elapsed(tmp_path) as taken:
         with part("score"):
             count("score", 5)
-        seconds, parts = taken()
+        seconds, parts, _ = taken()
     assert 1000 <= seconds < 1060
     assert 600.5 <= parts["score"].seconds < 660
     assert parts["score"].tokens == 75
     assert parts["load"] == (2.0, 0)
     assert json.loads((tmp_path / "elapsed.json").read_text())["parts"]["load"] == [2.0, 0], "kept for the next session"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
+def test_the_peak_of_memory_is_of_the_work_alone_and_the_larger_of_two_sessions(tmp_path: Path):
+    held = bytearray(b"1") * 300_000_000
+    del held
+    with elapsed(tmp_path) as taken:
+        before = taken().memory["ram"]
+        held = bytearray(b"1") * 100_000_000
+        del held
+        peak = taken().memory["ram"]
+    assert 90e6 < peak - before < 250e6, "what was held before the work began is not its"
+    with elapsed(tmp_path) as taken:
+        assert taken().memory["ram"] == peak, "the earlier session held more"
+    (tmp_path / "elapsed.json").write_text('{"seconds": 1, "memory": {"ram": 1, "gpu": 7}}')
+    with elapsed(tmp_path) as taken:
+        found = taken().memory
+    assert found["gpu"] == 7
+    assert found["ram"] > 1e6
 
 
 def test_what_is_no_lock_file_is_refused(tmp_path: Path):
@@ -672,7 +691,7 @@ def test_stages_sealed_before_parts_were_timed_are_read(tmp_path: Path):
         assert sealed.parts == {"sample": [3.0, 50]}
         file = stage.path / "MANIFEST.json"
         fields = json.loads(file.read_text())
-        del fields["parts"], fields["sha256"]
+        del fields["parts"], fields["memory"], fields["cleaned"], fields["sha256"]
         file.write_text(json.dumps({**fields, "sha256": digest(fields)}))
         found = stage.verify()
-    assert (found.parts, found.seconds) == ({}, 7.0)
+    assert (found.parts, found.memory, found.cleaned, found.seconds) == ({}, {}, [], 7.0)

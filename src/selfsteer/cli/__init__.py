@@ -124,6 +124,32 @@ def merge(
         typer.echo(f"next    selfsteer run {shlex.quote(str(output / 'recipe.yaml'))}")
 
 
+@app.command(epilog=examples("clean runs/quickstart", "clean runs/quickstart --yes"))
+def clean(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or that of a comparison.", show_default=False)
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it; without, it is only listed.")] = False,
+) -> None:
+    """Delete the models of data generators that nothing loads any more; pairs, samples, measures and policies stay."""
+    from selfsteer import clean as cleaning
+
+    found = cleaning.removable(runs)
+    room = cleaning.freed(found)
+    if yes:
+        cleaning.clean(found)
+    for place, size in room.items():
+        shared = "" if size else ", shared with another run that keeps it"
+        typer.echo(f"{place}: {size / 1e6:,.1f} MB{shared}")
+    total = f"{sum(room.values()) / 1e6:,.1f} MB"
+    if not found:
+        typer.echo("nothing to delete: no generator's model that nothing loads any more")
+    elif yes:
+        typer.echo(f"{total} freed; the same commands go on, and other settings train a generator again where they need it")
+    else:
+        typer.echo(f"{total} would be freed; to delete it: selfsteer clean {shlex.join(map(str, runs))} --yes")
+
+
 @app.command(epilog=examples("show quickstart alignment.loss=ipo"))
 def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Print the resolved recipe: every setting, its description, and what differs from the default."""

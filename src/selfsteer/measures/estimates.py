@@ -8,7 +8,7 @@ independent. Means over queries and training seeds get an interval that says wha
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,9 @@ _DRAWN_AT_ONCE = 1_000_000
 
 _Z = 1.959963984540054
 
+BINS = 24
+"""Of a histogram."""
+
 METHOD = f"95% intervals: Wilson for shares, percentile bootstrap for means (normal beyond {BOOTSTRAP_ROWS:,} rows)."
 """How the intervals are made, for people."""
 
@@ -32,6 +35,20 @@ class Estimate(NamedTuple):
     low: float | None
     high: float | None
     n: int
+
+
+class Distribution(TypedDict):
+    """A histogram: `edges` has one number more than each list of counts."""
+
+    edges: list[float]
+    counts: dict[str, list[int]]
+
+
+def distribution(**sides: ArrayLike) -> Distribution:
+    """Histograms of each side's values, shape (n,), over the same BINS bins, which reach from the least to the largest."""
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(values) for values in sides.values()]), bins=BINS)
+    counts = {name: [int(count) for count in np.histogram(values, bins=edges)[0]] for name, values in sides.items()}
+    return Distribution(edges=[float(edge) for edge in edges], counts=counts)
 
 
 def mean_estimate(values: ArrayLike, *, seed: int = 0) -> Estimate | None:

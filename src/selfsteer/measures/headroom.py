@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from selfsteer.measures.estimates import Estimate, mean_estimate
+from selfsteer.measures.estimates import Estimate, distribution, mean_estimate
 from selfsteer.measures.metrics import Headroom, HeadroomAt
 from selfsteer.records import Scored
 
@@ -50,6 +50,7 @@ def headroom(queries: Sequence[Answers]) -> Headroom | None:
         rejected=_mean([each.original - each.bad for each in whole]),
         all=_mean([_above(each) for each in whole]),
         positions=[found for number in range(len(EDGES) + 1) if (found := _at(queries, number)) is not None],
+        distribution=distribution(original=[query.original[-1].mean_logps for query in queries]),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 from selfsteer.measures.checks import CheckReport
-from selfsteer.measures.estimates import Estimate
+from selfsteer.measures.estimates import Distribution, Estimate
 from selfsteer.measures.verdicts import JudgedComparison, JudgeReport
 from selfsteer.records import Saving
 
@@ -68,13 +68,6 @@ class Variety(TypedDict, total=False):
     """Share of a response's word 3-grams that it has said before, averaged over responses."""
 
 
-class Distribution(TypedDict):
-    """A histogram: `edges` has one number more than each list of counts."""
-
-    edges: list[float]
-    counts: dict[str, list[int]]
-
-
 class Measures(TypedDict, total=False):
     """What `measure` found. Keys whose inputs were missing are absent."""
 
@@ -118,7 +111,7 @@ class Measures(TypedDict, total=False):
     likelihood: JudgeReport
     """Of the policy's mean log-probability a token: what a judge has to be better than (`selfsteer measure`)."""
     distributions: dict[str, Distribution]
-    """"on_policy" and "length" (chosen, rejected), "margin" (per token)."""
+    """"log_probability" (mean over the tokens) and "length" (chosen, rejected), "margin" (per token)."""
 
 
 class Preference(TypedDict):
@@ -241,6 +234,8 @@ class Headroom(TypedDict):
     all: Estimate
     """y_o - the mean of y+ and y-: what pairs would gain if steering cost them nothing."""
     positions: list[HeadroomAt]
+    distribution: NotRequired[Distribution]
+    """Of y_o's mean log-probability a token, as "original"."""
 
 
 class Gain(TypedDict):
@@ -321,6 +316,8 @@ class StageSummary(TypedDict):
     """What of the seconds went where, as far as it is known; the rest is Python around it."""
     disk: NotRequired[int]
     """Bytes of what it sealed and of its samples."""
+    memory: NotRequired[dict[str, int]]
+    """Bytes held at the peak, as in `clock.Taken`."""
 
 
 class TrainingSummary(TypedDict, total=False):
@@ -397,6 +394,8 @@ class RunFacts(TypedDict):
     """Where the preference data is."""
     shard: NotRequired[str]
     """Of a run that made the pairs of a share of the queries alone, which: 3/8."""
+    under_way: NotRequired[bool]
+    """Not all stages are sealed yet; of the last round there is what those that are say."""
     versions: NotRequired[dict[str, str]]
     hardware: NotRequired[str]
 

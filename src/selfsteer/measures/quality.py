@@ -19,11 +19,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference, share_estimate
+from selfsteer.measures.estimates import (
+    Distribution,
+    Estimate,
+    distribution,
+    mean_estimate,
+    paired_difference,
+    share_estimate,
+)
 from selfsteer.measures.metrics import (
     Both,
     Comparison,
-    Distribution,
     ImplicitReward,
     Length,
     Margin,
@@ -54,8 +60,6 @@ NEAR_REPEAT_ROWS = 100_000
 
 WORD_BUDGET = 200_000
 """distinct-n falls as text grows, so it is taken over equally many words of both sides, at most this many."""
-
-BINS = 24
 
 
 def _numbers() -> "array[float]":
@@ -117,8 +121,8 @@ class _Scores:
 
     def add(self, chosen: Scored, rejected: Scored) -> None:
         """Take in one scored pair."""
-        self.chosen.append(math.exp(chosen.mean_logps))
-        self.rejected.append(math.exp(rejected.mean_logps))
+        self.chosen.append(chosen.mean_logps)
+        self.rejected.append(rejected.mean_logps)
         self.margin.append(chosen.logps - rejected.logps)
         self.per_token.append(chosen.mean_logps - rejected.mean_logps)
         self.length_difference.append(chosen.tokens - rejected.tokens)
@@ -170,8 +174,8 @@ def measure(pairs: Iterable[Pair]) -> Measures:
     if scores.margin:
         measures["on_policy"] = _on_policy(scores)
         measures["margin"] = _margin(scores)
-        distributions["on_policy"] = _distribution(chosen=scores.chosen, rejected=scores.rejected)
-        distributions["margin"] = _distribution(margin=scores.per_token)
+        distributions["log_probability"] = distribution(chosen=scores.chosen, rejected=scores.rejected)
+        distributions["margin"] = distribution(margin=scores.per_token)
     return measures
 
 
@@ -262,8 +266,8 @@ def _preference(scores: _Scores) -> Preference:
 
 
 def _on_policy(scores: _Scores) -> OnPolicy:
-    both = (np.asarray(scores.chosen) + np.asarray(scores.rejected)) / 2
-    return OnPolicy(chosen=_mean(scores.chosen), rejected=_mean(scores.rejected), all=_mean(both))
+    chosen, rejected = (np.array([math.exp(each) for each in side]) for side in (scores.chosen, scores.rejected))
+    return OnPolicy(chosen=_mean(chosen), rejected=_mean(rejected), all=_mean((chosen + rejected) / 2))
 
 
 def _margin(scores: _Scores) -> Margin:
@@ -289,7 +293,7 @@ def _length(chosen: _Responses, rejected: _Responses) -> tuple[Length, Distribut
     )
     if bad.any():
         length["ratio"] = float(good.mean() / bad.mean())
-    return length, _distribution(chosen=good, rejected=bad)
+    return length, distribution(chosen=good, rejected=bad)
 
 
 def _variety(chosen: _Responses, rejected: _Responses) -> tuple[dict[str, Variety], int]:
@@ -321,12 +325,6 @@ def _distinct(ids: NDArray[np.int64], n: int) -> float | None:
     # Four budgets of words, the most that is ever numbered, are fewer than 2 ** 20, so three numbers fit into 63 bits.
     codes = grams @ (np.int64(1) << np.int64(20) * np.arange(n))
     return len(np.unique(codes)) / len(codes)
-
-
-def _distribution(**sides: ArrayLike) -> Distribution:
-    edges = np.histogram_bin_edges(np.concatenate([np.asarray(values) for values in sides.values()]), bins=BINS)
-    counts = {name: [int(count) for count in np.histogram(values, bins=edges)[0]] for name, values in sides.items()}
-    return Distribution(edges=[float(edge) for edge in edges], counts=counts)
 
 
 def _mean(values: ArrayLike) -> Estimate:

@@ -36,7 +36,12 @@ _MOST_WORDS = 3_000
 
 def write_page(path: Path, metrics: Metrics, reading: Reading | None = None) -> None:
     """Write report.html, whole or not at all; without matplotlib, without plots."""
-    reading = reading or Reading()
+    with replacing(path) as file:
+        file.write(page(metrics, reading or Reading()).encode(errors="replace"))
+
+
+def page(metrics: Metrics, reading: Reading) -> str:
+    """The page of a run."""
     run = metrics["run"]
     this = metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
     facts = [f"from {run['model']}", f"seed {run['seed']}", duration(run["seconds"]), run.get("hardware", "")]
@@ -49,7 +54,7 @@ def write_page(path: Path, metrics: Metrics, reading: Reading | None = None) -> 
         _tables(metrics),
         _made_with(metrics, reading),
     )
-    write_frame(path, run["name"], facts, "\n".join(filter(None, body)), data=_data(reading))
+    return frame(run["name"], facts, "\n".join(filter(None, body)), data=_data(reading))
 
 
 def write_frame(path: Path, name: str, facts: Iterable[str], body: str, *, data: object = None) -> None:

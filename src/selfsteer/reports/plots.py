@@ -15,7 +15,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfsteer.measures.metrics import Distribution, Json, Measures, RoundMetrics, TrainingSummary, find, plain
+from selfsteer.measures.estimates import Distribution
+from selfsteer.measures.metrics import Json, Measures, RoundMetrics, TrainingSummary, find, plain
+from selfsteer.reports.tables import GENERATOR, PBAA
 
 # The light theme's, which files keep; in the SVG of a page each is replaced by what the page defines.
 COLOURS = {"#1d2329": "var(--ink)", "#12756b": "var(--chosen)", "#a94a20": "var(--rejected)", "#dfe2e0": "var(--line)"}
@@ -73,8 +75,9 @@ def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
     }
     if readings:
         drawn.append(Plot("displacement", "How far responses have moved since the training's start.", _movements(readings)))
+    if (figure := figure_one(this, data)) is not None:
+        drawn.append(figure)
     for name, label, caption in (
-        ("on_policy", "exp(mean log-probability of a token)", "On-policy probability of the responses under the policy."),
         ("margin", "nats a token, chosen - rejected", "Log-probability margin of the pairs under the policy."),
         ("length", "", "Lengths of the responses."),
     ):
@@ -83,6 +86,46 @@ def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
             units = {key: label or data[key].get("length", {}).get("unit", "words") for key in panels}
             drawn.append(Plot(name, caption, _histograms(panels, units)))
     return drawn
+
+
+def figure_one(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | None:
+    """The paper's Figure 1 for one run (arXiv 2410.17131): the log-probability of responses under the policy.
+
+    Of each set of pairs, the policy's before and the generator's after its training, beside the policy's own answers y_o.
+    None where no set is scored.
+    """
+    name = "log_probability"
+    sets = {key: found for key, measures in data.items() if (found := measures.get("distributions", {}).get(name))}
+    if not sets:
+        return None
+    original = this["headroom"].get("distribution") if "headroom" in this else None
+    caption = "Log-probability of the responses under the policy, given the bare query, as densities."
+    if original is not None:
+        caption += " Dashed: the policy's own answers y_o, unsteered."
+    shown = [*sets.values(), *filter(None, [original])]
+    low, high = min(each["edges"][0] for each in shown), max(each["edges"][-1] for each in shown)
+    panels: dict[str, Figure] = {}
+    with mpl.rc_context(STYLE):
+        for key, found in sets.items():
+            panels[key], axes = _panel()
+            for colour, side in zip((CHOSEN, REJECTED), found["counts"], strict=True):
+                _density(axes, found, side, color=colour, fill=True, alpha=0.35)
+                _density(axes, found, side, color=colour, linewidth=1.2, label=side)
+            if original is not None:
+                _density(axes, original, "original", color=INK, linewidth=1.2, linestyle="--", label="y_o")
+            axes.legend()
+            axes.set_xlim(low, high)
+            axes.set_title({PBAA: "before: the policy's pairs", GENERATOR: "after: the generator's pairs"}.get(key, key))
+            axes.set_xlabel("nats a token (mean of a response)")
+            axes.set_ylabel("density")
+    return Plot("figure-1", caption, panels)
+
+
+def _density(axes: Axes, found: Distribution, side: str, **drawn: Any) -> None:
+    """One histogram, its area 1, whatever its bins and however many responses it counts."""
+    edges, counts = found["edges"], found["counts"][side]
+    area = sum(counts) * (edges[1] - edges[0])
+    axes.stairs([count / area for count in counts], edges, **drawn)
 
 
 def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | None:

@@ -502,11 +502,19 @@ def cost_tables(this: RoundMetrics, suffix: str = "") -> Iterator[Table]:
     def of_stage(name: str, stage: StageSummary) -> Row:
         took = {group: sum(known[name].get(part, _NOTHING)["seconds"] for part in parts) for group, parts in _COSTS.items()}
         took |= {"else": max(0.0, stage["seconds"] - sum(took.values())), "all": stage["seconds"]}
-        disk = f"{stage['disk'] / 1e6:,.1f}" if "disk" in stage else ""
-        return Row(name, (*(Cell(f"{each:.1f}" if each >= 0.05 else "") for each in took.values()), Cell(disk)))
+        held = {"disk": stage.get("disk", 0), **stage.get("memory", {})}
+        sizes = (f"{held[where] / 1e6:,.1f}" if held.get(where) else "" for where in places)
+        return Row(name, tuple(map(Cell, (*(f"{each:.1f}" if each >= 0.05 else "" for each in took.values()), *sizes))))
 
+    known_places = {"disk"}.union(*(stage.get("memory", {}) for stage in stages.values()))
+    places = [each for each in _PLACES if each in known_places]
     rows = [of_stage(name, stage) for name, stage in stages.items()]
-    yield Table(f"Seconds, and megabytes on disk, by stage{suffix}", (*_COSTS, "else", "all", "MB"), tuple(rows))
+    note = "Memory: at the peak, of the main process alone." if len(places) > 1 else ""
+    columns = (*_COSTS, "else", "all", *(f"MB {where}" for where in places))
+    yield Table(f"Seconds and megabytes by stage{suffix}", columns, tuple(rows), note)
+
+
+_PLACES = ("disk", "ram", "gpu")
 
 
 _NOTHING = PartSummary(seconds=0.0, tokens=0)

@@ -92,6 +92,8 @@ def headline(metrics: Metrics) -> str:
     if rounds > 1:
         made += f" in the last of {rounds} rounds"
     done = "policy aligned" if "policy_folder" in run else "no policy aligned"
+    if "under_way" in run:
+        done = "still under way,"
     if "shard" in run:
         done = f"shard {run['shard']} of them made"
     return f"{run['name']}: {made}, {done} in {duration(run['seconds'])}"

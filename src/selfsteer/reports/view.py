@@ -1,5 +1,8 @@
 """`selfsteer view RUN`: the page of a run in a browser; while the run goes on how far it is, made anew every few seconds.
 
+What is sealed by then has a page of its own beside it, as the finished run will: pairs can be read before the policy is
+aligned on them, and nobody who reads is interrupted.
+
 Served on loopback alone, below a random path, and only to whom names this machine in the request: another site that is open
 in the same browser can neither guess the path nor reach it under a name of its own. Left out on purpose: anything that
 changes a run.
@@ -15,10 +18,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from selfsteer.reports.page import frame, table_html
+from selfsteer.reports.page import frame, page, table_html
+from selfsteer.reports.reading import Reading, reading_of
 from selfsteer.reports.tables import Cell, Row, Table
 from selfsteer.runtime import duration
 from selfsteer.stages.status import Status, status
+from selfsteer.store.folder import RunFolder
 
 REFRESH = 5
 """Seconds after which a browser asks for the page of a run under way again."""
@@ -26,13 +31,33 @@ REFRESH = 5
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def live_page(run: Path) -> bytes:
-    """report.html where the run has ended, else its stages. Raises ValueError where there is no run."""
-    found = status(run)
+SO_FAR = "so-far"
+"""The place of the page of what is sealed."""
+
+
+def report_of(run: Path) -> bytes | None:
+    """report.html where the run has ended, else None. Raises ValueError where there is no run."""
     report = run / "report.html"
-    if found["next"].startswith("nothing") and report.is_file():
-        return report.read_bytes()
-    return frame(run.name, (f"next: {found['next']}",), table_html(stages_table(found))).encode(errors="replace")
+    return report.read_bytes() if status(run)["next"].startswith("nothing") and report.is_file() else None
+
+
+def stages_page(run: Path) -> bytes:
+    """How far a run under way is."""
+    found = status(run)
+    link = ""
+    if any(stage["state"] == "sealed" for stage in found["stages"]):
+        link = f'<p><a href="{SO_FAR}">Read what there is so far</a>: measures, plots and pairs of the sealed stages.</p>'
+    return frame(run.name, (f"next: {found['next']}",), link + table_html(stages_table(found))).encode(errors="replace")
+
+
+def page_so_far(run: Path) -> bytes:
+    """The page of what is sealed."""
+    from selfsteer.stages.summary import so_far  # brings torch along
+
+    folder = RunFolder.view(run)
+    metrics = so_far(folder)
+    reading = reading_of(folder, metrics, metrics["run"]["seed"]) if metrics["rounds"] else Reading()
+    return page(metrics, reading).encode(errors="replace")
 
 
 def stages_table(found: Status) -> Table:
@@ -59,11 +84,14 @@ def viewing(run: Path, port: int = 0) -> Generator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             host = self.headers.get("Host", "").rpartition(":")[0]
-            if host not in ("127.0.0.1", "localhost") or not hmac.compare_digest(self.path.encode(), f"/{token}/".encode()):
+            asked, place = self.path.encode(), f"/{token}/".encode()
+            so_far = hmac.compare_digest(asked, place + SO_FAR.encode())
+            if host not in ("127.0.0.1", "localhost") or not (so_far or hmac.compare_digest(asked, place)):
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return
             try:
-                body, ended = live_page(run), (run / "report.html").is_file()
+                report = report_of(run)
+                body = report or (page_so_far(run) if so_far else stages_page(run))
             except (ValueError, OSError) as error:
                 self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(error))
                 return
@@ -71,7 +99,7 @@ def viewing(run: Path, port: int = 0) -> Generator[str]:
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Cache-Control", "no-store")
             self.send_header("Referrer-Policy", "no-referrer")
-            if not ended:  # the finished page has a policy of its own, with the hash of its script
+            if not report and not so_far:  # a page with pairs has a policy of its own, with the hash of its script
                 self.send_header("Content-Security-Policy", _POLICY)
                 self.send_header("Refresh", str(REFRESH))
             self.send_header("Content-Length", str(len(body)))

@@ -76,8 +76,27 @@ class Work:
     origin: Origin
 
 
-def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], Contents]) -> Stage:
-    """The sealed stage: as it stands when it has this origin, else made by `make` and sealed."""
+class ModelCleaned(Exception):
+    """A stage is to be made with models that `selfsteer clean` has deleted."""
+
+    def __init__(self, name: str, stages: Sequence[Stage]) -> None:
+        super().__init__(f"{name} needs {', '.join(stage.path.name for stage in stages)}")
+        self.name, self.stages = name, stages
+
+    def train_again(self) -> None:
+        """Unseal what trained them, so that the next call does."""
+        for stage in self.stages:
+            log.info("%s: its model was cleaned, and %s is made with it: trained again", stage.path.name, self.name)
+            stage.reopen()
+
+
+def make_stage(
+    round: Round, name: str, origin: Origin, make: Callable[[Work], Contents], *, models: Iterable[Stage] = ()
+) -> Stage:
+    """The sealed stage: as it stands when it has this origin, else made by `make` and sealed.
+
+    models: the stages whose models `make` loads. Raises `ModelCleaned` where these are gone and would be loaded.
+    """
     stage = round.folder.stage(round.number, name)
     if stage.is_current(origin.fingerprint):
         manifest = stage.verify()
@@ -86,6 +105,8 @@ def make_stage(round: Round, name: str, origin: Origin, make: Callable[[Work], C
     if not round.replace:
         where = Attempt(round.folder, round.recipe, round.number, round.within or round.folder.path)
         refuse_to_replace(where, name, origin)
+    if gone := [each for each in dict.fromkeys(models) if sealed(each).cleaned]:
+        raise ModelCleaned(name, gone)
     earlier = stage.manifest()
     if earlier is not None:
         changed = sorted(

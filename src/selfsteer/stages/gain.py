@@ -58,7 +58,7 @@ def gain_stage(round: Round, principles: Stage, generators: Generators | None) -
     if generators is not None:
         inputs |= inputs_of(round, good=generators.good, bad=generators.bad)
     origin = Origin(settings=settings, inputs=inputs)
-    return make_stage(round, GAIN, origin, lambda work: _gain(round, work, principles, generators))
+    return make_stage(round, GAIN, origin, lambda work: _gain(round, work, principles, generators), models=generators or ())
 
 
 class _Item(NamedTuple):

@@ -112,7 +112,7 @@ def _loss(stages: list[tuple[str, Stage]], origin: Origin) -> _Loss:
             continue
         again.append(label)
         pairs += manifest.kept if stage.path.name == PREFERENCES else 0
-        models += stage.path.name in _TRAININGS
+        models += stage.path.name in _TRAININGS and not manifest.cleaned
     return _Loss(again, pairs, models, unfinished)
 
 

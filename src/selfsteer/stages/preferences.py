@@ -84,7 +84,7 @@ def preferences_stage(
             _preferences(round, work, principles, generators), measures=pair_measures(work.stage, steering, spared)
         )
 
-    return make_stage(round, PREFERENCES, origin, make)
+    return make_stage(round, PREFERENCES, origin, make, models=generators)
 
 
 SHARD = "shard"

@@ -161,16 +161,16 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
         "holdout": round.recipe.queries.holdout,
         **arithmetic(round.recipe.training),
     }
-    rank = _by_generator(round, candidates)
+    rank, models = _by_generator(round, candidates), candidates.generators or ()
     if section.by == "judge" and by_checks(round.recipe):
         settings["judge"] = "checks"
-        rank = _by_checks(candidates, held_out(round))
+        rank, models = _by_checks(candidates, held_out(round)), ()
     elif section.by == "judge":
         judge = round.judge
         assert judge is not None, "checked when the recipe was read"
         inputs |= judge.inputs()
         settings["judge"] = judge.settings()
-        rank = _by_judge(candidates, judge, held_out(round))
+        rank, models = _by_judge(candidates, judge, held_out(round)), ()
         if candidates.quality is not None:  # what it has said already
             borrow(round.folder.stage(round.number, SELECTION), [candidates.quality])
     else:
@@ -178,7 +178,11 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
         inputs |= inputs_of(round, generator=candidates.generators.good)
         settings["beta"] = round.recipe.generator.beta
     origin = Origin(settings=settings, inputs=inputs)
-    return make_stage(round, SELECTION, origin, lambda work: _selected(round, work, candidates, lambda: rank(work)))
+
+    def make(work: Work) -> Contents:
+        return _selected(round, work, candidates, lambda: rank(work))
+
+    return make_stage(round, SELECTION, origin, make, models=models)
 
 
 Rank = Callable[[Work], Iterator[Ranked | Dropped]]

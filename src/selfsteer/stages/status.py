@@ -4,7 +4,6 @@ Left out on purpose: what the stages do (the modules of their names), and their 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict
 
@@ -18,6 +17,9 @@ GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
 
 HEADROOM, GAIN, PREFERENCES, QUALITY = "3-headroom", "4-gain", "5-preferences", "5-quality"
 SELECTION, PASSES, ANSWERS = "5-selection", "7-checks", "7-answers"
+
+MODEL, ADAPTER = "model", "adapter"
+"""What a training seals: a Hugging Face folder, and with training.lora the adapter that is merged into it."""
 
 STAGES: dict[Method, tuple[str, ...]] = {
     "sso": ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy"),
@@ -99,7 +101,7 @@ def status(path: Path) -> Status:
     """How far the run at `path` is; needs no lock. Raises ValueError where there is no run."""
     folder = RunFolder.view(path)
     recipe = load(folder.path / "recipe.yaml")
-    method = _method(folder, recipe)
+    method = method_in(folder, recipe)
     stages: list[StageStatus] = []
     for number in range(1, recipe.rounds + 1):
         reason = read_end(folder, number)
@@ -120,7 +122,7 @@ def status(path: Path) -> Status:
     return Status(run=str(path), stages=stages, next=f"{verb} round {following['round']}, {following['name']}")
 
 
-def _method(folder: RunFolder, recipe: Recipe) -> Method:
+def method_in(folder: RunFolder, recipe: Recipe) -> Method:
     """Where the pairs of this run come from; those of `selfsteer train` were made elsewhere."""
     if not folder.stage(1, "1-principles").path.is_dir() and folder.stage(1, "5-preferences").path.is_dir():
         return "given"
@@ -140,7 +142,7 @@ def _stage_status(stage: Stage, number: int) -> StageStatus:
             dropped=manifest.dropped,
             seconds=manifest.seconds,
         )
-    begun = stage.path.is_dir() and any(os.scandir(stage.path))
+    begun = stage.path.is_dir() and any(stage.path.iterdir())
     return StageStatus(
         round=number,
         name=name,

@@ -20,7 +20,7 @@ from selfsteer.measures.metrics import (
 )
 from selfsteer.models import hardware
 from selfsteer.recipe.gates import before_generator, parse
-from selfsteer.recipe.sections import Recipe
+from selfsteer.recipe.sections import Recipe, load
 from selfsteer.stages.base import read_measures, sealed
 from selfsteer.stages.quality import read_checks, read_comparisons, read_contamination, read_reports
 from selfsteer.stages.status import (
@@ -28,14 +28,15 @@ from selfsteer.stages.status import (
     GAIN,
     GOOD_GENERATOR,
     HEADROOM,
+    MODEL,
     PASSES,
     PREFERENCES,
     QUALITY,
     SELECTION,
+    method_in,
     stage_names,
 )
-from selfsteer.stages.training import HISTORY, MODEL
-from selfsteer.store.folder import RunFolder, Stage
+from selfsteer.store.folder import HISTORY, RunFolder, Stage
 from selfsteer.training.trainer import read_history
 
 _LIBRARIES = ("selfsteer", "torch", "transformers", "peft", "accelerate", "datasets", "pyarrow")
@@ -75,6 +76,22 @@ def unaligned(folder: RunFolder, recipe: Recipe, method: Method) -> Metrics:
     return Metrics(run=_facts(folder, recipe, rounds), rounds=rounds)
 
 
+def so_far(folder: RunFolder) -> Metrics:
+    """The same of a run under way: what its sealed stages say by now, without gates and drift, which are of whole rounds."""
+    recipe = load(folder.path / "recipe.yaml")
+    method = method_in(folder, recipe)
+    names = stage_names(recipe, method)
+    rounds: list[RoundMetrics] = []
+    for number in range(1, recipe.rounds + 1):
+        begun = {name: folder.stage(number, name) for name in names if folder.has_stage(number, name)}
+        sealed_now = {name: stage for name, stage in begun.items() if stage.manifest() is not None}
+        if sealed_now:
+            rounds.append(_round(sealed_now, method))
+    facts = _facts(folder, recipe, rounds)
+    facts["under_way"] = True
+    return Metrics(run=facts, rounds=rounds)
+
+
 def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) -> RunFacts:
     with_what = folder.sessions()[-1]
     facts = RunFacts(
@@ -91,8 +108,9 @@ def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) ->
     )
     if recipe.queries.shard is not None:
         facts["shard"] = recipe.queries.shard
-    pairs = SELECTION if "selected" in rounds[-1] else PREFERENCES
-    if pairs in rounds[-1].get("stages", {}):
+    last = rounds[-1] if rounds else RoundMetrics()
+    pairs = SELECTION if "selected" in last else PREFERENCES
+    if pairs in last.get("stages", {}):
         facts["pairs"] = str(folder.stage(len(rounds), pairs).path / "data.parquet")
     return facts
 
@@ -129,6 +147,7 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
                 seconds=each.seconds,
                 parts={part: PartSummary(seconds=took, tokens=int(tokens)) for part, (took, tokens) in each.parts.items()},
                 disk=stages[name].size(),
+                memory=each.memory,
             )
             for name, each in manifests.items()
         }

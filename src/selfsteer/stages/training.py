@@ -33,10 +33,10 @@ from selfsteer.stages.base import (
     write_measures,
 )
 from selfsteer.stages.responses import RESPONSES, UNRELATED
-from selfsteer.stages.status import BAD_GENERATOR, GOOD_GENERATOR
+from selfsteer.stages.status import ADAPTER, BAD_GENERATOR, GOOD_GENERATOR, MODEL
 from selfsteer.store import columns
 from selfsteer.store.durable import file_digest, make_folder
-from selfsteer.store.folder import Contents, Origin, Stage
+from selfsteer.store.folder import HISTORY, Contents, Origin, Stage
 from selfsteer.training.displacement import Moved
 from selfsteer.training.launch import launch
 from selfsteer.training.packing import Row
@@ -45,10 +45,6 @@ from selfsteer.training.train import TrainingJob
 from selfsteer.training.trainer import reward_queries
 
 log = logging.getLogger(__name__)
-
-MODEL, ADAPTER, HISTORY = "model", "adapter", "history.jsonl"
-"""What a training stage seals: the Hugging Face folder, with training.lora the adapter that is merged into it, a line an
-optimizer step, and (as every stage that measures) what training did to its pairs."""
 
 BOUNDING = ("dpop", "bdpo")
 """Losses made against displacement (`training/objective.py`)."""

@@ -36,7 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -74,11 +74,14 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
     """
     file = folder / _ELAPSED
     earlier, before = _read_taken(file), clock.spent()
+    fresh = clock.begin_peaks()
     started = time.monotonic()
     finished = threading.Event()
 
     def taken() -> Taken:
-        return Taken(earlier.seconds + time.monotonic() - started, clock.since(before, earlier.parts))
+        peaks = clock.peaks() if fresh else {}
+        memory = {where: max(peaks.get(where, 0), earlier.memory.get(where, 0)) for where in {*peaks, *earlier.memory}}
+        return Taken(earlier.seconds + time.monotonic() - started, clock.since(before, earlier.parts), memory)
 
     def keep() -> None:
         while not finished.wait(_EVERY_SECONDS):
@@ -104,19 +107,20 @@ def _read_taken(file: Path) -> Taken:
         if not 0 <= seconds < math.inf:
             raise ValueError(f"{file}: damaged, {seconds} seconds are no time; {way_out}")
         parts = {name: Spent(float(took), int(tokens)) for name, (took, tokens) in found.get("parts", {}).items()}
+        memory = {name: int(held) for name, held in found.get("memory", {}).items()}
     except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
         log.warning("%s", error)
         return Taken()
-    return Taken(seconds, parts)
+    return Taken(seconds, parts, memory)
 
 
 def _write_taken(file: Path, taken: Taken) -> None:
     unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"seconds": round(taken.seconds, 3), "parts": taken.parts}))
+    unfinished.write_text(json.dumps({**taken._asdict(), "seconds": round(taken.seconds, 3)}))
     unfinished.replace(file)
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -125,6 +129,9 @@ _DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFE
 
 MEASURES = "measures.json"
 """What a stage seals beside its rows or its model: numbers about them."""
+
+HISTORY = "history.jsonl"
+"""A line an optimizer step, its seconds among the rest: what a training seals beside its model."""
 
 Row = Mapping[str, Any]
 
@@ -196,18 +203,27 @@ class Manifest:
     seconds: float
     parts: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     """Seconds and tokens of each part of the work (`clock.py`)."""
+    memory: dict[str, int] = field(default_factory=dict[str, int])
+    """Bytes held at the peak, as in `clock.Taken`."""
+    cleaned: list[str] = field(default_factory=list[str])
+    """Outputs that are gone because nothing reads them any more (`Stage.clean`)."""
     created: str
     """UTC, ISO 8601."""
 
     @property
     def digest(self) -> str:
-        """One digest of all outputs, for the `inputs` of later stages."""
-        return digest(self.outputs)
+        """One digest of all outputs but HISTORY, for the `inputs` of later stages: what steps took changes nothing there."""
+        return digest({name: each for name, each in self.outputs.items() if name != HISTORY})
 
     @property
     def origin(self) -> Origin:
         """What it was made from."""
         return Origin(settings=self.settings, inputs=self.inputs)
+
+    @property
+    def present(self) -> dict[str, str]:
+        """The outputs that were not cleaned."""
+        return {name: each for name, each in self.outputs.items() if name not in self.cleaned}
 
 
 class RunFolder:
@@ -346,9 +362,12 @@ class Stage:
 
     @clock.part("seal")
     def verify(self) -> Manifest:
-        """Compare every output with its digest; returns the manifest. Raises StageDamaged naming the file that differs."""
+        """Compare every output with its digest; returns the manifest. Raises StageDamaged naming the file that differs.
+
+        What was cleaned is missing, and nothing is wrong with that.
+        """
         manifest = self._sealed()
-        for name, expected in manifest.outputs.items():
+        for name, expected in manifest.present.items():
             path = self.path / name
             if not path.is_file():
                 raise StageDamaged(f"{path}: missing, though sealed. {_way_out(self.path / _MANIFEST)}")
@@ -360,8 +379,20 @@ class Stage:
 
     def size(self) -> int:
         """Bytes of what is sealed and of the journal."""
-        files = [*(self.path / name for name in self._sealed().outputs), *(self.path / _PARTS).glob("*")]
+        files = [*(self.path / name for name in self._sealed().present), *(self.path / _PARTS).glob("*")]
         return sum(file.stat().st_size for file in files)
+
+    def clean(self, folders: Collection[str]) -> None:
+        """Delete these folders of a sealed stage, which the manifest goes on to name. For the owner of the run.
+
+        A kill leaves files that the manifest calls cleaned: the same call deletes them.
+        """
+        manifest = self._sealed()
+        gone = [name for name in manifest.outputs if PurePosixPath(name).parts[0] in folders]
+        _write_manifest(self.path / _MANIFEST, replace(manifest, cleaned=sorted({*manifest.cleaned, *gone})))
+        for folder in folders:
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        sync(self.path)
 
     def reopen(self) -> None:
         """Unseal, and delete the outputs; the journal stays. Does nothing to a stage that was never sealed."""
@@ -423,7 +454,7 @@ class Stage:
             )
         outputs = {path.relative_to(self.path).as_posix(): path for path in _files(self.path, names)}
         digests = {name: _settle(path, contents.known.get(name)) for name, path in outputs.items()}
-        seconds, parts = taken()
+        seconds, parts, memory = taken()
         manifest = Manifest(
             stage=f"{self.path.parent.name}/{self.path.name}",
             schema_version=SCHEMA_VERSION,
@@ -436,11 +467,10 @@ class Stage:
             outputs=digests,
             seconds=seconds,
             parts={name: list(each) for name, each in parts.items()},
+            memory=dict(memory),
             created=_now(),
         )
-        fields = asdict(manifest)
-        with replacing(self.path / _MANIFEST) as file:
-            file.write(_pretty({**fields, "sha256": digest(fields)}))
+        _write_manifest(self.path / _MANIFEST, manifest)
         return manifest
 
     def rows(self, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -514,6 +544,12 @@ def _way_out(manifest: Path) -> str:
     return f"Bring it back from a copy, or delete {manifest} and run the same command again: finished samples are reused."
 
 
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    fields = asdict(manifest)
+    with replacing(path) as file:
+        file.write(_pretty({**fields, "sha256": digest(fields)}))
+
+
 def _read_manifest(path: Path) -> Manifest | None:
     if not path.exists():
         return None
@@ -524,7 +560,8 @@ def _read_manifest(path: Path) -> Manifest | None:
     claimed = fields.pop("sha256")
     if claimed != digest(fields):
         raise StageDamaged(f"{path}: not as it was written. {_way_out(path)}")
-    fields.setdefault("parts", {})  # sealed before there were any
+    for name, nothing in (("parts", {}), ("memory", {}), ("cleaned", [])):  # sealed before there were any
+        fields.setdefault(name, nothing)
     if fields["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
             f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another folder with output=DIR."
@@ -588,11 +625,10 @@ _PARTS = "parts"
 
 
 def adopt(stage: Stage, lenders: Iterable[Stage], fingerprint: str) -> bool:
-    """Take over the sealed stage of a lender that was made from the same origin; False where none has it."""
+    """Take over the sealed stage of a lender that was made from the same origin; False where none has it whole."""
     for lender in lenders:
-        if lender.is_current(fingerprint):
-            outputs = lender.verify().outputs
-            for name in outputs:
+        if lender.is_current(fingerprint) and not (manifest := lender.verify()).cleaned:
+            for name in manifest.outputs:
                 _link(lender.path / name, stage.path / name)
             # Last, as in sealing: what is there without it counts for nothing.
             _link(lender.path / _MANIFEST, stage.path / _MANIFEST)
