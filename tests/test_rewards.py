@@ -221,6 +221,7 @@ def test_benchmarks_of_every_format(trained: dict[str, Any], tmp_path: Path):
     pairs_file(tmp_path / "pairs.jsonl", start=500, count=5)
     files = [tmp_path / name for name in ("rb.jsonl", "llmbar.json", "pairs.jsonl")]
     found = reward_bench(trained["model"], files, tmp_path / "out", SETTINGS)
+    assert reward_bench(str(Path(trained["model"]).parent), files, tmp_path / "again", SETTINGS) == found, "by its folder"
     assert {name: each.mean for name, each in found["rb.jsonl"]["subsets"].items()} == {
         "alpacaeval-easy": 1.0,
         "alpacaeval-hard": 0.0,

@@ -8,6 +8,8 @@ What strangers' files can be is said here, in one line with the file and a way o
 many kinds, or goes on with random numbers.
 """
 
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -366,6 +368,7 @@ def load_model(
     other log-probabilities than the reference for no reason.
     Raises ValueError for weights that are damaged or do not fit the configuration, with their names.
     """
+    _trim()  # of the model before
     stored = check_files(Path(path))
     configuration = load_configuration(path, trust_remote_code=trust_remote_code)
     with _in_words(path, "the model can't be loaded", "Compare config.json with the one that belongs to these weights."):
@@ -592,3 +595,18 @@ def hardware() -> dict[str, str | int]:
         taken = str(compute_dtype("auto", device)).removeprefix("torch.")
         found["dtype"] = f"{taken} if auto (GFLOP/s: float32 {rates.float32:.0f}, bfloat16 {rates.bfloat16:.0f})"
     return found
+
+
+def let_go() -> None:
+    """Give the memory of what nothing refers to any more back to the system and the device: models follow one another."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    _trim()
+
+
+def _trim() -> None:
+    """glibc keeps what was freed, gigabytes after a training, unless it is told; other libraries have no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -241,11 +241,14 @@ def _pairs_of(path: Path, share: float) -> Iterator[Pair]:
 def reward_bench(model: str, files: Sequence[Path], output: Path, settings: RewardSettings) -> dict[str, Any]:
     """A reward model on labelled data: RewardBench, RewardBench 2, LLMBar, or plain preference pairs.
 
+    model: as policy.model in a recipe, or a folder that `train_reward_model` wrote, whose model is meant.
     Rewards are kept in output/parts. Raises ValueError, before anything is scored, for a file of no known format.
     """
     for file in files:
         check_source(file, "labelled data")
-    reward = _scorer(resolve(Policy(model=model)), settings)
+    inner = Path(model) / "model"
+    found = str(inner) if (inner / "config.json").is_file() else model
+    reward = _scorer(resolve(Policy(model=found)), settings)
     open_renderer(reward)
     benchmarks = {file.name: _benchmark(file) for file in files}
     with RunFolder(output) as folder, Journal(folder.path / "parts") as journal:

@@ -11,7 +11,6 @@ probabilities they meet are equal only up to the rounding of matrix products of 
 the edge of two intervals differs (much more often in bfloat16 than in float32).
 """
 
-import gc
 import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.decoding import ATTENTION_NAME, Segment, SlotCache, UnsupportedAttentionError, choose, plan_step
-from selfsteer.models import end_ids, load_model, position_limit, read_tokenizer, untrained_ids
+from selfsteer.models import end_ids, let_go, load_model, position_limit, read_tokenizer, untrained_ids
 from selfsteer.prompts import assistant_turn
 from selfsteer.records import Adapter, FinishReason
 from selfsteer.runtime import stop_requested
@@ -114,9 +113,7 @@ class TransformersEngine:
 
     def __exit__(self, *exception: object) -> None:
         self._model = self._adapted = self._tokenizer = self._slots_hold = None
-        gc.collect()
-        if torch.device(self._device).type == "cuda":
-            torch.cuda.empty_cache()
+        let_go()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer the requests as `Engine` promises.

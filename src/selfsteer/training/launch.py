@@ -29,6 +29,7 @@ from typing import Any
 
 from selfsteer import runtime
 from selfsteer.cluster import SharedFolder, check_room, joined, launcher_plan, load_ray
+from selfsteer.models import let_go
 from selfsteer.recipe.sections import Launcher
 from selfsteer.store.durable import make_folder, replacing
 from selfsteer.training import parallel
@@ -47,7 +48,10 @@ def launch(job: TrainingJob, launcher: Launcher) -> TrainingResult:
     Raises ChildProcessError when the processes ended without a word, killed for memory for example.
     """
     if launcher.kind == "local":
-        return train(job)
+        try:
+            return train(job)
+        finally:
+            let_go()
     output = Path(job.output)
     make_folder(output)
     with replacing(output / JOB) as file:

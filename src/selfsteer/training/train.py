@@ -32,6 +32,7 @@ from selfsteer import runtime
 from selfsteer.clock import part
 from selfsteer.models import (
     compute_dtype,
+    let_go,
     load_configuration,
     load_model,
     load_tokenizer,
@@ -390,9 +391,19 @@ def _export(
     model = _whole_model(trainer, job)
     if model is None:
         return None
+    if not _is_sharded(trainer):
+        _forget_optimizer(trainer, model)
     given = load_configuration(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     to = Delivery(Path(job.output) / "model", given, job.training.save_dtype, tokenizer)
     return deliver(model, to, None if _is_sharded(trainer) else margin)
+
+
+def _forget_optimizer(trainer: PreferenceTrainer, model: torch.nn.Module) -> None:
+    """Before the model is delivered, which takes a copy of its weights: what its optimizer holds is twice as large."""
+    if trainer.optimizer is not None:
+        cast(torch.optim.Optimizer, trainer.optimizer).state.clear()
+    model.zero_grad(set_to_none=True)
+    let_go()
 
 
 def _is_sharded(trainer: PreferenceTrainer) -> bool:
