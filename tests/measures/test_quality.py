@@ -38,11 +38,14 @@ def test_on_policy_probability_by_hand():
 
 
 def test_log_probabilities_are_counted_a_token():
-    """-1 and -3 of chosen, -2 and -4 of rejected, over bins from -4 to -1, an eighth wide."""
-    found = measure([scored((-4, 4), (-4, 2)), scored((-3, 1), (-4, 1))])["distributions"]["log_probability"]
-    assert found["edges"] == pytest.approx([-4 + number / 8 for number in range(25)])
-    places = {side: [at for at, count in enumerate(counts) if count] for side, counts in found["counts"].items()}
-    assert places == {"chosen": [8, 23], "rejected": [0, 16]}
+    """-1 and -3 of chosen, -2 and -4 of rejected, over four bins from -4 to -1; of 4,000 values no more than 24."""
+    rows = [scored((-4, 4), (-4, 2)), scored((-3, 1), (-4, 1))]
+    found = measure(rows)["distributions"]["log_probability"]
+    assert found["edges"] == pytest.approx([-4, -3.25, -2.5, -1.75, -1])
+    assert found["counts"] == {"chosen": [0, 1, 0, 1], "rejected": [1, 0, 1, 0]}
+    many = measure(rows * 1000)["distributions"]["log_probability"]
+    assert len(many["edges"]) == 25
+    assert sum(many["counts"]["chosen"]) == 2000
 
 
 def test_margins_by_hand():

@@ -204,6 +204,24 @@ def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):
     assert identifiers
 
 
+def test_figure_three_is_of_the_held_out_queries_that_both_answered():
+    """Its axes say what the verdict says, not what all pairs, those of the training among them, come to."""
+    plots = pytest.importorskip("selfsteer.reports.plots")
+    one, other, third = (Estimate(mean, mean - 0.05, mean + 0.05, 24) for mean in (0.42, 0.41, 0.75))
+    sets = {name: {**measure(pairs(-4.0)), "judge": {"accuracy": third}} for name in ("PBAA pairs", "generator pairs")}
+    compared = {"queries": 24, "held_out": True, "both": {"baseline": one, "pairs": other}}
+
+    def places(this: object) -> list[tuple[float, float]]:
+        (figure,) = plots.figure_three(this, sets).panels.values()
+        points = [container.lines[0].get_xydata()[0] for container in figure.axes[0].containers]
+        return [(float(x), float(y)) for x, y in points]
+
+    assert places({"comparison": compared}) == [(0.42, 0.75), (0.41, 0.75)]
+    assert "the 24 held-out queries" in plots.figure_three({"comparison": compared}, sets).caption
+    everything = sets["PBAA pairs"]["on_policy"]["all"].mean
+    assert places({"comparison": {**compared, "held_out": False}}) == [(everything, 0.75)] * 2
+
+
 def test_figure_one_has_what_was_before_what_came_after_and_the_unsteered_answers():
     plots = pytest.importorskip("selfsteer.reports.plots")
     sets = {"PBAA pairs": measure(pairs(-4.0)), "generator pairs": measure(pairs(-6.0))}

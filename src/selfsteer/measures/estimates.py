@@ -22,7 +22,7 @@ _DRAWN_AT_ONCE = 1_000_000
 _Z = 1.959963984540054
 
 BINS = 24
-"""Of a histogram."""
+"""Of a histogram, at most."""
 
 METHOD = f"95% intervals: Wilson for shares, percentile bootstrap for means (normal beyond {BOOTSTRAP_ROWS:,} rows)."
 """How the intervals are made, for people."""
@@ -45,8 +45,12 @@ class Distribution(TypedDict):
 
 
 def distribution(**sides: ArrayLike) -> Distribution:
-    """Histograms of each side's values, shape (n,), over the same BINS bins, which reach from the least to the largest."""
-    edges = np.histogram_bin_edges(np.concatenate([np.asarray(values) for values in sides.values()]), bins=BINS)
+    """Histograms of each side's values, shape (n,), over the same bins, which reach from the least to the largest.
+
+    As many as the Rice rule gives for all values together, at most BINS.
+    """
+    everything = np.concatenate([np.asarray(values) for values in sides.values()])
+    edges = np.histogram_bin_edges(everything, bins=min(BINS, math.ceil(2 * len(everything) ** (1 / 3))))
     counts = {name: [int(count) for count in np.histogram(values, bins=edges)[0]] for name, values in sides.items()}
     return Distribution(edges=[float(edge) for edge in edges], counts=counts)
 

@@ -15,7 +15,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfsteer.measures.estimates import Distribution
+from selfsteer.measures.estimates import Distribution, Estimate
 from selfsteer.measures.metrics import Json, Measures, RoundMetrics, TrainingSummary, find, plain
 from selfsteer.reports.tables import GENERATOR, PBAA
 
@@ -131,14 +131,19 @@ def _density(axes: Axes, found: Distribution, side: str, **drawn: Any) -> None:
 def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | None:
     """The paper's Figure 3 for one run (arXiv 2410.17131): accuracy of each set of pairs against its on-policy probability.
 
-    None where no set has both.
+    Both over the held-out queries that policy and generator answered, where there are any. None where no set has both.
     """
-    found = next(filter(None, (_points(data, key) for key in ("judge", "principle_consistency"))), None)
+    compared = this["comparison"] if "comparison" in this and this["comparison"].get("held_out") else None
+    both = compared.get("both", {}) if compared is not None else {}
+    held_out = {name: both[key] for name, key in ((PBAA, "baseline"), (GENERATOR, "pairs")) if key in both}
+    found = next(filter(None, (_points(data, key, held_out) for key in ("judge", "principle_consistency"))), None)
     if found is None:
         return None
     judge = "the checks" if any("checks" in measures for measures in data.values()) else "the judge"
     who = f"accuracy by {judge}" if any("judge" in measures for measures in data.values()) else "principle consistency"
     caption = "Up and to the right is better. Bars: 95% intervals. Dotted: chance."
+    if compared is not None and held_out:
+        caption = f"Over the {compared.get('queries', 0):,} held-out queries that both answered. {caption}"
     with mpl.rc_context(STYLE):
         figure, axes = _panel()
         axes.axhline(0.5, color=INK, linewidth=1, linestyle=":", alpha=0.6)
@@ -147,7 +152,7 @@ def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | Non
             axes.errorbar(x["mean"], y["mean"], **bars, fmt="o", color=colour, label=name)
         if "headroom" in this:
             axes.axvline(this["headroom"]["original"].mean, color=INK, linewidth=1, linestyle="--", label="unsteered")
-            caption += " Dashed: the policy's own answers to the same queries, unsteered; they have no accuracy."
+            caption += " Dashed: the policy's own answers to queries trained on, unsteered; they have no accuracy."
         axes.set_xlabel("on-policy probability")
         axes.set_ylabel(who)
         axes.margins(0.15)
@@ -158,10 +163,14 @@ def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | Non
     return Plot("figure-3", caption, {"": figure})
 
 
-def _points(data: Mapping[str, Measures], key: str) -> dict[str, tuple[Json, Json]]:
-    """On-policy probability and accuracy by one judge, of each set of pairs that has both."""
-    measured = ((name, plain(measures)) for name, measures in data.items())
-    both = {name: (find(each, "on_policy.all"), find(each, f"{key}.accuracy")) for name, each in measured}
+def _points(data: Mapping[str, Measures], key: str, held_out: Mapping[str, Estimate]) -> dict[str, tuple[Json, Json]]:
+    """On-policy probability and accuracy by one judge, of each set of pairs that has both.
+
+    held_out: the on-policy probability of the held-out queries alone, of sets where it is known.
+    """
+    measured = {name: plain(measures) for name, measures in data.items()}
+    x = {name: plain(held_out[name]) if name in held_out else find(each, "on_policy.all") for name, each in measured.items()}
+    both = {name: (x[name], find(each, f"{key}.accuracy")) for name, each in measured.items()}
     return {name.removesuffix(" pairs"): (x, y) for name, (x, y) in both.items() if x is not None and y is not None}
 
 
