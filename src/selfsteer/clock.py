@@ -148,6 +148,11 @@ def peaks() -> dict[str, int]:
     return found
 
 
+def most(*held: Mapping[str, int]) -> dict[str, int]:
+    """The largest of several peaks, each of its kind."""
+    return {where: max(each.get(where, 0) for each in held) for where in {name for each in held for name in each}}
+
+
 def _cuda() -> Any:
     """torch.cuda, where this process uses it: to look must not load it."""
     torch = sys.modules.get("torch")

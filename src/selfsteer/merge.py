@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from selfsteer.clock import Spent, Taken
+from selfsteer.clock import Spent, Taken, most
 from selfsteer.recipe.sections import Recipe, Share, dump, load
 from selfsteer.recipe.text import changes
 from selfsteer.runtime import progress, raise_if_stopped
@@ -229,6 +229,5 @@ def _altogether(merging: Taken, shards: Sequence[Shard]) -> Taken:
         for name, (seconds, tokens) in shard.made.parts.items():
             before = parts.get(name, Spent())
             parts[name] = Spent(before.seconds + seconds, before.tokens + int(tokens))
-    held = [merging.memory, *(shard.made.memory for shard in shards)]
-    memory = {where: max(each.get(where, 0) for each in held) for where in {name for each in held for name in each}}
+    memory = most(merging.memory, *(shard.made.memory for shard in shards))
     return Taken(merging.seconds + sum(shard.made.seconds for shard in shards), parts, memory)

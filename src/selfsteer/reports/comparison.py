@@ -12,7 +12,7 @@ from typing import Any, TypedDict, cast
 from selfsteer.measures.estimates import METHOD, Estimate
 from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.reports.page import NO_PLOTS, table_html, write_frame
+from selfsteer.reports.page import NO_PLOTS, frame, table_html, write_html
 from selfsteer.reports.tables import Cell, Row, Table, cell, markdown
 from selfsteer.runtime import duration
 from selfsteer.store.durable import read_json, replacing
@@ -273,7 +273,7 @@ def _write_page(folder: Path, result: ComparisonResult) -> None:
         tables,
         "<p>comparison.json holds every number of this page; <code>selfsteer report</code> makes it again from there.</p>",
     )
-    write_frame(folder / "comparison.html", "Ways of making preference data", facts, "\n".join(body))
+    write_html(folder / "comparison.html", frame("Ways of making preference data", facts, "\n".join(body)))
 
 
 def _figures(result: ComparisonResult) -> str:

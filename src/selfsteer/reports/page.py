@@ -36,8 +36,7 @@ _MOST_WORDS = 3_000
 
 def write_page(path: Path, metrics: Metrics, reading: Reading | None = None) -> None:
     """Write report.html, whole or not at all; without matplotlib, without plots."""
-    with replacing(path) as file:
-        file.write(page(metrics, reading or Reading()).encode(errors="replace"))
+    write_html(path, page(metrics, reading or Reading()))
 
 
 def page(metrics: Metrics, reading: Reading) -> str:
@@ -57,10 +56,10 @@ def page(metrics: Metrics, reading: Reading) -> str:
     return frame(run["name"], facts, "\n".join(filter(None, body)), data=_data(reading))
 
 
-def write_frame(path: Path, name: str, facts: Iterable[str], body: str, *, data: object = None) -> None:
-    """Write a page of the report's style, whole or not at all; see `frame`."""
+def write_html(path: Path, text: str) -> None:
+    """Write a page, whole or not at all."""
     with replacing(path) as file:
-        file.write(frame(name, facts, body, data=data).encode(errors="replace"))
+        file.write(text.encode(errors="replace"))
 
 
 def frame(name: str, facts: Iterable[str], body: str, *, data: object = None) -> str:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfsteer.measures.estimates import Distribution, Estimate
-from selfsteer.measures.metrics import Json, Measures, RoundMetrics, TrainingSummary, find, plain
+from selfsteer.measures.metrics import Comparison, Json, Measures, RoundMetrics, TrainingSummary, find, plain
 from selfsteer.reports.tables import GENERATOR, PBAA
 
 # The light theme's, which files keep; in the SVG of a page each is replaced by what the page defines.
@@ -133,8 +133,8 @@ def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | Non
 
     Both over the held-out queries that policy and generator answered, where there are any. None where no set has both.
     """
-    compared = this["comparison"] if "comparison" in this and this["comparison"].get("held_out") else None
-    both = compared.get("both", {}) if compared is not None else {}
+    compared = this.get("comparison", Comparison())
+    both = compared.get("both", {}) if compared.get("held_out") else {}
     held_out = {name: both[key] for name, key in ((PBAA, "baseline"), (GENERATOR, "pairs")) if key in both}
     found = next(filter(None, (_points(data, key, held_out) for key in ("judge", "principle_consistency"))), None)
     if found is None:
@@ -142,7 +142,7 @@ def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | Non
     judge = "the checks" if any("checks" in measures for measures in data.values()) else "the judge"
     who = f"accuracy by {judge}" if any("judge" in measures for measures in data.values()) else "principle consistency"
     caption = "Up and to the right is better. Bars: 95% intervals. Dotted: chance."
-    if compared is not None and held_out:
+    if held_out:
         caption = f"Over the {compared.get('queries', 0):,} held-out queries that both answered. {caption}"
     with mpl.rc_context(STYLE):
         figure, axes = _panel()

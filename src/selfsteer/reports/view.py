@@ -35,15 +35,14 @@ SO_FAR = "so-far"
 """The place of the page of what is sealed."""
 
 
-def report_of(run: Path) -> bytes | None:
-    """report.html where the run has ended, else None. Raises ValueError where there is no run."""
+def report_of(run: Path, found: Status) -> bytes | None:
+    """report.html where the run has ended, else None."""
     report = run / "report.html"
-    return report.read_bytes() if status(run)["next"].startswith("nothing") and report.is_file() else None
+    return report.read_bytes() if found["next"].startswith("nothing") and report.is_file() else None
 
 
-def stages_page(run: Path) -> bytes:
+def stages_page(run: Path, found: Status) -> bytes:
     """How far a run under way is."""
-    found = status(run)
     link = ""
     if any(stage["state"] == "sealed" for stage in found["stages"]):
         link = f'<p><a href="{SO_FAR}">Read what there is so far</a>: measures, plots and pairs of the sealed stages.</p>'
@@ -90,8 +89,9 @@ def viewing(run: Path, port: int = 0) -> Generator[str]:
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return
             try:
-                report = report_of(run)
-                body = report or (page_so_far(run) if so_far else stages_page(run))
+                found = status(run)
+                report = report_of(run, found)
+                body = report or (page_so_far(run) if so_far else stages_page(run, found))
             except (ValueError, OSError) as error:
                 self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(error))
                 return

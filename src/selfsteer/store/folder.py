@@ -79,8 +79,7 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
     finished = threading.Event()
 
     def taken() -> Taken:
-        peaks = clock.peaks() if fresh else {}
-        memory = {where: max(peaks.get(where, 0), earlier.memory.get(where, 0)) for where in {*peaks, *earlier.memory}}
+        memory = clock.most(clock.peaks() if fresh else {}, earlier.memory)
         return Taken(earlier.seconds + time.monotonic() - started, clock.since(before, earlier.parts), memory)
 
     def keep() -> None:
