@@ -111,7 +111,7 @@ def _plain(value: object) -> str:
 # ---- the run folder -------------------------------------------------------------------------------------------------
 
 _STAGES = (
-    *("principles", "responses", "steering", "headroom", "training", "gain", "preferences", "quality", "selection"),
+    *("principles", "responses", "steering", "training", "gain", "preferences", "quality", "selection"),
     *("passes", "answers"),
 )
 """The modules of the stages, in the order of a round."""

@@ -28,7 +28,7 @@ from selfsteer.training.objective import LOSSES
 from selfsteer.training.train import train
 from selfsteer.training.trainer import read_history
 
-STAGES = ("1-principles", "2-responses", "3-steering", "3-headroom", "4-generator", "5-preferences", "6-policy")
+STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
 RecipeOf = Callable[..., dict[str, Any]]
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import selfsteer
 
 RecipeOf = Callable[..., dict[str, Any]]
-STAGES = ("1-principles", "2-responses", "3-steering", "3-headroom", "4-generator", "5-preferences", "6-policy")
+STAGES = ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy")
 
 # Arguments: a recipe, then "n:SIGNAL:PLACE" for every child: what it gets before its n-th fsync of a path with PLACE in it.
 # Prints for each child its exit status (negative: the signal that killed it) and how many stages are sealed then.
@@ -88,7 +88,7 @@ KILLS = (
     "1:SIGKILL:2-responses/MANIFEST",
     "1:SIGKILL:3-steering/parts/",
     "1:SIGKILL:3-steering/dropped",
-    "1:SIGKILL:3-headroom/parts/",
+    "1:SIGKILL:3-steering/headroom",
     "1:SIGKILL:checkpoint-1/",
     "1:SIGKILL:checkpoint-2/COMPLETE",
     "1:SIGKILL:4-generator/model/",
@@ -107,7 +107,7 @@ def test_killed_in_every_stage(recipe: Path, undisturbed: Path):
     found, said = children(recipe, *KILLS, THROUGH)
     survivors = [moment for moment, child in zip(KILLS, found, strict=False) if child.status != -signal.SIGKILL]
     assert survivors == [], said
-    assert found[-1] == Child(0, 8), said
+    assert found[-1] == Child(0, 7), said
     same_result(recipe.parent / "run", undisturbed)
 
 
@@ -118,7 +118,7 @@ def test_killed_at_moments_drawn(recipe: Path, undisturbed: Path):
     found, said = children(recipe, *moments, THROUGH)
     assert {child.status for child in found} == {0, -signal.SIGKILL}, said
     assert [child.sealed for child in found] == sorted(child.sealed for child in found), "a sealed stage was lost"
-    assert found[-1] == Child(0, 8), said
+    assert found[-1] == Child(0, 7), said
     same_result(recipe.parent / "run", undisturbed)
 
 
@@ -133,7 +133,7 @@ def test_stopped_by_a_signal_in_every_stage(recipe: Path, undisturbed: Path):
     )
     found, said = children(recipe, *moments, THROUGH)
     assert [child.status for child in found] == [143, 130, 143, 130, 143, 0], said
-    assert [child.sealed for child in found] == [1, 2, 4, 4, 5, 8], said
+    assert [child.sealed for child in found] == [1, 2, 3, 3, 4, 7], said
     for name, times in (("SIGTERM", 3), ("SIGINT", 2)):
         assert said.count(f"stopped by {name}; the same command continues:\n  selfsteer run {recipe}\n") == times
     same_result(recipe.parent / "run", undisturbed)

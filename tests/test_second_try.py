@@ -125,7 +125,7 @@ def test_an_unfinished_training_is_something_to_lose(recipe_of: RecipeOf, tmp_pa
     said = refused(recipe_of(tmp_path / "run", {"generator.beta": 0.2}))
     assert "4-generator would be made again; what an unfinished training has learned would go." in said
     said = refused(recipe_of(tmp_path / "run", {"responses.temperature": 1.3}))
-    assert "2-responses, 3-steering, 3-headroom, 4-generator would be made again; what an unfinished" in said
+    assert "2-responses, 3-steering, 4-generator would be made again; what an unfinished" in said
     run(recipe_of(tmp_path / "run"))
 
 

@@ -109,7 +109,7 @@ def test_shards_share_one_generator_and_split_the_queries(whole: Path, shards: l
         assert {row["query_id"] for row in rows(folder, PAIRS)} <= set(queries[number::3])
         assert not (folder / "round-1/5-quality").exists()
         assert not (folder / "round-1/6-policy").exists()
-        for stage in ("1-principles", "2-responses", "3-steering", "3-headroom", "4-generator"):
+        for stage in ("1-principles", "2-responses", "3-steering", "4-generator"):
             assert manifest(folder, stage)["fingerprint"] == manifest(whole, stage)["fingerprint"]
             assert manifest(folder, stage)["outputs"] == manifest(shards[0], stage)["outputs"]
     for folder in shards[1:]:
@@ -159,7 +159,7 @@ def test_a_shard_says_what_it_is(recipe_of: RecipeOf, changes: dict[str, Any], s
     found = status(shards[1])
     assert found["next"] == "nothing: shard 2 of 3 is made; when all are: selfsteer merge RUN... --output RUN"
     assert [stage["name"] for stage in found["stages"]] == [
-        *("1-principles", "2-responses", "3-steering", "3-headroom", "4-generator", PAIRS)
+        *("1-principles", "2-responses", "3-steering", "4-generator", PAIRS)
     ]
     metrics = json.loads((shards[1] / "metrics.json").read_text())
     assert metrics["run"]["shard"] == "2/3"
@@ -191,7 +191,7 @@ def test_a_killed_merge_goes_on(shards: list[Path], merged: Path, tmp_path: Path
     ]
     found, said = children(tmp_path / "recipe.yaml", *moments, command=command)
     assert [child.status for child in found] == [-signal.SIGKILL] * 6 + [0, 0], said
-    assert [child.sealed for child in found] == [0, 0, 4, 5, 5, 5, 6, 6]
+    assert [child.sealed for child in found] == [0, 0, 3, 4, 4, 4, 5, 5]
     outputs = [manifest(folder, PAIRS)["outputs"] for folder in (tmp_path / "run", merged)]
     assert outputs[0] == outputs[1]
     assert sorted(samples(tmp_path / "run", PAIRS)) == sorted(samples(merged, PAIRS))

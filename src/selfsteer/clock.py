@@ -3,9 +3,10 @@
     with part("score"): ...                      # what is loaded within it counts as "load"
     for answer in timed("sample", answers): ...  # the time that the iterator takes, not what is done with an answer
 
-Always on: a part costs about a microsecond. Only the main thread has parts; what it waits for elsewhere (a server, other
-processes) is of the part in which it waits. A GPU computes behind the calls that start it: there `exact` makes the ends of
-parts wait for it, which `selfsteer run --profile` asks for; without, the seconds of a part are those until Python went on.
+Always on: a part costs about a microsecond. Only the main thread has parts; what it waits for elsewhere (a server) is of
+the part in which it waits, and processes that work for this one tell what they spent (`take_in`). A GPU computes behind the
+calls that start it: there `exact` makes the ends of parts wait for it, which `selfsteer run --profile` asks for; without,
+the seconds of a part are those until Python went on.
 """
 
 import re
@@ -53,6 +54,8 @@ class Taken(NamedTuple):
 class _Clock:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     tokens: dict[str, int] = field(default_factory=dict[str, int])
+    held: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By processes that worked for this one, since `begin_peaks`."""
     now: Part | None = None
     since: float = 0.0
     finish: Callable[[], None] | None = None
@@ -122,11 +125,21 @@ def since(before: Mapping[str, Spent], earlier: Mapping[str, Spent]) -> dict[str
     return found
 
 
+def take_in(seconds: Mapping[str, float], tokens: Mapping[str, int], held: Mapping[str, int]) -> None:
+    """What processes spent that this one has waited for, outside of any part, and bytes that they held at most."""
+    for name, spent in seconds.items():
+        _clock.seconds[name] = _clock.seconds.get(name, 0.0) + spent
+    for name, spent in tokens.items():
+        _clock.tokens[name] = _clock.tokens.get(name, 0) + spent
+    _clock.held = most(_clock.held, held)
+
+
 _OF_PROCESS = Path("/proc/self")
 
 
 def begin_peaks() -> bool:
     """Forget what memory was held before; False where this system can't, and `peaks` would tell of the whole process."""
+    _clock.held = {}
     if (cuda := _cuda()) is not None:
         for device in range(cuda.device_count()):
             cuda.reset_peak_memory_stats(device)
@@ -138,14 +151,14 @@ def begin_peaks() -> bool:
 
 
 def peaks() -> dict[str, int]:
-    """Bytes that this process has held at most since `begin_peaks`, as in `Taken`; without the processes it started."""
+    """Bytes held at most since `begin_peaks`, as in `Taken`: by this process, or by those that worked for it together."""
     found: dict[str, int] = {}
     status = _OF_PROCESS / "status"
     if status.exists() and (kilobytes := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
         found["ram"] = int(kilobytes[1]) * 1024
     if (cuda := _cuda()) is not None:
         found["gpu"] = sum(cuda.max_memory_allocated(device) for device in range(cuda.device_count()))
-    return found
+    return most(found, _clock.held)
 
 
 def most(*held: Mapping[str, int]) -> dict[str, int]:

@@ -36,7 +36,6 @@ from selfsteer.stages.base import ModelCleaned, Round, read_measures
 from selfsteer.stages.essentials import check_essentials
 from selfsteer.stages.evaluation import check_evaluation, evaluate_run
 from selfsteer.stages.gain import gain_stage
-from selfsteer.stages.headroom import headroom_stage
 from selfsteer.stages.passes import passes_stage
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import check_writer, load_pool, principles_stage
@@ -127,7 +126,7 @@ def make_data(round: Round) -> Candidates:
         preferences = preferences_stage(round, principles, responses, None, None)
         return Candidates(preferences, quality_stage(round, preferences))
     steering = steering_stage(round, responses)
-    hold_headroom(round, headroom_stage(round, responses, steering))
+    hold_headroom(round, steering)
     generators = generator_stage(round, steering)
     if round.recipe.queries.shard is not None:
         return Candidates(preferences_stage(round, principles, responses, steering, generators))
@@ -163,14 +162,14 @@ def dated(recipe: Recipe, lending: Sequence[Path] = ()) -> Recipe:
     return recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"date": day})})
 
 
-def hold_headroom(round: Round, stage: Stage | None) -> None:
+def hold_headroom(round: Round, steering: Stage) -> None:
     """Say what a generator can win, and hold the gates on it.
 
     Raises `GateFailed` where one fails and the recipe stops on failure; the policy of the round before is then the result.
     """
-    if stage is None:
+    found: Headroom | None = read_measures(steering)["headroom"]
+    if found is None:
         return
-    found: Headroom = read_measures(stage)["headroom"]
     log.info("%s", in_words(found))
     section = round.recipe.quality
     gates = list(filter(before_generator, parse(section.gates)))

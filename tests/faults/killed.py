@@ -37,7 +37,6 @@ STAGES = (
     "1-principles",
     "2-responses",
     "3-steering",
-    "3-headroom",
     "4-generator",
     "5-preferences",
     "5-quality",

@@ -47,7 +47,9 @@ def test_the_sealed_measures_are_those_of_the_sealed_pairs(finished: Path):
 
     own, made = rows("3-steering/policy-pairs.parquet"), rows("5-preferences/data.parquet")
     steering = read_measures(Stage(finished / "round-1/3-steering"))
-    assert steering == from_plain(plain({"pairs": measure(rows("3-steering/data.parquet")), "policy_pairs": measure(own)}))
+    expected = {"pairs": measure(rows("3-steering/data.parquet")), "policy_pairs": measure(own)}
+    assert {name: steering[name] for name in expected} == from_plain(plain(expected))
+    assert steering["headroom"]["queries"] == len(own)
     preferences = read_measures(Stage(finished / "round-1/5-preferences"))
     assert preferences == from_plain(
         plain({"pairs": measure(made), "comparison": {**compare(made, own), "held_out": False}})

@@ -19,7 +19,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Lora, Policy, Training
 from selfsteer.store import columns
 from selfsteer.training import checkpoints
-from selfsteer.training.displacement import Moved, Schedule, averages, positions, schedule
+from selfsteer.training.displacement import Moved, Schedule, averages, schedule
 from selfsteer.training.launch import launch
 from selfsteer.training.packing import Row
 from selfsteer.training.scoring import tokenize
@@ -112,10 +112,6 @@ def test_one_response_would_say_nothing():
 
 def test_what_the_recipe_says_holds():
     assert schedule(10, 640, steps=8, every=3) == Schedule(16, 3)
-
-
-def test_positions_count_prompts_once():
-    assert positions([Row((1, 2), ((3,), (4, 5))), Row((1,), ((2,),))]) == 7
 
 
 def test_averages_by_hand():

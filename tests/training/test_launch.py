@@ -16,6 +16,7 @@ from builders import curve, seven_queries
 from safetensors.torch import load_file
 from waiting import stop_amid_training, until
 
+from selfsteer import clock
 from selfsteer.recipe.sections import Launcher, Lora
 from selfsteer.training import checkpoints
 from selfsteer.training.launch import launch
@@ -72,6 +73,22 @@ def test_two_processes_train_as_one(alone: TrainingJob, together: TrainingJob):
     weights, expected = (load_file(Path(each.output) / "model" / "model.safetensors") for each in (together, alone))
     assert weights.keys() == expected.keys()
     assert all((weights[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+
+
+def test_two_processes_share_packed_micro_batches(alone: TrainingJob, job: TrainingJob):
+    """Steps of four queries and of three, in two micro-batches a process at most, by their tokens."""
+    training = job.training.model_copy(update={"tokens_per_batch": 150})
+    packed = replace(job, output=job.output + "-packed", training=training)
+    before = clock.spent()
+    clock.begin_peaks()
+    launch(packed, TWO)
+    assert curve(packed) == near(alone)
+    spent = clock.since(before, {})
+    history = read_history(Path(packed.output) / "history.jsonl")
+    assert spent["forward"].tokens == sum(step["tokens"] for step in history), "of both processes"
+    assert 0 < spent["forward"].seconds + spent["backward"].seconds < sum(step["seconds"] for step in history), "of one"
+    assert clock.peaks()["ram"] > 2 * 200e6, "of both together"
+    assert not list(Path(packed.output).glob("spent-*"))
 
 
 SHARDED = """

@@ -194,8 +194,14 @@ def test_three_steps_of_every_objective(objective: str, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "training",
-    [{"micro_batch_size": 2}, {"micro_batch_size": 4}, {"micro_batch_size": 3}, {"prefix_sharing": False}],
-    ids=["micro 2", "micro 4", "micro 3, uneven", "unshared"],
+    [
+        {"micro_batch_size": 2},
+        {"micro_batch_size": 4},
+        {"micro_batch_size": 3},
+        {"tokens_per_batch": 100},
+        {"prefix_sharing": False},
+    ],
+    ids=["micro 2", "micro 4", "micro 3, uneven", "packed", "unshared"],
 )
 def test_micro_batches_and_sharing_leave_the_oracle_s_steps(training: dict[str, Any], tmp_path: Path):
     expected = oracle("sso", steps=3)

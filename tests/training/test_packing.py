@@ -10,7 +10,19 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from selfsteer.training import packing
 from selfsteer.training.logps import TokenLogps, choose_packing, teach
-from selfsteer.training.packing import Row, Span, TokenPair, attention, pack, pad, segments_of, share_prompts
+from selfsteer.training.packing import (
+    Row,
+    Span,
+    TokenPair,
+    attention,
+    balanced,
+    pack,
+    pad,
+    row_tokens,
+    segments_of,
+    share_prompts,
+    together,
+)
 
 ROWS = [Row((1, 2), ((3, 4, 5), (6, 7))), Row((8,), ((9,),))]
 
@@ -94,6 +106,34 @@ def test_prompts_and_completions_are_computed_once():
     assert shared.rows == (Row(a, (x, y, z)), Row(b, (y,)))
     assert shared.chosen == (0, 2, 3)
     assert shared.rejected == (1, 0, 3)
+
+
+def test_row_tokens_count_prompts_once():
+    assert row_tokens([Row((1, 2), ((3,), (4, 5))), Row((1,), ((2,),))]) == 7
+
+
+@pytest.mark.parametrize(
+    ("count", "budget", "expected"),
+    [
+        (1, None, [[5], [9], [3], [4], [1], [20], [2]]),
+        (3, None, [[5, 9, 3], [4, 1, 20], [2]]),
+        (1, 12, [[5], [9, 3], [4, 1], [20], [2]]),
+        (1, 44, [[5, 9, 3, 4, 1, 20, 2]]),
+        (1, 1, [[5], [9], [3], [4], [1], [20], [2]]),
+    ],
+)
+def test_what_shares_a_forward_pass(count: int, budget: int | None, expected: list[list[int]]):
+    """Each unit is its own number of tokens."""
+    found = together([5, 9, 3, 4, 1, 20, 2], lambda unit: unit, count=count, budget=budget)
+    assert list(found) == expected
+
+
+def test_parts_of_nearly_as_many_tokens():
+    tokens = [7, 1, 6, 5, 4, 9, 2, 3]
+    parts = balanced(range(8), tokens, 3)
+    assert sorted(unit for part in parts for unit in part) == list(range(8))
+    assert sorted(sum(tokens[unit] for unit in part) for part in parts) == [12, 12, 13]
+    assert balanced([3, 5], tokens, 2) == [[5], [3]]
 
 
 def random_rows(seed: int = 0) -> list[Row]:

@@ -110,15 +110,16 @@ def test_beginnings_are_scored_as_responses_of_their_own_would_be(policy: Policy
                     assert scores(journal, alone)[0].chosen.logps == pytest.approx(part.logps, rel=1e-5)
 
 
-def test_order_and_micro_batches(policy: Policy):
-    """Seven queries, three a forward pass: the same scores in the same order, up to rounding; two pairs stay together."""
+@pytest.mark.parametrize("several", [{"micro_batch_size": 3}, {"tokens_per_batch": 100}], ids=str)
+def test_order_and_micro_batches(policy: Policy, several: dict[str, int]):
+    """Seven queries, a few a forward pass: the same scores in the same order, up to rounding; two pairs stay together."""
     groups = [[pair(n), pair(n, chosen="No.", rejected="Yes.")] for n in range(7)]
     with open_scorer(policy, FLOAT32) as scorer:
         single = list(score(scorer, groups))
-    with open_scorer(policy, FLOAT32.model_copy(update={"micro_batch_size": 3})) as scorer:
-        several = list(score(scorer, groups))
+    with open_scorer(policy, FLOAT32.model_copy(update=several)) as scorer:
+        packed = list(score(scorer, groups))
     assert [len(scores) for scores in single] == [2] * 7
-    for a, b in zip(single, several, strict=True):
+    for a, b in zip(single, packed, strict=True):
         for x, y in zip(a, b, strict=True):
             assert y.chosen.logps == pytest.approx(x.chosen.logps, rel=1e-5)
             assert y.rejected.logps == pytest.approx(x.rejected.logps, rel=1e-5)

@@ -16,7 +16,7 @@ from builders import FLOAT32, steering_group
 from tiny import tiny_model_dir
 from waiting import until
 
-from selfsteer import runtime
+from selfsteer import clock, runtime
 from selfsteer.models import checkpoint, load_tokenizer
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy
@@ -73,7 +73,12 @@ def both_at_work(folder: Path) -> bool:
 
 def test_two_processes_score_as_one_and_go_on_as_one(scorer: Scorer, tmp_path: Path):
     """Bit for bit; each has half of the groups. What is asked for later, in one process or in two, is not scored again."""
-    assert score_all(scorer, tmp_path / "alone", 21, ALONE) == score_all(scorer, tmp_path / "together", 21, TOGETHER)
+    before = clock.spent()
+    alone = score_all(scorer, tmp_path / "alone", 21, ALONE)
+    between = clock.spent()
+    assert score_all(scorer, tmp_path / "together", 21, TOGETHER) == alone
+    of_two, of_one = (clock.since(start, {})["score"].tokens for start in (between, before))
+    assert of_one == 2 * of_two > 0, "the tokens of both processes"
     assert {name: len(found) for name, found in keys(tmp_path / "together").items()} == {
         "main-0-0.jsonl": 11,
         "main-1-0.jsonl": 10,

@@ -22,9 +22,18 @@ from selfsteer.recipe.sections import Lora, Policy
 from selfsteer.records import Pair
 from selfsteer.store.columns import pair_row
 from selfsteer.training import checkpoints
+from selfsteer.training.packing import TokenPair, balanced
 from selfsteer.training.scoring import open_scorer, tokenize
 from selfsteer.training.train import TrainingJob, train
-from selfsteer.training.trainer import PreferenceTrainer, Step, TrainingDiverged, read_history
+from selfsteer.training.trainer import (
+    Group,
+    Order,
+    PreferenceTrainer,
+    Step,
+    TokenGroups,
+    TrainingDiverged,
+    read_history,
+)
 
 # peft 0.21 asks transformers 5.23 by a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
@@ -103,8 +112,15 @@ def test_l_sso_equals_an_oracle_written_out(job: TrainingJob, groups: Any):
 
 @pytest.mark.parametrize(
     "mechanics",
-    [{"micro_batch_size": 2}, {"micro_batch_size": 3}, {"prefix_sharing": False}, {"gradient_checkpointing": True}],
-    ids=["micro 2", "micro 3 (no divisor: 2)", "unshared", "checkpointed"],
+    [
+        {"micro_batch_size": 2},
+        {"micro_batch_size": 3},
+        {"tokens_per_batch": 150},
+        {"tokens_per_batch": 10_000},
+        {"prefix_sharing": False},
+        {"gradient_checkpointing": True},
+    ],
+    ids=["micro 2", "micro 3 (no divisor: 2)", "packed", "a step at once", "unshared", "checkpointed"],
 )
 def test_mechanics_do_not_change_the_mathematics(mechanics: dict[str, Any], job: TrainingJob):
     """Six steps, two of them over a smaller batch: losses and gradient norms stay."""
@@ -112,6 +128,47 @@ def test_mechanics_do_not_change_the_mathematics(mechanics: dict[str, Any], job:
     other = changed(job, "other", **mechanics)
     train(other)
     assert curve(other) == [(pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3)) for loss, norm in curve(job)]
+
+
+class Lengths(TokenGroups):
+    """Groups of which nothing but their number of tokens is known."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.epoch = tokens, 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Group:
+        ids = tuple(range(self.tokens[index] - 2))
+        return Group(pairs=(TokenPair(ids, (1,), (2,)),), ref_chosen=(0.0,), ref_rejected=(0.0,))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("queries", [5, 24, 31, 49])
+@pytest.mark.parametrize("budget", [1, 40, 90, 10_000])
+def test_packed_micro_batches_hold_every_query_once_within_the_budget(processes: int, queries: int, budget: int):
+    """Over three epochs; steps of twelve queries, of equally many micro-batches a process but for the last of an epoch."""
+    tokens = [3 + 37 * number % 50 for number in range(queries)]
+    data = Lengths(tokens)
+    order = Order(data, 12, processes=processes, seed=7, micro=1)
+    plain = Order(data, 12, processes=1, seed=7, micro=12)
+    order.pack(budget, epochs=3)
+    a_step = order.each * processes
+    tightest = 0
+    for epoch in range(3):
+        data.epoch = epoch
+        parts, steps = list(order), list(plain)
+        assert len(parts) == len(order)
+        assert len(parts) % processes == 0
+        for number, step in enumerate(steps):
+            mine = parts[number * a_step : (number + 1) * a_step]
+            assert sorted(index for part in mine for index in part if index < queries) == sorted(step)
+            assert all(part and (len(part) == 1 or sum(tokens[index] for index in part) <= budget) for part in mine)
+            if len(step) > a_step - processes > 0:
+                with_fewer = balanced(step, tokens, a_step - processes)
+                tightest = max(tightest, *(sum(tokens[index] for index in part) for part in with_fewer))
+    assert order.each == 1 or tightest > budget, "no step would have needed as many"
 
 
 def test_order_of_the_queries_does_not_matter_within_a_batch(job: TrainingJob, groups: Any, tmp_path: Path):

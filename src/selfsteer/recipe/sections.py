@@ -275,6 +275,9 @@ class Training(Section):
     """Train adapters instead of the full weights."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Queries (generator) or pairs (alignment) a forward pass and device; memory, not mathematics."""
+    tokens_per_batch: int | None = Field(default=None, ge=1)
+    """Pack queries into a forward pass while they have at most so many tokens, each prompt counted once; a longer one is
+    alone. Fills the machine with short queries, whose number `micro_batch_size` would fix. When empty, by that."""
     dtype: DTypeName = "auto"
     """Arithmetic of the forward pass; float32 master weights are kept. auto as in engine.dtype."""
     prefix_sharing: bool = True

@@ -509,7 +509,7 @@ def cost_tables(this: RoundMetrics, suffix: str = "") -> Iterator[Table]:
     known_places = {"disk"}.union(*(stage.get("memory", {}) for stage in stages.values()))
     places = [each for each in _PLACES if each in known_places]
     rows = [of_stage(name, stage) for name, stage in stages.items()]
-    note = "Memory: at the peak, of the main process alone." if len(places) > 1 else ""
+    note = "Memory: at the peak, without servers." if len(places) > 1 else ""
     columns = (*_COSTS, "else", "all", *(f"MB {where}" for where in places))
     yield Table(f"Seconds and megabytes by stage{suffix}", columns, tuple(rows), note)
 

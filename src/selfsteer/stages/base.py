@@ -26,7 +26,6 @@ from selfsteer.stages.status import (
     BAD_GENERATOR,
     GAIN,
     GOOD_GENERATOR,
-    HEADROOM,
     PASSES,
     PREFERENCES,
     QUALITY,
@@ -173,8 +172,7 @@ TOO_LONG = "too long for the model"
 _PURPOSES = {
     "1-principles": "a good and a bad principle for every query",
     "2-responses": "the policy answers under both, and the bare query",
-    "3-steering": "steering pairs",
-    HEADROOM: "what there is to win",
+    "3-steering": "steering pairs, and what there is to win",
     "4-generator": "the data generator learns from the steering pairs",
     GOOD_GENERATOR: "the generator of good responses learns",
     BAD_GENERATOR: "the generator of bad responses learns",

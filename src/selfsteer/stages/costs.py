@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 from selfsteer.recipe.sections import Alignment, Generator, Recipe, Share
-from selfsteer.stages.headroom import QUERIES as HEADROOM_QUERIES
-from selfsteer.stages.status import GAIN, HEADROOM, PASSES, PREFERENCES, QUALITY, SELECTION, method_of, stage_names
+from selfsteer.stages.status import GAIN, PASSES, PREFERENCES, QUALITY, SELECTION, method_of, stage_names
+from selfsteer.stages.steering import HEADROOM_QUERIES
 from selfsteer.training.checkpoints import KEPT
 from selfsteer.training.displacement import LARGEST, schedule
 from selfsteer.training.trainer import margin_queries, reward_queries
@@ -169,9 +169,8 @@ def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
         return _Work(samples=learned * (3 if recipe.generator.uses_original else 2) + 2 * recipe.queries.holdout + asides)
     if name == "3-steering":
         both_pairs = 2 * (steered + 2 * answer) if recipe.generator.objective in ("sso", "equation_3") else lesson
-        return _Work(scored=learned * (both_pairs + pair) + recipe.queries.holdout * pair)
-    if name == HEADROOM:
-        return _Work(scored=min(learned, HEADROOM_QUERIES) * (bare + 3 * answer))
+        originals = min(learned, HEADROOM_QUERIES) * answer if recipe.generator.uses_original else 0
+        return _Work(scored=learned * (both_pairs + pair) + originals + recipe.queries.holdout * pair)
     if name.startswith("4-generator"):
         return _Work(queries=learned, each=lesson)
     if name == PREFERENCES:

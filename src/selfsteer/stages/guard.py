@@ -19,7 +19,6 @@ from selfsteer.stages.status import (
     BAD_GENERATOR,
     GAIN,
     GOOD_GENERATOR,
-    HEADROOM,
     PASSES,
     PREFERENCES,
     QUALITY,
@@ -28,7 +27,7 @@ from selfsteer.stages.status import (
 )
 from selfsteer.store.folder import Manifest, Origin, RunFolder, Stage, WouldReplace
 
-_MEASURES_ONLY = {HEADROOM, GAIN, QUALITY, PASSES, ANSWERS}
+_MEASURES_ONLY = {GAIN, QUALITY, PASSES, ANSWERS}
 
 _TRAININGS = {"4-generator", GOOD_GENERATOR, BAD_GENERATOR, "6-policy"}
 

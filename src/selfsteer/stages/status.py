@@ -15,7 +15,7 @@ from selfsteer.store.folder import RunFolder, Stage
 GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
 """Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
 
-HEADROOM, GAIN, PREFERENCES, QUALITY = "3-headroom", "4-gain", "5-preferences", "5-quality"
+STEERING, GAIN, PREFERENCES, QUALITY = "3-steering", "4-gain", "5-preferences", "5-quality"
 SELECTION, PASSES, ANSWERS = "5-selection", "7-checks", "7-answers"
 
 MODEL, ADAPTER = "model", "adapter"
@@ -64,8 +64,6 @@ def stage_names(recipe: Recipe, method: Method, *, aligned: bool = True) -> tupl
     Those of a shard end with its pairs: what is measured and decided is of all shards together.
     """
     *made, policy = STAGES[method]
-    if "3-steering" in made and recipe.generator.uses_original:
-        made.insert(made.index("3-steering") + 1, HEADROOM)
     if recipe.queries.shard is not None:
         return tuple(made)
     if recipe.measures_gain and method != "given":
@@ -196,6 +194,6 @@ def _round(folder: RunFolder, number: int) -> Path:
 def _decided_on(folder: RunFolder, number: int) -> tuple[str, str]:
     """Digests of the recipe and of what the rounds up to this one have sealed, their trainings left out."""
     recipe = folder.path / "recipe.yaml"
-    names = (HEADROOM, PREFERENCES, QUALITY)
+    names = (STEERING, PREFERENCES, QUALITY)
     manifests = [Stage(_round(folder, each) / name).manifest() for each in range(1, number + 1) for name in names]
     return file_digest(recipe), digest([None if each is None else each.digest for each in manifests])

@@ -1,27 +1,36 @@
-"""Stage 3: the pairs that train the data generator, and those that it is compared with.
+"""Stage 3: the pairs that train the data generator, those that it is compared with, and what there is to win.
 
-Left out on purpose: how pairs are built (`pairs.py`) and scored (`training/scoring.py`).
+    3-steering/data.parquet            the pairs of L_SSO
+    3-steering/policy-pairs.parquet    the policy's own responses as alignment pairs (PBAA)
+    3-steering/headroom.parquet        a row a query: y_o, y+ and y- given the bare query, up to several positions
+
+All that is scored of a response given one prompt is scored in one forward pass. Left out on purpose: how pairs are built
+(`pairs.py`) and scored (`training/scoring.py`), what the headroom says (`measures/headroom.py`), and whether the generator
+is trained all the same (`pipeline.py`).
 """
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+from selfsteer.measures.headroom import EDGES, Answers, headroom
 from selfsteer.pairs import (
     alignment_pair,
+    answer_pair,
     item_key,
     pair_reject_reason,
     steering_pairs,
     steering_reject_reason,
     usable,
 )
-from selfsteer.records import Dropped, Responses
+from selfsteer.records import Dropped, Pair, Responses
 from selfsteer.stages.base import (
     Round,
     Work,
     arithmetic,
+    draw,
     inputs_of,
     kept,
     make_stage,
@@ -32,7 +41,7 @@ from selfsteer.stages.base import (
 from selfsteer.stages.responses import HELD_OUT
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
-from selfsteer.training.scoring import Group, score_missing, scores
+from selfsteer.training.scoring import Group, prefixes, score_missing, scores
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +50,11 @@ POLICY_PAIRS = "policy-pairs.parquet"
 
 Of the queries that train the generator, and of those held out, which the comparison is made on."""
 
+HEADROOM = "headroom.parquet"
+
+HEADROOM_QUERIES = 512
+"""The headroom is measured on at most so many, drawn with the seed."""
+
 
 def policy_pairs(stage: Stage, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
     """Their rows, or those of these queries."""
@@ -48,10 +62,14 @@ def policy_pairs(stage: Stage, *, of: Collection[str] | None = None) -> Iterator
 
 
 def steering_stage(round: Round, responses: Stage) -> Stage:
-    """Step 3, first half: the pairs of L_SSO with reference log-probabilities, and the PBAA pairs of the same queries."""
+    """Step 3, first half: the pairs of L_SSO with reference log-probabilities, and the PBAA pairs of the same queries.
+
+    Its headroom is None where the objective does not train on y_o.
+    """
     settings = {
         "filters": round.recipe.filters.model_dump(),
         "objective": round.recipe.generator.objective,
+        "headroom": {"queries": HEADROOM_QUERIES, "seed": round.recipe.seed},
         **arithmetic(round.recipe.training),
     }
     origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
@@ -76,8 +94,8 @@ def _held_out(round: Round, responses: Stage) -> Iterator[Responses]:
 
 def _steering(round: Round, work: Work, responses: Stage) -> Contents:
     objective, scorer = round.recipe.generator.objective, policy_scorer(round)
+    drawn = draw(round, set(responses.column("query_id")), HEADROOM_QUERIES) if round.recipe.generator.uses_original else ()
     dropped: list[Dropped] = []
-
     reasons: dict[tuple[str, int], str] = {}
 
     def answered() -> Iterator[Responses]:
@@ -87,6 +105,8 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         return scorer.group(steering_pairs(item, round.prompts, objective))
 
     def own(item: Responses) -> Group:
+        if item.query.id in drawn:
+            return scorer.group(_beside_original(item), EDGES)
         return scorer.group((alignment_pair(item),))
 
     wanted = kept(responses)
@@ -100,9 +120,19 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         description="log-probabilities of the steering pairs",
         total=2 * wanted + len(spared),
     )
-    trained_on = (item for item in answered() if item_key(item) not in reasons)
-    own_rows = (columns.pair_row(pair) for item in chain(trained_on, spared) for pair in scores(work.journal, own(item)))
+
+    def trained_on() -> Iterator[Responses]:
+        return (item for item in answered() if item_key(item) not in reasons)
+
+    own_rows = (columns.pair_row(scores(work.journal, own(item))[0]) for item in chain(trained_on(), spared))
     columns.write_rows(work.stage.path / POLICY_PAIRS, own_rows, columns.PAIRS)
+    files, found = [POLICY_PAIRS], dict[str, Answers]()
+    if drawn:
+        for item in trained_on():
+            if item.query.id in drawn:
+                found[item.query.id] = _answers(work, own(item))
+        columns.write_rows(work.stage.path / HEADROOM, _rows(found), columns.HEADROOM)
+        files.append(HEADROOM)
 
     def rows() -> Iterator[dict[str, Any]]:
         for item in answered():
@@ -118,7 +148,27 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         schema=columns.PAIRS,
         rows_each=2 if objective in ("sso", "equation_3") else 1,
         measures=taking(
-            pairs=lambda: measured(work.stage.written()), policy_pairs=lambda: measured(policy_pairs(work.stage))
+            pairs=lambda: measured(work.stage.written()),
+            policy_pairs=lambda: measured(policy_pairs(work.stage)),
+            headroom=lambda: headroom(list(found.values())),
         ),
-        files=(POLICY_PAIRS,),
+        files=tuple(files),
     )
+
+
+def _beside_original(item: Responses) -> tuple[Pair, Pair]:
+    """The pair of PBAA, and y_o with y-, because pairs are what is scored; under one prompt each is computed once."""
+    assert item.original is not None, "the generator trains on y_o"
+    return alignment_pair(item), answer_pair(item.query, item.original, item.bad)
+
+
+def _answers(work: Work, group: Group) -> Answers:
+    steered, beside = prefixes(work.journal, group)
+    return Answers(original=beside.chosen, good=steered.chosen, bad=steered.rejected)
+
+
+def _rows(found: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
+    for query_id, answers in found.items():
+        yield {"query_id": query_id} | {
+            name: [prefix._asdict() for prefix in each] for name, each in answers._asdict().items()
+        }

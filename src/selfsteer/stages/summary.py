@@ -27,7 +27,6 @@ from selfsteer.stages.status import (
     BAD_GENERATOR,
     GAIN,
     GOOD_GENERATOR,
-    HEADROOM,
     MODEL,
     PASSES,
     PREFERENCES,
@@ -155,13 +154,13 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
     if "3-steering" in stages:
         steering = read_measures(stages["3-steering"])
         found["steering"], found["pbaa"] = steering["pairs"], steering["policy_pairs"]
+        if steering["headroom"] is not None:
+            found["headroom"] = steering["headroom"]
     if PREFERENCES in stages:
         measures = read_measures(stages[PREFERENCES])
         found["alignment" if method != "pbaa" else "pbaa"] = measures["pairs"]
         if "comparison" in measures:
             found["comparison"] = measures["comparison"]
-    if HEADROOM in stages:
-        found["headroom"] = read_measures(stages[HEADROOM])["headroom"]
     if GAIN in stages and (gained := read_measures(stages[GAIN])["gain"]) is not None:
         found["gain"] = gained
     if SELECTION in stages:

@@ -119,7 +119,7 @@ def _write_taken(file: Path, taken: Taken) -> None:
     unfinished.replace(file)
 
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -559,8 +559,6 @@ def _read_manifest(path: Path) -> Manifest | None:
     claimed = fields.pop("sha256")
     if claimed != digest(fields):
         raise StageDamaged(f"{path}: not as it was written. {_way_out(path)}")
-    for name, nothing in (("parts", {}), ("memory", {}), ("cleaned", [])):  # sealed before there were any
-        fields.setdefault(name, nothing)
     if fields["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
             f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another folder with output=DIR."

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from selfsteer.recipe.sections import Training
 from selfsteer.training import parallel
 from selfsteer.training.logps import Packing, to_device
-from selfsteer.training.packing import Batch, Row, Rows
+from selfsteer.training.packing import Batch, Row, Rows, row_tokens, together
 
 LARGEST = 16
 """Queries whose pairs, and unrelated responses, that are measured; fewer in short trainings."""
@@ -41,11 +42,6 @@ class Schedule(NamedTuple):
     """Optimizer steps; the last step is measured in any case."""
 
 
-def positions(rows: Sequence[Row]) -> int:
-    """Tokens that a forward pass over these rows computes."""
-    return sum(len(row.prompt) + sum(map(len, row.completions)) for row in rows)
-
-
 def schedule(reading: float, training: float, *, steps: int, every: int | None) -> Schedule:
     """As the recipe says (every); else as much and as often as BUDGET allows.
 
@@ -65,8 +61,8 @@ def schedule(reading: float, training: float, *, steps: int, every: int | None) 
 class Meter:
     """Reads the same responses again and again."""
 
-    def __init__(self, pairs: Sequence[Rows], unrelated: Sequence[Row], packing: Packing, *, at_once: int) -> None:
-        """pairs: of some queries; at_once: of them and of the unrelated responses, in one forward pass."""
+    def __init__(self, pairs: Sequence[Rows], unrelated: Sequence[Row], packing: Packing, training: Training) -> None:
+        """pairs: of some queries; training: how much shares a forward pass."""
         self._batches: list[Batch] = []
         self._starts: list[int] = []
         self._chosen: list[int] = []
@@ -80,8 +76,8 @@ class Meter:
         self._tokens += (len(row.completions[0]) for row in unrelated)
         units = [*(each.rows for each in pairs), *((row,) for row in unrelated)]
         start = 0
-        for first in range(0, len(units), at_once):
-            rows = [row for unit in units[first : first + at_once] for row in unit]
+        for batch in together(units, row_tokens, count=training.micro_batch_size, budget=training.tokens_per_batch):
+            rows = [row for unit in batch for row in unit]
             self._batches.append(packing(rows))
             self._starts.append(start)
             start += sum(len(row.completions) for row in rows)

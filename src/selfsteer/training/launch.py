@@ -57,11 +57,13 @@ def launch(job: TrainingJob, launcher: Launcher) -> TrainingResult:
     with replacing(output / JOB) as file:
         file.write(json.dumps(job.as_json()).encode())
     parallel.wait_for_group(output)
+    parallel.take_in(output)  # of an earlier session
     (output / OUTCOME).unlink(missing_ok=True)
     if launcher.kind == "ray":
         how = _run_on_ray(job, launcher)
     else:
         how = f"status {parallel.run_group(launcher, 'selfsteer.training.launch', output)}"
+    parallel.take_in(output)
     return _read_outcome(output, how)
 
 

@@ -10,9 +10,10 @@ Left out on purpose: sliding windows and recurrent layers. `logps.choose_packing
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from heapq import heappop, heappush
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ _AMPERE = (8, 0)
 """The compute capability from which on FlashAttention runs."""
 
 TokenIds = tuple[int, ...]
+
+Unit = TypeVar("Unit")
 
 
 class TokenPair(NamedTuple):
@@ -110,6 +113,47 @@ class Batch(TypedDict):
     targets: Tensor
     """(N,) the tokens of all completions."""
     layout: Layout
+
+
+def row_tokens(rows: Sequence[Row]) -> int:
+    """Tokens that a forward pass over these rows computes."""
+    return sum(len(row.prompt) + sum(map(len, row.completions)) for row in rows)
+
+
+def together(
+    units: Iterable[Unit], tokens: Callable[[Unit], int], *, count: int, budget: int | None
+) -> Iterator[list[Unit]]:
+    """Units that share a forward pass, in their order: `count` of them, or with a budget those with at most so many tokens.
+
+    A unit beyond the budget is alone.
+    """
+    batch: list[Unit] = []
+    size = 0
+    for unit in units:
+        size += tokens(unit)
+        if batch and budget is not None and size > budget:
+            yield batch
+            batch, size = [], tokens(unit)
+        batch.append(unit)
+        if budget is None and len(batch) == count:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def balanced(units: Sequence[int], tokens: Sequence[int], parts: int) -> list[list[int]]:
+    """Units, each an index into `tokens`, in so many parts of nearly as many tokens.
+
+    The largest first, always to the part with the fewest (Graham 1969: at most a third above the best).
+    """
+    smallest = [(0, number) for number in range(parts)]
+    found: list[list[int]] = [[] for _ in range(parts)]
+    for unit in sorted(units, key=lambda unit: -tokens[unit]):
+        size, number = heappop(smallest)
+        found[number].append(unit)
+        heappush(smallest, (size + tokens[unit], number))
+    return found
 
 
 def share_prompts(pairs: Sequence[TokenPair]) -> Rows:

@@ -3,6 +3,7 @@
     job/PARENT   locked while the parent lives and wants the job done: when the lock goes (a signal, kill -9), its processes
                  make durable what they have and end
     job/GROUP    locked, by all of them, while one of the processes lives: the next parent waits until it is gone
+    job/spent-N.json    what process N spent, when it has ended, for the parent's clock
 
 A lock ends with its holder, kill -9 included, so there is nothing stale to clean up. Where there is only one process,
 nothing is asked. Left out on purpose: gradients, which accelerate and torch synchronise; and what the job is (`launch.py`
@@ -10,11 +11,14 @@ trains, `scoring.py` scores).
 """
 
 import fcntl
+import json
 import logging
+import os
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +28,9 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
-from selfsteer import runtime
+from selfsteer import clock, runtime
 from selfsteer.recipe.sections import Launcher
+from selfsteer.store.durable import replacing
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +71,24 @@ def run_group(launcher: Launcher, module: str, job: Path) -> int:
         return run_processes([*accelerate_command(launcher, module), str(job)], let_go, pass_fds=[group.fileno()])
 
 
+def take_in(job: Path) -> None:
+    """Add what the processes of a job spent to this one's clock, once they have ended; those that were killed said nothing.
+
+    They worked side by side: the seconds are those of the first, tokens and memory of all.
+    """
+    files = sorted(job.glob("spent-*.json"), key=lambda file: int(file.stem.removeprefix("spent-")))
+    told = [json.loads(file.read_bytes()) for file in files]
+    if not told:
+        return
+    tokens, held = Counter[str](), Counter[str]()
+    for each in told:
+        tokens.update({name: count for name, (_, count) in each["spent"].items()})
+        held.update(each["held"])
+    clock.take_in({name: seconds for name, (seconds, _) in told[0]["spent"].items()}, tokens, held)
+    for file in files:
+        file.unlink()
+
+
 # --- one of the processes --------------------------------------------------------------------------------------------------
 
 
@@ -75,7 +98,11 @@ def taking_part(job: Path) -> Generator[None]:
     with (job / GROUP).open("ab") as group:
         fcntl.flock(group, fcntl.LOCK_SH)
         stop_when_free(job / PARENT)
-        yield
+        try:
+            yield
+        finally:
+            with replacing(job / f"spent-{os.environ.get('RANK', '0')}.json") as file:
+                file.write(json.dumps({"spent": clock.spent(), "held": clock.peaks()}).encode())
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ from selfsteer.store.durable import canonical_json, digest, make_folder
 from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
 from selfsteer.training.logps import Packing, choose_packing, teach, to_device
-from selfsteer.training.packing import Rows, TokenPair, share_prompts
-from selfsteer.training.parallel import run_group, taking_part, wait_for_group
+from selfsteer.training.packing import Rows, TokenPair, row_tokens, share_prompts, together
+from selfsteer.training.parallel import run_group, take_in, taking_part, wait_for_group
 
 
 class Group(NamedTuple):
@@ -115,7 +115,7 @@ def score_missing(scorer: Scorer, groups: Iterable[Group], journal: Journal, *, 
 
 def scores(journal: Journal, group: Group) -> list[Pair]:
     """The group's pairs with the journalled log-probabilities, in their order."""
-    found = journal.get(group.key)["scores"]
+    found = map(_whole, prefixes(journal, group)) if group.edges else journal.get(group.key)["scores"]
     return [_scored(pair, numbers) for pair, numbers in zip(group.pairs, found, strict=True)]
 
 
@@ -186,8 +186,9 @@ def tokenize(pair: Pair, prompts: Prompts, positions: int | None = None) -> Toke
 def score(scorer: OpenScorer, groups: Iterable[Sequence[Pair]]) -> Iterator[list[Pair]]:
     """The pairs of each query with their log-probabilities, in order; one query after the other is read and computed.
 
-    groups: the pairs of a query together, as they are trained. `training.micro_batch_size` queries share a forward pass;
-    above one, training (which shuffles) repeats the numbers only up to rounding.
+    groups: the pairs of a query together, as they are trained. Where several queries share a forward pass
+    (`training.micro_batch_size`, `training.tokens_per_batch`) training, which shuffles, repeats the numbers only up to
+    rounding.
     """
     for group, found in _score(scorer, (Group("", pairs) for pairs in groups)):
         yield [_scored(pair, _whole(each)) for pair, each in zip(group.pairs, found, strict=True)]
@@ -201,8 +202,13 @@ def _score(scorer: OpenScorer, groups: Iterable[Group]) -> Iterator[tuple[Group,
     if first is None:
         return
     packing = choose_packing(model, first[1].rows, sharing=training.prefix_sharing)
-    remaining = chain([first], tokens)
-    while batch := list(islice(remaining, training.micro_batch_size)):
+    batches = together(
+        chain([first], tokens),
+        lambda each: row_tokens(each[1].rows),
+        count=training.micro_batch_size,
+        budget=training.tokens_per_batch,
+    )
+    for batch in batches:
         yield from _score_batch(model, batch, packing)
 
 
@@ -289,6 +295,7 @@ def settle(journal: Journal) -> None:
     if not folder.is_dir():
         return
     wait_for_group(folder)
+    take_in(folder)
     journal.reread()
     shutil.rmtree(folder)
 

@@ -44,15 +44,16 @@ from selfsteer.recipe.sections import Lora, LossName, Policy, Training, Weightin
 from selfsteer.runtime import progress
 from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, read_object, replacing
 from selfsteer.training import checkpoints, parallel
-from selfsteer.training.displacement import LARGEST, Meter, Moved, positions, schedule
+from selfsteer.training.displacement import LARGEST, Meter, Moved, schedule
 from selfsteer.training.export import Delivery, Margin, Saving, deliver
 from selfsteer.training.logps import Packing, choose_packing, teach
 from selfsteer.training.objective import REFERENCE_FREE, objective
-from selfsteer.training.packing import Row, pack, share_prompts
+from selfsteer.training.packing import Row, pack, row_tokens, share_prompts
 from selfsteer.training.trainer import (
     Collator,
     JobParts,
     Keeper,
+    Order,
     PreferenceTrainer,
     Step,
     TokenGroups,
@@ -67,7 +68,10 @@ from selfsteer.training.trainer import (
 
 log = logging.getLogger(__name__)
 
-_MECHANICS = {"micro_batch_size", "prefix_sharing", "gradient_checkpointing", "save_steps", "save_dtype", "report_to"}
+_MECHANICS = {
+    *("micro_batch_size", "tokens_per_batch", "prefix_sharing", "gradient_checkpointing"),
+    *("save_steps", "save_dtype", "report_to"),
+}
 """Of the training section, what may change between a stop and its continuation."""
 
 
@@ -199,6 +203,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
     keeper = Keeper(output, identity, resume, bound)
     with _progress(max(1, planned - done * job.batch_size)) as advance:
         parts = JobParts(
+            order=_order(job, data, args),
             collator=Collator(packing),
             loss=objective(job.loss, beta=job.beta, sft_weight=job.sft_weight),
             beta=job.beta,
@@ -208,6 +213,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
             measure_every=every,
             advance=advance,
         )
+        args.gradient_accumulation_steps = parts.order.each
         trainer = PreferenceTrainer(model, args, data, parts)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
             log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
@@ -275,8 +281,8 @@ def _meter(job: TrainingJob, data: TokenGroups, packing: Packing, planned: int) 
     if job.training.displacement_steps == 0:
         return None, 1
     groups = [share_prompts(data[index].pairs) for index in spread(len(data), LARGEST)]
-    of_pairs = sum(positions(group.rows) for group in groups) / len(groups)
-    of_unrelated = positions(job.unrelated) / max(1, len(job.unrelated))
+    of_pairs = sum(row_tokens(group.rows) for group in groups) / len(groups)
+    of_unrelated = row_tokens(job.unrelated) / max(1, len(job.unrelated))
     size, every = schedule(
         of_pairs + of_unrelated,
         of_pairs * planned,
@@ -284,7 +290,7 @@ def _meter(job: TrainingJob, data: TokenGroups, packing: Packing, planned: int) 
         every=job.training.displacement_steps,
     )
     pairs = [groups[index] for index in spread(len(groups), size)]
-    return Meter(pairs, job.unrelated[:size], packing, at_once=job.training.micro_batch_size), every
+    return Meter(pairs, job.unrelated[:size], packing, job.training), every
 
 
 def _progress(queries: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -371,17 +377,24 @@ def _arguments(job: TrainingJob) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         seed=job.seed,
-        data_seed=job.seed,
+        accelerator_config={"even_batches": False},  # `Order` sees to it that all processes have as many
     )
     if job.batch_size % args.world_size:
         raise ValueError(f"batch_size {job.batch_size} can't be shared by {args.world_size} processes; take a multiple")
-    share = job.batch_size // args.world_size
-    micro = max(size for size in range(1, min(share, training.micro_batch_size) + 1) if share % size == 0)
-    if micro != training.micro_batch_size:
-        log.info("micro-batches of %d, so that they make up a batch of %d", micro, share)
-    args.per_device_train_batch_size = micro
-    args.gradient_accumulation_steps = share // micro
     return args
+
+
+def _order(job: TrainingJob, data: TokenGroups, args: TrainingArguments) -> Order:
+    training, share = job.training, job.batch_size // args.world_size
+    micro = max(size for size in range(1, min(share, training.micro_batch_size) + 1) if share % size == 0)
+    order = Order(data, job.batch_size, processes=args.world_size, seed=job.seed, micro=micro)
+    if training.tokens_per_batch is not None:
+        epochs = job.epochs if job.max_steps is None else job.max_steps * job.batch_size / len(data)
+        order.pack(training.tokens_per_batch, epochs=math.ceil(epochs))
+        log.info("micro-batches of at most %d tokens: %d a step and process", training.tokens_per_batch, order.each)
+    elif micro != training.micro_batch_size:
+        log.info("micro-batches of %d, so that they make up a batch of %d", micro, share)
+    return order
 
 
 def _export(

@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from selfsteer.clock import count, part
@@ -34,7 +34,7 @@ from selfsteer.training import checkpoints, parallel
 from selfsteer.training.displacement import Meter, averages
 from selfsteer.training.logps import Packing, to_device
 from selfsteer.training.objective import PairLogps, chosen_pulls, pair_weights, sft
-from selfsteer.training.packing import Batch, TokenPair, share_prompts
+from selfsteer.training.packing import Batch, TokenPair, balanced, row_tokens, share_prompts
 from selfsteer.training.scoring import tokenize
 
 log = logging.getLogger(__name__)
@@ -89,26 +89,56 @@ class TokenGroups(Dataset[Group]):
         )
 
 
-class Order(Sampler[int]):
-    """Every query once an epoch, shuffled anew from seed and epoch, the same in every process.
+class Order(Sampler[list[int]]):
+    """Every query once an epoch, shuffled anew from seed and epoch, as the micro-batches of all processes in turn.
 
-    Filled up with the group that does not count, to a multiple of what all processes take at a time. (accelerate would fill
-    up with queries of the epoch's beginning, which would then count twice.)
+    An optimizer step has `each` of them a process, the last of an epoch perhaps fewer. Where the last ones are fewer than
+    the processes, the group that does not count fills up. (accelerate would fill up with queries of the epoch's beginning,
+    which would then count twice.)
     """
 
-    def __init__(self, data: TokenGroups, *, multiple: int, seed: int) -> None:
-        self._data = data
-        self._filled = -(-len(data) // multiple) * multiple
-        self._seed = seed
+    def __init__(self, data: TokenGroups, batch_size: int, *, processes: int, seed: int, micro: int) -> None:
+        """batch_size: queries an optimizer step, of all processes; micro: queries a micro-batch, which divides its share."""
+        self.each = batch_size // processes // micro
+        self._data, self._batch_size, self._processes, self._seed, self._micro = data, batch_size, processes, seed, micro
+        self._tokens: Sequence[int] = ()
+
+    def pack(self, budget: int, *, epochs: int) -> None:
+        """Take micro-batches of at most so many tokens instead, or of a single query: as few a step as all steps allow.
+
+        epochs: how many will be trained, begun ones counted.
+        """
+        groups = map(self._data.__getitem__, range(len(self._data)))
+        self._tokens = [row_tokens(share_prompts(group.pairs).rows) for group in groups]
+        self.each = 1
+        for step in (step for epoch in range(epochs) for step in self._steps(epoch)):
+            while self.each * self._processes < len(step) and self._largest(step) > budget:
+                self.each += 1
+
+    def _largest(self, step: Sequence[int]) -> int:
+        return max(sum(self._tokens[index] for index in part) for part in self._split(step))
 
     def __len__(self) -> int:
-        return self._filled
+        full, rest = divmod(len(self._data), self._batch_size)
+        last = len(self._filled(self._split(range(rest)))) if rest else 0
+        return full * self.each * self._processes + last
 
-    def __iter__(self) -> Iterator[int]:
-        queries = len(self._data)
-        generator = torch.Generator().manual_seed(self._seed + self._data.epoch)
-        yield from torch.randperm(queries, generator=generator).tolist()
-        yield from [queries] * (self._filled - queries)
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps(self._data.epoch):
+            yield from self._filled(self._split(step))
+
+    def _steps(self, epoch: int) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        order = torch.randperm(len(self._data), generator=generator).tolist()
+        return (order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size))
+
+    def _split(self, step: Sequence[int]) -> list[list[int]]:
+        if self._tokens:
+            return balanced(step, self._tokens, min(len(step), self.each * self._processes))
+        return [list(step[start : start + self._micro]) for start in range(0, len(step), self._micro)]
+
+    def _filled(self, parts: list[list[int]]) -> list[list[int]]:
+        return parts + [[len(self._data)]] * (-len(parts) % self._processes)
 
 
 def token_groups(
@@ -264,10 +294,12 @@ class PreferenceTrainer(Trainer):
         self._sums = torch.zeros(len(_MEANS) + 2, dtype=torch.float64)
         self._since = time.perf_counter()
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
-        """Every query once an epoch, whatever the number of processes."""
-        at_once = self.args.world_size * self.args.per_device_train_batch_size if self.args.world_size > 1 else 1
-        return Order(cast(TokenGroups, self.train_dataset), multiple=at_once, seed=cast(int, self.args.data_seed))
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every query once an epoch, whatever the number of processes, in micro-batches of our own."""
+        data = cast(TokenGroups, self.train_dataset)
+        pin = self.args.dataloader_pin_memory
+        loader = DataLoader(data, batch_sampler=self._job.order, collate_fn=self._job.collator, pin_memory=pin)
+        return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[TrainBatch], device: torch.device) -> Tensor:
         """The queries of an optimizer step, over all its micro-batches and processes."""
@@ -450,6 +482,7 @@ def margins(data: TokenGroups, collator: Collator, *, beta: float, weighted: boo
 class JobParts:
     """What the trainer needs of a job."""
 
+    order: Order
     collator: Collator
     loss: Callable[[PairLogps], Tensor]
     beta: float

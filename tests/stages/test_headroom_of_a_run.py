@@ -34,7 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recipe_of: RecipeOf) -> P
 
 
 def prefixes(folder: Path) -> dict[str, dict[str, Any]]:
-    table = pq.read_table(folder / "round-1/3-headroom/headroom.parquet")
+    table = pq.read_table(folder / "round-1/3-steering/headroom.parquet")
     return {row["query_id"]: row for row in table.to_pylist()}
 
 
@@ -71,7 +71,7 @@ def test_it_is_in_the_metrics_and_on_the_page(finished: Path):
     for role, values in means.items():
         assert this["headroom"][role]["mean"] == pytest.approx(sum(values) / len(values))
     assert this["pbaa"]["on_policy"]["chosen"]["mean"] == pytest.approx(this["headroom"]["good"]["mean"], rel=1e-5)
-    assert this["stages"]["3-headroom"]["kept"] == this["headroom"]["queries"]
+    assert this["stages"]["3-steering"]["kept"] == this["headroom"]["queries"]
     page = (finished / "report.html").read_text()
     assert "Headroom before the generator" in page
     assert "On-policy probability y_o 0." in page
@@ -87,15 +87,15 @@ def test_a_gate_on_it_stops_before_the_generator_is_trained(recipe_of: RecipeOf,
     assert not (folder / "round-1/4-generator").exists()
     found = status(folder)
     assert found["next"].startswith("nothing: round 1 did not align the policy: headroom_rejected")
-    assert [stage["name"] for stage in found["stages"]] == ["1-principles", "2-responses", "3-steering", "3-headroom"]
+    assert [stage["name"] for stage in found["stages"]] == ["1-principles", "2-responses", "3-steering"]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [(gate["name"], gate["passed"]) for gate in metrics["rounds"][0]["gates"]] == [("headroom_rejected", False)]
     assert "headroom_rejected" in metrics["run"]["ended"]
     assert "pairs" not in metrics["run"], "none were made"
     assert "Headroom before the generator" in (folder / "report.html").read_text()
-    before = (folder / "round-1/3-headroom/MANIFEST.json").read_bytes()
+    before = (folder / "round-1/3-steering/MANIFEST.json").read_bytes()
     run(recipe_of(folder, {**SHORT, "quality.gates": {"headroom_rejected": ABOVE}}))
-    assert (folder / "round-1/3-headroom/MANIFEST.json").read_bytes() == before, "with another bound it goes on from there"
+    assert (folder / "round-1/3-steering/MANIFEST.json").read_bytes() == before, "with another bound it goes on from there"
 
 
 def test_in_a_later_round_the_policy_of_the_one_before_is_the_result(recipe_of: RecipeOf, tmp_path: Path):
@@ -124,6 +124,5 @@ def test_a_gate_that_warns_goes_on(recipe_of: RecipeOf, tmp_path: Path, caplog: 
 def test_without_a_bare_answer_there_is_no_headroom(recipe_of: RecipeOf, tmp_path: Path, changes: dict[str, Any]):
     with pytest.raises(RecipeError, match=r"gate headroom: needs a generator that trains on y_o"):
         Recipe.model_validate(recipe_of(tmp_path / "run", {**changes, "quality.gates": {"headroom": "> 0"}}))
-    found = run(recipe_of(tmp_path / "run", {**SHORT, **changes}))["rounds"][0]
-    assert "headroom" not in found
-    assert "3-headroom" not in found["stages"]
+    assert "headroom" not in run(recipe_of(tmp_path / "run", {**SHORT, **changes}))["rounds"][0]
+    assert not list((tmp_path / "run").rglob("headroom.parquet"))
