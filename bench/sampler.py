@@ -1,10 +1,13 @@
-"""The embedded engine against `model.generate`, in one run on the same queries.
+"""The embedded engine against `model.generate`, and vLLM's server where there is one, in one run on the same queries.
 
 64 chat prompts, at most 128 new tokens, batch 64, temperature 0.7, top-p 0.8. Tokens a second count the tokens of the
 completions, end tokens apart; loading is outside. Repeats alternate, and medians are compared. Then the time of one decode
 step of the engine, by part.
 
-    python bench/sampler.py [--queries FILE.jsonl] [--model MODEL] [--repeats 3]
+    python bench/sampler.py [--queries FILE.jsonl] [--model MODEL] [--repeats 3] [--vllm PYTHON]
+
+--vllm: the interpreter of an environment with vLLM, whose server is asked as `engine.kind: vllm` asks it; it starts before
+the clock does, and warms up on all queries.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -22,10 +25,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from selfsteer.engines import decoding
 from selfsteer.engines import embedded as engine_module
-from selfsteer.engines.base import Request, Sampling
+from selfsteer.engines.base import Completion, Engine, Request, Sampling
 from selfsteer.engines.embedded import TransformersEngine
-from selfsteer.models import compute_dtype, load_model, pick_device, resolve
+from selfsteer.engines.open import open_engine
+from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device, resolve
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.engines import VllmSection
 from selfsteer.recipe.sections import Policy
+from selfsteer.records import Checkpoint
 
 TOPICS = ("tides", "a letter to a landlord", "sorting algorithms", "sourdough bread", "the French Revolution", "quiet walls")
 TASKS = ("Explain", "Write a short story about", "List ten facts about", "Compare two views of", "Plan a lesson on")
@@ -69,8 +76,27 @@ def by_generate(model: PreTrainedModel, requests: list[Request], ends: frozenset
     return int((~ended).sum())
 
 
-def by_engine(engine: TransformersEngine, requests: list[Request]) -> int:
-    return sum(len(completion.token_ids) for completion in engine.generate(requests))
+def by_engine(engine: Engine, requests: list[Request]) -> int:
+    answers = list(engine.generate(requests))
+    assert all(isinstance(answer, Completion) for answer in answers)
+    return sum(len(answer.token_ids) for answer in answers)
+
+
+def vllm_engine(python: str, policy: Checkpoint, dtype: torch.dtype, requests: list[Request]) -> Engine:
+    longest = max(len(request.prompt_ids) + request.sampling.max_new_tokens for request in requests)
+    section = VllmSection.model_validate(
+        {
+            "kind": "vllm",
+            "python": python,
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_num_seqs": len(requests),
+            "max_model_len": longest,
+            "gpu_memory_utilization": 0.5,
+            # On CPUs vLLM's own default takes half of the machine.
+            "extra": {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 2**31},
+        }
+    )
+    return open_engine(section, policy, Prompts(load_tokenizer(policy.path)), trust_remote_code=False)
 
 
 class Clock:
@@ -125,17 +151,22 @@ def decode_parts(engine: TransformersEngine, requests: list[Request]) -> Clock:
     return clock
 
 
-def compare(path: str, requests: list[Request], dtype: torch.dtype, repeats: int) -> None:
-    """Print tokens a second of both samplers in this dtype, their ratio, and the parts of a decode step."""
+def compare(policy: Checkpoint, requests: list[Request], dtype: torch.dtype, repeats: int, vllm: str | None) -> None:
+    """Print tokens a second of the samplers in this dtype, their ratios, and the parts of a decode step."""
     device = pick_device()
-    baseline = load_model(path, dtype=dtype, device=device)
-    rates: dict[str, list[float]] = {"model.generate": [], "selfsteer": []}
-    with TransformersEngine(path, batch_size=len(requests), dtype=dtype, device=device) as engine:
-        samplers = {
+    baseline = load_model(policy.path, dtype=dtype, device=device)
+    with ExitStack() as stack:
+        engine = stack.enter_context(TransformersEngine(policy.path, batch_size=len(requests), dtype=dtype, device=device))
+        samplers: dict[str, Callable[[], int]] = {
             "model.generate": lambda: by_generate(baseline, requests, engine._ends),
             "selfsteer": lambda: by_engine(engine, requests),
         }
         by_engine(engine, requests[:2])  # the check of the slots, once per engine
+        if vllm is not None:
+            server = stack.enter_context(vllm_engine(vllm, policy, dtype, requests))
+            by_engine(server, requests)
+            samplers["vLLM's server"] = lambda: by_engine(server, requests)
+        rates: dict[str, list[float]] = {name: [] for name in samplers}
         for _ in range(repeats):
             for name, sample in samplers.items():
                 start = time.perf_counter()
@@ -146,7 +177,8 @@ def compare(path: str, requests: list[Request], dtype: torch.dtype, repeats: int
     print(f"\n{dtype} on {device}, {len(requests)} queries, medians of {repeats}")
     for name, values in rates.items():
         print(f"  {name:15} {medians[name]:8.1f} tokens/s   ({', '.join(f'{v:.1f}' for v in values)})")
-    print(f"  ratio           {medians['selfsteer'] / medians['model.generate']:8.2f}")
+    for other in [name for name in rates if name != "selfsteer"]:
+        print(f"  selfsteer to {other}: {medians['selfsteer'] / medians[other]:.2f}")
     inside = ("matrix products", "attention and cache")
     rest = clock.seconds["forward"] - sum(clock.seconds[part] for part in inside)
     parts = {part: clock.seconds[part] for part in (*inside, "token choice")} | {"rest of the forward pass": rest}
@@ -163,9 +195,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, and bfloat16 where it is fast")
+    parser.add_argument("--vllm", metavar="PYTHON")
     options = parser.parse_args()
-    path = resolve(Policy(model=options.model)).path
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    policy = resolve(Policy(model=options.model))
+    tokenizer = AutoTokenizer.from_pretrained(policy.path)
     queries = read_queries(options.queries, options.count) if options.queries else made_up_queries(options.count)
     sampling = Sampling(temperature=0.7, top_p=0.8, max_new_tokens=options.new_tokens)
     requests: list[Request] = []
@@ -182,7 +215,7 @@ def main() -> None:
     elif compute_dtype("auto", pick_device()) is torch.bfloat16:
         dtypes.append(torch.bfloat16)
     for dtype in dtypes:
-        compare(path, requests, dtype, options.repeats)
+        compare(policy, requests, dtype, options.repeats, options.vllm)
 
 
 if __name__ == "__main__":

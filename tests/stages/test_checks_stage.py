@@ -160,6 +160,11 @@ def test_held_out_answers_of_the_policy_train_nothing(folder: Path):
     assert all(row["original"] is None for row in rows(folder, "2-responses/held-out.parquet"))
     for stage in ("2-responses", "3-steering"):
         assert spared.isdisjoint(row["query_id"] for row in rows(folder, f"{stage}/data.parquet"))
+    compared = spared.intersection(row["query_id"] for row in rows(folder, "3-steering/policy-pairs.parquet"))
+    dropped = [json.loads(line) for line in (folder / "round-1/3-steering/held-out-dropped.jsonl").read_text().splitlines()]
+    assert compared | {row["id"] for row in dropped} == spared
+    assert len(compared) + len(dropped) == len(spared)
+    assert all(row["reason"] for row in dropped)
 
 
 def test_steering_pairs_are_judged_too_with_the_bare_answers_beside_them(folder: Path):

@@ -2,6 +2,7 @@
 
     3-steering/data.parquet            the pairs of L_SSO
     3-steering/policy-pairs.parquet    the policy's own responses as alignment pairs (PBAA)
+    3-steering/held-out-dropped.jsonl  what of the held-out queries is not among those, and why
     3-steering/headroom.parquet        a row a query: y_o, y+ and y- given the bare query, up to several positions
 
 All that is scored of a response given one prompt is scored in one forward pass. Left out on purpose: how pairs are built
@@ -10,7 +11,6 @@ is trained all the same (`pipeline.py`).
 """
 
 import logging
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -40,7 +40,7 @@ from selfsteer.stages.base import (
 )
 from selfsteer.stages.responses import HELD_OUT
 from selfsteer.store import columns
-from selfsteer.store.folder import Contents, Origin, Stage
+from selfsteer.store.folder import Contents, Origin, Stage, write_dropped
 from selfsteer.training.scoring import Group, prefixes, score_missing, scores
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ POLICY_PAIRS = "policy-pairs.parquet"
 """The policy's own responses as alignment pairs (PBAA), scored: what the generator's pairs are compared with.
 
 Of the queries that train the generator, and of those held out, which the comparison is made on."""
+
+HELD_OUT_DROPPED = "held-out-dropped.jsonl"
 
 HEADROOM = "headroom.parquet"
 
@@ -76,20 +78,21 @@ def steering_stage(round: Round, responses: Stage) -> Stage:
     return make_stage(round, "3-steering", origin, lambda work: _steering(round, work, responses))
 
 
-def _held_out(round: Round, responses: Stage) -> Iterator[Responses]:
-    """What the policy answered to held-out queries, as far as it would become a pair of PBAA."""
-    file, reasons = responses.path / HELD_OUT, Counter[str]()
-    if not file.exists():
-        return
-    for item in map(columns.responses, columns.file_rows(file)):
+def _held_out(round: Round, work: Work, responses: Stage) -> list[Responses]:
+    """What the policy answered to held-out queries, as far as it would become a pair of PBAA; the rest is written down."""
+    file, dropped = responses.path / HELD_OUT, list[Dropped]()
+    found: list[Responses] = []
+    for item in map(columns.responses, columns.file_rows(file)) if file.exists() else ():
         reason = pair_reject_reason(item, round.recipe.filters, round.prompts)
         if reason is None:
-            yield item
+            found.append(item)
         else:
-            reasons[reason] += 1
+            dropped.append(Dropped(id=item.query.id, reason=reason))
+    reasons = write_dropped(work.stage.path / HELD_OUT_DROPPED, dropped)
     if reasons:
         told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         log.info("the policy's own pairs of held-out queries that are not compared: %s", told)
+    return found
 
 
 def _steering(round: Round, work: Work, responses: Stage) -> Contents:
@@ -112,7 +115,7 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
     wanted = kept(responses)
     good = usable(answered(), lambda item: steering_reject_reason(item, round.recipe.filters, round.prompts), reasons)
     of_both = (group(item) for item in good for group in (lessons, own))
-    spared = list(_held_out(round, responses))
+    spared = _held_out(round, work, responses)
     score_missing(
         scorer,
         chain(of_both, map(own, spared)),
@@ -126,7 +129,7 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
 
     own_rows = (columns.pair_row(scores(work.journal, own(item))[0]) for item in chain(trained_on(), spared))
     columns.write_rows(work.stage.path / POLICY_PAIRS, own_rows, columns.PAIRS)
-    files, found = [POLICY_PAIRS], dict[str, Answers]()
+    files, found = [POLICY_PAIRS, HELD_OUT_DROPPED], dict[str, Answers]()
     if drawn:
         for item in trained_on():
             if item.query.id in drawn:

@@ -443,7 +443,7 @@ class Stage:
             names.append(MEASURES)
             with replacing(self.path / MEASURES) as file, clock.part("measure"):
                 file.write(canonical_json(contents.measures()))
-        reasons = _write_dropped(self.path / _DROPPED, contents.dropped)
+        reasons = write_dropped(self.path / _DROPPED, contents.dropped)
         lost = reasons.total()
         kept = contents.wanted - lost
         if contents.rows is not None and rows != kept * contents.rows_each:
@@ -587,7 +587,8 @@ def _damage_named(stage: Path) -> Generator[None]:
         raise StageDamaged(f"{error}. {_way_out(stage / _MANIFEST)}") from error
 
 
-def _write_dropped(path: Path, dropped: Iterable[Dropped]) -> Counter[str]:
+def write_dropped(path: Path, dropped: Iterable[Dropped]) -> Counter[str]:
+    """Rows that were dropped, as a stage lists them; how many for each reason."""
     reasons: Counter[str] = Counter()
     with replacing(path) as file:
         for row in dropped:
