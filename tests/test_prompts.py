@@ -461,3 +461,36 @@ def test_the_date_of_a_template_is_that_of_the_run():
     assert text(prompts, QUERY).startswith("Today is 31 Jan 2025.")
     assert prompts.digest == Prompts(tokenizer(DATED), day=first).digest != Prompts(tokenizer(DATED), day=second).digest
     assert Prompts(tokenizer(), day=first).digest == Prompts(tokenizer(), day=second).digest
+
+
+@pytest.mark.parametrize(
+    ("asks", "said"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "05 Jan 2025"),
+        ("{% set format = '%A, %-d %B' %}{{ strftime_now(format) }}", "Sunday, 5 January"),
+        ("{{ strftime_now('%Y' ~ '-' ~ '%m') }}", "2025-01"),
+        ("{{ strftime_now(format='%H:%M') }}", "00:00"),
+        ("{% set now = strftime_now %}{{ now('%j') }}", "005"),
+        ("{% macro day(format) %}{{ strftime_now(format) }}{% endmacro %}{{ day('%d') }}", "05"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%d')|int - 1 }}{% endif %}", "4"),
+        ("{{ strftime_now('100%% of %d, %%d') }}", "100% of 05, %d"),
+        ("\n  {% if true %}{{ strftime_now('%e|%_m|%^a') }}{% endif %}", "\n 5| 1|SUN"),
+    ],
+)
+def test_whatever_a_template_asks_of_the_date_it_is_told_that_day(asks: str, said: str):
+    """5 January 2025 was a Sunday, the fifth day of its year; as transformers writes it of now, at midnight."""
+    there = f"{asks}<|im_end|>{IGNORES_SYSTEM}"
+    assert text(Prompts(tokenizer(there), day=date(2025, 1, 5)), QUERY).partition("<|im_end|>")[0] == said
+    assert Prompts(tokenizer(there), day=date(2025, 1, 5)).digest != Prompts(tokenizer(there), day=date(2025, 1, 6)).digest
+
+
+def test_the_date_of_the_template_that_is_taken_of_several():
+    several = tiny_tokenizer()
+    several.chat_template = {"default": DATED, "tool_use": IGNORES_SYSTEM}
+    assert text(Prompts(several, day=date(2025, 1, 31)), QUERY).startswith("Today is 31 Jan 2025.")
+
+
+def test_the_line_of_a_mistake_is_that_of_the_template():
+    for broken in ("{{ 'a' }}\n{% if %}", "{{ strftime_now('%d') }}\n{% if %}"):
+        with pytest.raises(ValueError, match=r"line 2 of the template can't be read"):
+            Prompts(tokenizer(broken))

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from functools import cached_property
+from string import ascii_letters
 from typing import Any, Literal, NamedTuple, Self, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -47,15 +48,25 @@ def behind_thought(text: str) -> str | None:
     return text if said == text else said.lstrip()
 
 
-_DATE = re.compile(r"""\bstrftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+_NOW = "strftime_now"
+
+_DIRECTIVES = [f"%{flag}{letter}" for flag in ("", *"-_0^#") for letter in ascii_letters]
+"""What a format of the date may ask for: %d, and %-d without a zero before it."""
 
 
 def _dated(template: str, day: date) -> str:
-    """The template with what it would write of the date of now written of that day, at midnight.
+    """The template with a function of its own, in a line before it, that writes that day at midnight where it asks for now.
 
-    transformers hands templates plain data and its own strftime_now, so the call is what has to give way.
+    transformers hands templates plain data and its own strftime_now, which knows no other day than today.
     """
-    return _DATE.sub(lambda found: json.dumps(day.strftime(found[1] or found[2] or "")), template)
+    said = json.dumps({directive: day.strftime(directive) for directive in _DIRECTIVES})
+    function = (
+        f"{{% macro {_NOW}(format) %}}{{% set said = {said} %}}"
+        "{% for part in format.split('%%') %}{% set now = namespace(text=part) %}"
+        "{% for directive in said %}{% set now.text = now.text.replace(directive, said[directive]) %}{% endfor %}"
+        "{{ '' if loop.first else '%' }}{{ now.text }}{% endfor %}{% endmacro %}"
+    )
+    return f"{function}\n{template}"
 
 
 class AssistantTurn(NamedTuple):
@@ -110,7 +121,7 @@ class Prompts:
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
         self._day = day or datetime.now(UTC).date()
-        self._turn = assistant_turn(tokenizer, self._given(self._day))
+        self._turn = assistant_turn(tokenizer, self._given)
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
         self.special_ids = frozenset(tokenizer.all_special_ids) | self._controls()
         self._control_text = self._plain_controls()
@@ -164,7 +175,7 @@ class Prompts:
 
     def conversation_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         """The same without that header: a conversation that the assistant has ended."""
-        return self._ids(self._rendered(messages, self._given(self._day), header=False))
+        return self._ids(self._rendered(messages, self._given, header=False))
 
     def length_beyond(self, messages: tuple[Message, ...], limit: int) -> int | None:
         """The number of tokens of a rendered conversation that has more than `limit`; None of one that fits."""
@@ -264,7 +275,7 @@ class Prompts:
         return [rendered.count(mark) for mark in self._marks or ()]
 
     def _render(self, messages: tuple[Message, ...]) -> str:
-        return self._rendered(messages, self._given(self._day))
+        return self._rendered(messages, self._given)
 
     def _rendered(self, messages: tuple[Message, ...], given: Mapping[str, Any], *, header: bool = True) -> str:
         conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -272,13 +283,19 @@ class Prompts:
             str, self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
         )
 
-    def _given(self, day: date) -> dict[str, Any]:
+    @cached_property
+    def _given(self) -> dict[str, Any]:
         """What the template is rendered with."""
-        template = self.tokenizer.chat_template
-        return {**({"chat_template": _dated(template, day)} if isinstance(template, str) else {}), **self.arguments}
+        dated = {"chat_template": _dated(self._template, self._day)} if self._asks_for_the_date() else {}
+        return {**dated, **self.arguments}
 
     def _asks_for_the_date(self) -> bool:
-        return isinstance(self.tokenizer.chat_template, str) and _DATE.search(self.tokenizer.chat_template) is not None
+        return _NOW in self._template
+
+    @property
+    def _template(self) -> str:
+        """The one of several that is taken; empty where there is none."""
+        return self.tokenizer.get_chat_template() if self.tokenizer.chat_template else ""
 
     @cached_property
     def _encoder(self) -> Tokenizer | None:
@@ -334,7 +351,7 @@ class Prompts:
         switch = "enable_thinking"
         if switch in self.arguments:
             return self
-        if self._rendered(asked, {**self._given(self._day), switch: False}) != self._render(asked):
+        if self._rendered(asked, {**self._given, switch: False}) != self._render(asked):
             raise ValueError(f"the chat template lets the model think before it answers unless it is told not to. {way_out}")
         return self
 
@@ -374,8 +391,9 @@ class Prompts:
         try:
             text = self._render((Message(role="system", content=_MARKER), Message(role="user", content=_HARMLESS)))
         except TemplateSyntaxError as error:
+            line = error.lineno - int(self._asks_for_the_date())  # `_dated` puts one before it
             raise ValueError(
-                f"policy.chat_template: line {error.lineno} of the template can't be read: {error.message}. Mend it, or "
+                f"policy.chat_template: line {line} of the template can't be read: {error.message}. Mend it, or "
                 "name another in the recipe."
             ) from error
         except TemplateError:
