@@ -194,3 +194,8 @@ def test_an_engine_does_not_round_away_what_was_trained(
     assert not caplog.records
     assert sampling_dtype("bfloat16", str(tmp_path), cpu) == torch.bfloat16
     assert "undoes what was trained" in caplog.text
+    caplog.clear()
+    (tmp_path / "config.json").write_text(json.dumps({EXACT: True, "dtype": "float16"}))
+    assert sampling_dtype("float16", str(tmp_path), cpu) == torch.float16
+    assert not caplog.records
+    assert sampling_dtype("auto", str(tmp_path), cpu) == torch.float32

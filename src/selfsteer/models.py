@@ -155,7 +155,7 @@ def _cpu_name() -> str:
 
 
 EXACT = "selfsteer_exact"
-"""In config.json: these weights are kept in float32 because half precision would undo what was trained."""
+"""In config.json: these weights are not to be rounded to bfloat16, which would undo what was trained."""
 
 
 def mark_exact(configuration: PreTrainedConfig, *, exact: bool) -> None:
@@ -169,7 +169,9 @@ def mark_exact(configuration: PreTrainedConfig, *, exact: bool) -> None:
 def sampling_dtype(name: DTypeName, folder: str, device: torch.device) -> torch.dtype:
     """In what an engine holds a model: "auto" as in `compute_dtype`, and float32 where less would undo a training."""
     dtype = compute_dtype(name, device)
-    if dtype == torch.float32 or read_object(Path(folder) / "config.json").get(EXACT) is not True:
+    configuration = read_object(Path(folder) / "config.json")
+    held = (torch.float32, getattr(torch, str(configuration.get("dtype")), None))
+    if dtype in held or configuration.get(EXACT) is not True:
         return dtype
     if name == "auto":
         log.info("%s is sampled in float32: %s would undo what was trained", folder, str(dtype).removeprefix("torch."))
