@@ -166,12 +166,17 @@ def mark_exact(configuration: PreTrainedConfig, *, exact: bool) -> None:
         delattr(configuration, EXACT)
 
 
+def is_exact(folder: str) -> bool:
+    """Whether the configuration of a model folder says `EXACT`."""
+    return read_object(Path(folder) / "config.json").get(EXACT) is True
+
+
 def sampling_dtype(name: DTypeName, folder: str, device: torch.device) -> torch.dtype:
     """In what an engine holds a model: "auto" as in `compute_dtype`, and float32 where less would undo a training."""
     dtype = compute_dtype(name, device)
     configuration = read_object(Path(folder) / "config.json")
     held = (torch.float32, getattr(torch, str(configuration.get("dtype")), None))
-    if dtype in held or configuration.get(EXACT) is not True:
+    if dtype in held or not is_exact(folder):
         return dtype
     if name == "auto":
         log.info("%s is sampled in float32: %s would undo what was trained", folder, str(dtype).removeprefix("torch."))

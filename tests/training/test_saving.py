@@ -143,8 +143,11 @@ def test_what_bfloat16_would_undo_is_marked_by_hand(
     tiny: Path,
     tmp_path: Path,
 ):
-    """A weight of 1 + 1/512, and 512 times what is above 1 as the margin: float16 holds it (steps of 1/1024 above 1), bfloat16
-    (1/128) makes 1 of it, and an engine on a card holds float16 weights in bfloat16, too."""
+    """A weight of 1 + 1/512, and 512 times what is above 1 as the margin.
+
+    float16 holds it (steps of 1/1024 above 1), bfloat16 (1/128) makes 1 of it; an engine on a card holds float16 weights in
+    bfloat16, too.
+    """
     given = AutoConfig.from_pretrained(tiny)
     given.dtype = own
     model = load_model(str(tiny), dtype=torch.float32)
