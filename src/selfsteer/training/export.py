@@ -133,8 +133,8 @@ def _tell(saving: Saving, own: torch.dtype) -> None:
         return
     if rounded is not None and lost(trained, rounded) > LOST:
         log.info(
-            "the model is saved in %s, and sampled by engine.dtype: auto in float32: in bfloat16 its margin would be %.3f, not"
-            " %.3f",
+            "the model is saved in %s, and sampled by engine.dtype: auto in float32: in bfloat16 its margin would be %.3f,"
+            " not %.3f",
             *(saving["dtype"], rounded, trained),
         )
     if lost(trained, delivered) > LOST:
