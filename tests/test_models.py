@@ -126,6 +126,14 @@ def test_a_package_without_its_one_gguf(count: int, tmp_path: Path, monkeypatch:
 # --- tokenizers ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("given", [7, [{"name": "rag", "template": "{{ messages }}"}]], ids=["a number", "no default"])
+def test_a_chat_template_that_is_none_is_told_by_its_folder(given: object, folder: Path):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    edit_tokenizer(folder, chat_template=given)
+    with pytest.raises(ValueError, match=rf"{folder}: the chat template can't be taken.*policy\.chat_template"):
+        load_tokenizer(str(folder))
+
+
 def test_no_chat_template_names_the_key_to_set(folder: Path, tmp_path: Path):
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     edit_tokenizer(folder, chat_template=None)

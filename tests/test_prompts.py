@@ -7,7 +7,7 @@ from builders import ALWAYS, DATED, UNLESS_TOLD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from tiny import tiny_tokenizer
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -295,8 +295,59 @@ def test_added_tokens_that_the_template_writes_count_as_special():
 def test_a_template_that_leaves_the_user_out_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'][0]['text'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="leaves out what the user says"):
+    with pytest.raises(ValueError, match="leaves out or changes what the user says"):
         Prompts(tokenizer).whole()
+
+
+@pytest.mark.parametrize("changed", ["[:100]", "|lower", "|e", "|replace('  ', ' ')", ".split('\n')[0]", "|wordwrap(79)"])
+def test_a_template_that_changes_what_the_user_says_is_refused(changed: str):
+    with pytest.raises(ValueError, match="leaves out or changes what the user says"):
+        Prompts(tokenizer(CHAT_TEMPLATE.replace("message['content']", f"message['content']{changed}"))).whole()
+    assert Prompts(tokenizer(CHAT_TEMPLATE.replace("message['content']", "message['content']|trim"))).whole()
+
+
+@pytest.mark.parametrize(
+    ("template", "dropped", "kept"),
+    [
+        (CHAT_TEMPLATE.replace("in messages", "in messages[-1:]"), CONVERSATION, CONVERSATION[:1]),
+        (CHAT_TEMPLATE.replace("message['content']", "message['content'][:5000]"), QUERY, CONVERSATION),
+        (IGNORES_SYSTEM, (Message(role="system", content="Be kind."), *QUERY), CONVERSATION),
+    ],
+    ids=["earlier turns", "the end", "the system message"],
+)
+def test_a_row_of_which_a_template_leaves_something_out_is_dropped(
+    template: str, dropped: tuple[Message, ...], kept: tuple[Message, ...]
+):
+    prompts = Prompts(tokenizer(template)).whole()
+    long = tuple(Message(role=message["role"], content=message["content"] * 2000) for message in dropped)
+    assert prompts.quarantine_reason(long) == "text that the chat template leaves out or changes"
+    assert prompts.checked_ids(long) == "text that the chat template leaves out or changes"
+    assert prompts.quarantine_reason(kept) is None
+    assert prompts.checked_ids(kept) == prompts.prompt_ids(kept)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages + 1 }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% include 'x' %}", "no loader"),
+        ("{{ foo.bar }}", "'foo' is undefined"),
+        ("{% for i in range(10**9) %}a{% endfor %}", "Range too big"),
+    ],
+)
+def test_a_template_that_fails_is_told_in_words(template: str, said: str):
+    with pytest.raises(ValueError, match=rf"the chat template fails at a question \(.*{said}.*policy\.chat_template"):
+        Prompts(tokenizer(template)).whole()
+
+
+def test_a_row_at_which_a_template_fails_is_dropped_with_the_reason():
+    """Python's own errors as well as those that the template raises."""
+    asked = "{% for message in messages %}{{ message['content'] }}{{ 1 // (message['content']|length - 4) }}{% endfor %}"
+    prompts = Prompts(tokenizer(asked)).whole()
+    assert prompts.quarantine_reason((Message(role="user", content="Why so?"),)) is None
+    refused = prompts.quarantine_reason((Message(role="user", content="Why?"),))
+    assert refused == "refused by the chat template: ZeroDivisionError: integer division or modulo by zero"
 
 
 PIECES = st.sampled_from(

@@ -18,7 +18,7 @@ from functools import cached_property
 from string import ascii_letters
 from typing import Any, Literal, NamedTuple, Self, cast
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 
 _HARMLESS = "a"
 _MARKER = "selfsteer-marker"
+
+_PROBE = f"{_MARKER}: <A> & 'b'  \"c\"\n\n" + "What stands there? " * 200 + _MARKER
+"""What a template that cuts texts, escapes them or writes them otherwise would change."""
+
+_LEFT_OUT = "text that the chat template leaves out or changes"
 
 _THOUGHT_NAMES = r"(?:think|thinking|thought|reasoning|reflection)"
 
@@ -69,6 +74,20 @@ def _dated(template: str, day: date) -> str:
     return f"{function}\n{template}"
 
 
+# What Python raises, beside jinja2's own errors, for what a template may do: add a number to a text, divide by zero, ask for
+# more memory than there is.
+_IN_TEMPLATES = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], *, header: bool, **given: Any) -> str:
+    """The conversation as the chat template writes it. Raises jinja2's TemplateError where it does not."""
+    try:
+        written = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
+    except _IN_TEMPLATES as error:
+        raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+    return cast(str, written)
+
+
 class AssistantTurn(NamedTuple):
     """What a chat template writes around what an assistant says."""
 
@@ -91,8 +110,8 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
     answered = [*asked, {"role": "assistant", "content": _MARKER}]
     try:
         more = arguments or {}
-        header = cast(str, tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **more))
-        rendered = cast(str, tokenizer.apply_chat_template(answered, tokenize=False, **more))
+        header = _applied(tokenizer, asked, header=True, **more)
+        rendered = _applied(tokenizer, answered, header=False, **more)
     except TemplateError:  # what is wrong with it is told where it is first used
         return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     start, marker, rest = rendered.rpartition(_MARKER)
@@ -211,9 +230,12 @@ class Prompts:
             return "control text of the chat template in the text"
         roles = tuple(message["role"] for message in messages)
         try:
-            rendered = self.prompt_ids(messages)
+            text = self._render(messages)
         except TemplateError as error:
             return f"refused by the chat template: {error.message}"
+        if _left_out(messages, text):
+            return _LEFT_OUT
+        rendered = self._ids(text)
         if roles not in self._expected_specials:
             harmless = tuple(Message(role=role, content=_HARMLESS) for role in roles)
             self._expected_specials[roles] = self._specials(self.prompt_ids(harmless))
@@ -224,8 +246,8 @@ class Prompts:
         if self._marks is not None and not any(self._spells_control(message["content"]) for message in messages):
             # Each of them as often as with harmless text: no token is added, and none is lost.
             with suppress(TemplateError):
-                roles = tuple(message["role"] for message in messages)
-                if self._count_marks(self._render(messages)) == self._expected_marks(roles):
+                roles, text = tuple(message["role"] for message in messages), self._render(messages)
+                if not _left_out(messages, text) and self._count_marks(text) == self._expected_marks(roles):
                     return None
         found = self.checked_ids(messages)
         return found if isinstance(found, str) else None
@@ -279,9 +301,7 @@ class Prompts:
 
     def _rendered(self, messages: tuple[Message, ...], given: Mapping[str, Any], *, header: bool = True) -> str:
         conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
-        return cast(
-            str, self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
-        )
+        return _applied(self.tokenizer, conversation, header=header, **given)
 
     @cached_property
     def _given(self) -> dict[str, Any]:
@@ -324,11 +344,18 @@ class Prompts:
         return text
 
     def whole(self) -> Self:
-        """Itself. Raises ValueError for a template that leaves out what the user says: nothing could be asked with it."""
-        if _MARKER not in self._render((Message(role="user", content=_MARKER),)):
+        """Itself. Raises ValueError for a template that fails, or leaves out what the user says: nothing could be asked."""
+        try:
+            asked = self._render((Message(role="user", content=_PROBE),))
+        except TemplateError as error:
             raise ValueError(
-                "the chat template leaves out what the user says (it may want the content as a list of parts); name another"
-                " with policy.chat_template: FILE.jinja"
+                f"the chat template fails at a question ({error.message}); mend it, or name another with"
+                " policy.chat_template: FILE.jinja"
+            ) from error
+        if _PROBE not in asked:
+            raise ValueError(
+                "the chat template leaves out or changes what the user says (it may want the content as a list of parts);"
+                " name another with policy.chat_template: FILE.jinja"
             )
         return self
 
@@ -426,6 +453,14 @@ def _control_patterns(written: str, *, last: bool) -> set[str]:
     inline = not last and "\n" not in written.partition(text)[0]  # behind what was said, in its line
     name = re.fullmatch(r"[\w\s]+:", text) is not None
     return found | {(r"(?:^|\s)" if inline else r"^") * name + re.escape(text)}
+
+
+def _left_out(messages: tuple[Message, ...], rendered: str) -> bool:
+    """Whether what a user or a system message says is not in the prompt, but for white space around it.
+
+    What the assistant said earlier may be: templates take its thoughts away.
+    """
+    return any(message["content"].strip() not in rendered for message in messages if message["role"] in ("system", "user"))
 
 
 def _before_first_user_turn(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
