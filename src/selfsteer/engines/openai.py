@@ -298,8 +298,8 @@ _ESCAPES = re.compile(r"\\+(?:u\{?|x)0*([0-9a-fA-F]{2,4})\}?|\\+([0-7]{3})")
 
 
 def reveals(text: str, secret: str) -> bool:
-    """Whether a part of the secret stands in the text: plainly, broken by spaces and marks, backwards, escaped (percent, JSON,
-    HTML, Python), in base64, base32, ROT13, hexadecimal digits or the numbers of its characters."""
+    """Whether a part of the secret stands in the text: plainly, broken by spaces and marks, backwards, escaped (percent,
+    JSON, HTML, Python), in base64, base32, ROT13, hexadecimal digits or the numbers of its characters."""
     return _contains(text, _parts(secret))
 
 
@@ -517,6 +517,7 @@ class OpenAIEngine:
             return
         # Here and not in the loop's thread: tokenizers must not be used by two threads at once.
         text, ids, end_id = outcome.text, outcome.token_ids, None
+        shown = excerpt(text.encode(), self._key)
         if ids is None:
             if self.server.send == "token_ids":
                 self._note_no_ids()
