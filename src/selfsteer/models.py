@@ -502,8 +502,14 @@ def _from_gguf(file: Path) -> Path:
         rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
         if len(tokenizer) > rows:
             raise ValueError(f"{file}: {len(tokenizer):,} tokens, but an embedding of {rows:,} rows; take another file")
-        named = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
-        ends = {end for end in named if isinstance(end, int)}
+        ends: set[int] = set()
+        for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
+            end = header.metadata.get(key)
+            if end is None:
+                continue
+            if not isinstance(end, int) or not 0 <= end < len(tokenizer):
+                raise ValueError(f"{file}: {key} is {end!r}; there are {len(tokenizer):,} tokens. {_OTHER_FILE}")
+            ends.add(end)
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id
         )

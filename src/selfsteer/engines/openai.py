@@ -517,7 +517,6 @@ class OpenAIEngine:
             return
         # Here and not in the loop's thread: tokenizers must not be used by two threads at once.
         text, ids, end_id = outcome.text, outcome.token_ids, None
-        shown = excerpt(text.encode(), self._key)
         if ids is None:
             if self.server.send == "token_ids":
                 self._note_no_ids()
