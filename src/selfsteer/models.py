@@ -294,7 +294,7 @@ def load_tokenizer(
             "use a chat model."
         )
     with _in_words(path, "the chat template can't be taken", "Name one in the recipe (policy.chat_template: FILE.jinja)."):
-        if not isinstance(tokenizer.get_chat_template(), str):
+        if not isinstance(cast(Any, tokenizer.get_chat_template()), str):
             raise TypeError("it is no text")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
