@@ -277,3 +277,19 @@ def test_the_model_prefers_its_own_tokens(quickstart: Checkpoint):
     gained = [logps(text, right) - logps(text, plain) for text in NATURAL]
     assert sum(value > 4 for value in gained) >= 11, gained
     assert sum(gained) / len(gained) == pytest.approx(9.6, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("tokenizer.ggml.token_type", [1, 3]),
+        ("tokenizer.ggml.token_type", "x"),
+        ("tokenizer.ggml.eot_token_id", 99999),
+        ("tokenizer.ggml.eot_token_id", "x"),
+    ],
+)
+def test_entries_that_are_not_of_these_tokens(entry: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Special tokens would be plain text, and an end would never come."""
+    monkeypatch.setenv("SELFSTEER_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=rf"tiny\.gguf.*{entry} is.* 400 "):
+        resolve(Policy(model=tiny_gguf(tmp_path / "tiny.gguf", **{entry: value})))

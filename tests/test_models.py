@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from selfsteer.engines.open import open_engine
 from selfsteer.models import (
     EXACT,
     Products,
@@ -22,6 +23,8 @@ from selfsteer.models import (
     resolve,
     sampling_dtype,
 )
+from selfsteer.prompts import Prompts
+from selfsteer.recipe.engines import OpenAISection
 from selfsteer.recipe.sections import Policy
 
 
@@ -123,6 +126,14 @@ def test_a_package_without_its_one_gguf(count: int, tmp_path: Path, monkeypatch:
 # --- tokenizers ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("given", [7, [{"name": "rag", "template": "{{ messages }}"}]], ids=["a number", "no default"])
+def test_a_chat_template_that_is_none_is_told_by_its_folder(given: object, folder: Path):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    edit_tokenizer(folder, chat_template=given)
+    with pytest.raises(ValueError, match=rf"{folder}: the chat template can't be taken.*policy\.chat_template"):
+        load_tokenizer(str(folder))
+
+
 def test_no_chat_template_names_the_key_to_set(folder: Path, tmp_path: Path):
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     edit_tokenizer(folder, chat_template=None)
@@ -194,3 +205,27 @@ def test_an_engine_does_not_round_away_what_was_trained(
     assert not caplog.records
     assert sampling_dtype("bfloat16", str(tmp_path), cpu) == torch.bfloat16
     assert "undoes what was trained" in caplog.text
+    caplog.clear()
+    (tmp_path / "config.json").write_text(json.dumps({EXACT: True, "dtype": "float16"}))
+    assert sampling_dtype("float16", str(tmp_path), cpu) == torch.float16
+    assert not caplog.records
+    assert sampling_dtype("auto", str(tmp_path), cpu) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("exact", "serve", "warned"),
+    [
+        (True, "true {model} {port}", True),
+        (True, "true --dtype float32 {model} {port}", False),
+        (False, "true {model} {port}", False),
+    ],
+)
+def test_a_served_model_that_must_not_be_rounded(
+    exact: bool, serve: str, warned: bool, folder: Path, caplog: pytest.LogCaptureFixture
+):
+    """What the command of a recipe does with weights is not known here, but whether it speaks of float32."""
+    told = json.loads((folder / "config.json").read_text()) | ({EXACT: True} if exact else {})
+    (folder / "config.json").write_text(json.dumps(told))
+    section = OpenAISection(kind="openai", serve=serve)
+    open_engine(section, checkpoint(folder), Prompts(load_tokenizer(str(folder))), trust_remote_code=False)
+    assert ("half precision would undo what was trained" in caplog.text) == warned

@@ -7,7 +7,7 @@ from builders import ALWAYS, DATED, UNLESS_TOLD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from tiny import tiny_tokenizer
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -295,8 +295,59 @@ def test_added_tokens_that_the_template_writes_count_as_special():
 def test_a_template_that_leaves_the_user_out_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'][0]['text'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="leaves out what the user says"):
+    with pytest.raises(ValueError, match="leaves out or changes what the user says"):
         Prompts(tokenizer).whole()
+
+
+@pytest.mark.parametrize("changed", ["[:100]", "|lower", "|e", "|replace('  ', ' ')", ".split('\n')[0]", "|wordwrap(79)"])
+def test_a_template_that_changes_what_the_user_says_is_refused(changed: str):
+    with pytest.raises(ValueError, match="leaves out or changes what the user says"):
+        Prompts(tokenizer(CHAT_TEMPLATE.replace("message['content']", f"message['content']{changed}"))).whole()
+    assert Prompts(tokenizer(CHAT_TEMPLATE.replace("message['content']", "message['content']|trim"))).whole()
+
+
+@pytest.mark.parametrize(
+    ("template", "dropped", "kept"),
+    [
+        (CHAT_TEMPLATE.replace("in messages", "in messages[-1:]"), CONVERSATION, CONVERSATION[:1]),
+        (CHAT_TEMPLATE.replace("message['content']", "message['content'][:5000]"), QUERY, CONVERSATION),
+        (IGNORES_SYSTEM, (Message(role="system", content="Be kind."), *QUERY), CONVERSATION),
+    ],
+    ids=["earlier turns", "the end", "the system message"],
+)
+def test_a_row_of_which_a_template_leaves_something_out_is_dropped(
+    template: str, dropped: tuple[Message, ...], kept: tuple[Message, ...]
+):
+    prompts = Prompts(tokenizer(template)).whole()
+    long = tuple(Message(role=message["role"], content=message["content"] * 2000) for message in dropped)
+    assert prompts.quarantine_reason(long) == "text that the chat template leaves out or changes"
+    assert prompts.checked_ids(long) == "text that the chat template leaves out or changes"
+    assert prompts.quarantine_reason(kept) is None
+    assert prompts.checked_ids(kept) == prompts.prompt_ids(kept)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages + 1 }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% include 'x' %}", "no loader"),
+        ("{{ foo.bar }}", "'foo' is undefined"),
+        ("{% for i in range(10**9) %}a{% endfor %}", "Range too big"),
+    ],
+)
+def test_a_template_that_fails_is_told_in_words(template: str, said: str):
+    with pytest.raises(ValueError, match=rf"the chat template fails at a question \(.*{said}.*policy\.chat_template"):
+        Prompts(tokenizer(template)).whole()
+
+
+def test_a_row_at_which_a_template_fails_is_dropped_with_the_reason():
+    """Python's own errors as well as those that the template raises."""
+    asked = "{% for message in messages %}{{ message['content'] }}{{ 1 // (message['content']|length - 4) }}{% endfor %}"
+    prompts = Prompts(tokenizer(asked)).whole()
+    assert prompts.quarantine_reason((Message(role="user", content="Why so?"),)) is None
+    refused = prompts.quarantine_reason((Message(role="user", content="Why?"),))
+    assert refused == "refused by the chat template: ZeroDivisionError: integer division or modulo by zero"
 
 
 PIECES = st.sampled_from(
@@ -461,3 +512,36 @@ def test_the_date_of_a_template_is_that_of_the_run():
     assert text(prompts, QUERY).startswith("Today is 31 Jan 2025.")
     assert prompts.digest == Prompts(tokenizer(DATED), day=first).digest != Prompts(tokenizer(DATED), day=second).digest
     assert Prompts(tokenizer(), day=first).digest == Prompts(tokenizer(), day=second).digest
+
+
+@pytest.mark.parametrize(
+    ("asks", "said"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "05 Jan 2025"),
+        ("{% set format = '%A, %-d %B' %}{{ strftime_now(format) }}", "Sunday, 5 January"),
+        ("{{ strftime_now('%Y' ~ '-' ~ '%m') }}", "2025-01"),
+        ("{{ strftime_now(format='%H:%M') }}", "00:00"),
+        ("{% set now = strftime_now %}{{ now('%j') }}", "005"),
+        ("{% macro day(format) %}{{ strftime_now(format) }}{% endmacro %}{{ day('%d') }}", "05"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%d')|int - 1 }}{% endif %}", "4"),
+        ("{{ strftime_now('100%% of %d, %%d') }}", "100% of 05, %d"),
+        ("\n  {% if true %}{{ strftime_now('%e|%_m|%^a') }}{% endif %}", "\n 5| 1|SUN"),
+    ],
+)
+def test_whatever_a_template_asks_of_the_date_it_is_told_that_day(asks: str, said: str):
+    """5 January 2025 was a Sunday, the fifth day of its year; as transformers writes it of now, at midnight."""
+    there = f"{asks}<|im_end|>{IGNORES_SYSTEM}"
+    assert text(Prompts(tokenizer(there), day=date(2025, 1, 5)), QUERY).partition("<|im_end|>")[0] == said
+    assert Prompts(tokenizer(there), day=date(2025, 1, 5)).digest != Prompts(tokenizer(there), day=date(2025, 1, 6)).digest
+
+
+def test_the_date_of_the_template_that_is_taken_of_several():
+    several = tiny_tokenizer()
+    several.chat_template = {"default": DATED, "tool_use": IGNORES_SYSTEM}
+    assert text(Prompts(several, day=date(2025, 1, 31)), QUERY).startswith("Today is 31 Jan 2025.")
+
+
+def test_the_line_of_a_mistake_is_that_of_the_template():
+    for broken in ("{{ 'a' }}\n{% if %}", "{{ strftime_now('%d') }}\n{% if %}"):
+        with pytest.raises(ValueError, match=r"line 2 of the template can't be read"):
+            Prompts(tokenizer(broken))

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.engines.sampling import response, spoken
 from selfsteer.given import measure_pairs
-from selfsteer.models import load_tokenizer
+from selfsteer.judges.find import find_judge
+from selfsteer.judges.reward import RewardModel, open_renderer
+from selfsteer.models import load_tokenizer, resolve
 from selfsteer.pipeline import dated, run
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.sections import Policy, Recipe
-from selfsteer.records import Response
+from selfsteer.recipe.sections import JudgeSection, Policy, Recipe
+from selfsteer.records import Message, Response
 from selfsteer.stages.preferences import usable_pairs
 from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder
@@ -153,3 +155,17 @@ def test_a_run_keeps_the_day_on_which_it_began(recipe_of: RecipeOf, tmp_path: Pa
     assert dated(recipe).policy.date == "2025-01-31"
     said = recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"date": "2024-12-24"})})
     assert dated(said).policy.date == "2024-12-24"
+
+
+def test_a_judge_is_told_the_day_of_the_run(tiny_folder: str, tmp_path: Path):
+    """In its prompts, which key its verdicts, and where a reward model reads."""
+    policy = Policy(model=tiny_folder, date="2025-01-31")
+    written = template(tmp_path, DATED)
+    judge = find_judge(JudgeSection(kind="llm", model=tiny_folder, chat_template=written), policy)
+    assert judge is not None
+    assert judge.prompts is not None
+    model = RewardModel(model=resolve(policy), policy=policy.model_copy(update={"chat_template": written}))
+    asked = (Message(role="user", content="Why?"),)
+    for ids in (judge.prompts.prompt_ids(asked), open_renderer(model).ids(asked)):
+        assert load_tokenizer(tiny_folder).decode(list(ids)).startswith("Today is 31 Jan 2025.")
+    assert judge.date == "2025-01-31"

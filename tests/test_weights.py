@@ -130,6 +130,13 @@ def test_a_pointer_in_place_of_the_file(name: str, folder: Path):
         use(folder)
 
 
+def test_a_pointer_in_place_of_the_index(folder: Path):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_bytes(POINTER)
+    with pytest.raises(ValueError, match=r"index\.json: only a Git LFS pointer.*git lfs pull"):
+        use(folder)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [

@@ -243,8 +243,10 @@ def byte_level_tokenizer(header: Header) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = cast("list[int]", metadata.get("tokenizer.ggml.token_type", []))
-    for token, kind in zip(tokens, kinds, strict=False):
+    kinds = metadata.get("tokenizer.ggml.token_type", [0] * len(tokens))
+    if not isinstance(kinds, list) or len(cast("list[Any]", kinds)) != len(tokens):
+        raise _broken(header.path, f"tokenizer.ggml.token_type is no list of {len(tokens):,} numbers, one for each token")
+    for token, kind in zip(tokens, cast("list[Any]", kinds), strict=True):
         if kind == _CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif kind == _USER_DEFINED:

@@ -155,7 +155,7 @@ def _cpu_name() -> str:
 
 
 EXACT = "selfsteer_exact"
-"""In config.json: these weights are kept in float32 because half precision would undo what was trained."""
+"""In config.json: these weights are not to be rounded to bfloat16, which would undo what was trained."""
 
 
 def mark_exact(configuration: PreTrainedConfig, *, exact: bool) -> None:
@@ -166,10 +166,17 @@ def mark_exact(configuration: PreTrainedConfig, *, exact: bool) -> None:
         delattr(configuration, EXACT)
 
 
+def is_exact(folder: str) -> bool:
+    """Whether the configuration of a model folder says `EXACT`."""
+    return read_object(Path(folder) / "config.json").get(EXACT) is True
+
+
 def sampling_dtype(name: DTypeName, folder: str, device: torch.device) -> torch.dtype:
     """In what an engine holds a model: "auto" as in `compute_dtype`, and float32 where less would undo a training."""
     dtype = compute_dtype(name, device)
-    if dtype == torch.float32 or read_object(Path(folder) / "config.json").get(EXACT) is not True:
+    configuration = read_object(Path(folder) / "config.json")
+    held = (torch.float32, getattr(torch, str(configuration.get("dtype")), None))
+    if dtype in held or not is_exact(folder):
         return dtype
     if name == "auto":
         log.info("%s is sampled in float32: %s would undo what was trained", folder, str(dtype).removeprefix("torch."))
@@ -286,6 +293,9 @@ def load_tokenizer(
             f"{path}: the tokenizer has no chat template. Name one in the recipe (policy.chat_template: FILE.jinja), or "
             "use a chat model."
         )
+    with _in_words(path, "the chat template can't be taken", "Name one in the recipe (policy.chat_template: FILE.jinja)."):
+        if not isinstance(cast(Any, tokenizer.get_chat_template()), str):
+            raise TypeError("it is no text")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -492,8 +502,14 @@ def _from_gguf(file: Path) -> Path:
         rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
         if len(tokenizer) > rows:
             raise ValueError(f"{file}: {len(tokenizer):,} tokens, but an embedding of {rows:,} rows; take another file")
-        named = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
-        ends = {end for end in named if isinstance(end, int)}
+        ends: set[int] = set()
+        for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
+            end = header.metadata.get(key)
+            if end is None:
+                continue
+            if not isinstance(end, int) or not 0 <= end < len(tokenizer):
+                raise ValueError(f"{file}: {key} is {end!r}; there are {len(tokenizer):,} tokens. {_OTHER_FILE}")
+            ends.add(end)
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id
         )

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from functools import cached_property
+from string import ascii_letters
 from typing import Any, Literal, NamedTuple, Self, cast
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -30,6 +31,11 @@ log = logging.getLogger(__name__)
 
 _HARMLESS = "a"
 _MARKER = "selfsteer-marker"
+
+_PROBE = f"{_MARKER}: <A> & 'b'  \"c\"\n\n" + "What stands there? " * 200 + _MARKER
+"""What a template that cuts texts, escapes them or writes them otherwise would change."""
+
+_LEFT_OUT = "text that the chat template leaves out or changes"
 
 _THOUGHT_NAMES = r"(?:think|thinking|thought|reasoning|reflection)"
 
@@ -47,15 +53,39 @@ def behind_thought(text: str) -> str | None:
     return text if said == text else said.lstrip()
 
 
-_DATE = re.compile(r"""\bstrftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+_NOW = "strftime_now"
+
+_DIRECTIVES = [f"%{flag}{letter}" for flag in ("", *"-_0^#") for letter in ascii_letters]
+"""What a format of the date may ask for: %d, and %-d without a zero before it."""
 
 
 def _dated(template: str, day: date) -> str:
-    """The template with what it would write of the date of now written of that day, at midnight.
+    """The template with a function of its own, in a line before it, that writes that day at midnight where it asks for now.
 
-    transformers hands templates plain data and its own strftime_now, so the call is what has to give way.
+    transformers hands templates plain data and its own strftime_now, which knows no other day than today.
     """
-    return _DATE.sub(lambda found: json.dumps(day.strftime(found[1] or found[2] or "")), template)
+    said = json.dumps({directive: day.strftime(directive) for directive in _DIRECTIVES})
+    function = (
+        f"{{% macro {_NOW}(format) %}}{{% set said = {said} %}}"
+        "{% for part in format.split('%%') %}{% set now = namespace(text=part) %}"
+        "{% for directive in said %}{% set now.text = now.text.replace(directive, said[directive]) %}{% endfor %}"
+        "{{ '' if loop.first else '%' }}{{ now.text }}{% endfor %}{% endmacro %}"
+    )
+    return f"{function}\n{template}"
+
+
+# What Python raises, beside jinja2's own errors, for what a template may do: add a number to a text, divide by zero, ask for
+# more memory than there is.
+_IN_TEMPLATES = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], *, header: bool, **given: Any) -> str:
+    """The conversation as the chat template writes it. Raises jinja2's TemplateError where it does not."""
+    try:
+        written = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
+    except _IN_TEMPLATES as error:
+        raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+    return cast(str, written)
 
 
 class AssistantTurn(NamedTuple):
@@ -80,8 +110,8 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
     answered = [*asked, {"role": "assistant", "content": _MARKER}]
     try:
         more = arguments or {}
-        header = cast(str, tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **more))
-        rendered = cast(str, tokenizer.apply_chat_template(answered, tokenize=False, **more))
+        header = _applied(tokenizer, asked, header=True, **more)
+        rendered = _applied(tokenizer, answered, header=False, **more)
     except TemplateError:  # what is wrong with it is told where it is first used
         return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     start, marker, rest = rendered.rpartition(_MARKER)
@@ -110,7 +140,7 @@ class Prompts:
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
         self._day = day or datetime.now(UTC).date()
-        self._turn = assistant_turn(tokenizer, self._given(self._day))
+        self._turn = assistant_turn(tokenizer, self._given)
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
         self.special_ids = frozenset(tokenizer.all_special_ids) | self._controls()
         self._control_text = self._plain_controls()
@@ -164,7 +194,7 @@ class Prompts:
 
     def conversation_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         """The same without that header: a conversation that the assistant has ended."""
-        return self._ids(self._rendered(messages, self._given(self._day), header=False))
+        return self._ids(self._rendered(messages, self._given, header=False))
 
     def length_beyond(self, messages: tuple[Message, ...], limit: int) -> int | None:
         """The number of tokens of a rendered conversation that has more than `limit`; None of one that fits."""
@@ -200,9 +230,12 @@ class Prompts:
             return "control text of the chat template in the text"
         roles = tuple(message["role"] for message in messages)
         try:
-            rendered = self.prompt_ids(messages)
+            text = self._render(messages)
         except TemplateError as error:
             return f"refused by the chat template: {error.message}"
+        if _left_out(messages, text):
+            return _LEFT_OUT
+        rendered = self._ids(text)
         if roles not in self._expected_specials:
             harmless = tuple(Message(role=role, content=_HARMLESS) for role in roles)
             self._expected_specials[roles] = self._specials(self.prompt_ids(harmless))
@@ -213,8 +246,8 @@ class Prompts:
         if self._marks is not None and not any(self._spells_control(message["content"]) for message in messages):
             # Each of them as often as with harmless text: no token is added, and none is lost.
             with suppress(TemplateError):
-                roles = tuple(message["role"] for message in messages)
-                if self._count_marks(self._render(messages)) == self._expected_marks(roles):
+                roles, text = tuple(message["role"] for message in messages), self._render(messages)
+                if not _left_out(messages, text) and self._count_marks(text) == self._expected_marks(roles):
                     return None
         found = self.checked_ids(messages)
         return found if isinstance(found, str) else None
@@ -264,21 +297,25 @@ class Prompts:
         return [rendered.count(mark) for mark in self._marks or ()]
 
     def _render(self, messages: tuple[Message, ...]) -> str:
-        return self._rendered(messages, self._given(self._day))
+        return self._rendered(messages, self._given)
 
     def _rendered(self, messages: tuple[Message, ...], given: Mapping[str, Any], *, header: bool = True) -> str:
         conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
-        return cast(
-            str, self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
-        )
+        return _applied(self.tokenizer, conversation, header=header, **given)
 
-    def _given(self, day: date) -> dict[str, Any]:
+    @cached_property
+    def _given(self) -> dict[str, Any]:
         """What the template is rendered with."""
-        template = self.tokenizer.chat_template
-        return {**({"chat_template": _dated(template, day)} if isinstance(template, str) else {}), **self.arguments}
+        dated = {"chat_template": _dated(self._template, self._day)} if self._asks_for_the_date() else {}
+        return {**dated, **self.arguments}
 
     def _asks_for_the_date(self) -> bool:
-        return isinstance(self.tokenizer.chat_template, str) and _DATE.search(self.tokenizer.chat_template) is not None
+        return _NOW in self._template
+
+    @property
+    def _template(self) -> str:
+        """The one of several that is taken; empty where there is none."""
+        return self.tokenizer.get_chat_template() if self.tokenizer.chat_template else ""
 
     @cached_property
     def _encoder(self) -> Tokenizer | None:
@@ -307,11 +344,18 @@ class Prompts:
         return text
 
     def whole(self) -> Self:
-        """Itself. Raises ValueError for a template that leaves out what the user says: nothing could be asked with it."""
-        if _MARKER not in self._render((Message(role="user", content=_MARKER),)):
+        """Itself. Raises ValueError for a template that fails, or leaves out what the user says: nothing could be asked."""
+        try:
+            asked = self._render((Message(role="user", content=_PROBE),))
+        except TemplateError as error:
             raise ValueError(
-                "the chat template leaves out what the user says (it may want the content as a list of parts); name another"
-                " with policy.chat_template: FILE.jinja"
+                f"the chat template fails at a question ({error.message}); mend it, or name another with"
+                " policy.chat_template: FILE.jinja"
+            ) from error
+        if _PROBE not in asked:
+            raise ValueError(
+                "the chat template leaves out or changes what the user says (it may want the content as a list of parts);"
+                " name another with policy.chat_template: FILE.jinja"
             )
         return self
 
@@ -334,7 +378,7 @@ class Prompts:
         switch = "enable_thinking"
         if switch in self.arguments:
             return self
-        if self._rendered(asked, {**self._given(self._day), switch: False}) != self._render(asked):
+        if self._rendered(asked, {**self._given, switch: False}) != self._render(asked):
             raise ValueError(f"the chat template lets the model think before it answers unless it is told not to. {way_out}")
         return self
 
@@ -374,8 +418,9 @@ class Prompts:
         try:
             text = self._render((Message(role="system", content=_MARKER), Message(role="user", content=_HARMLESS)))
         except TemplateSyntaxError as error:
+            line = error.lineno - int(self._asks_for_the_date())  # `_dated` puts one before it
             raise ValueError(
-                f"policy.chat_template: line {error.lineno} of the template can't be read: {error.message}. Mend it, or "
+                f"policy.chat_template: line {line} of the template can't be read: {error.message}. Mend it, or "
                 "name another in the recipe."
             ) from error
         except TemplateError:
@@ -408,6 +453,14 @@ def _control_patterns(written: str, *, last: bool) -> set[str]:
     inline = not last and "\n" not in written.partition(text)[0]  # behind what was said, in its line
     name = re.fullmatch(r"[\w\s]+:", text) is not None
     return found | {(r"(?:^|\s)" if inline else r"^") * name + re.escape(text)}
+
+
+def _left_out(messages: tuple[Message, ...], rendered: str) -> bool:
+    """Whether what a user or a system message says is not in the prompt, but for white space around it.
+
+    What the assistant said earlier may be: templates take its thoughts away.
+    """
+    return any(message["content"].strip() not in rendered for message in messages if message["role"] in ("system", "user"))
 
 
 def _before_first_user_turn(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:

@@ -273,5 +273,4 @@ class Saving(TypedDict):
     delivered: float | None
     """The same of what is delivered."""
     rounded: float | None
-    """Of what is delivered in float32, the same with its weights rounded to the dtype of the policy, or bfloat16: what an
-    engine of half precision would sample."""
+    """The same with its weights rounded to bfloat16, as an engine would sample them; None of what is delivered in it."""

@@ -86,6 +86,7 @@ def _files(folder: Path) -> list[Path]:
         raise ValueError(
             f"{folder}: no .safetensors weights (pickled weights are refused); convert them with save_pretrained"
         )
+    refuse_pointer(index)
     shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in cast("dict[str, Any]", shards).values()):
         raise ValueError(f"{index}: 'weight_map' names no files; fetch or make it again")

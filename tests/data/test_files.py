@@ -140,6 +140,10 @@ def test_content_in_parts_is_joined():
         ('[{"role": "user", "content": "a"}]', True),
         ("[{'content': 'a', 'role': 'user'}]", True),
         ('{"from": "human", "value": "a"}', True),
+        ('{"messages": [{"role": "user", "content": "a"}]}', True),
+        ("{'conversations': [{'from': 'human', 'value': 'a'}]}", True),
+        ('[{"type": "text", "text": "a"}]', True),
+        ('{"type": "object", "properties": {}}', False),
         ('{"answer": 3}', False),
         ('Explain [{"role": "user", "content": "a"}]', False),
         ("[1, 2]", False),
@@ -149,11 +153,24 @@ def test_a_chat_that_stands_in_a_string_is_named(text: str, chat: bool):
     assert (read_chat(text, "user", "x") == "JSON in a string") == chat
 
 
-def test_a_system_column_beside_a_query_is_its_system_message(tmp_path: Path):
-    (tmp_path / "q.jsonl").write_text('{"system": "Be brief.", "query": "Why?"}\n')
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message", "System"])
+def test_a_system_column_beside_a_query_is_its_system_message(name: str, tmp_path: Path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({name: "Be brief.", "query": "Why?"}) + "\n")
     [query] = queries(tmp_path / "q.jsonl")
     assert isinstance(query, Query)
     assert query.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"})
+
+
+def test_what_stands_beside_a_query_and_is_not_used_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Alpaca's input, without which its instruction asks for nothing; not where it is the query itself."""
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"query": "Translate it.", "input": "Un renard."}\n')
+    assert len(queries(path)) == 1
+    assert "the column 'input' is not used" in caplog.text
+    caplog.clear()
+    (tmp_path / "other.jsonl").write_text('{"input": "Why?"}\n')
+    assert len(list(read_queries(sections.Queries(path=str(tmp_path / "other.jsonl"), column="input")))) == 1
+    assert not caplog.records
 
 
 # --- anything at all -------------------------------------------------------------------------------------------------------

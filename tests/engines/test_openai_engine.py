@@ -1,6 +1,7 @@
 """The openai engine against a server that misbehaves in every way of the issue; see misbehaving.py."""
 
 import base64
+import codecs
 import json
 import logging
 import socket
@@ -632,6 +633,11 @@ def spellings(secret: str) -> dict[str, str]:
         "hexadecimal pairs": " ".join(hexed[i : i + 2] for i in range(0, len(hexed), 2)),
         "capitals": secret.upper(),
         "wide letters": "".join(chr(ord(c) + 0xFEE0) for c in secret),
+        "backwards": secret[::-1],
+        "base32": base64.b32encode(secret.encode()).decode(),
+        "base32 of the header": base64.b32encode(f"Bearer {secret}".encode()).decode(),
+        "rot13": codecs.encode(secret, "rot13"),
+        "numbers": ", ".join(map(str, secret.encode())),
     }
 
 
@@ -699,6 +705,36 @@ def test_no_malformed_answer_tells_the_key(
             list(engine.generate(many(1)))
     assert not reveals(str(raised.value), SECRET)
     assert not reveals(caplog.text, SECRET)
+
+
+@pytest.mark.parametrize("form", spellings("any").keys() - {"twenty of its characters", "its end"})
+def test_an_answer_that_spells_the_key_is_none(form: str):
+    """In its text, or over the likely first tokens, which are kept beside it."""
+    said = spellings(SECRET)[form]
+    with pytest.raises(RefusedError, match="the API key in the answer"):
+        read_answer(chat(f"It is {said}, I think.").body, secret=SECRET)
+    tokens = [{"token": part, "logprob": -1.0} for part in (said[:5], said[5:])]
+    listed = {"content": [{"token": "a", "logprob": -1.0, "top_logprobs": tokens}]}
+    assert read_answer(chat("Fine.", logprobs=listed).body, secret=SECRET).first_logps is None
+
+
+def test_an_answer_may_hold_words_that_somebody_took_for_a_key():
+    assert read_answer(chat("That is not needed, a dummy.").body, secret="not-needed").text == "That is not needed, a dummy."
+    with pytest.raises(RefusedError, match="the API key in the answer"):
+        read_answer(chat("Say not-needed.").body, secret="not-needed")
+
+
+def test_an_answer_with_special_tokens_does_not_tell_the_key(monkeypatch: pytest.MonkeyPatch):
+    """Twenty of its characters, which are not all of it: the answer is dropped for its special token, and shown."""
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    special = replace(TOKENS, special_ids={ord("|")})
+    with MisbehavingServer(lambda call: chat(f"{SECRET[:20]}|")) as server:
+        section = OpenAISection(kind="openai", base_url=server.base_url, model="m", api_key_env="TEST_KEY")
+        with OpenAIEngine(section, special) as engine:
+            (found,) = engine.generate(many(1))
+    assert isinstance(found, Failed)
+    assert found.reason == "special tokens in the server's answer"
+    assert not reveals(found.detail, SECRET)
 
 
 def test_no_answer_holds_the_key(monkeypatch: pytest.MonkeyPatch):

@@ -123,6 +123,47 @@ def test_margins_of_sharded_weights_are_told_to_be_unknown(tiny: Path, tmp_path:
     assert said == [("INFO", True), ("WARNING", True)]
 
 
+@pytest.mark.parametrize(
+    ("own", "save_dtype", "dtype", "margins", "exact"),
+    [
+        (torch.float32, "auto", "float32", (1.0, 0.0), True),
+        (torch.bfloat16, "auto", "float32", (1.0, 0.0), True),
+        (torch.bfloat16, "policy", "bfloat16", (0.0, None), False),
+        (torch.float16, "auto", "float16", (1.0, 0.0), True),
+        (torch.float16, "policy", "float16", (1.0, 0.0), True),
+        (torch.float16, "float32", "float32", (1.0, 0.0), True),
+    ],
+)
+def test_what_bfloat16_would_undo_is_marked_by_hand(
+    own: torch.dtype,
+    save_dtype: Any,
+    dtype: str,
+    margins: tuple[float, float | None],
+    exact: bool,
+    tiny: Path,
+    tmp_path: Path,
+):
+    """A weight of 1 + 1/512, and 512 times what is above 1 as the margin.
+
+    float16 holds it (steps of 1/1024 above 1), bfloat16 (1/128) makes 1 of it; an engine on a card holds float16 weights in
+    bfloat16, too.
+    """
+    given = AutoConfig.from_pretrained(tiny)
+    given.dtype = own
+    model = load_model(str(tiny), dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] = 1 + 1 / 512
+    saving = deliver(
+        model,
+        Delivery(tmp_path / "model", given, save_dtype, tiny_tokenizer()),
+        lambda taught: 512 * (taught.get_input_embeddings().weight[0, 0].item() - 1),
+    )
+    assert saving == {"dtype": dtype, "trained": 1.0, "delivered": margins[0], "rounded": margins[1]}
+    configuration = AutoConfig.from_pretrained(tmp_path / "model")
+    assert (str(configuration.dtype), hasattr(configuration, EXACT)) == (f"torch.{dtype}", exact)
+    assert load_file(tmp_path / "model/model.safetensors")["model.embed_tokens.weight"][0, 0].item() == 1 + margins[0] / 512
+
+
 def test_the_policy_s_own_dtype_is_kept_where_it_holds_the_update(bfloat16: Path, tmp_path: Path):
     saving = train(replace(job_of(bfloat16, tmp_path), learning_rate=1e-3)).saving
     assert saving is not None

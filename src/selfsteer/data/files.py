@@ -415,14 +415,18 @@ ROLES = {
 }
 """Names of roles in files, and ours."""
 
-SYSTEM_COLUMNS = ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction", "System", "SYSTEM")
 """Columns beside a conversation that hold its system message."""
 
-OTHER_COLUMNS = ("tools", "images", "videos", "audios", "history")
+OTHER_COLUMNS = ("tools", "images", "videos", "audios", "history", "input", "context", "documents")
 """Columns beside a conversation that change what it asks for, and that can't be used."""
 
 # A chat as JSON, or as Python prints it, in a string: what CSV files and pandas make of a list.
-_CHAT_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:.*[}\]]\s*""", re.DOTALL)
+_CHAT_AS_TEXT = re.compile(
+    r"""\s*(?:\[?\s*\{\s*["'](?:role|from|content|value)["']|\{\s*["'](?:messages|conversations?)["'])\s*:.*[}\]]\s*"""
+    r"""|\s*\[\s*\{\s*["']type["']\s*:\s*["'](?:text|input_text|output_text)["'].*\]\s*""",
+    re.DOTALL,
+)
 
 
 def read_chat(value: object, role: str, place: str) -> list[Message] | str:
@@ -482,14 +486,15 @@ def _joined(content: object, place: str) -> str | None:
     return "".join(texts)
 
 
-def with_system(messages: list[Message], row: Row) -> list[Message] | str:
+def with_system(messages: list[Message], row: Row, column: str = "") -> list[Message] | str:
     """The conversation under the system message that stands in a column of its own, or why such a row must be dropped.
 
-    Other columns that matter are named. Raises ValueError, naming the place, for a system message that is no text.
+    column: where the conversation stands. Other columns that matter are named. Raises ValueError, naming the place, for a
+    system message that is no text.
     """
     source = row.place.rpartition(": ")[0]
     for name in OTHER_COLUMNS:
-        if row.fields.get(name):
+        if name != column and row.fields.get(name):
             say_once(f"{source}: the column {name!r} is not used: conversations are read without what stands there")
     found = [(name, row.fields[name]) for name in SYSTEM_COLUMNS if row.fields.get(name) is not None]
     texts: list[str] = []

@@ -88,7 +88,7 @@ def _query(row: Row, column: str, most_characters: int) -> Query | Dropped:
     if any(message["role"] == "tool" for message in messages):
         return Dropped(id=place, reason="a turn of a tool")
     if column not in files.SYSTEM_COLUMNS:
-        messages = with_system(messages, row)
+        messages = with_system(messages, row, column)
         if isinstance(messages, str):
             return Dropped(id=place, reason=messages)
     characters = sum(len(message["content"]) for message in messages)

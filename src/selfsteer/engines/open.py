@@ -23,7 +23,7 @@ from selfsteer.engines.serving import (
     find_vllm,
     vllm_command,
 )
-from selfsteer.models import end_ids, load_configuration, pick_device, sampling_dtype, untrained_ids
+from selfsteer.models import end_ids, is_exact, load_configuration, pick_device, sampling_dtype, untrained_ids
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import (
     EngineSection,
@@ -169,6 +169,11 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, 
     )
     if section.serve is None:
         return OpenAIEngine(section, tokens)
+    if is_exact(model.path) and "float32" not in section.serve:
+        log.warning(
+            "%s: half precision would undo what was trained; have engine.serve hold it in float32 (vLLM: --dtype float32)",
+            model.path,
+        )
 
     def connect(address: Address) -> OpenAIEngine:
         there = {

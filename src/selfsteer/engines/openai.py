@@ -19,6 +19,7 @@ Left out on purpose: streaming of single answers, several answers a request, sta
 """
 
 import base64
+import codecs
 import html
 import ipaddress
 import json
@@ -202,12 +203,15 @@ def read_answer(body: bytes, *, secret: str | None = None) -> Answer:
         raise RefusedError("no text beside a thought", f"the thought {ended}", generated=True)
     if text is None:
         raise TryError(f"unusable answer: no text beside finish_reason {finish!r}", costly=True)
-    if secret and secret in text:
+    if secret and repeats(text, secret):
         raise RefusedError("the API key in the answer", "the server repeats the key that it was sent", generated=True)
     token_ids = None if choice.token_ids is None else tuple(choice.token_ids)
     if text and token_ids == ():
         raise TryError("unusable answer: a text of no tokens", costly=True)
-    return Answer(text, token_ids, finish, _first_logps(choice.logprobs))
+    first_logps = _first_logps(choice.logprobs)
+    if secret and first_logps and repeats("".join(token.text for token in first_logps), secret):
+        first_logps = None
+    return Answer(text, token_ids, finish, first_logps)
 
 
 def _finish_reason(said: str, secret: str | None) -> FinishReason:
@@ -294,26 +298,47 @@ _ESCAPES = re.compile(r"\\+(?:u\{?|x)0*([0-9a-fA-F]{2,4})\}?|\\+([0-7]{3})")
 
 
 def reveals(text: str, secret: str) -> bool:
-    """Whether a part of the secret stands in the text: plainly, broken by spaces and marks, escaped (percent, JSON, HTML,
-    Python), in base64 or in hexadecimal digits."""
-    parts = _parts(secret)
-    return any(part in plain for plain in map(_squeezed, _unescaped(text)) for part in parts)
+    """Whether a part of the secret stands in the text: plainly, broken by spaces and marks, backwards, escaped (percent,
+    JSON, HTML, Python), in base64, base32, ROT13, hexadecimal digits or the numbers of its characters."""
+    return _contains(text, _parts(secret))
+
+
+def repeats(text: str, secret: str) -> bool:
+    """Whether all of the secret does; one that may be a word ("not-needed") only as it is: texts are full of words."""
+    return secret in text or (len(_squeezed(secret)) >= _NO_WORD and _contains(text, frozenset(_forms(secret))))
+
+
+_NO_WORD = 16
+"""Letters and digits of a key that is no word."""
+
+
+def _contains(text: str, parts: Collection[str]) -> bool:
+    return any(part in plain for plain in map(_squeezed, dict.fromkeys(_unescaped(text))) for part in parts)
 
 
 @lru_cache(maxsize=8)
 def _parts(secret: str) -> frozenset[str]:
     """What must not be seen: all runs of `_PART` of the secret's letters and digits, as they are and as they are encoded; a
     short one is looked for as a whole."""
-    raw, plain = secret.encode(), _squeezed(secret)
-    if len(plain) < _PART:
-        whole = {plain, raw.hex(), _squeezed(base64.b64encode(raw).decode())}
+    if len(_squeezed(secret)) < _PART:
+        raw = secret.encode()
+        whole = {_squeezed(secret), raw.hex(), _squeezed(base64.b64encode(raw).decode())}
         return frozenset(form for form in whole if len(form) >= _PART // 2)
-    forms = [plain, raw.hex()]
-    # base64 of three bytes is four characters: by where it begins in what was encoded, a secret has three forms.
-    for before in range(3):
-        encoded = base64.b64encode(b"\0" * before + raw + b"\0" * 3).decode()
-        forms.append(_squeezed(encoded[4 if before else 0 : -8]))
-    return frozenset(form[i : i + _PART] for form in forms for i in range(len(form) - _PART + 1))
+    return frozenset(form[i : i + _PART] for form in _forms(secret) for i in range(len(form) - _PART + 1))
+
+
+@lru_cache(maxsize=8)
+def _forms(secret: str) -> tuple[str, ...]:
+    """The secret's letters and digits, as they are and as they are encoded."""
+    raw, plain = secret.encode(), _squeezed(secret)
+    forms = [plain, plain[::-1], codecs.encode(plain, "rot13"), raw.hex(), "".join(map(str, raw))]
+    # base64 of three bytes is four characters, base32 of five is eight: by where it begins in what was encoded, a secret has
+    # three forms, or five.
+    for encode, bytes_, characters in ((base64.b64encode, 3, 4), (base64.b32encode, 5, 8)):
+        for before in range(bytes_):
+            encoded = encode(b"\0" * before + raw + b"\0" * bytes_).decode()
+            forms.append(_squeezed(encoded[characters if before else 0 : -2 * characters]))
+    return tuple(forms)
 
 
 def _squeezed(text: str) -> str:
@@ -497,13 +522,17 @@ class OpenAIEngine:
                 self._note_no_ids()
             ids = self._tokens.encode(text)
             if not frozenset(ids).isdisjoint(self._tokens.special_ids):
-                yield Failed(key=key, reason="special tokens in the server's answer", detail=excerpt(text.encode()))
+                yield Failed(
+                    key=key, reason="special tokens in the server's answer", detail=excerpt(text.encode(), self._key)
+                )
                 return
         else:
             if outcome.finish_reason == "stop" and ids and ids[-1] in self._tokens.end_ids:
                 ids, end_id = ids[:-1], ids[-1]
             if self._tokens.known_ids is not None and not frozenset(ids).issubset(self._tokens.known_ids):
-                yield Failed(key=key, reason="ids without a token in the server's answer", detail=excerpt(text.encode()))
+                yield Failed(
+                    key=key, reason="ids without a token in the server's answer", detail=excerpt(text.encode(), self._key)
+                )
                 return
             text = text if self._tokens.decode is None else self._tokens.decode(ids)
         yield Completion(

@@ -39,6 +39,8 @@ class RecipeJudge:
     template: str
     """The question to an LLM."""
     trust_remote_code: bool
+    date: str | None
+    """What its chat template is told of the date, as the policy's is."""
     prompts: Prompts | None
     """How its prompts are rendered; None where its tokenizer is not known."""
 
@@ -67,7 +69,7 @@ class RecipeJudge:
 def find_judge(section: JudgeSection, policy: Policy, known: Mapping[str, Checkpoint] | None = None) -> RecipeJudge | None:
     """The recipe's judge, None where it names none, or code (`judges/checks.py`).
 
-    policy: says whether code that comes with a model may run.
+    policy: says whether code that comes with a model may run, and what a chat template is told of the date.
 
     known: models that were resolved already, by their references. Raises ValueError for a model that is not there or has no
     chat template, and for a template without its places.
@@ -89,21 +91,23 @@ def find_judge(section: JudgeSection, policy: Policy, known: Mapping[str, Checkp
         model=model,
         template=template,
         trust_remote_code=policy.trust_remote_code,
-        prompts=_prompts(section, model, trust_remote_code=policy.trust_remote_code),
+        date=policy.date,
+        prompts=_prompts(section, model, policy),
     )
 
 
-def _prompts(section: JudgeSection, model: Checkpoint | None, *, trust_remote_code: bool) -> Prompts | None:
+def _prompts(section: JudgeSection, model: Checkpoint | None, policy: Policy) -> Prompts | None:
     path = section.model if model is None else model.path
     if path is None:
         return None
     if Path(path).is_absolute() and not Path(path).is_dir():
         raise ValueError(f"judge.model: no tokenizer at {path!r}; name a folder in Hugging Face format, or a hub id")
     try:
-        tokenizer = load_tokenizer(path, chat_template=section.chat_template, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, chat_template=section.chat_template, trust_remote_code=policy.trust_remote_code)
     except OSError as error:
         raise ValueError(f"judge.model: no tokenizer at {path!r} ({error})") from error
-    prompts = Prompts(tokenizer, system_role="system", arguments=section.template_arguments)  # nothing is steered here
+    asked = {"system_role": "system", "template_arguments": section.template_arguments}  # nothing is steered here
+    prompts = Prompts.of(policy.model_copy(update=asked), tokenizer)
     try:
         # One behind an engine may think first: what it writes is read. Here the first letter counts.
         return prompts.whole().direct() if section.kind == "llm" and section.engine is None else prompts.whole()
@@ -180,6 +184,7 @@ def ask(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> It
         model=judge.model.path,
         chat_template=section.chat_template,
         template_arguments=section.template_arguments,
+        date=judge.date,
         trust_remote_code=judge.trust_remote_code,
     )
     if section.kind == "reward_model":

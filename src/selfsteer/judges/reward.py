@@ -93,9 +93,8 @@ def open_renderer(reward: RewardModel) -> Renderer:
     tokenizer = load_tokenizer(
         reward.model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code
     )
-    return Renderer(
-        tokenizer, Prompts(tokenizer, system_role="system", arguments=policy.template_arguments), reward.max_tokens
-    )
+    prompts = Prompts.of(policy.model_copy(update={"system_role": "system"}), tokenizer)
+    return Renderer(tokenizer, prompts, reward.max_tokens)
 
 
 @contextmanager

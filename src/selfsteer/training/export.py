@@ -4,16 +4,17 @@
     output/adapter/   in peft's format
 
 An update of 5e-7 lies below the grid of bfloat16: a policy that is stored so would be delivered as it was before, whatever
-its history says. So the margin of a few pairs is taken from what was trained and from what is delivered, every time, and
-of what is delivered in float32 once more as half precision would round it: where that undoes the training, the configuration
-says it (`models.EXACT`), and engines with dtype auto sample in float32.
+its history says. So the margin of a few pairs is taken from what was trained and from what is delivered, every time, and of
+what is not delivered in bfloat16 once more as bfloat16 would round it, in which engines compute: where that undoes the
+training, the configuration says it (`models.EXACT`), and engines with dtype auto sample in float32.
 Left out on purpose: margins of sharded weights; with save_dtype auto these are kept, and sampled, in float32.
 """
 
 import logging
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
@@ -78,29 +79,39 @@ def _in_its_dtype(
     """Bring the weights into the dtype that they are delivered in."""
     own = cast("torch.dtype | None", to.given.dtype) or torch.float32
     dtype = torch.float32 if to.save_dtype == "float32" or (to.save_dtype == "auto" and margin is None) else own
-    rounded = delivered = None
+    delivered = rounded = None
     if margin is not None:
         assert trained is not None
-        before = _round(plain, torch.bfloat16 if own == torch.float32 else own)
-        rounded = margin(plain)
-        if dtype != torch.float32 and (to.save_dtype == "policy" or lost(trained, rounded) <= LOST):
-            delivered, rounded = rounded, None
-        else:
+        exact = {name: weights.detach().to("cpu", copy=True) for name, weights in plain.named_parameters()}
+        half = torch.bfloat16 if own == torch.float32 else own
+        delivered = rounded = margin(_filled(plain, exact, half))
+        if to.save_dtype == "auto" and lost(trained, delivered) > LOST:
             dtype = torch.float32
-            with torch.no_grad():
-                for name, weights in plain.named_parameters():
-                    weights.copy_(before[name])
+        if half != torch.bfloat16:
+            rounded = margin(_filled(plain, exact, dtype, torch.bfloat16))
+        _filled(plain, exact)
+        if dtype == torch.float32:
             delivered = margin(plain) if merged else trained
+        if dtype == torch.bfloat16:
+            rounded = None
     cast(torch.nn.Module, plain).to(dtype)
     saving = Saving(dtype=str(dtype).removeprefix("torch."), trained=trained, delivered=delivered, rounded=rounded)
     _tell(saving, own)
     return saving
 
 
+def _filled(plain: PreTrainedModel, weights: Mapping[str, Tensor], *dtypes: torch.dtype) -> PreTrainedModel:
+    """The model, still in float32, with these weights rounded to one dtype after the other."""
+    with torch.no_grad():
+        for name, own in plain.named_parameters():
+            own.copy_(reduce(Tensor.to, dtypes, weights[name]))
+    return plain
+
+
 def _undone_by_rounding(saving: Saving) -> bool:
-    """Whether half precision would undo what is delivered in float32; also where nobody knows."""
+    """Whether bfloat16, in which engines compute, would undo what is delivered; also where nobody knows."""
     trained, rounded = saving["trained"], saving["rounded"]
-    if saving["dtype"] != "float32":
+    if saving["dtype"] == "bfloat16":
         return False
     return trained is None or rounded is None or lost(trained, rounded) > LOST
 
@@ -108,15 +119,6 @@ def _undone_by_rounding(saving: Saving) -> bool:
 def lost(trained: float, delivered: float) -> float:
     """The share of the margin by which saving changed it."""
     return 0.0 if trained == delivered else abs(trained - delivered) / max(abs(trained), 1e-12)
-
-
-def _round(plain: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Round the weights, which stay in float32, to what a dtype can hold; returns them as they were."""
-    before = {name: weights.detach().to("cpu", copy=True) for name, weights in plain.named_parameters()}
-    with torch.no_grad():
-        for weights in plain.parameters():
-            weights.copy_(weights.to(dtype))
-    return before
 
 
 def _tell(saving: Saving, own: torch.dtype) -> None:
@@ -131,8 +133,9 @@ def _tell(saving: Saving, own: torch.dtype) -> None:
         return
     if rounded is not None and lost(trained, rounded) > LOST:
         log.info(
-            "the model is saved, and sampled by engine.dtype: auto, in float32: in %s its margin would be %.3f, not %.3f",
-            *("bfloat16" if own == torch.float32 else policy, rounded, trained),
+            "the model is saved in %s, and sampled by engine.dtype: auto in float32: in bfloat16 its margin would be %.3f,"
+            " not %.3f",
+            *(saving["dtype"], rounded, trained),
         )
     if lost(trained, delivered) > LOST:
         log.warning(
