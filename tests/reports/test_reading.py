@@ -71,7 +71,7 @@ def test_the_page_of_a_run_holds_its_pairs_answers_and_recipe(finished: Path):
     held = json.loads(data)
     assert [len(each["pairs"]) for each in held["sets"]] == [each["of"] for each in held["sets"]]
     assert held["principles"] == [{"quality": "brevity", "good": "Use one word.", "bad": "Be long."}]
-    assert "<h2>What changed</h2>" in text
+    assert ">What changed</h2>" in text
     [recipe] = re.findall(r'Recipe: .*?<pre tabindex="0">(.*?)</pre>', text, flags=re.DOTALL)
     assert "judge:\n  kind: checks\n" in recipe
     assert "beta" not in recipe, "a default"

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_builders import HOSTILE, metrics, pairs
@@ -17,9 +18,9 @@ from selfsteer.measures.metrics import Metrics
 from selfsteer.measures.quality import measure
 from selfsteer.records import Pair, Principles, Scored
 from selfsteer.reports import reading
-from selfsteer.reports.page import write_page
+from selfsteer.reports.page import table_html, write_page
 from selfsteer.reports.reading import PairSet, Reading, pick_examples
-from selfsteer.reports.tables import print_measures, write_metrics
+from selfsteer.reports.tables import Cell, Row, Table, cost_line, print_measures, write_metrics
 from selfsteer.reports.verdict import print_run
 from selfsteer.runtime import duration
 
@@ -193,6 +194,56 @@ def test_page_escapes_all_text_and_loads_nothing(tmp_path: Path):
     assert "url(http" not in (tmp_path / "report.html").read_text()
 
 
+def test_what_a_run_took_is_said_in_a_line_with_its_stages_behind(tmp_path: Path):
+    """0.5 + 1.5 GB on disk, the larger of two peaks, tokens of both stages."""
+    found = metrics()
+    sampled, trained = ({"seconds": 30.0, "tokens": tokens} for tokens in (1500, 200))
+    stage = {"wanted": 4, "kept": 4, "dropped": {}, "seconds": 60.0}
+    found["rounds"][0]["stages"] = {
+        "2-responses": {**stage, "parts": {"sample": sampled}, "disk": 500_000_000, "memory": {"ram": 1_000_000_000}},
+        "4-generator": {
+            **stage,
+            "parts": {"sample": sampled, "forward": trained},
+            "disk": 1_500_000_000,
+            "memory": {"ram": 6_000_000_000},
+        },
+    }
+    said = "Cost: 2 min 00 s, 3,000 tokens sampled, 200 tokens trained, 6.0 GB of RAM, 2.0 GB of disk"
+    assert cost_line(found) == said
+    page(tmp_path / "report.html", found, [])
+    text = (tmp_path / "report.html").read_text()
+    opened = text.partition(f"<summary>{said}</summary>")[2].partition("</details>")[0]
+    assert "4-generator" in opened
+    assert text.count("MB disk</th>") == 1, "not among all numbers once more"
+
+
+def test_links_lead_to_every_heading(tmp_path: Path):
+    reader = page(tmp_path / "report.html", metrics(), pairs(-4.0)[:3])
+    text = (tmp_path / "report.html").read_text()
+    links = dict(re.findall(r'<a href="#(part-\d+)">(.*?)</a>', text.partition("<nav")[2].partition("</nav>")[0]))
+    assert links == dict(re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', text))
+    assert {"Pairs to read", "Stages", "All numbers"} <= set(links.values())
+    assert reader.text.count("What these words mean") == 1
+
+
+def test_of_many_answers_the_first_are_seen_and_the_others_open(tmp_path: Path):
+    def answer(number: int) -> dict[str, Any]:
+        side = {"text": f"Answer {number}.", "finish_reason": "stop"}
+        asked = {"messages": [{"role": "user", "content": f"Question {number}?"}], "principles": {"good": "Be short."}}
+        return asked | {"before": side, "after": side, "before_why_not": [None], "after_why_not": [None]}
+
+    write_page(tmp_path / "report.html", metrics(), Reading(answers=[answer(number) for number in range(5)]))
+    seen, _, folded = (tmp_path / "report.html").read_text().partition("<summary>2 more</summary>")
+    assert [number for number in range(5) if f"Question {number}?" in seen] == [0, 1, 2]
+    assert [number for number in range(5) if f"Question {number}?" in folded] == [3, 4]
+
+
+def test_no_heading_of_a_column_is_empty():
+    """axe: empty-table-header."""
+    found = table_html(Table("Checks", ("pairs", ""), (Row("Be short.", (Cell("4"), Cell(""))),), left=True))
+    assert '<th role="columnheader">pairs</th><td role="cell"></td>' in found
+
+
 def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):
     plots = pytest.importorskip("selfsteer.reports.plots")
     reader = page(tmp_path / "report.html", metrics(), [])
@@ -235,9 +286,9 @@ def test_figure_one_has_what_was_before_what_came_after_and_the_unsteered_answer
         (axes,) = figure.axes
         titles.append(axes.get_title(loc="left"))
         limits.add(axes.get_xlim())
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chosen", "rejected", "y_o"]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chosen", "rejected", "unsteered"]
         outlines = {patch.get_label(): patch.get_data() for patch in axes.patches}
-        for side in ("chosen", "rejected", "y_o"):
+        for side in ("chosen", "rejected", "unsteered"):
             heights, edges, _ = outlines[side]
             assert sum(heights) * (edges[1] - edges[0]) == pytest.approx(1), "whatever is counted, the area is one"
         heights, edges, _ = outlines["chosen"]

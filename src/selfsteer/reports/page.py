@@ -13,6 +13,7 @@ from difflib import SequenceMatcher
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -29,6 +30,9 @@ NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]")
 
 _LONG = 2_500
 """Characters of a text that scrolls inside itself; as in report.js."""
+
+_UNFOLDED = 3
+"""Answers before and after that are seen at once; the others open."""
 
 _MOST_WORDS = 3_000
 """Of a text whose words are compared: the time grows with the square."""
@@ -53,7 +57,17 @@ def page(metrics: Metrics, reading: Reading) -> str:
         _tables(metrics),
         _made_with(metrics, reading),
     )
-    return frame(run["name"], facts, "\n".join(filter(None, body)), data=_data(reading))
+    return frame(run["name"], facts, _with_contents(list(filter(None, body))), data=_data(reading))
+
+
+def _with_contents(sections: Sequence[str]) -> str:
+    """The sections, each heading with an id; behind the first, which has none, links to them."""
+    first, *rest = sections
+    titles = re.findall("<h2>(.*?)</h2>", "\n".join(rest))
+    links = " · ".join(f'<a href="#part-{number}">{title}</a>' for number, title in enumerate(titles, 1))
+    numbers = count(1)
+    body = re.sub("<h2>", lambda _: f'<h2 id="part-{next(numbers)}">', "\n".join(rest))
+    return "\n".join((first, f'<nav class="facts" aria-label="On this page">{links}</nav>' if links else "", body))
 
 
 def write_html(path: Path, text: str) -> None:
@@ -112,8 +126,18 @@ def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
         + (f'<div class="measures">{measures}</div>' if measures else "")
         + answers
         + (f'<ul class="warnings" aria-label="Warnings">{listed}</ul>' if listed else "")
-        + f'<div class="commands">{commands}</div></section>'
+        + f'<div class="commands">{commands}</div>'
+        + _costs(metrics)
+        + ((files("selfsteer") / "templates" / "report_words.html").read_text(encoding="utf-8") if measures else "")
+        + "</section>"
     )
+
+
+def _costs(metrics: Metrics) -> str:
+    """What the run took in a line, and by stage when opened."""
+    said = tables.cost_line(metrics)
+    listed = "".join(map(_table, (table for table in tables.costs(metrics) if table.title.startswith(tables.BY_STAGE))))
+    return f"<details><summary>{escape(said)}</summary>{listed}</details>" if listed else ""
 
 
 def _figure_three(this: RoundMetrics) -> str:
@@ -138,7 +162,10 @@ def _answers(reading: Reading) -> str:
     about = f"Shown: {len(reading.answers)}, drawn at random."
     if reading.turned is not None:
         about = f"{reading.turned[0]:,} pass only after the alignment, {reading.turned[1]:,} only before it. {about}"
-    drawn = "\n".join(map(_answer, reading.answers))
+    first, more = reading.answers[:_UNFOLDED], reading.answers[_UNFOLDED:]
+    drawn = "\n".join(map(_answer, first))
+    if more:
+        drawn += f"\n<details><summary>{len(more)} more</summary>{''.join(map(_answer, more))}</details>"
     what = "Answers before and after the alignment to held-out queries, without their principle."
     return f"<section><h2>What changed</h2><p>{what} {about}</p>{drawn}</section>"
 
@@ -297,7 +324,7 @@ def _tables(metrics: Metrics) -> str:
     folded = "\n".join(
         f"<details><summary>{escape(table.title)}</summary>{_table(table)}</details>"
         for table in tables.run_tables(metrics)
-        if not table.funnel
+        if not table.funnel and not table.title.startswith(tables.BY_STAGE)
     )
     return f"<section><h2>All numbers</h2>{folded}</section>" if folded else ""
 
@@ -309,7 +336,9 @@ def table_html(table: Table) -> str:
 
 def _table(table: Table) -> str:
     """The table with its note. The roles stay when a narrow screen shows rows as cards."""
-    head = "".join(f'<th role="columnheader">{escape(column)}</th>' for column in table.columns)
+    head = "".join(
+        f'<th role="columnheader">{escape(column)}</th>' if column else '<td role="cell"></td>' for column in table.columns
+    )
     body: list[str] = []
     for row in table.rows:
         if not row.cells:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from selfsteer.measures.estimates import Distribution, Estimate
 from selfsteer.measures.metrics import Comparison, Json, Measures, RoundMetrics, TrainingSummary, find, plain
@@ -112,7 +113,7 @@ def figure_one(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | None:
                 _density(axes, found, side, color=colour, fill=True, alpha=0.35)
                 _density(axes, found, side, color=colour, linewidth=1.2, label=side)
             if original is not None:
-                _density(axes, original, "original", color=INK, linewidth=1.2, linestyle="--", label="y_o")
+                _density(axes, original, "original", color=INK, linewidth=1.2, linestyle="--", label="unsteered")
             axes.legend()
             axes.set_xlim(low, high)
             axes.set_title({PBAA: "before: the policy's pairs", GENERATOR: "after: the generator's pairs"}.get(key, key))
@@ -187,6 +188,7 @@ def _losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Fi
             axes.plot([step for step, _ in curve], [loss for _, loss in curve], color=CHOSEN, linewidth=1.5)
             axes.set_title(name)
             axes.set_xlabel("optimizer step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_ylabel("loss")
     return drawn
 
@@ -211,6 +213,7 @@ def _movements(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
                 axes.plot(*zip(*found, strict=True), color=colours[kind], linewidth=1.5, marker=".", label=kind)
             axes.set_title(name)
             axes.set_xlabel("optimizer step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_ylabel("nats a response")
             axes.legend()
     return drawn

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from selfsteer.clock import PARTS, PRODUCTS, Part
+from selfsteer.clock import PARTS, PRODUCTS, Part, most
 from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.measures.checks import parse
 from selfsteer.measures.displacement import displaced
@@ -186,12 +186,30 @@ def print_costs(metrics: Metrics, *, session: float, console: Console | None = N
     """Print where the time of a run went. session: seconds of the command that ends now."""
     console = console or console_of()
     rounds = metrics["rounds"]
-    for number, this in enumerate(rounds, 1):
-        for table in cost_tables(this, f", round {number}" if len(rounds) > 1 else ""):
-            _print(table, console)
+    for table in costs(metrics):
+        _print(table, console)
     stages = sum(stage["seconds"] for this in rounds for stage in this.get("stages", {}).values())
     said = f"stages {duration(stages)}, over all sessions; this command {duration(session)}, with libraries, checks and page"
     console.print(Text(said), soft_wrap=True)
+
+
+def costs(metrics: Metrics) -> Iterator[Table]:
+    """What every round took (`cost_tables`)."""
+    rounds = metrics["rounds"]
+    for number, this in enumerate(rounds, 1):
+        yield from cost_tables(this, f", round {number}" if len(rounds) > 1 else "")
+
+
+def cost_line(metrics: Metrics) -> str:
+    """What the stages of all rounds took: time, tokens, memory at the peak, disk."""
+    stages = [stage for this in metrics["rounds"] for stage in this.get("stages", {}).values()]
+    said = [f"Cost: {duration(sum(stage['seconds'] for stage in stages))}"]
+    for part, name in (("sample", "sampled"), ("score", "scored"), ("forward", "trained")):
+        tokens = sum(stage.get("parts", {}).get(part, _NOTHING)["tokens"] for stage in stages)
+        said += [f"{tokens:,} tokens {name}"] if tokens else []
+    peaks = most(*(stage.get("memory", {}) for stage in stages))
+    said += [f"{peaks[where] / 1e9:.1f} GB of {where.upper()}" for where in ("ram", "gpu") if peaks.get(where)]
+    return ", ".join([*said, f"{sum(stage.get('disk', 0) for stage in stages) / 1e9:.1f} GB of disk"])
 
 
 def run_tables(metrics: Metrics) -> Iterator[Table]:
@@ -511,8 +529,11 @@ def cost_tables(this: RoundMetrics, suffix: str = "") -> Iterator[Table]:
     rows = [of_stage(name, stage) for name, stage in stages.items()]
     note = "Memory: at the peak, without servers." if len(places) > 1 else ""
     columns = (*_COSTS, "else", "all", *(f"MB {where}" for where in places))
-    yield Table(f"Seconds and megabytes by stage{suffix}", columns, tuple(rows), note)
+    yield Table(f"{BY_STAGE}{suffix}", columns, tuple(rows), note)
 
+
+BY_STAGE = "Seconds and megabytes by stage"
+"""How the title of that table begins."""
 
 _PLACES = ("disk", "ram", "gpu")
 

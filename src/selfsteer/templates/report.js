@@ -4,9 +4,8 @@
   const $ = (id) => document.getElementById(id);
   const copy = (text, button) => {
     const done = (said) => {
-      const before = button.textContent;
       button.textContent = said;
-      setTimeout(() => { button.textContent = before; }, 1500);
+      setTimeout(() => { button.textContent = "copy"; }, 1500);
     };
     if (!navigator.clipboard) return done("not allowed here");
     navigator.clipboard.writeText(text).then(() => done("copied"), () => done("not allowed here"));
