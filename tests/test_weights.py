@@ -49,6 +49,22 @@ def reweigh(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     save_file(change(weights), file, metadata={"format": "pt"})
 
 
+def test_integers_that_nothing_says_how_to_scale(folder: Path):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {Q: (weights[Q] * 100).to(torch.int8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"model\.safetensors: {Q} is kept in I8, and config\.json has no quantization_config"
+    ):
+        use(folder)
+
+
+@pytest.mark.parametrize("ends", [10**6, [2, 10**6], -1])
+def test_an_end_that_is_no_token(folder: Path, ends: object):
+    edit(folder / "generation_config.json", eos_token_id=ends)
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id (-1|1000000) is no token of its tokenizer"):
+        use(folder)
+
+
 # --- weights that do not fit -----------------------------------------------------------------------------------------------
 
 Q = "model.layers.0.self_attn.q_proj.weight"

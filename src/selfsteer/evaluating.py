@@ -25,7 +25,7 @@ from selfsteer.recipe.text import RecipeError, Section, explain, read_yaml
 from selfsteer.records import Query
 from selfsteer.stages.evaluation import evaluate, verdicts_of
 from selfsteer.store.durable import file_digest
-from selfsteer.store.folder import RunFolder
+from selfsteer.store.folder import RunFolder, day_of
 from selfsteer.store.journal import Journal
 
 
@@ -37,8 +37,10 @@ def evaluate_models(
     judge: as `read_judge` reads it, for tasks that need one. output: the folder that keeps what was answered.
     Raises ValueError, before anything is generated, for a task, a model, an engine or a judge that will not do.
     """
-    asked, found = _models(models, engine), _judge(judge)
+    day = day_of(output)
+    asked, found = _models(models, engine, day), _judge(judge, day)
     with RunFolder(output) as folder:
+        folder.begin(day)
         return evaluate(asked, section, found, folder.path)
 
 
@@ -50,14 +52,16 @@ def compare_answers(
     how: the engine, and the judge as `read_judge` reads it. The win rate is that of the first model.
     """
     engine, reference = how
-    ours, theirs = _models(models, engine)
-    judge = _judge(reference)
+    day = day_of(output)
+    ours, theirs = _models(models, engine, day)
+    judge = _judge(reference, day)
     assert judge is not None
     read = [item for item in read_queries(queries) if isinstance(item, Query)]
     if not read:
         raise ValueError(f"{queries.path}: no usable query. Look at the file, or name its column.")
     sampling = Sampling(**sampled.model_dump())
     with RunFolder(output) as folder, Journal(folder.path / "parts") as journal:
+        folder.begin(day)
         said = [_answers(model, read, sampling, journal) for model in (ours, theirs)]
         verdicts = verdicts_of(judge, journal)
         compared = compare(verdicts, [query.messages for query in read], *said)
@@ -97,19 +101,19 @@ def annotated(file: Path, data: Path | None) -> tuple[WinRate, str]:
     return annotated_win_rate(annotations, folder), who
 
 
-def _models(models: Sequence[Policy], engine: EngineSection) -> list[Answering]:
+def _models(models: Sequence[Policy], engine: EngineSection, day: str) -> list[Answering]:
     if len(models) > 1 and runs_already(engine):
         raise ValueError(
             "--engine: a server that runs already holds one model, so it can't answer for two; set engine.serve to the"
             " command that serves a model's folder, use kind vllm, or evaluate one model at a time"
         )
-    return [answering(model, engine) for model in models]
+    return [answering(model.model_copy(update={"date": model.date or day}), engine) for model in models]
 
 
-def _judge(reference: str | None) -> RecipeJudge | None:
+def _judge(reference: str | None, day: str) -> RecipeJudge | None:
     if reference is None:
         return None
-    judge = find_judge(read_judge(reference), Policy(model=reference))
+    judge = find_judge(read_judge(reference), Policy(model=reference, date=day))
     assert judge is not None
     check_judge(judge)
     return judge

@@ -360,6 +360,11 @@ def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         raise ValueError(f"{file}: eos_token_id is {ends!r}; expected a token id or a list of them")
     own = tokenizer.eos_token_id
     assert own is None or isinstance(own, int)
+    if unknown := [end for end in several if not 0 <= end < len(tokenizer)]:
+        raise ValueError(
+            f"{file}: eos_token_id {unknown[0]} is no token of its tokenizer, which has {len(tokenizer):,}; write the one"
+            " that ends an answer"
+        )
     return frozenset([*several, *([] if own is None else [own])])
 
 

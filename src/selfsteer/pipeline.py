@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -45,7 +44,7 @@ from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.status import MODEL, method_of, record_end, stage_names
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import generator_stage, model_of, policy_stage
-from selfsteer.store.folder import RunFolder, Stage, began, lenders
+from selfsteer.store.folder import RunFolder, Stage, day_of, lenders
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +156,7 @@ def dated(recipe: Recipe, lending: Sequence[Path] = ()) -> Recipe:
     """
     if recipe.policy.date is not None:
         return recipe
-    found = filter(None, map(began, (Path(recipe.output), *lending)))
-    day = next(found, None) or datetime.now(UTC).date().isoformat()
+    day = day_of(Path(recipe.output), *lending)
     return recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"date": day})})
 
 

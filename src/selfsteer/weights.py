@@ -28,12 +28,19 @@ class Stored(NamedTuple):
 def check_files(folder: Path) -> Stored:
     """The weights of a model folder, by the headers of their files.
 
-    Raises ValueError, with the file, for what is damaged, cut off, missing or was not fetched.
+    Raises ValueError, with the file, for what is damaged, cut off, missing, was not fetched, or holds integers as weights
+    that no configuration says how to scale.
     """
     tensors = elements = 0
     for file in _files(folder):
         refuse_pointer(file)
-        for shape in _shapes(file):
+        for name, shape, dtype in _headers(file):
+            integers = name.endswith("weight") and dtype in _INTEGERS
+            if integers and not read_object(folder / "config.json").get("quantization_config"):
+                raise ValueError(
+                    f"{file}: {name} is kept in {dtype}, and config.json has no quantization_config that says what its"
+                    " numbers mean; save the model in float32, bfloat16 or float16, or fetch the whole config.json"
+                )
             tensors += 1
             elements += math.prod(shape)
     return Stored(tensors, elements)
@@ -97,9 +104,15 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _shapes(file: Path) -> list[list[int]]:
+_INTEGERS = frozenset(("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"))
+"""Names of dtypes in safetensors."""
+
+
+def _headers(file: Path) -> list[tuple[str, list[int], str]]:
+    """Name, shape and dtype of every tensor."""
     try:
         with safe_open(file, framework="numpy") as content:
-            return [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118 (it is no dictionary)
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 (it is no dictionary)
+            return [(name, each.get_shape(), each.get_dtype()) for name, each in slices.items()]
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{file}: damaged or cut off ({error}); fetch it again") from error

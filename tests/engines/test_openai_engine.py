@@ -707,7 +707,7 @@ def test_no_malformed_answer_tells_the_key(
     assert not reveals(caplog.text, SECRET)
 
 
-@pytest.mark.parametrize("form", spellings("any").keys() - {"twenty of its characters", "its end"})
+@pytest.mark.parametrize("form", sorted(spellings("any").keys() - {"twenty of its characters", "its end"}))
 def test_an_answer_that_spells_the_key_is_none(form: str):
     """In its text, or over the likely first tokens, which are kept beside it."""
     said = spellings(SECRET)[form]

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_model_dir
 
 from selfsteer import pipeline
 from selfsteer.engines import open as opening
@@ -140,3 +142,24 @@ def test_a_reward_model_grades_nothing(data: Path, tiny_folder: str, tmp_path: P
     section = EvaluationSection(tasks=["mt_bench"], data=str(data))
     with pytest.raises(ValueError, match="mt_bench is judged in words, which rm does not do"):
         evaluate_models([Policy(model=tiny_folder)], section, FLOAT32, str(tmp_path / "rm"), tmp_path / "out")
+
+
+def test_a_template_is_told_the_day_on_which_the_answers_began(data: Path, tmp_path: Path):
+    """On another day they are not asked again; `run.json` keeps the day."""
+    model = tiny_model_dir(tmp_path / "model")
+    template = Path(model) / "chat_template.jinja"
+    template.write_text("Today is {{ strftime_now('%d %b %Y') }}." + template.read_text())
+    section = EvaluationSection(tasks=["ifeval"], data=str(data), limit=1, max_new_tokens=3)
+    out = tmp_path / "out"
+
+    def first_prompt() -> str:
+        found = evaluate_models([Policy(model=model)], section, FLOAT32, None, out)
+        return found["models"]["after"]["first_prompts"]["ifeval"]
+
+    today = datetime.now(UTC).strftime("%d %b %Y")
+    assert first_prompt().startswith(f"Today is {today}.")
+    described = json.loads((out / "run.json").read_text())
+    described["sessions"][0]["date"] = "2025-01-31"
+    (out / "run.json").write_text(json.dumps(described))
+    assert first_prompt().startswith("Today is 31 Jan 2025.")
+    assert len(json.loads((out / "run.json").read_text())["sessions"]) == 1

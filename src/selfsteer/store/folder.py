@@ -298,6 +298,15 @@ class RunFolder:
         sessions = [*self.sessions(), session]
         with replacing(self.path / "recipe.yaml") as file:
             file.write(recipe_yaml.encode())
+        self._write_sessions(sessions)
+
+    def begin(self, day: str) -> None:
+        """Keep the day that templates are told (`day_of`), in a folder that has no recipe."""
+        assert self._lock is not None, "only the owner describes a run"
+        if not (self.path / "run.json").exists():
+            self._write_sessions([{"started": _now(), "date": day}])
+
+    def _write_sessions(self, sessions: list[dict[str, Any]]) -> None:
         with replacing(self.path / "run.json") as file:
             file.write(_pretty({"schema_version": SCHEMA_VERSION, "sessions": sessions}))
 
@@ -526,6 +535,11 @@ def began(path: Path) -> str | None:
         if (folder / "run.json").is_file():
             days += [str(session.get("date", session.get("started")))[:10] for session in RunFolder(folder).sessions()[:1]]
     return min(filter(_DAY.fullmatch, days), default=None)
+
+
+def day_of(*folders: Path) -> str:
+    """The day on which what is in one of these folders began, today (UTC) where nothing is: what templates are told."""
+    return next(filter(None, map(began, folders)), None) or datetime.now(UTC).date().isoformat()
 
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
