@@ -73,3 +73,21 @@ def test_what_is_not_there_is_named(tiny_folder: str, queries: Path, tmp_path: P
         first_recipe.first_recipe(tiny_folder, str(queries), "query", "runs/first")
     with pytest.raises(ValueError, match="no-model"):
         first_recipe.first_recipe(str(tmp_path / "no-model"), str(queries), "prompt", "runs/first")
+
+
+@pytest.mark.parametrize(("option", "missing"), [("--model", "./no-model"), ("--queries", "no-queries.jsonl")])
+def test_a_slip_is_named_before_torch_is_imported(
+    tiny_folder: str,
+    queries: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    missing: str,
+):
+    monkeypatch.setitem(sys.modules, "selfsteer.first_recipe", None)  # what imports torch
+    given = {"--model": tiny_folder, "--queries": str(queries)} | {option: missing}
+    arguments = [text for pair in given.items() for text in pair]
+    assert command(monkeypatch, str(tmp_path / "mine.yaml"), *arguments) == 2
+    assert missing in capsys.readouterr().err
+    assert not (tmp_path / "mine.yaml").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders import run, samples
 
 from selfsteer import plan as planning
@@ -45,6 +46,7 @@ def test_as_many_samples_are_planned_as_are_drawn(recipe_of: RecipeOf, tmp_path:
 def test_a_calibration_finds_rates_and_times_every_stage(recipe_of: RecipeOf, tmp_path: Path):
     found = planned(recipe_of(tmp_path / "run"))
     assert all(rate is not None and rate > 0 for rate in found["rates"].values())
+    assert found["memory"] > 100_000_000, "the libraries are counted, beside which a tiny model is nothing"
     assert 1 <= found["response"] <= 8, "tokens, up to responses.max_new_tokens"
     timed = [stage["seconds"] for stage in found["stages"] if stage["samples"] or stage["scored"] or stage["trained"]]
     assert found["seconds"] == pytest.approx(sum(timed))
@@ -71,6 +73,43 @@ def test_costs_by_hand():
     assert costs["5-preferences"]["scored"] == 10 * (5 + 2 * 20)
     assert costs["6-policy"]["trained"] == 450
     assert costs["6-policy"]["disk"] == 4 * 1000, "float32"
+
+
+def test_memory_by_hand():
+    """1000 weights in float32: 16 bytes a weight to train (weights, gradients, AdamW), 4 to score.
+
+    Trained are, of a query, two prompts of at most 19 tokens with two responses of at most 20 each, and the bare prompt of
+    at most 9 with two; a token keeps 100 bytes; the libraries hold 7.
+    """
+    recipe = Recipe.model_validate(
+        {
+            "policy": {"model": "m"},
+            "queries": {"path": "q.jsonl"},
+            "responses": {"max_new_tokens": 20},
+            "engine": {"batch_size": 2},
+        }
+    )
+    counts, size = Counts(64, Lengths(5, 9), Lengths(15, 19), 12.0), Size(1000, 1000, 2, 8, 32)
+    rates = Rates(kept=100.0, libraries=7)
+    memory = {each["stage"]: each["memory"] for each in stage_costs(recipe, counts, size, rates, half=False)}
+    assert memory["4-generator"] == 16 * 1000 + 100 * 2 * (19 + 2 * 20) + 7
+    assert memory["6-policy"] == 16 * 1000 + 100 * (9 + 2 * 20) + 7
+    assert memory["3-steering"] == 4 * 1000 + 7
+    assert memory["2-responses"] == 4 * (1000 + 2 * (19 + 20) * 32) + 7
+    assert memory["1-principles"] == 0, "no model there, nothing is said"
+    half = {each["stage"]: each["memory"] for each in stage_costs(recipe, counts, size, rates, half=True)}
+    assert half["3-steering"] == (4 + 2) * 1000 + 7, "their copies in half precision stay while a batch is computed"
+    recipe.training.tokens_per_batch = 500
+    packed = {each["stage"]: each["memory"] for each in stage_costs(recipe, counts, size, rates, half=False)}
+    assert packed["4-generator"] == 16 * 1000 + 100 * 500 + 7
+
+
+def test_what_a_forward_pass_keeps_is_counted_once_and_without_weights():
+    """Two layers on 5 rows of 3 numbers, float32: the input and, once though two layers save it, what tanh gives."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    with planning.keeping(model) as kept:
+        model(torch.ones(5, 3))
+    assert sum(kept.values()) == 4 * (5 * 3 + 5 * 4)
 
 
 def answer(tokens: int, finish: Any) -> Completion:

@@ -153,12 +153,22 @@ def begin_peaks() -> bool:
 def peaks() -> dict[str, int]:
     """Bytes held at most since `begin_peaks`, as in `Taken`: by this process, or by those that worked for it together."""
     found: dict[str, int] = {}
-    status = _OF_PROCESS / "status"
-    if status.exists() and (kilobytes := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
-        found["ram"] = int(kilobytes[1]) * 1024
+    if (ram := _status("VmHWM")) is not None:
+        found["ram"] = ram
     if (cuda := _cuda()) is not None:
         found["gpu"] = sum(cuda.max_memory_allocated(device) for device in range(cuda.device_count()))
     return most(found, _clock.held)
+
+
+def held() -> int | None:
+    """Bytes of memory that this process holds now; None where the system does not tell."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int | None:
+    status = _OF_PROCESS / "status"
+    kilobytes = re.search(rf"^{name}:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+    return None if kilobytes is None else int(kilobytes[1]) * 1024
 
 
 def most(*held: Mapping[str, int]) -> dict[str, int]:

@@ -8,14 +8,17 @@ by other processes, there is no calibration here and times are left open. Left o
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
+from torch import Tensor
 
+from selfsteer.clock import held
 from selfsteer.data.queries import read_queries
 from selfsteer.engines.base import Completion, Sampling
 from selfsteer.engines.open import check_engines, open_engine
@@ -80,14 +83,16 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
         problems.append("no query fits queries.max_prompt_tokens with its principle; raise it")
         used = prompts
     here = recipe.engine.kind == "transformers"
+    size, device = size_of(prepared.policy, recipe), pick_device()
+    libraries = (held() or 0) if device.type == "cpu" else 0
     found = _calibrated(recipe, prepared, used) if calibrate and here and not problems else _Calibration(Rates(), None)
     response = found.response or float(recipe.responses.max_new_tokens)
-    size, device = size_of(prepared.policy, recipe), pick_device()
     half = compute_dtype(recipe.training.dtype, device) != torch.float32
     counts = Counts(count, _lengths([each.bare for each in used]), _lengths([each.good for each in used]), response)
-    stages = stage_costs(recipe, counts, size, found.rates, half=half)
+    stages = stage_costs(recipe, counts, size, found.rates._replace(libraries=libraries), half=half)
     seconds = [stage["seconds"] for stage in stages if stage["samples"] or stage["scored"] or stage["trained"]]
     memory, free = max(stage["memory"] for stage in stages), device_memory(device)
+    free = None if free is None else free + libraries  # which this process holds already
     disk, room = run_disk(stages, recipe.rounds), shutil.disk_usage(existing(Path(recipe.output))).free
     if free is not None and memory > free:
         problems.append(
@@ -178,8 +183,8 @@ def _calibrated(recipe: Recipe, prepared: Prepared, prompts: Sequence[_Prompts])
         sampled = sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - loaded)
     if not answers:
         return _Calibration(Rates(loading=loaded - began), None)
-    forward, backward = _passes(recipe, prepared, [ids for ids, _ in asked], answers)
-    rates = Rates(sampled=sampled, scored=forward, trained=backward, loading=loaded - began)
+    forward, backward, kept = _passes(recipe, prepared, [ids for ids, _ in asked], answers)
+    rates = Rates(sampled=sampled, scored=forward, trained=backward, loading=loaded - began, kept=kept)
     return _Calibration(rates, expected_length(answers, recipe.responses.max_new_tokens))
 
 
@@ -199,8 +204,8 @@ def expected_length(answers: Sequence[Completion], limit: int) -> float:
 
 def _passes(
     recipe: Recipe, prepared: Prepared, prompts: Sequence[tuple[int, ...]], answers: Sequence[Completion]
-) -> tuple[float, float]:
-    """Tokens a second forward alone, and forward and backward, of responses behind their prompts."""
+) -> tuple[float, float, float]:
+    """Of responses behind their prompts: tokens a second forward alone, and forward and backward, and bytes a token kept."""
     completions = [answer.token_ids or prompts[0][:8] for answer in answers]
     rows = [Row(prompt, (completion,)) for prompt, completion in zip(prompts[:4], completions, strict=False)]
     policy = recipe.policy.model_copy(update={"model": prepared.policy.path})
@@ -221,5 +226,27 @@ def _passes(
                 torch.cuda.synchronize()
             return tokens / (time.perf_counter() - began)
 
+        row, batch = max(zip(rows, batches, strict=True), key=lambda each: len(each[0].completions[0]))
+        with keeping(model) as kept:
+            model(**cast("dict[str, Any]", batch))
         run(train=True)  # kernels are chosen, memory is taken
-        return run(train=False), run(train=True)
+        return run(train=False), run(train=True), sum(kept.values()) / (len(row.prompt) + len(row.completions[0]))
+
+
+@contextmanager
+def keeping(model: torch.nn.Module) -> Generator[dict[int, int]]:
+    """What a forward pass in the block keeps for its backward pass: where it lies, and its bytes.
+
+    Without weights and their copies in half precision, which are there once whatever the tokens are.
+    """
+    weights = {tuple(sorted(each.shape)) for each in model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tuple(sorted(tensor.shape)) not in weights:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found

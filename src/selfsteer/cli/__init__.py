@@ -184,6 +184,10 @@ def init(
         raise ValueError(f"{file} is there already; name another file, or move it away")
     model = model or _typed("The chat model (a folder, a hub id, a .gguf file)", "--model")
     queries = queries or _typed("The file of queries (or hub:NAME)", "--queries")
+    from selfsteer.data.named import check_recipe
+    from selfsteer.recipe.sections import Policy, Queries, Recipe
+
+    check_recipe(Recipe(policy=Policy(model=model), queries=Queries(path=queries)))
     from selfsteer.first_recipe import first_recipe
 
     text = first_recipe(model, queries, column, output)

@@ -1,8 +1,9 @@
 """What a round will take, stage by stage: samples, tokens, memory, disk, time. Pure arithmetic over counts and rates.
 
 Everything is of one round; a run of several takes it as many times (`run_disk` alone adds up what stays). Of a shard's run
-its share is counted, and what it takes over is no work. Memory is what the weights, the optimizer, the cache and the
-activations take; the libraries themselves add about a gigabyte. Left out on purpose: how counts and rates are found
+its share is counted, and what it takes over is no work. Memory is what the libraries, the weights, the optimizer, the cache
+and the activations hold at most, where responses are as long as they may be. Left out on purpose: freed memory that the
+allocator keeps, which depends on the order of all that was freed; how counts and rates are found
 (`plan.py`), what this machine has (`essentials.py`), and judges, benchmarks and stage 4-gain, which are counted as far as
 they ask something and not timed.
 """
@@ -68,6 +69,10 @@ class Rates(NamedTuple):
     """Prompt and completions, forward alone."""
     trained: float | None = None
     loading: float = 0.0
+    kept: float | None = None
+    """Bytes a token that a forward pass keeps for the backward pass; None where it was not measured."""
+    libraries: int = 0
+    """Bytes of memory that the process holds without a model; 0 on a GPU, of which the memory is another."""
 
 
 class StageCost(TypedDict):
@@ -104,11 +109,12 @@ def stage_costs(recipe: Recipe, counts: Counts, size: Size, rates: Rates, *, hal
         training = model and not lent
         memory = 0
         if training:
-            memory = training_memory(recipe, counts, size, half=half)
+            memory = training_memory(recipe, longest_query(recipe, counts, name), size, rates.kept, half=half)
         elif work.samples and recipe.engine.kind == "transformers":
             memory = sampling_memory(recipe, counts, size, half=half)
         elif work.scored:
-            memory = 4 * size.parameters
+            memory = (4 + (2 if half else 0)) * size.parameters
+        memory += rates.libraries if memory else 0
         trained = _trained(section, work) if training else 0
         scored = work.scored + (_passes(recipe, counts, work, trained, section) if training else 0)
         found.append(
@@ -158,8 +164,7 @@ def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
     n, spared, learned = counts.queries, spared_queries(recipe, counts.queries), training_queries(recipe, counts.queries)
     answer, bare, steered = counts.response, counts.bare.mean, counts.steered.mean
     pair = bare + 2 * answer
-    both = recipe.generator.objective in ("sso", "equation_3") and recipe.generator.kind != "dual"
-    lesson = (steered + 2 * answer) * (2 if both else 1)
+    lesson = (steered + 2 * answer) * (2 if _both_prompts(recipe) else 1)
     asides = 0 if recipe.training.displacement_steps == 0 else min(LARGEST, spared)
     if name == "1-principles":
         return _Work(samples=n if recipe.principles.source == "generate" else 0)
@@ -186,6 +191,19 @@ def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
     if name == PASSES:
         return _Work(samples=3 * recipe.quality.answers)
     return _Work()  # 4-gain and 5-quality: not timed
+
+
+def _both_prompts(recipe: Recipe) -> bool:
+    """Whether the pairs of a query train the generator under x+ and under x- together."""
+    return recipe.generator.objective in ("sso", "equation_3") and recipe.generator.kind != "dual"
+
+
+def longest_query(recipe: Recipe, counts: Counts, name: str) -> int:
+    """Tokens of a query in the training of this stage, prompts shared, at most."""
+    two = 2 * recipe.responses.max_new_tokens
+    if name == "6-policy":
+        return counts.bare.most + two
+    return (counts.steered.most + two) * (2 if _both_prompts(recipe) else 1)
 
 
 def _trained(section: Generator | Alignment, work: _Work) -> float:
@@ -231,12 +249,15 @@ def training_state(size: Size, *, half: bool) -> int:
     return (4 + (2 if half else 0)) * size.parameters + (4 + _ADAM) * size.trained
 
 
-def training_memory(recipe: Recipe, counts: Counts, size: Size, *, half: bool) -> int:
-    """Bytes of a training in one process, with the activations of its largest micro-batch."""
-    longest = 2 * counts.steered.most + 4 * recipe.responses.max_new_tokens
-    tokens = recipe.training.micro_batch_size * min(longest, 2 * counts.steered.mean + 4 * counts.response)
-    each = (2 if recipe.training.gradient_checkpointing else _ACTIVATIONS) * (1 if half else 2)
-    return training_state(size, half=half) + round(tokens * size.layers * size.width * each)
+def training_memory(recipe: Recipe, tokens: int, size: Size, kept: float | None, *, half: bool) -> int:
+    """Bytes of a training in one process. tokens: of a query; kept: as in `Rates`."""
+    each = size.layers * size.width * (1 if half else 2)
+    activations = _ACTIVATIONS * each if kept is None else kept
+    if recipe.training.gradient_checkpointing:
+        activations = 2 * each
+    budget = recipe.training.tokens_per_batch
+    together = recipe.training.micro_batch_size * tokens if budget is None else max(budget, tokens)
+    return training_state(size, half=half) + round(together * activations)
 
 
 def model_disk(recipe: Recipe, size: Size) -> int:
