@@ -99,8 +99,8 @@ def test_memory_by_hand():
     assert memory["1-principles"] == 0, "no model there, nothing is said"
     half = {each["stage"]: each["memory"] for each in stage_costs(recipe, counts, size, rates, half=True)}
     assert half["3-steering"] == (4 + 2) * 1000 + 7, "their copies in half precision stay while a batch is computed"
-    recipe.training.tokens_per_batch = 500
-    packed = {each["stage"]: each["memory"] for each in stage_costs(recipe, counts, size, rates, half=False)}
+    to_a_budget = recipe.model_copy(update={"training": recipe.training.model_copy(update={"tokens_per_batch": 500})})
+    packed = {each["stage"]: each["memory"] for each in stage_costs(to_a_budget, counts, size, rates, half=False)}
     assert packed["4-generator"] == 16 * 1000 + 100 * 500 + 7
 
 
