@@ -28,7 +28,7 @@ from selfsteer.engines import embedded as engine_module
 from selfsteer.engines.base import Completion, Engine, Request, Sampling
 from selfsteer.engines.embedded import TransformersEngine
 from selfsteer.engines.open import open_engine
-from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device, resolve
+from selfsteer.models import compute_dtype, end_ids, load_model, load_tokenizer, pick_device, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import VllmSection
 from selfsteer.recipe.sections import Policy
@@ -155,10 +155,11 @@ def compare(policy: Checkpoint, requests: list[Request], dtype: torch.dtype, rep
     """Print tokens a second of the samplers in this dtype, their ratios, and the parts of a decode step."""
     device = pick_device()
     baseline = load_model(policy.path, dtype=dtype, device=device)
+    ends = end_ids(policy.path, load_tokenizer(policy.path))
     with ExitStack() as stack:
         engine = stack.enter_context(TransformersEngine(policy.path, batch_size=len(requests), dtype=dtype, device=device))
         samplers: dict[str, Callable[[], int]] = {
-            "model.generate": lambda: by_generate(baseline, requests, engine._ends),
+            "model.generate": lambda: by_generate(baseline, requests, ends),
             "selfsteer": lambda: by_engine(engine, requests),
         }
         by_engine(engine, requests[:2])  # the check of the slots, once per engine

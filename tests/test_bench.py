@@ -1,7 +1,8 @@
-"""bench/scale.py at twelve queries: what it reports is what it did."""
+"""bench/scale.py at twelve queries: what it reports is what it did; bench/sampler.py on a tiny model."""
 
 import importlib.util
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -51,3 +52,16 @@ def test_a_row_says_what_was_measured(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert head.split("  ")[0] == "queries"
     assert [name for name in names if name in head] == names
     assert [float(value) for value in row.split()] == [12, 8, 4, 3, 0.5, 1.5, 500, 600, 26, 0.2, 1]
+
+
+def test_samplers_are_compared(tiny_folder: str):
+    command = [sys.executable, str(Path(SCALE).with_name("sampler.py")), "--model", tiny_folder, "--dtype", "float32"]
+    command += ["--count", "3", "--new-tokens", "4", "--repeats", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    rates = [
+        float(rate)
+        for rate in re.findall(r"^  (?:model\.generate|selfsteer) +([\d.]+) tokens/s", ended.stdout, re.MULTILINE)
+    ]
+    [ratio] = re.findall(r"^  selfsteer to model\.generate: ([\d.]+)$", ended.stdout, re.MULTILINE)
+    assert float(ratio) == pytest.approx(rates[1] / rates[0], abs=0.02)
