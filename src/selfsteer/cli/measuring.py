@@ -222,7 +222,8 @@ def reward(
         settings = rewards.RewardSettings(holdout=holdout, max_tokens=max_tokens, chat_template=chat_template, dtype=dtype)
         sources = [rewards.Source(path=path, weight=weight) for path, weight in zip(pairs, given, strict=True)]
         found = rewards.train_reward_model(sources, model, output, settings, training)
-        print_judged(found["held_out"], "Held-out pairs")
+        if found["held_out"]:
+            print_judged(found["held_out"], "Held-out pairs")
         typer.echo(f"reward model  {found['model']}")
 
 
