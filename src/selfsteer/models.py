@@ -176,7 +176,7 @@ def sampling_dtype(name: DTypeName, folder: str, device: torch.device) -> torch.
     dtype = compute_dtype(name, device)
     configuration = read_object(Path(folder) / "config.json")
     held = (torch.float32, getattr(torch, str(configuration.get("dtype")), None))
-    if dtype in held or not is_exact(folder):
+    if dtype in held or configuration.get(EXACT) is not True:
         return dtype
     if name == "auto":
         log.info("%s is sampled in float32: %s would undo what was trained", folder, str(dtype).removeprefix("torch."))

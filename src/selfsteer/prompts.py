@@ -67,9 +67,11 @@ def _dated(template: str, day: date) -> str:
     said = json.dumps({directive: day.strftime(directive) for directive in _DIRECTIVES})
     function = (
         f"{{% macro {_NOW}(format) %}}{{% set said = {said} %}}"
-        "{% for part in format.split('%%') %}{% set now = namespace(text=part) %}"
-        "{% for directive in said %}{% set now.text = now.text.replace(directive, said[directive]) %}{% endfor %}"
-        "{{ '' if loop.first else '%' }}{{ now.text }}{% endfor %}{% endmacro %}"
+        "{% for text in format.split('%%') %}{{ '' if loop.first else '%' }}"
+        "{% for part in text.split('%') %}{% if loop.first %}{{ part }}{% else %}"
+        "{% set length = 2 if '%' ~ part[:2] in said else 1 %}"
+        "{{ said.get('%' ~ part[:length], '%' ~ part[:length]) }}{{ part[length:] }}"
+        "{% endif %}{% endfor %}{% endfor %}{% endmacro %}"
     )
     return f"{function}\n{template}"
 

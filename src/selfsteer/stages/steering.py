@@ -124,16 +124,19 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         total=2 * wanted + len(spared),
     )
 
-    def trained_on() -> Iterator[Responses]:
-        return (item for item in answered() if item_key(item) not in reasons)
+    found: dict[str, Answers] = {}
 
-    own_rows = (columns.pair_row(scores(work.journal, own(item))[0]) for item in chain(trained_on(), spared))
-    columns.write_rows(work.stage.path / POLICY_PAIRS, own_rows, columns.PAIRS)
-    files, found = [POLICY_PAIRS, HELD_OUT_DROPPED], dict[str, Answers]()
+    def own_rows() -> Iterator[dict[str, Any]]:
+        trained_on = (item for item in answered() if item_key(item) not in reasons)
+        for item in chain(trained_on, spared):
+            group = own(item)
+            if group.edges:
+                found[item.query.id] = _answers(work, group)
+            yield columns.pair_row(scores(work.journal, group)[0])
+
+    columns.write_rows(work.stage.path / POLICY_PAIRS, own_rows(), columns.PAIRS)
+    files = [POLICY_PAIRS, HELD_OUT_DROPPED]
     if drawn:
-        for item in trained_on():
-            if item.query.id in drawn:
-                found[item.query.id] = _answers(work, own(item))
         columns.write_rows(work.stage.path / HEADROOM, _rows(found), columns.HEADROOM)
         files.append(HEADROOM)
 

@@ -130,11 +130,12 @@ def together(
     batch: list[Unit] = []
     size = 0
     for unit in units:
-        size += tokens(unit)
-        if batch and budget is not None and size > budget:
+        more = tokens(unit)
+        if batch and budget is not None and size + more > budget:
             yield batch
-            batch, size = [], tokens(unit)
+            batch, size = [], 0
         batch.append(unit)
+        size += more
         if budget is None and len(batch) == count:
             yield batch
             batch = []

@@ -214,6 +214,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
             advance=advance,
         )
         args.gradient_accumulation_steps = parts.order.each
+        args.per_device_train_batch_size = -(-job.batch_size // (args.world_size * parts.order.each))  # what trackers show
         trainer = PreferenceTrainer(model, args, data, parts)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
             log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
