@@ -27,15 +27,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, NotRequired, TypedDict, cast
 
 from selfsteer.measures.estimates import Estimate, share_estimate
-from selfsteer.measures.language import (
-    CLOSERS,
-    LANGUAGES,
-    SCRIPTS,
-    not_in_language,
-    not_in_script,
-    sentences,
-    words,
-)
+from selfsteer.measures.language import CLOSERS, LANGUAGES, SCRIPTS, not_in_language, not_in_script, sentences, words
 from selfsteer.measures.text import script_of
 
 Value = str | int | tuple[str, ...]

@@ -11,10 +11,7 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from selfsteer.engines.open import open_engine
 from selfsteer.judges.find import RecipeJudge, open_judge

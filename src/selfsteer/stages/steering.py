@@ -26,18 +26,7 @@ from selfsteer.pairs import (
     usable,
 )
 from selfsteer.records import Dropped, Pair, Responses
-from selfsteer.stages.base import (
-    Round,
-    Work,
-    arithmetic,
-    draw,
-    inputs_of,
-    kept,
-    make_stage,
-    measured,
-    policy_scorer,
-    taking,
-)
+from selfsteer.stages.base import Round, Work, arithmetic, draw, inputs_of, kept, make_stage, measured, policy_scorer, taking
 from selfsteer.stages.responses import HELD_OUT
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, write_dropped
