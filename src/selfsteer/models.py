@@ -45,7 +45,7 @@ from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.references import PACKAGE, check_model
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Adapter, Checkpoint
-from selfsteer.store.durable import digest, file_digest, make_folder, open_to_others, read_object, read_small_text, replacing
+from selfsteer.store.durable import digest, file_digest, make_folder, open_to_others, read_object, read_small_text, write
 from selfsteer.weights import Stored, check_files, check_fit, refuse_pointer
 
 log = logging.getLogger(__name__)
@@ -129,8 +129,7 @@ def cpu_products() -> Products:
     products = Products(*map(_product_rate, (torch.float32, torch.bfloat16)))
     with suppress(OSError):  # a cache that can't be written is measured again
         make_folder(kept.parent)
-        with replacing(kept) as file:
-            file.write(json.dumps(name | {"gflops": products._asdict()}).encode())
+        write(kept, json.dumps(name | {"gflops": products._asdict()}).encode())
     return products
 
 

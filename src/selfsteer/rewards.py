@@ -34,7 +34,7 @@ from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow
 from selfsteer.store.columns import pair
-from selfsteer.store.durable import canonical_json, digest, replacing
+from selfsteer.store.durable import canonical_json, digest, write
 from selfsteer.store.folder import RunFolder
 from selfsteer.store.journal import Journal
 from selfsteer.training.reward import RewardJob, RewardTraining, check_trl, train_reward
@@ -116,8 +116,7 @@ def train_reward_model(
             "held_out": _held_out(sources, trained, folder.path, settings),
             "method": METHOD,
         }
-        with replacing(folder.path / "result.json") as file:
-            file.write(canonical_json(plain(result)))
+        write(folder.path / "result.json", canonical_json(plain(result)))
         return json.loads((folder.path / "result.json").read_bytes())
 
 

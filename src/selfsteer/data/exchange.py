@@ -51,7 +51,7 @@ from selfsteer.data.files import (
 from selfsteer.recipe.sections import load
 from selfsteer.records import Dropped, Message, PairRow
 from selfsteer.store.columns import write_rows
-from selfsteer.store.durable import digest, make_folder, read_json, replacing
+from selfsteer.store.durable import digest, make_folder, read_json, replacing, write
 from selfsteer.store.folder import Stage
 
 log = logging.getLogger(__name__)
@@ -395,8 +395,7 @@ def export(
     schema = PAIR_SCHEMA if found.stage is None else pq.read_schema(found.source)
     written = write_pairs(rows(), to, format, schema=schema, flags=keep_truncated)
     result = Exported(written, dict(dropped.most_common()), found.warning, _command(format, to))
-    with replacing(to / CARD) as file:
-        file.write(_card(found, result, format, keep_truncated).encode())
+    write(to / CARD, _card(found, result, format, keep_truncated).encode())
     return result
 
 
@@ -435,8 +434,7 @@ def write_pairs(
             count = _write_list((_json_text(_sharegpt_row(row)) for row in flagged), paths[0])
             columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
             entry = {"file_name": paths[0].name, "ranking": True, "formatting": "sharegpt", "columns": columns}
-            with replacing(paths[1]) as file:
-                file.write(json.dumps({"selfsteer": entry}, indent=2).encode() + b"\n")
+            write(paths[1], json.dumps({"selfsteer": entry}, indent=2).encode() + b"\n")
     log.info("wrote %s pairs to %s", f"{count:,}", paths[0])
     return count
 

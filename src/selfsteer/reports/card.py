@@ -17,7 +17,7 @@ from selfsteer.measures.metrics import Method, RoundMetrics
 from selfsteer.recipe.references import is_hub_id
 from selfsteer.recipe.sections import Recipe
 from selfsteer.reports import tables
-from selfsteer.store.durable import replacing
+from selfsteer.store.durable import write
 
 _HOW: dict[Method, str] = {
     "sso": """\
@@ -111,8 +111,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         recipe=facts["recipe"].rstrip(),
     )
     path = folder / "README.md"
-    with replacing(path) as file:
-        file.write(text.encode())
+    write(path, text.encode())
     return path
 
 

@@ -15,7 +15,7 @@ from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.reports.page import NO_PLOTS, frame, table_html, write_html
 from selfsteer.reports.tables import Cell, Row, Table, cell, markdown
 from selfsteer.runtime import duration
-from selfsteer.store.durable import read_json, replacing
+from selfsteer.store.durable import read_json, write
 
 BASELINE = "pbaa"
 
@@ -199,8 +199,7 @@ def _trainings(arms: Mapping[str, ArmResult]) -> Table:
 
 def write_comparison(folder: Path, result: ComparisonResult) -> None:
     """Write comparison.json."""
-    with replacing(folder / "comparison.json") as file:
-        file.write(json.dumps(plain(result), indent=2, allow_nan=False).encode() + b"\n")
+    write(folder / "comparison.json", json.dumps(plain(result), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_comparison(folder: Path) -> ComparisonResult:
@@ -219,8 +218,7 @@ def write_tables(folder: Path, result: ComparisonResult) -> None:
     """Write comparison.md."""
     arms = "\n".join(f"- **{name}**: {arm.get('description', '')}" for name, arm in result["arms"].items())
     tables = "\n\n".join(map(markdown, comparison_tables(result)))
-    with replacing(folder / "comparison.md") as file:
-        file.write(f"# Ways of making preference data\n\n{arms}\n\n{tables}\n".encode())
+    write(folder / "comparison.md", f"# Ways of making preference data\n\n{arms}\n\n{tables}\n".encode())
 
 
 Json = Mapping[str, Any]

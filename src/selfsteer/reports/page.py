@@ -24,7 +24,7 @@ from selfsteer.reports.reading import Entry, PairSet, Reading, SideEntry, pick_e
 from selfsteer.reports.tables import Table
 from selfsteer.reports.verdict import answer_lines, headline, measure_rows, places, warnings
 from selfsteer.runtime import duration
-from selfsteer.store.durable import replacing
+from selfsteer.store.durable import write
 
 NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
 
@@ -72,8 +72,7 @@ def _with_contents(sections: Sequence[str]) -> str:
 
 def write_html(path: Path, text: str) -> None:
     """Write a page, whole or not at all."""
-    with replacing(path) as file:
-        file.write(text.encode(errors="replace"))
+    write(path, text.encode(errors="replace"))
 
 
 def frame(name: str, facts: Iterable[str], body: str, *, data: object = None) -> str:

@@ -43,7 +43,7 @@ from selfsteer.measures.metrics import (
     plain,
 )
 from selfsteer.runtime import duration
-from selfsteer.store.durable import read_object, replacing
+from selfsteer.store.durable import read_object, write
 
 Form = Literal["number", "share"]
 
@@ -147,8 +147,7 @@ def write_metrics(path: Path, metrics: Metrics) -> bool:
     content = json.dumps(plain(metrics), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     if path.is_file() and path.read_bytes() == content:
         return False
-    with replacing(path) as file:
-        file.write(content)
+    write(path, content)
     return True
 
 

@@ -34,7 +34,7 @@ from selfsteer.stages.status import (
     stage_names,
 )
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, read_json, replacing
+from selfsteer.store.durable import canonical_json, read_json, write
 from selfsteer.store.folder import MEASURES, Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
 from selfsteer.store.journal import Journal
 from selfsteer.training.displacement import LARGEST
@@ -241,8 +241,7 @@ def sealed(stage: Stage) -> Manifest:
 
 def write_measures(stage: Stage, measures: Mapping[str, object]) -> str:
     """Write down what a stage without rows measured; the name of the file, to be sealed with it."""
-    with replacing(stage.path / MEASURES) as file:
-        file.write(canonical_json(plain(measures)))
+    write(stage.path / MEASURES, canonical_json(plain(measures)))
     return MEASURES
 
 

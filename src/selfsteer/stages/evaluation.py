@@ -28,7 +28,7 @@ from selfsteer.measures.verdicts import Verdict
 from selfsteer.recipe.engines import EngineSection
 from selfsteer.recipe.sections import EvaluationSection, Recipe
 from selfsteer.records import Checkpoint, Pair
-from selfsteer.store.durable import canonical_json, digest, replacing
+from selfsteer.store.durable import canonical_json, digest, write
 from selfsteer.store.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,7 @@ def evaluate_run(
         return known["result"]
     models = [_named(recipe, first, "first policy"), _named(recipe, aligned, "aligned policy")]
     result = plain(evaluate(models, section, judge, folder))
-    with replacing(file) as out:
-        out.write(canonical_json({"made_of": made_of, "result": result}))
+    write(file, canonical_json({"made_of": made_of, "result": result}))
     return result
 
 

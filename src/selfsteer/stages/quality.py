@@ -51,7 +51,7 @@ from selfsteer.stages.principles import concision_pairs, load_pool
 from selfsteer.stages.status import QUALITY, by_checks, is_judged
 from selfsteer.stages.steering import policy_pairs
 from selfsteer.store import columns
-from selfsteer.store.durable import canonical_json, file_digest, read_json, replacing
+from selfsteer.store.durable import canonical_json, file_digest, read_json, write
 from selfsteer.store.folder import Contents, Origin, Stage
 
 log = logging.getLogger(__name__)
@@ -345,8 +345,7 @@ def _write_contamination(path: Path, files: Iterable[str], preferences: Stage) -
     measure = contamination(found)
     assert measure is not None, "a sealed stage 5 has rows"
     rows_named = [overlap._asdict() for each in found for overlap in each]
-    with replacing(path) as file:
-        file.write(canonical_json({**plain(measure), "overlaps": rows_named}))
+    write(path, canonical_json({**plain(measure), "overlaps": rows_named}))
 
 
 def read_contamination(stage: Stage) -> Contamination | None:

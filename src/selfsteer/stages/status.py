@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypedDict
 
 from selfsteer.measures.metrics import Method
 from selfsteer.recipe.sections import Recipe, load
-from selfsteer.store.durable import canonical_json, digest, file_digest, replacing
+from selfsteer.store.durable import canonical_json, digest, file_digest, write
 from selfsteer.store.folder import RunFolder, Stage
 
 GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
@@ -168,8 +168,7 @@ class _End(NamedTuple):
 def record_end(folder: RunFolder, number: int, reason: str) -> None:
     """Write down, for whoever asks for the status, that the run ends with this round's data. For the owner of the run."""
     fields = _End(reason, *_decided_on(folder, number))._asdict()
-    with replacing(_round(folder, number) / _ENDED) as file:
-        file.write(canonical_json({**fields, "sha256": digest(fields)}) + b"\n")
+    write(_round(folder, number) / _ENDED, canonical_json({**fields, "sha256": digest(fields)}) + b"\n")
 
 
 def read_end(folder: RunFolder, number: int) -> str | None:

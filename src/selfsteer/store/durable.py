@@ -162,6 +162,12 @@ def replacing(path: Path) -> Generator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; raises as `replacing`."""
+    with replacing(path) as file:
+        file.write(content)
+
+
 # --- files that are read ---------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,7 @@ from selfsteer.store.durable import (
     regular_file,
     replacing,
     sync,
+    write,
 )
 from selfsteer.store.journal import Journal
 
@@ -296,8 +297,7 @@ class RunFolder:
         }
         session = {"started": _now(), "recipe": digest(recipe_yaml), **run_info}
         sessions = [*self.sessions(), session]
-        with replacing(self.path / "recipe.yaml") as file:
-            file.write(recipe_yaml.encode())
+        write(self.path / "recipe.yaml", recipe_yaml.encode())
         self._write_sessions(sessions)
 
     def begin(self, day: str) -> None:
@@ -307,8 +307,7 @@ class RunFolder:
             self._write_sessions([{"started": _now(), "date": day}])
 
     def _write_sessions(self, sessions: list[dict[str, Any]]) -> None:
-        with replacing(self.path / "run.json") as file:
-            file.write(_pretty({"schema_version": SCHEMA_VERSION, "sessions": sessions}))
+        write(self.path / "run.json", _pretty({"schema_version": SCHEMA_VERSION, "sessions": sessions}))
 
     @property
     def earlier(self) -> str | None:
@@ -320,8 +319,7 @@ class RunFolder:
         """What is refused leaves no trace: recipe.yaml and run.json are of the sessions that made what is here."""
         for name, content in self._before.items():
             if content is not None:
-                with replacing(self.path / name) as file:
-                    file.write(content)
+                write(self.path / name, content)
 
     def sessions(self) -> list[dict[str, Any]]:
         """What run.json says of every session, oldest first."""
@@ -559,8 +557,7 @@ def _way_out(manifest: Path) -> str:
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:
     fields = asdict(manifest)
-    with replacing(path) as file:
-        file.write(_pretty({**fields, "sha256": digest(fields)}))
+    write(path, _pretty({**fields, "sha256": digest(fields)}))
 
 
 def _read_manifest(path: Path) -> Manifest | None:

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from safetensors import SafetensorError
 
-from selfsteer.store.durable import canonical_json, replacing, sync, write_failed
+from selfsteer.store.durable import canonical_json, sync, write, write_failed
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ def seal(folder: Path, training: str) -> None:
         sync(file)
     for inner in {file.parent for file in files}:
         sync(inner)
-    with replacing(folder / MARKER) as marker:
-        marker.write(canonical_json({"training": training, "sizes": _sizes(folder)}))
+    write(folder / MARKER, canonical_json({"training": training, "sizes": _sizes(folder)}))
     sync(folder.parent)
 
 

@@ -31,7 +31,7 @@ from selfsteer import runtime
 from selfsteer.cluster import SharedFolder, check_room, joined, launcher_plan, load_ray
 from selfsteer.models import let_go
 from selfsteer.recipe.sections import Launcher
-from selfsteer.store.durable import make_folder, replacing
+from selfsteer.store.durable import make_folder, write
 from selfsteer.training import parallel
 from selfsteer.training.parallel import LOOK_SECONDS
 from selfsteer.training.train import TrainingJob, TrainingResult, train
@@ -54,8 +54,7 @@ def launch(job: TrainingJob, launcher: Launcher) -> TrainingResult:
             let_go()
     output = Path(job.output)
     make_folder(output)
-    with replacing(output / JOB) as file:
-        file.write(json.dumps(job.as_json()).encode())
+    write(output / JOB, json.dumps(job.as_json()).encode())
     parallel.wait_for_group(output)
     parallel.take_in(output)  # of an earlier session
     (output / OUTCOME).unlink(missing_ok=True)
@@ -114,8 +113,7 @@ def take_part(job: TrainingJob) -> None:
 
 
 def _say(output: Path, outcome: dict[str, Any]) -> None:
-    with replacing(output / OUTCOME) as file:
-        file.write(json.dumps(outcome).encode())
+    write(output / OUTCOME, json.dumps(outcome).encode())
 
 
 # --- on a Ray cluster ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from torch import distributed
 
 from selfsteer import clock, runtime
 from selfsteer.recipe.sections import Launcher
-from selfsteer.store.durable import replacing
+from selfsteer.store.durable import write
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,10 @@ def taking_part(job: Path) -> Generator[None]:
         try:
             yield
         finally:
-            with replacing(job / f"spent-{os.environ.get('RANK', '0')}.json") as file:
-                file.write(json.dumps({"spent": clock.spent(), "held": clock.peaks()}).encode())
+            write(
+                job / f"spent-{os.environ.get('RANK', '0')}.json",
+                json.dumps({"spent": clock.spent(), "held": clock.peaks()}).encode(),
+            )
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------------

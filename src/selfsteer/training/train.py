@@ -30,19 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from selfsteer import runtime
 from selfsteer.clock import part
-from selfsteer.models import (
-    compute_dtype,
-    let_go,
-    load_configuration,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    positions_of,
-)
+from selfsteer.models import compute_dtype, let_go, load_configuration, load_model, load_tokenizer, pick_device, positions_of
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Lora, LossName, Policy, Training, Weighting
 from selfsteer.runtime import progress
-from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, read_object, replacing
+from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, read_object, write
 from selfsteer.training import checkpoints, parallel
 from selfsteer.training.displacement import LARGEST, Meter, Moved, schedule
 from selfsteer.training.export import Delivery, Margin, Saving, deliver
@@ -272,8 +264,7 @@ def _turn_back(output: Path, keeper: Keeper, crossed: int) -> None:
     if parallel.is_first():
         history = output / "history.jsonl"
         write_history(history, read_history(history))
-        with replacing(output / _DISPLACED) as file:
-            file.write(canonical_json({"training": keeper.training, "step": keeper.within, "crossed": crossed}))
+        write(output / _DISPLACED, canonical_json({"training": keeper.training, "step": keeper.within, "crossed": crossed}))
     parallel.wait()
 
 

@@ -29,7 +29,7 @@ from selfsteer.clock import count, part
 from selfsteer.prompts import Prompts
 from selfsteer.records import Pair
 from selfsteer.store import columns
-from selfsteer.store.durable import read_object, replacing
+from selfsteer.store.durable import read_object, write
 from selfsteer.training import checkpoints, parallel
 from selfsteer.training.displacement import Meter, averages
 from selfsteer.training.logps import Packing, to_device
@@ -612,5 +612,4 @@ def read_history(path: Path) -> list[Step]:
 
 def write_history(path: Path, steps: Sequence[Step]) -> None:
     """The history of a training up to the checkpoint that it goes on from."""
-    with replacing(path) as file:
-        file.write("".join(json.dumps(step) + "\n" for step in steps).encode())
+    write(path, "".join(json.dumps(step) + "\n" for step in steps).encode())
