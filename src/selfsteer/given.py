@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from selfsteer.cluster import cluster_of
-from selfsteer.data.exchange import Found, counted, find_pairs, read_pairs
+from selfsteer.data.exchange import Found, find_pairs, read_pairs
 from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
 from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
@@ -20,6 +20,7 @@ from selfsteer.pipeline import dated, finish, first_round, may_align, prepare
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe, Training, dump, load
 from selfsteer.records import Checkpoint, Pair
+from selfsteer.runtime import counted
 from selfsteer.stages import summary
 from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs

@@ -35,7 +35,7 @@ from selfsteer.cli.arguments import (
     tell,
 )
 from selfsteer.recipe.sections import Recipe, describe, load
-from selfsteer.runtime import Interrupted, duration, graceful_stop, stop_requested
+from selfsteer.runtime import Interrupted, counted, duration, graceful_stop, stop_requested
 
 if TYPE_CHECKING:
     from selfsteer.doctor import Finding
@@ -455,14 +455,13 @@ def _print_status(found: "Status") -> None:
             heading, justify="right" if heading in {"round", "kept", "wanted", "time"} else "left", overflow="fold"
         )
     for stage in found["stages"]:
-        drops = ", ".join(f"{count:,} {reason}" for reason, count in sorted(stage["dropped"].items(), key=lambda d: -d[1]))
         table.add_row(
             str(stage["round"]),
             Text(stage["name"]),
             Text(stage["state"], style=colours[stage["state"]]),
             _count(stage["kept"]),
             _count(stage["wanted"]),
-            Text(drops),
+            Text(counted(stage["dropped"])),
             "-" if stage["seconds"] is None else duration(stage["seconds"]),
         )
     console = Console()

@@ -9,6 +9,8 @@ import typer
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from selfsteer.runtime import counted
+
 log = logging.getLogger(__name__)
 
 RecipeFile = Annotated[
@@ -117,5 +119,5 @@ def tell(found: Mapping[str, Any], file: Path | None, show: Callable[[], None]) 
 def print_dropped(dropped: Mapping[str, int], kept: int) -> None:
     """Nothing is left out without a word."""
     if dropped:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-        log.warning("dropped %s of %s: %s", f"{sum(dropped.values()):,}", f"{kept + sum(dropped.values()):,}", reasons)
+        lost = sum(dropped.values())
+        log.warning("dropped %s of %s: %s", f"{lost:,}", f"{kept + lost:,}", counted(dropped))

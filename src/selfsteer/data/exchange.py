@@ -50,6 +50,7 @@ from selfsteer.data.files import (
 )
 from selfsteer.recipe.sections import load
 from selfsteer.records import Dropped, Message, PairRow
+from selfsteer.runtime import counted
 from selfsteer.store.columns import write_rows
 from selfsteer.store.durable import digest, make_folder, read_json, replacing, write
 from selfsteer.store.folder import Stage
@@ -397,11 +398,6 @@ def export(
     result = Exported(written, dict(dropped.most_common()), found.warning, _command(format, to))
     write(to / CARD, _card(found, result, format, keep_truncated).encode())
     return result
-
-
-def counted(dropped: Mapping[str, int]) -> str:
-    """How many rows were dropped why, for messages."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1]))
 
 
 def write_pairs(

@@ -13,6 +13,7 @@ from typing import Any, cast
 from selfsteer.measures.estimates import Estimate, share_estimate
 from selfsteer.measures.metrics import Drift, GateResult, Measures, RoundMetrics, find
 from selfsteer.recipe.gates import MEASURES, Gate
+from selfsteer.runtime import counted
 
 _PATHS: Mapping[str, str] = {
     "margin": "margin.per_token",
@@ -83,8 +84,7 @@ def _absent(gate: Gate, metrics: RoundMetrics) -> str:
     """Why there is no value: of a judge, what became of its verdicts."""
     measure = MEASURES[gate.name]
     errors: Mapping[str, int] = find(_node(metrics), f"{measure.path.rpartition('.')[0]}.errors") or {}
-    listed = ", ".join(f"{count:,} {error}" for error, count in errors.items())
-    return f"not measured ({measure.description})" + (f"; no verdict: {listed}" if listed else "")
+    return f"not measured ({measure.description})" + (f"; no verdict: {counted(errors)}" if errors else "")
 
 
 def _reason(gate: Gate, value: Estimate) -> str:

@@ -42,7 +42,7 @@ from selfsteer.measures.metrics import (
     from_plain,
     plain,
 )
-from selfsteer.runtime import duration
+from selfsteer.runtime import counted, duration
 from selfsteer.store.durable import read_object, write
 
 Form = Literal["number", "share"]
@@ -487,10 +487,8 @@ def _unjudged(sets: Sequence[Json], judge: str, *, blank: bool) -> list[Row]:
 def _stages(this: RoundMetrics, title: str) -> Table:
     rows: list[Row] = []
     for name, stage in this.get("stages", {}).items():
-        reasons = sorted(stage["dropped"].items(), key=lambda item: -item[1])
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
-        numbers = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]))
-        rows.append(Row(name, (*map(Cell, numbers), Cell(listed))))
+        texts = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]), counted(stage["dropped"]))
+        rows.append(Row(name, tuple(map(Cell, texts))))
     return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), left=True, funnel=True)
 
 

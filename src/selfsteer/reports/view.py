@@ -21,7 +21,7 @@ from typing import Any
 from selfsteer.reports.page import frame, page, table_html
 from selfsteer.reports.reading import Reading, reading_of
 from selfsteer.reports.tables import Cell, Row, Table
-from selfsteer.runtime import duration
+from selfsteer.runtime import counted, duration
 from selfsteer.stages.status import Status, status
 from selfsteer.store.folder import RunFolder
 
@@ -65,9 +65,8 @@ def stages_table(found: Status) -> Table:
     def row(stage: Any) -> Row:
         counts = (Cell("" if stage[key] is None else f"{stage[key]:,}") for key in ("kept", "wanted"))
         time = Cell("" if stage["seconds"] is None else duration(stage["seconds"]))
-        dropped = sorted(stage["dropped"].items(), key=lambda drop: -drop[1])
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in dropped)
-        return Row(f"{stage['round']}  {stage['name']}", (Cell(stage["state"]), *counts, time, Cell(listed)))
+        dropped = Cell(counted(stage["dropped"]))
+        return Row(f"{stage['round']}  {stage['name']}", (Cell(stage["state"]), *counts, time, dropped))
 
     columns = ("state", "kept", "wanted", "time", "dropped")
     return Table("Stages", columns, tuple(map(row, found["stages"])), left=True, funnel=True)

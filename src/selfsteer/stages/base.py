@@ -21,6 +21,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, Share, Training, load
 from selfsteer.recipe.text import changes
 from selfsteer.records import Checkpoint
+from selfsteer.runtime import counted
 from selfsteer.stages.guard import Attempt, refuse_to_replace
 from selfsteer.stages.status import (
     BAD_GENERATOR,
@@ -128,8 +129,8 @@ def make_stage(
     with elapsed(stage.path) as taken, stage.journal() as journal:
         contents = make(Work(stage=stage, journal=journal, origin=origin))
         manifest = stage.seal(origin, contents, taken=taken)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items())
-    log.info("%s: kept %s of %s%s", name, f"{manifest.kept:,}", f"{manifest.wanted:,}", f" ({reasons})" if reasons else "")
+    reasons = f" ({counted(manifest.dropped)})" if manifest.dropped else ""
+    log.info("%s: kept %s of %s%s", name, f"{manifest.kept:,}", f"{manifest.wanted:,}", reasons)
     return _not_empty(stage, manifest)
 
 

@@ -26,6 +26,7 @@ from selfsteer.pairs import (
     usable,
 )
 from selfsteer.records import Dropped, Pair, Responses
+from selfsteer.runtime import counted
 from selfsteer.stages.base import Round, Work, arithmetic, draw, inputs_of, kept, make_stage, measured, policy_scorer, taking
 from selfsteer.stages.responses import HELD_OUT
 from selfsteer.store import columns
@@ -79,8 +80,7 @@ def _held_out(round: Round, work: Work, responses: Stage) -> list[Responses]:
             dropped.append(Dropped(id=item.query.id, reason=reason))
     reasons = write_dropped(work.stage.path / HELD_OUT_DROPPED, dropped)
     if reasons:
-        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        log.info("the policy's own pairs of held-out queries that are not compared: %s", told)
+        log.info("the policy's own pairs of held-out queries that are not compared: %s", counted(reasons))
     return found
 
 
