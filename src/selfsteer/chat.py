@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
-from selfsteer.engines.open import open_engine
+from selfsteer.engines.open import open_engine, prompts_of
 from selfsteer.engines.sampling import seed_for
-from selfsteer.models import load_tokenizer, resolve
+from selfsteer.models import resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import EngineSection
 from selfsteer.recipe.sections import Policy, Sampled
@@ -61,10 +61,7 @@ class _Speaker:
     @classmethod
     def of(cls, policy: Policy, section: EngineSection, stack: ExitStack) -> "_Speaker":
         model = resolve(policy)
-        tokenizer = load_tokenizer(
-            model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code
-        )
-        prompts = Prompts.of(policy, tokenizer).whole().direct()
+        prompts = prompts_of(policy, model)
         engine = open_engine(section, model, prompts, trust_remote_code=policy.trust_remote_code)
         return cls(prompts=prompts, engine=stack.enter_context(engine))
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from selfsteer.cluster import cluster_of
 from selfsteer.data.exchange import Found, find_pairs, read_pairs
+from selfsteer.engines.open import prompts_of
 from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
 from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
 from selfsteer.measures.quality import measure
 from selfsteer.measures.verdicts import JudgeReport, judge_report
-from selfsteer.models import load_tokenizer, positions_of, resolve
+from selfsteer.models import positions_of, resolve
 from selfsteer.pipeline import dated, finish, first_round, may_align, prepare
-from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe, Training, dump, load
-from selfsteer.records import Checkpoint, Pair
+from selfsteer.records import Pair
 from selfsteer.runtime import counted
 from selfsteer.stages import summary
 from selfsteer.stages.evaluation import check_evaluation
@@ -56,12 +56,7 @@ def measure_given(path: Path, policy: Policy, trained: str | None = None) -> Mea
 
 def _scorer(policy: Policy, training: Training) -> Scorer:
     found = resolve(policy)
-    return Scorer(found, policy.model_copy(update={"model": found.path}), _prompts(policy, found), training)
-
-
-def _prompts(policy: Policy, found: Checkpoint) -> Prompts:
-    tokenizer = load_tokenizer(found.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
-    return Prompts.of(policy, tokenizer).whole().direct()
+    return Scorer(found, policy.model_copy(update={"model": found.path}), prompts_of(policy, found), training)
 
 
 class _Scored:
@@ -95,7 +90,7 @@ class _Scored:
 def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
     """What a judge says about a preference dataset; nothing is kept. policy: whose prompts decide which pairs are usable."""
     found = resolve(policy)
-    prompts, positions = _prompts(policy, found), positions_of(found.path)
+    prompts, positions = prompts_of(policy, found), positions_of(found.path)
 
     def pairs() -> Iterator[Pair]:
         return (item for item in usable_pairs(path, prompts, None, positions) if isinstance(item, Pair))

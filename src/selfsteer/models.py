@@ -302,6 +302,12 @@ def load_tokenizer(
     return tokenizer
 
 
+def tokenizer_of(policy: Policy, path: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `policy.model`, or of the folder that it was resolved to, as the section has it loaded."""
+    trust = policy.trust_remote_code
+    return load_tokenizer(path or policy.model, chat_template=policy.chat_template, trust_remote_code=trust)
+
+
 def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder as it is.
 

@@ -15,13 +15,13 @@ from typing import NamedTuple, TypeVar
 
 from selfsteer.cluster import cluster_of
 from selfsteer.data.queries import read_queries
-from selfsteer.engines.open import check_engines
+from selfsteer.engines.open import check_engines, prompts_of
 from selfsteer.judges.find import RecipeJudge, check_judge, find_judge
 from selfsteer.measures.contamination import check_files
 from selfsteer.measures.gates import evaluate
 from selfsteer.measures.headroom import in_words
 from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics, plain
-from selfsteer.models import load_tokenizer, resolve
+from selfsteer.models import resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.gates import before_generator, parse
 from selfsteer.recipe.sections import Recipe, dump
@@ -197,7 +197,7 @@ def prepare(recipe: Recipe, *, principles: bool = True) -> Prepared:
     principles: the pairs will come with the principles they were sampled under.
     """
     policy = resolve(recipe.policy)
-    prompts = _prompts_of(recipe, policy)
+    prompts = prompts_of(recipe.policy, policy)
     if principles:
         load_pool(recipe.principles)
         check_writer(recipe)
@@ -214,13 +214,6 @@ def first_round(folder: RunFolder, recipe: Recipe, prepared: Prepared) -> Round:
     """The first round of a run."""
     policy, judge, prompts = prepared
     return Round(number=1, folder=folder, recipe=recipe, policy=policy, first=policy, prompts=prompts, judge=judge)
-
-
-def _prompts_of(recipe: Recipe, policy: Checkpoint) -> Prompts:
-    tokenizer = load_tokenizer(
-        policy.path, chat_template=recipe.policy.chat_template, trust_remote_code=recipe.policy.trust_remote_code
-    )
-    return Prompts.of(recipe.policy, tokenizer).whole().direct()
 
 
 def may_align(round: Round, method: Method) -> bool:

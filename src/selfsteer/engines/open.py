@@ -23,7 +23,7 @@ from selfsteer.engines.serving import (
     find_vllm,
     vllm_command,
 )
-from selfsteer.models import end_ids, is_exact, load_configuration, pick_device, sampling_dtype, untrained_ids
+from selfsteer.models import end_ids, is_exact, load_configuration, pick_device, sampling_dtype, tokenizer_of, untrained_ids
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import (
     EngineSection,
@@ -33,7 +33,7 @@ from selfsteer.recipe.engines import (
     runs_already,
     sampling_identity,
 )
-from selfsteer.recipe.sections import Recipe
+from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.records import Adapter, Checkpoint, Message
 from selfsteer.store.durable import digest
 
@@ -78,6 +78,11 @@ def open_engine(
     if trust_remote_code:
         arguments["trust_remote_code"] = True
     return _vllm_engine(section, model, prompts, adapters, arguments)
+
+
+def prompts_of(policy: Policy, model: Checkpoint) -> Prompts:
+    """How a model is asked that answers as it is. Raises ValueError for a template that fails, or has the model think."""
+    return Prompts.of(policy, tokenizer_of(policy, model.path)).whole().direct()
 
 
 def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Engine, Failed, Request
-from selfsteer.engines.open import sampler_digest
+from selfsteer.engines.open import prompts_of, sampler_digest
 from selfsteer.engines.sampling import Sampler, kept_open, request, sample, seed_for, spoken
 from selfsteer.evaluations.asking import Answer, Ask, Asked, Choices, Score
 from selfsteer.evaluations.judged import JUDGED, JudgedTask, Verdicts
 from selfsteer.evaluations.results import Evaluation, TaskResult
-from selfsteer.models import end_ids, load_configuration, load_tokenizer, position_limit, resolve
+from selfsteer.models import end_ids, positions_of, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import DTypeName, EngineSection, runs_already
 from selfsteer.recipe.sections import EvaluationSection, Policy, Training
@@ -75,16 +75,13 @@ def answering(policy: Policy, engine: EngineSection, *, name: str | None = None)
     Raises ValueError for a model that is not there or has no chat template, and for what the engine lacks.
     """
     model = resolve(policy)
-    tokenizer = load_tokenizer(model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
-    prompts = Prompts.of(policy, tokenizer).whole().direct()
-    configuration = load_configuration(model.path, trust_remote_code=policy.trust_remote_code)
     found = Answering(
         name=name or policy.model,
         policy=policy,
         model=model,
         engine=engine,
-        prompts=prompts,
-        context=position_limit(configuration),
+        prompts=prompts_of(policy, model),
+        context=positions_of(model.path, trust_remote_code=policy.trust_remote_code),
     )
     found.open()  # and never entered
     return found

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from selfsteer.judges.llm import Pairs
 from selfsteer.measures.verdicts import Verdict, by_margin, failure
-from selfsteer.models import compute_dtype, load_configuration, load_model, load_tokenizer, pick_device
+from selfsteer.models import compute_dtype, load_configuration, load_model, pick_device, tokenizer_of
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
@@ -90,9 +90,7 @@ class Renderer(NamedTuple):
 def open_renderer(reward: RewardModel) -> Renderer:
     """Raises ValueError where the tokenizer has no chat template."""
     policy = reward.policy
-    tokenizer = load_tokenizer(
-        reward.model.path, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code
-    )
+    tokenizer = tokenizer_of(policy, reward.model.path)
     prompts = Prompts.of(policy.model_copy(update={"system_role": "system"}), tokenizer)
     return Renderer(tokenizer, prompts, reward.max_tokens)
 

@@ -24,7 +24,7 @@ from selfsteer.engines.base import Request, Sampling
 from selfsteer.engines.open import sampler_digest
 from selfsteer.engines.sampling import Question, Sampler, kept_open, request, sample, unread
 from selfsteer.measures.checks import parse_all
-from selfsteer.models import load_tokenizer, positions_of, resolve
+from selfsteer.models import positions_of, resolve, tokenizer_of
 from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe import sections
 from selfsteer.recipe.engines import context_limit, sampling_identity
@@ -477,11 +477,15 @@ def find_writer(recipe: Recipe) -> tuple[Checkpoint, Prompts] | None:
     section, policy = recipe.principles, recipe.policy
     if section.model is None:
         return None
-    trust, arguments = policy.trust_remote_code, section.template_arguments
-    asked = Policy(model=section.model, template_arguments=arguments, date=policy.date, trust_remote_code=trust)
+    asked = Policy(
+        model=section.model,
+        chat_template=section.chat_template,
+        template_arguments=section.template_arguments,
+        date=policy.date,
+        trust_remote_code=policy.trust_remote_code,
+    )
     writer = resolve(asked)
-    tokenizer = load_tokenizer(writer.path, chat_template=section.chat_template, trust_remote_code=trust)
-    return writer, Prompts.of(asked, tokenizer).whole()
+    return writer, Prompts.of(asked, tokenizer_of(asked, writer.path)).whole()
 
 
 def _generated_principles(round: Round, work: Work, pool: Pool, wanted: _Queries) -> Callable[[Query], Principles]:

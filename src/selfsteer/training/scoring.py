@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from selfsteer import runtime
 from selfsteer.clock import count, part, timed
-from selfsteer.models import compute_dtype, load_model, load_tokenizer, pick_device, position_limit
+from selfsteer.models import compute_dtype, load_model, pick_device, position_limit, tokenizer_of
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy, Training
 from selfsteer.records import Checkpoint, Pair, Scored
@@ -155,7 +155,7 @@ class OpenScorer(NamedTuple):
 def open_scorer(policy: Policy, training: Training) -> Generator[OpenScorer]:
     """The policy (a local folder) ready to score; the model is let go of when the block ends."""
     device = pick_device()
-    tokenizer = load_tokenizer(policy.model, chat_template=policy.chat_template, trust_remote_code=policy.trust_remote_code)
+    tokenizer = tokenizer_of(policy)
     # Master weights in float32 and autocast, as in training: weights rounded beforehand would give other numbers.
     model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=policy.trust_remote_code)
     teach(model, compute_dtype(training.dtype, device))

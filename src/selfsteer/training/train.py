@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from selfsteer import runtime
 from selfsteer.clock import part
-from selfsteer.models import compute_dtype, let_go, load_configuration, load_model, load_tokenizer, pick_device, positions_of
+from selfsteer.models import compute_dtype, let_go, load_configuration, load_model, pick_device, positions_of, tokenizer_of
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Lora, LossName, Policy, Training, Weighting
 from selfsteer.runtime import progress
@@ -172,9 +172,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
     done = checkpoints.step_of(resume) if resume else 0
     if crossed is not None:
         args.max_steps = done
-    tokenizer = load_tokenizer(
-        job.policy.model, chat_template=job.policy.chat_template, trust_remote_code=job.policy.trust_remote_code
-    )
+    tokenizer = tokenizer_of(job.policy)
     prompts = Prompts.of(job.policy, tokenizer)
     needs_reference = job.loss not in REFERENCE_FREE
     positions = positions_of(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
