@@ -10,17 +10,17 @@ win rate against the baseline, which for two players is the share of points. The
 Left out on purpose: style control, and the leaderboard's other models.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from selfsteer.engines.base import Sampling
 from selfsteer.evaluations.asking import Answer, Ask, Asked
+from selfsteer.evaluations.local_data import json_lines
 from selfsteer.measures.estimates import Estimate, mean_estimate
+from selfsteer.recipe.shipped import TEMPLATES
 from selfsteer.records import Message
 
 BASELINE = "gpt-4-0314"
@@ -74,29 +74,19 @@ class Arena:
 
 def read_arena_hard(folder: Path) -> ArenaHard:
     """Raises ValueError for a missing file, and naming it, for a prompt that the baseline has not answered."""
-    answers = {_id(row): _text(row) for row in _rows(folder / "model_answer" / f"{BASELINE}.jsonl")}
+    answers = {_id(row): _text(row) for row in json_lines(folder / "model_answer" / f"{BASELINE}.jsonl")}
     prompts: list[Prompt] = []
-    for row in _rows(folder / "question.jsonl"):
+    for row in json_lines(folder / "question.jsonl"):
         id, text = _id(row), row["prompt"] if "prompt" in row else row["turns"][0]["content"]
         if id not in answers:
             raise ValueError(f"{folder}: the baseline {BASELINE} has no answer to prompt {id}")
         prompts.append(Prompt(id, text, answers[id]))
     file = folder / "judge_prompt.txt"
-    built_in = resources.files("selfsteer").joinpath("templates", "arena_hard_prompt.txt")
-    template = (file if file.is_file() else built_in).read_text(encoding="utf-8")
+    template = (file if file.is_file() else TEMPLATES / "arena_hard_prompt.txt").read_text(encoding="utf-8")
     missing = {"question", "answer_1", "answer_2"} - set(_PLACE.findall(template))
     if missing:
         raise ValueError(f"{file}: the places {sorted(missing)} are missing")
     return ArenaHard(prompts=prompts, template=template, published_prompt=file.is_file())
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise ValueError(
-            f"{file} does not exist; Arena-Hard needs question.jsonl and the baseline's answers"
-            f" (model_answer/{BASELINE}.jsonl) in {file.parent}"
-        )
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _id(row: Mapping[str, Any]) -> str:

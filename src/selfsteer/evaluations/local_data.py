@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from selfsteer.data.files import jsonl_rows
 from selfsteer.store.durable import digest, file_digest
 
 Rows = list[dict[str, Any]]
@@ -84,14 +85,14 @@ def _lay_out(folder: Path, configurations: Configurations) -> None:
 
 
 def _ifeval(source: Path) -> Configurations:
-    return {"default": {"train": _json_lines(source / "input_data.jsonl", "key", "prompt", "instruction_id_list", "kwargs")}}
+    return {"default": {"train": json_lines(source / "input_data.jsonl", "key", "prompt", "instruction_id_list", "kwargs")}}
 
 
 def _gsm8k(source: Path) -> Configurations:
     files = {split: source / f"{split}.jsonl" for split in ("train", "test")}
     return {
         "main": {
-            split: _json_lines(file, "question", "answer")
+            split: json_lines(file, "question", "answer")
             for split, file in files.items()
             if split == "test" or file.is_file()
         }
@@ -99,22 +100,19 @@ def _gsm8k(source: Path) -> Configurations:
 
 
 def _math500(source: Path) -> Configurations:
-    return {"default": {"test": _json_lines(source / "test.jsonl", "problem", "solution", "answer")}}
+    return {"default": {"test": json_lines(source / "test.jsonl", "problem", "solution", "answer")}}
 
 
-def _json_lines(path: Path, *fields: str) -> Rows:
+def json_lines(path: Path, *fields: str) -> Rows:
+    """The objects of a benchmark's JSONL file. Raises ValueError, naming it, where it or one of the fields is missing."""
     if not path.is_file():
-        raise ValueError(f"evaluation.data: {path} does not exist")
+        raise ValueError(f"evaluation.data: {path} does not exist; the files of a benchmark lie as it is published")
     rows: Rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+    for place, row, _ in jsonl_rows(path):
         missing = [field for field in fields if field not in row]
         if missing:
-            raise ValueError(f"{path}: line {number} has no {missing}; found the keys {sorted(row)}")
-        rows.append(row)
+            raise ValueError(f"{place} has no {missing}; found the keys {sorted(row)}")
+        rows.append(dict(row))
     return rows
 
 

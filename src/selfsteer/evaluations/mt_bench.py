@@ -12,17 +12,17 @@ ones, which is said with every figure, as is the judge's name.
 Left out on purpose: the pairwise mode.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from selfsteer.engines.base import Sampling
 from selfsteer.evaluations.asking import Answer, Ask, Asked
+from selfsteer.evaluations.local_data import json_lines
 from selfsteer.measures.estimates import Estimate, mean_estimate
+from selfsteer.recipe.shipped import TEMPLATES
 from selfsteer.records import Message
 
 MAX_NEW_TOKENS = 1024
@@ -72,7 +72,7 @@ def read_mt_bench(folder: Path) -> MtBench:
     """Raises ValueError for a missing file or a question without what it needs."""
     references = _references(folder)
     questions: list[Question] = []
-    for row in _rows(folder / "question.jsonl"):
+    for row in json_lines(folder / "question.jsonl"):
         id, category, turns = str(row["question_id"]), row["category"], row["turns"]
         if len(turns) != 2:
             raise ValueError(f"{folder}/question.jsonl: question {id} has {len(turns)} turns, not two")
@@ -84,9 +84,7 @@ def read_mt_bench(folder: Path) -> MtBench:
             )
         questions.append(Question(id, category, (turns[0], turns[1]), reference if category in _WITH_REFERENCE else None))
     file = folder / "judge_prompts.jsonl"
-    built_in = resources.files("selfsteer").joinpath("templates", "mt_bench_prompts.jsonl")
-    text = file.read_text(encoding="utf-8") if file.is_file() else built_in.read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    rows = json_lines(file if file.is_file() else TEMPLATES / "mt_bench_prompts.jsonl")
     prompts = {row["name"]: (row["system_prompt"], row["prompt_template"]) for row in rows}
     missing = {"single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"} - prompts.keys()
     if missing:
@@ -101,14 +99,8 @@ def _references(folder: Path) -> dict[str, tuple[str, str]]:
     )
     if file is None:
         return {}
-    found = {str(row["question_id"]): row["choices"][0]["turns"] for row in _rows(file)}
+    found = {str(row["question_id"]): row["choices"][0]["turns"] for row in json_lines(file)}
     return {id: (turns[0], turns[1]) for id, turns in found.items()}
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; MT-Bench's files are expected beside each other in {file.parent}")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def answer_both_turns(bench: MtBench, ask: Ask) -> list[tuple[Answer, Answer]]:

@@ -19,8 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from importlib import resources
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from selfsteer.engines.sampling import Question, unread
 from selfsteer.measures.verdicts import Orders, Verdict, by_orders, failure, no_answer
 from selfsteer.prompts import THOUGHT_ENDS, Prompts
 from selfsteer.recipe.sections import JudgeSection
+from selfsteer.recipe.shipped import template
 from selfsteer.records import Message, Pair, side
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.store.durable import digest, read_small_text, regular_file
@@ -49,7 +49,7 @@ _SHORTEST_FENCE = 8
 def judge_template(path: Path | None = None) -> str:
     """The built-in pairwise prompt, or a file's. ValueError, naming them, when places are missing."""
     if path is None:
-        return _built_in_template()
+        return template("judge_pairwise.txt")
     regular_file(path, "set judge.template in the recipe")
     text = read_small_text(path)
     missing = [place for place in _PLACES if f"{{{place}}}" not in text]
@@ -59,11 +59,6 @@ def judge_template(path: Path | None = None) -> str:
             f" missing. It must ask for exactly {FIRST} or {SECOND}."
         )
     return text
-
-
-@cache
-def _built_in_template() -> str:
-    return resources.files("selfsteer").joinpath("templates", "judge_pairwise.txt").read_text(encoding="utf-8")
 
 
 def judge_messages(template: str, prompt: Iterable[Message], first: str, second: str) -> tuple[Message, ...]:

@@ -8,17 +8,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from importlib import resources
 from typing import cast
 
 import yaml
 
 from selfsteer.measures.text import letters_by_script
+from selfsteer.recipe.shipped import template
 
-_LISTS = cast(
-    dict[str, object],
-    yaml.safe_load(resources.files("selfsteer").joinpath("templates", "words.yaml").read_text(encoding="utf-8")),
-)
+_LISTS = cast(dict[str, object], yaml.safe_load(template("words.yaml")))
 
 
 def _listed(name: str) -> frozenset[str]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "shipped"
 
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
 SHIPPED = "shipped:"
 """Before the name of a file that comes with the package, wherever a recipe takes one."""
 
@@ -12,6 +14,11 @@ SHIPPED = "shipped:"
 def located(name: str) -> str:
     """The path of a file that a recipe names; anything but `shipped:NAME` is a path already."""
     return str(FOLDER / "data" / name.removeprefix(SHIPPED)) if name.startswith(SHIPPED) else name
+
+
+def template(name: str) -> str:
+    """One of the texts that are kept out of the code: prompts, pages, lists of words."""
+    return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def names() -> list[str]:

@@ -6,7 +6,6 @@ The frame is `templates/model_card.md`. Left out on purpose: claims about qualit
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any, NotRequired, TypedDict
@@ -16,6 +15,7 @@ import yaml
 from selfsteer.measures.metrics import Method, RoundMetrics
 from selfsteer.recipe.references import is_hub_id
 from selfsteer.recipe.sections import Recipe
+from selfsteer.recipe.shipped import template
 from selfsteer.reports import tables
 from selfsteer.store.durable import write
 
@@ -97,8 +97,7 @@ def judged(recipe: Recipe, method: Method) -> str:
 
 def write_model_card(folder: Path, facts: CardFacts) -> Path:
     """Write README.md into the model's folder, in place of one that is there; returns its path."""
-    template = Template(files("selfsteer").joinpath("templates/model_card.md").read_text(encoding="utf-8"))
-    text = template.substitute(
+    text = Template(template("model_card.md")).substitute(
         front_matter=yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True).rstrip(),
         name=facts["name"],
         base_model=_base_model(facts["base_model"]),

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from hashlib import sha256
 from html import escape
-from importlib.resources import files
 from itertools import count
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from selfsteer.measures.metrics import Metrics, RoundMetrics
+from selfsteer.recipe.shipped import template
 from selfsteer.reports import tables
 from selfsteer.reports.reading import Entry, PairSet, Reading, SideEntry, pick_examples
 from selfsteer.reports.tables import Table
@@ -80,13 +80,12 @@ def frame(name: str, facts: Iterable[str], body: str, *, data: object = None) ->
 
     name, facts: escaped here. data: JSON values for the script; without, there is none.
     """
-    templates = files("selfsteer") / "templates"
     script, policy = "", ""
     if data is not None:
-        code = (templates / "report.js").read_text(encoding="utf-8")
+        code = template("report.js")
         policy = f"; script-src 'sha256-{base64.b64encode(sha256(code.encode()).digest()).decode()}'"
         script = f'<script type="application/json" id="data">{json_text(data)}</script>\n<script>{code}</script>\n'
-    return Template((templates / "report.html").read_text(encoding="utf-8")).substitute(
+    return Template(template("report.html")).substitute(
         name=escape(name),
         facts=" · ".join(escape(fact) for fact in facts if fact),
         script_policy=policy,
@@ -127,7 +126,7 @@ def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
         + (f'<ul class="warnings" aria-label="Warnings">{listed}</ul>' if listed else "")
         + f'<div class="commands">{commands}</div>'
         + _costs(metrics)
-        + ((files("selfsteer") / "templates" / "report_words.html").read_text(encoding="utf-8") if measures else "")
+        + (template("report_words.html") if measures else "")
         + "</section>"
     )
 
@@ -213,7 +212,7 @@ def _browser(reading: Reading, seed: int) -> str:
     about = f"This page holds {held}{', drawn at random' if sampled else ''}."
     examples = pick_examples(reading.sets[0].pairs, seed=seed) if reading.sets else []
     drawn = "\n".join(map(_example, examples))
-    controls = (files("selfsteer") / "templates" / "report_controls.html").read_text(encoding="utf-8")
+    controls = template("report_controls.html")
     plain = f"<noscript><p>Without its script it shows {len(examples)} pairs, drawn at random.</p></noscript>"
     return (
         f'<section><h2>Pairs to read</h2><p>{escape(about)}</p>{plain}{controls}<div id="list">{drawn}</div>'

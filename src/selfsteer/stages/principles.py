@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib import resources
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -29,7 +28,7 @@ from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe import sections
 from selfsteer.recipe.engines import context_limit, sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
-from selfsteer.recipe.shipped import located
+from selfsteer.recipe.shipped import located, template
 from selfsteer.records import Checkpoint, Dropped, Message, Principles, Query
 from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, kept, make_stage, share_of_round
 from selfsteer.store import columns
@@ -132,30 +131,22 @@ def _only(pairs: Sequence[PrinciplePair], qualities: Sequence[str] | None) -> tu
 # --- library and file ------------------------------------------------------------------------------------------------------
 
 
-def _template_text(name: str) -> str:
-    return resources.files("selfsteer").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _template(name: str) -> object:
-    return yaml.safe_load(_template_text(name))
-
-
 def wrapping(section: sections.PrincipleSource) -> str | None:
     """What the principles are set into, None where they stand alone."""
-    return _template_text("principle_wrap.txt").strip() if section.wrap else None
+    return template("principle_wrap.txt").strip() if section.wrap else None
 
 
 @cache
 def library() -> tuple[PrinciplePair, ...]:
     """The built-in pairs, without those on concision."""
-    qualities = cast(dict[str, dict[str, list[dict[str, Any]]]], _template("principles.yaml"))["qualities"]
+    qualities = cast(dict[str, list[dict[str, Any]]], yaml.safe_load(template("principles.yaml"))["qualities"])
     return tuple(_library_pair(quality, pair) for quality, pairs in qualities.items() for pair in pairs)
 
 
 @cache
 def concision_pairs() -> tuple[PrinciplePair, ...]:
     """The built-in pairs that are added to others, against length bias."""
-    pairs = cast(dict[str, list[dict[str, Any]]], _template("principles.yaml"))["concision"]
+    pairs = cast(list[dict[str, Any]], yaml.safe_load(template("principles.yaml"))["concision"])
     return tuple(_library_pair("concision", pair) for pair in pairs)
 
 
@@ -215,7 +206,7 @@ _LEFTOVER = re.compile(r"<\|?/?\w+\|?>|\[/?INST\]|\{\w+\}|\b(?:Bad|Good|Request)
 
 @cache
 def _few_shot() -> tuple[Message, ...]:
-    return tuple(cast(list[Message], _template("principle_generation.yaml")))
+    return tuple(cast(list[Message], yaml.safe_load(template("principle_generation.yaml"))))
 
 
 def principle_messages(query: Query) -> tuple[Message, ...]:
