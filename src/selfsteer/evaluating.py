@@ -70,7 +70,6 @@ def compare_answers(
         figures=compared.figures("answers", None),
         items=len(read),
         of=len(read),
-        fewshot=None,
         version="1",
         data=f"{Path(queries.path).name}, sha256 {file_digest(Path(queries.path))[:16]}",
         unanswered=compared.unanswered,

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs the extra selfsteer[evaluate]")
 
 from selfsteer.evaluations.asking import Answer, Asked, Choices
-from selfsteer.evaluations.harness import Harness, Settings
+from selfsteer.evaluations.harness import Harness
 from selfsteer.evaluations.results import TaskResult
+from selfsteer.recipe.sections import EvaluationSection
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness and its libraries warn of themselves
 
@@ -69,7 +70,7 @@ def test_ifeval_by_hand(tmp_path: Path):
         asked.extend(items)
         return [Answer(answers[item.messages[-1]["content"]]) for item in items]
 
-    (found,) = Harness(Settings(tasks=("ifeval",), data=tmp_path, scratch=tmp_path / "out")).evaluate(ask, no_scores)
+    (found,) = Harness(EvaluationSection(tasks=["ifeval"], data=str(tmp_path)), tmp_path / "out").evaluate(ask, no_scores)
     assert values(found) == {
         "prompt_level_strict_acc": pytest.approx(2 / 3),
         "inst_level_strict_acc": pytest.approx(3 / 4),
@@ -99,8 +100,8 @@ def test_a_limited_run_says_so_and_the_unanswered_count(tmp_path: Path):
         assert [item.sampling.max_new_tokens for item in items] == [7, 7]
         return [Answer("Hello there", cut=True), Answer("", error="refused by the server")]
 
-    settings = Settings(tasks=("ifeval",), data=tmp_path, scratch=tmp_path / "out", limit=2, max_new_tokens=7)
-    (found,) = Harness(settings).evaluate(ask, no_scores)
+    settings = EvaluationSection(tasks=["ifeval"], data=str(tmp_path), limit=2, max_new_tokens=7)
+    (found,) = Harness(settings, tmp_path / "out").evaluate(ask, no_scores)
     assert values(found)["prompt_level_strict_acc"] == 0.5
     assert (found.items, found.of, found.cut, found.unanswered) == (2, 3, 1, {"refused by the server": 1})
 
@@ -110,8 +111,8 @@ def test_gsm8k_by_hand(tmp_path: Path):
     write(tmp_path, "gsm8k", "test.jsonl", GSM8K)
     texts = ["So it is\n#### 2", "It must be 4.", "It is 6.\n\nQuestion: What is 7?"]
     with pytest.raises(ValueError, match=r"gsm8k shows 5 examples.*train.jsonl.*gsm8k_cot"):
-        Harness(Settings(tasks=("gsm8k",), data=tmp_path, scratch=tmp_path / "out"))
-    harness = Harness(Settings(tasks=("gsm8k",), data=tmp_path, scratch=tmp_path / "out", fewshot=0))
+        Harness(EvaluationSection(tasks=["gsm8k"], data=str(tmp_path)), tmp_path / "out")
+    harness = Harness(EvaluationSection(tasks=["gsm8k"], data=str(tmp_path), fewshot=0), tmp_path / "out")
     (found,) = harness.evaluate(lambda items: [Answer(text) for text in texts[: len(items)]], no_scores)
     assert values(found) == {"exact_match (strict-match)": pytest.approx(1 / 3), "exact_match (flexible-extract)": 1.0}
     strict = found.figures[0]
@@ -131,7 +132,7 @@ def test_examples_become_turns(tmp_path: Path):
         asked.extend(items)
         return [Answer("#### 2")]
 
-    Harness(Settings(tasks=("gsm8k",), data=tmp_path, scratch=tmp_path / "out", fewshot=1)).evaluate(ask, no_scores)
+    Harness(EvaluationSection(tasks=["gsm8k"], data=str(tmp_path), fewshot=1), tmp_path / "out").evaluate(ask, no_scores)
     ((example, answer, question),) = [item.messages for item in asked]
     assert example["role"] == question["role"] == "user"
     assert answer["role"] == "assistant"
@@ -151,22 +152,22 @@ def test_mmlu_compares_the_letters(tmp_path: Path):
         seen.extend(items)
         return [[-2.0, -1.0, -3.0, -4.0], [-1.0, -2.0, -2.0, -2.0]]
 
-    settings = Settings(tasks=("mmlu_anatomy",), data=tmp_path, scratch=tmp_path / "out")
-    (found,) = Harness(settings).evaluate(no_answers, score)
+    settings = EvaluationSection(tasks=["mmlu_anatomy"], data=str(tmp_path))
+    (found,) = Harness(settings, tmp_path / "out").evaluate(no_answers, score)
     assert values(found) == {"acc": 0.5}
     assert seen[0].continuations == ("A", "B", "C", "D")
     assert seen[0].messages[-1]["content"] == "Which, of these?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
     with pytest.raises(ValueError, match="mmlu_anatomy compares the log-probabilities"):
-        Harness(settings, scores=False)
+        Harness(settings, tmp_path / "out", scores=False)
 
 
 def test_what_is_refused_at_the_start(tmp_path: Path):
     with pytest.raises(ValueError, match=r"'gsm8kk' is no task of lm_eval; near it are \[.*'gsm8k'"):
-        Harness(Settings(tasks=("ifeval", "gsm8kk"), data=None, scratch=tmp_path / "out"))
+        Harness(EvaluationSection(tasks=["ifeval", "gsm8kk"], data=None), tmp_path / "out")
     with pytest.raises(ValueError, match="name each task once"):
-        Harness(Settings(tasks=("math500", "minerva_math500"), data=None, scratch=tmp_path / "out"))
+        Harness(EvaluationSection(tasks=["math500", "minerva_math500"], data=None), tmp_path / "out")
     with pytest.raises(ValueError, match="ifeval is not a folder"):
-        Harness(Settings(tasks=("ifeval",), data=tmp_path, scratch=tmp_path / "out"))
+        Harness(EvaluationSection(tasks=["ifeval"], data=str(tmp_path)), tmp_path / "out")
     write(tmp_path, "ifeval", "input_data.jsonl", [{"prompt": "x"}])
     with pytest.raises(ValueError, match=r"input_data.jsonl: line 1 has no \['key'"):
-        Harness(Settings(tasks=("ifeval",), data=tmp_path, scratch=tmp_path / "out"))
+        Harness(EvaluationSection(tasks=["ifeval"], data=str(tmp_path)), tmp_path / "out")

@@ -167,10 +167,10 @@ class Plan:
         if self.data is not None and not self.data.is_dir():
             raise ValueError(f"evaluation.data: {self.data} is not a folder")
         self._judged = [self._judged_task(name) for name in names if name in JUDGED]
-        plain = tuple(name for name in names if name not in JUDGED)
+        plain = [name for name in names if name not in JUDGED]
         self._harness = None
         if plain:
-            self._harness = _harness(plain, section, self.data, scratch, scores=scores)
+            self._harness = _harness(section.model_copy(update={"tasks": plain}), scratch, scores=scores)
 
     def _judged_task(self, name: str) -> JudgedTask:
         if self.judge is None:
@@ -222,25 +222,15 @@ def _rendered(model: Answering, messages: tuple[Message, ...]) -> str:
     return str(model.prompts.tokenizer.decode(list(ids)))
 
 
-def _harness(
-    names: tuple[str, ...], section: EvaluationSection, data: Path | None, scratch: Path, *, scores: bool
-) -> Callable[[Ask, Score], list[TaskResult]]:
+def _harness(section: EvaluationSection, scratch: Path, *, scores: bool) -> Callable[[Ask, Score], list[TaskResult]]:
     try:
-        from selfsteer.evaluations.harness import Harness, Settings
+        from selfsteer.evaluations.harness import Harness
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"evaluation.tasks: {', '.join(names)} come from lm-evaluation-harness, and {error.name} is not installed:"
-            " pip install 'selfsteer[evaluate]'"
+            f"evaluation.tasks: {', '.join(section.tasks)} come from lm-evaluation-harness, and {error.name} is not"
+            " installed: pip install 'selfsteer[evaluate]'"
         ) from error
-    settings = Settings(
-        tasks=names,
-        limit=section.limit,
-        fewshot=section.fewshot,
-        max_new_tokens=section.max_new_tokens,
-        data=data,
-        scratch=scratch,
-    )
-    return Harness(settings, scores=scores).evaluate
+    return Harness(section, scratch, scores=scores).evaluate
 
 
 def gives_scores(engine: EngineSection) -> bool:

@@ -17,7 +17,8 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,7 @@ from selfsteer.evaluations.asking import Ask, Asked, Choices, Score
 from selfsteer.evaluations.local_data import Local, local_data
 from selfsteer.evaluations.results import Figure, TaskResult, estimate_of
 from selfsteer.evaluations.sentences import CHECKS, ready_splitter
+from selfsteer.recipe.sections import EvaluationSection
 from selfsteer.records import Message
 
 log = logging.getLogger(__name__)
@@ -63,23 +65,6 @@ _NEEDS_GREEDY = {"exact_match", "acc_mutual_info"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What is asked and how. All of it is printed beside the figures."""
-
-    tasks: tuple[str, ...]
-    limit: int | None = None
-    """Only so many items of each task (of each subject of MMLU), the first ones."""
-    fewshot: int | None = None
-    """Examples before each item, instead of the task's own number."""
-    max_new_tokens: int | None = None
-    """Limit of an answer, instead of the task's own."""
-    data: Path | None = None
-    """Folder with the tasks' data; the hub's when left out."""
-    scratch: Path = Path("evaluations")
-    """Where local data is laid out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Loaded:
     names: Sequence[str]
     manager: TaskManager
@@ -91,31 +76,32 @@ class _Loaded:
 class Harness:
     """The tasks, loaded and checked; `evaluate` asks them of a model, as often as there are models."""
 
-    def __init__(self, settings: Settings, *, scores: bool = True) -> None:
-        """scores: whether the model's log-probabilities are to be had; a server that runs already gives none.
+    def __init__(self, section: EvaluationSection, scratch: Path, *, scores: bool = True) -> None:
+        """section: its tasks are the harness's. scratch: where local data is laid out.
 
+        scores: whether the model's log-probabilities are to be had; a server that runs already gives none.
         Raises ValueError for a task that is unknown, has no data, or can't be asked in this way.
         """
-        self.settings = settings
-        self._loaded = _load(settings)
+        self.section = section
+        self._loaded = _load(section, scratch)
         for name, task in self._load()["tasks"].items():
             _refuse(name, task, scores=scores)
 
     def _load(self) -> dict[str, Any]:
         found = cast(dict[str, Any], self._loaded.manager.load(list(self._loaded.names)))
         for task in found["tasks"].values():
-            if self.settings.fewshot is not None or task.get_config("num_fewshot") is None:
-                task.set_config("num_fewshot", self.settings.fewshot or 0)
+            if self.section.fewshot is not None or task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", self.section.fewshot or 0)
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
         return found
 
     def evaluate(self, ask: Ask, score: Score) -> list[TaskResult]:
         """Every task, in the order named, its parts behind it."""
-        model = _Model(ask, score, self.settings.max_new_tokens)
+        model = _Model(ask, score, self.section.max_new_tokens)
         results = evaluate(
             lm=model,
             task_dict=cast(Any, self._load()),
-            limit=self.settings.limit,
+            limit=self.section.limit,
             apply_chat_template=True,
             fewshot_as_multiturn=True,
             bootstrap_iters=0,
@@ -165,17 +151,17 @@ def _all_names(root: Path) -> frozenset[str]:
     )
 
 
-def _load(settings: Settings) -> _Loaded:
-    names = _known_as(settings.tasks)
+def _load(section: EvaluationSection, scratch: Path) -> _Loaded:
+    names = _known_as(section.tasks)
     manager = _manager(names, [])
     # Before anything of IFEval is imported, which would fetch what is not there.
-    splitter = ready_splitter(settings.scratch / "nltk") if any("ifeval" in name for name in names) else None
+    splitter = ready_splitter(scratch / "nltk") if any("ifeval" in name for name in names) else None
     local: dict[str, Local] = {}
-    if settings.data is not None:
-        folder = settings.scratch / "tasks"
+    if section.data is not None:
+        folder = scratch / "tasks"
         for name in names:
             home = (_home(name) or ("", name))[1]
-            local[name] = local_data(home, settings.data, settings.scratch / "data")
+            local[name] = local_data(home, Path(section.data), scratch / "data")
             for leaf in _leaves_of(manager, name):
                 _redefine(manager, leaf, local[name], folder)
         # What a definition replaces is what is wanted here, and no news.
@@ -347,7 +333,7 @@ def _task_result(name: str, results: dict[str, Any], model: _Model, loaded: _Loa
         notes.append(f"sentences: {loaded.splitter}; {used} checks ({', '.join(CHECKS)})")
     return TaskResult(
         task=name,
-        figures=_figures(name, results, samples),
+        figures=list(_figures(name, results, samples)),
         items=counts["effective"],
         of=counts["original"],
         fewshot=results["n-shot"][name],
@@ -360,25 +346,28 @@ def _task_result(name: str, results: dict[str, Any], model: _Model, loaded: _Loa
     )
 
 
-def _figures(name: str, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[Figure]:
-    figures: list[Figure] = []
-    for key, value in results["results"][name].items():
-        metric, _, kept = key.partition(",")
-        if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
+def _figures(name: str, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> Iterator[Figure]:
+    for metric, kept, value in _numbers(results["results"][name]):
         rows = {str(each["doc_id"]): each[metric] for each in samples if each["filter"] == kept and metric in each}
-        by_item = _influences(rows, value)
-        figures.append(
-            Figure(
-                task=name,
-                metric=metric if kept == "none" else f"{metric} ({kept})",
-                value=float(value),
-                estimate=estimate_of(by_item),
-                by_item=by_item,
-                form="share" if 0 <= value <= 1 else "number",
-            )
-        )
-    return figures
+        yield _figure(name, _shown(metric, kept), value, rows)
+
+
+def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Metric, filter and value of each of the harness's figures, their errors left out."""
+    for key, value in found.items():
+        metric, _, kept = key.partition(",")
+        if kept and not metric.endswith("_stderr") and isinstance(value, int | float):
+            yield metric, kept, float(value)
+
+
+def _shown(metric: str, kept: str) -> str:
+    return metric if kept == "none" else f"{metric} ({kept})"
+
+
+def _figure(task: str, metric: str, value: float, rows: Mapping[str, Any]) -> Figure:
+    """rows: what each item has of the metric."""
+    by_item, form = _influences(rows, value), "share" if 0 <= value <= 1 else "number"
+    return Figure(task=task, metric=metric, value=value, estimate=estimate_of(by_item), by_item=by_item, form=form)
 
 
 def _influences(rows: Mapping[str, Any], value: float) -> dict[str, float] | None:
@@ -409,28 +398,14 @@ def _group_result(
 ) -> TaskResult:
     members = [by_name[leaf] for leaf in leaves]
     figures: list[Figure] = []
-    for key, value in results["groups"][group].items():
-        metric, _, kept = key.partition(",")
-        if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        name = metric if kept == "none" else f"{metric} ({kept})"
+    for metric, kept, value in _numbers(results["groups"][group]):
+        name = _shown(metric, kept)
         own = [figure for member in members for figure in member.figures if figure.metric == name]
         rows = {f"{figure.task}/{item}": part for figure in own for item, part in (figure.by_item or {}).items()}
-        by_item = _influences(rows, value)
-        figures.append(
-            Figure(
-                task=group,
-                metric=name,
-                value=float(value),
-                estimate=estimate_of(by_item),
-                by_item=by_item,
-                form="share" if 0 <= value <= 1 else "number",
-            )
-        )
-    unanswered: dict[str, int] = {}
+        figures.append(_figure(group, name, value, rows))
+    unanswered: Counter[str] = Counter()
     for member in members:
-        for reason, count in member.unanswered.items():
-            unanswered[reason] = unanswered.get(reason, 0) + count
+        unanswered.update(member.unanswered)
     return TaskResult(
         task=group,
         figures=figures,

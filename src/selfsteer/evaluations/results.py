@@ -40,7 +40,7 @@ class TaskResult:
     items: int
     of: int
     """Items that the task has; more than `items` in a limited run."""
-    fewshot: int | None
+    fewshot: int | None = None
     version: str
     data: str
     """Where the items came from."""
@@ -168,49 +168,21 @@ def summary(after: Evaluation, before: Evaluation | None, settings: Mapping[str,
         "settings": dict(settings),
         "method": METHOD,
         "models": {when: _evaluation(each) for when, each in (("before", before), ("after", after)) if each is not None},
-        "rows": [_row(row) for row in side_by_side(after, before)],
-    }
-
-
-def _row(row: Row) -> dict[str, Any]:
-    return {
-        "task": row.task,
-        "metric": row.metric,
-        "before": row.before,
-        "after": row.after,
-        "difference": row.difference,
-        "items": row.items,
-        "of": row.of,
-        "limited": row.limited,
-        "judge": row.judge,
-        "remarks": list(row.remarks),
-        "form": row.form,
-        "part_of": row.part_of,
+        "rows": [_fields(row) | {"limited": row.limited} for row in side_by_side(after, before)],
     }
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "model": evaluation.model,
-        "digest": evaluation.digest,
-        "seconds": round(evaluation.seconds, 1),
-        "first_prompts": dict(evaluation.first_prompts),
-        "ends": list(evaluation.ends),
-        "tasks": [
-            {
-                "task": task.task,
-                "figures": {figure.metric: figure.value for figure in task.figures},
-                "items": task.items,
-                "of": task.of,
-                "fewshot": task.fewshot,
-                "version": task.version,
-                "data": task.data,
-                "unanswered": dict(task.unanswered),
-                "cut": task.cut,
-                "judge": task.judge,
-                "part_of": task.part_of,
-                "notes": list(task.notes),
-            }
-            for task in evaluation.tasks
-        ],
-    }
+    return _fields(evaluation) | {"seconds": round(evaluation.seconds, 1), "tasks": list(map(_task, evaluation.tasks))}
+
+
+def _task(task: TaskResult) -> dict[str, Any]:
+    """Without its items and what was asked first, which the evaluation has as the model read it."""
+    told = _fields(task) | {"figures": {figure.metric: figure.value for figure in task.figures}}
+    del told["first"]
+    return told
+
+
+def _fields(item: Row | TaskResult | Evaluation) -> dict[str, Any]:
+    """Not asdict: that copies every item's figures."""
+    return {name: getattr(item, name) for name in item.__dataclass_fields__}
