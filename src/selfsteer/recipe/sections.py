@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from selfsteer.recipe import shipped, text
 from selfsteer.recipe.engines import DTypeName, EngineSection, TransformersSection, runs_already
@@ -39,6 +39,9 @@ def template_arguments(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(template_arguments)]
+
+
 class JudgeSection(Section):
     """What judges the pairs; `docs/quality.md` says what its numbers are worth."""
 
@@ -57,7 +60,7 @@ class JudgeSection(Section):
     """With kind: llm, a file with the question, in place of the built-in one."""
     chat_template: str | None = None
     """Path of a Jinja chat template, for tokenizers without one."""
-    template_arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
+    template_arguments: TemplateArguments = Field(default_factory=dict[str, Any])
     """Arguments of the chat template, such as {enable_thinking: false}; a server that renders messages itself is sent them
     as chat_template_kwargs (vLLM, SGLang)."""
     max_prompt_tokens: int = Field(default=8192, ge=1)
@@ -69,11 +72,6 @@ class JudgeSection(Section):
     """With an engine, the limit of an answer; a model that thinks before it answers needs more."""
     retries: int = Field(default=2, ge=0)
     """With an engine, further tries of an answer that can't be read."""
-
-    @field_validator("template_arguments")
-    @classmethod
-    def _for_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        return template_arguments(arguments)
 
     @model_validator(mode="after")
     def _used_settings(self) -> Self:
@@ -332,7 +330,7 @@ class Policy(Section):
     """Hub revision (branch, tag or commit) of the model."""
     chat_template: str | None = None
     """Path of a Jinja chat template, for tokenizers without one."""
-    template_arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
+    template_arguments: TemplateArguments = Field(default_factory=dict[str, Any])
     """Arguments of the chat template, such as {enable_thinking: false}. Thoughts are no part of responses: a template that
     has the model think is refused (docs/design.md)."""
     date: str | None = None
@@ -342,11 +340,6 @@ class Policy(Section):
     """Where a principle goes: the system message, or before the user's first turn for templates without a system role."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
-
-    @field_validator("template_arguments")
-    @classmethod
-    def _for_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        return template_arguments(arguments)
 
     @field_validator("date", mode="before")
     @classmethod
@@ -429,7 +422,7 @@ class PrincipleSource(Section):
     """With source: generate, the engine that holds the principle generator; the one of the responses when empty."""
     chat_template: str | None = None
     """Of `model`: path of a Jinja chat template, for tokenizers without one."""
-    template_arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
+    template_arguments: TemplateArguments = Field(default_factory=dict[str, Any])
     """Of `model`: arguments of the chat template, such as {enable_thinking: false}."""
     wrap: bool = False
     """Set the principle into a sentence that asks to follow it without mentioning it, instead of sending it bare."""
@@ -441,11 +434,6 @@ class PrincipleSource(Section):
     """With source: generate, the limit of a principle pair."""
     retries: int = Field(default=2, ge=0)
     """With source: generate, further tries before a library pair stands in."""
-
-    @field_validator("template_arguments")
-    @classmethod
-    def _for_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        return template_arguments(arguments)
 
     @model_validator(mode="after")
     def _used_settings(self) -> Self:
