@@ -495,11 +495,6 @@ def quotation(text: str) -> str | None:
     return None if wrapped else "not in double quotation marks"
 
 
-def response_language(text: str, *, language: str) -> str | None:
-    """In this language (ISO 639-1), by `not_in_language`, which see. IFEval asks the langdetect package."""
-    return not_in_language(text, language)
-
-
 def two_responses(text: str) -> str | None:
     """Two different responses, with six asterisks between them."""
     parts = [part.strip() for part in text.split("******")]
@@ -570,11 +565,6 @@ def longest_sentence(text: str, *, num_words: int) -> str | None:
 def list_items(text: str, *, relation: str, num_items: int) -> str | None:
     """Lines that start with a bullet (-, *, +, •) or a number (1. or 1)) and a space."""
     return _off(len(_BULLET.findall(text)) + len(_NUMBERED.findall(text)), relation, num_items, "list items")
-
-
-def script(text: str, *, script: str) -> str | None:
-    """At least 80% of the letters (`language.MAIN`) are of this script; says nothing about the language."""
-    return not_in_script(text, script)
 
 
 def ends_with_question(text: str) -> str | None:
@@ -654,16 +644,8 @@ def no_markdown(text: str) -> str | None:
     for name, pattern in _MARKUP:
         if pattern.search(text):
             return f"Markdown: {name}"
-    linked = any("[" in before and ")" in after for before, after in _around(text, "]("))
-    return "Markdown: a link" if linked else None
-
-
-def _around(text: str, mark: str) -> Iterator[tuple[str, str]]:
-    """Of each line that has the mark, what stands before its first and after it."""
-    for line in text.split("\n"):
-        before, found, after = line.partition(mark)
-        if found:
-            yield before, after
+    around = (line.partition("](") for line in text.split("\n"))
+    return "Markdown: a link" if any("[" in before and found and ")" in after for before, found, after in around) else None
 
 
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u231a\u231b\u23e9-\u23fa\u2b50\u2b55\ufe0f\u20e3]")
@@ -770,7 +752,7 @@ CHECKS: Mapping[str, Rule] = {
     "keywords:letter_frequency": Rule(
         letter_frequency, {"letter": _SIGN, "let_relation": _RELATION, "let_frequency": _COUNT}
     ),
-    "language:response_language": Rule(response_language, {"language": _LANGUAGE}),
+    "language:response_language": Rule(not_in_language, {"language": _LANGUAGE}),
     "combination:two_responses": Rule(two_responses),
     "combination:repeat_prompt": Rule(repeat_prompt, {"prompt_to_repeat": _PHRASE}),
     "startend:end_checker": Rule(end_checker, {"end_phrase": _PHRASE}),
@@ -780,7 +762,7 @@ CHECKS: Mapping[str, Rule] = {
     "selfsteer:number_paragraphs": Rule(number_blocks, {"relation": _RELATION, "num_paragraphs": _COUNT}),
     "selfsteer:longest_sentence": Rule(longest_sentence, {"num_words": _SOME}),
     "selfsteer:list_items": Rule(list_items, {"relation": _RELATION, "num_items": _COUNT}),
-    "selfsteer:script": Rule(script, {"script": _SCRIPT}),
+    "selfsteer:script": Rule(not_in_script, {"script": _SCRIPT}),
     "selfsteer:ends_with_question": Rule(ends_with_question),
     "selfsteer:first_line": Rule(first_line, {"line": _PHRASE}),
     "selfsteer:starts_with": Rule(starts_with, {"phrase": _PHRASE}),
