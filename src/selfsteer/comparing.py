@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 
 from selfsteer.cluster import cluster_of
 from selfsteer.engines.open import check_engines
-from selfsteer.measures.estimates import Estimate, crossed_estimate, mean_estimate
+from selfsteer.measures.estimates import Estimate, crossed_estimate, known, mean_estimate
 from selfsteer.measures.metrics import RoundMetrics, TrainingSummary
 from selfsteer.measures.text import repetition, similarity, words
 from selfsteer.measures.verdicts import Verdict, judge_report, points
@@ -255,8 +255,7 @@ def _arm(arm: Arm, name: str, runs: Sequence[ArmRun], baseline: Sequence[ArmRun]
 def _crossed(seeds: Sequence[Values]) -> dict[str, Estimate]:
     """Of every measure that all seeds have."""
     names = [name for name in seeds[0] if all(name in values for values in seeds)]
-    found = {name: crossed_estimate([values[name] for values in seeds]) for name in names}
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
+    return known({name: crossed_estimate([values[name] for values in seeds]) for name in names})
 
 
 def _less(values: Values, baseline: Values) -> Values:
@@ -276,8 +275,7 @@ def _seed_result(run: ArmRun, baseline: ArmRun | None) -> SeedResult:
 
 
 def _means(values: Values) -> dict[str, Estimate]:
-    found = {measure: mean_estimate(list(each.values())) for measure, each in values.items()}
-    return {measure: estimate for measure, estimate in found.items() if estimate is not None}
+    return known({measure: mean_estimate(list(each.values())) for measure, each in values.items()})
 
 
 def _training(trainings: Sequence[TrainingSummary]) -> dict[str, float]:

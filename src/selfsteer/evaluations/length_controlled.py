@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selfsteer.measures.estimates import Estimate, mean_estimate
+from selfsteer.measures.estimates import Estimate, mean_of
 
 Floats = NDArray[np.float64]
 Formula = Literal["length_controlled_v1", "length_controlled_minimal"]
@@ -144,11 +144,9 @@ def length_controlled(
     predicted = _sigmoid(_level(every.features) @ weights)
     interval = _interval(extra, every, strength, weights)
     preferred = said[with_verdict]
-    plain = mean_estimate(preferred)
-    assert plain is not None
     names = ("length", "difficulty", "model") if difficulty is not None else ("length", "model")
     return WinRate(
-        win_rate=plain,
+        win_rate=mean_of(preferred),
         length_controlled=Estimate(float(predicted.mean()), *interval, len(preferred)),
         published_error=float(predicted.std(ddof=1)) / math.sqrt(len(predicted)),
         wins=int((preferred > 0.5).sum()),

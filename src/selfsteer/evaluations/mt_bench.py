@@ -21,7 +21,7 @@ from typing import NamedTuple
 from selfsteer.engines.base import Sampling
 from selfsteer.evaluations.asking import Answer, Ask, Asked
 from selfsteer.evaluations.local_data import json_lines
-from selfsteer.measures.estimates import Estimate, mean_estimate
+from selfsteer.measures.estimates import Estimate, mean_estimate, mean_of
 from selfsteer.recipe.shipped import TEMPLATES
 from selfsteer.records import Message
 
@@ -164,7 +164,7 @@ def grade(bench: MtBench, answers: Sequence[tuple[Answer, Answer]], judge: Ask) 
         score=mean_estimate(list(both.values())),
         by_question=both,
         turns=(first, second),
-        categories={name: estimate for name, own in categories.items() if (estimate := mean_estimate(own)) is not None},
+        categories={name: mean_of(own) for name, own in categories.items()},
         questions=len(bench.questions),
         ungraded=ungraded,
         published_prompts=bench.published_prompts,

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NotRequired, TypedDict, cast
 
-from selfsteer.measures.estimates import Estimate, share_estimate
+from selfsteer.measures.estimates import Estimate, known, share_estimate
 from selfsteer.measures.language import CLOSERS, LANGUAGES, SCRIPTS, not_in_language, not_in_script, sentences, words
 from selfsteer.measures.text import script_of
 
@@ -255,8 +255,7 @@ def check_report(outcomes: Iterable[Outcome]) -> CheckReport:
         else:
             by_principle[outcome.principle, outcome.checks].append(outcome.passes)
     every = tally(found for each in by_principle.values() for found in each)
-    report = CheckReport(pairs=every.pairs, unchecked=unchecked)
-    shares = {
+    hits = {
         "chosen": every.wins + every.both_pass,
         "rejected": every.losses + every.both_pass,
         "win": every.wins,
@@ -264,13 +263,10 @@ def check_report(outcomes: Iterable[Outcome]) -> CheckReport:
         "both_pass": every.both_pass,
         "both_fail": every.both_fail,
     }
-    for name, hits in shares.items():
-        share = share_estimate(hits, every.pairs)
-        if share is not None:
-            report[name] = share
+    shares = known({name: share_estimate(count, every.pairs) for name, count in hits.items()})
     listed = sorted(by_principle.items(), key=lambda item: (-len(item[1]), item[0]))
-    report["principles"] = [_principle(*key, found) for key, found in listed if len(found) >= ENOUGH]
-    return report
+    principles = [_principle(*key, found) for key, found in listed if len(found) >= ENOUGH]
+    return cast(CheckReport, {"pairs": every.pairs, "unchecked": unchecked, **shares, "principles": principles})
 
 
 def _principle(principle: str, checks: tuple[str, ...], found: Sequence[Passes]) -> PrincipleChecks:

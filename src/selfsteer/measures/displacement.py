@@ -6,7 +6,7 @@ Left out on purpose: the readings (`training/displacement.py`).
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from selfsteer.measures.estimates import Estimate, mean_estimate
+from selfsteer.measures.estimates import Estimate, known, mean_estimate
 from selfsteer.measures.metrics import Displacement
 
 DISPLACED = 0.005
@@ -15,15 +15,12 @@ DISPLACED = 0.005
 
 def displacement(moved: Mapping[str, Sequence[tuple[float, int]]]) -> Displacement:
     """The means of a reading (`training.displacement.Moved`) over its responses; a kind without responses is absent."""
-    found: dict[str, Estimate] = {}
+    found: dict[str, Estimate | None] = {}
     for name, responses in moved.items():
-        mean = mean_estimate([nats for nats, _ in responses])
-        token = mean_estimate([nats / tokens for nats, tokens in responses])
-        if mean is not None and token is not None:
-            found |= {name: mean, f"{name}_token": token}
-    if (lost := mean_estimate([-nats for nats, _ in moved["unrelated"]])) is not None:
-        found["lost"] = lost
-    return cast(Displacement, found)
+        found[name] = mean_estimate([nats for nats, _ in responses])
+        found[f"{name}_token"] = mean_estimate([nats / tokens for nats, tokens in responses])
+    found["lost"] = mean_estimate([-nats for nats, _ in moved["unrelated"]])
+    return cast(Displacement, known(found))
 
 
 def displaced(found: Displacement) -> str | None:

@@ -36,6 +36,16 @@ class Estimate(NamedTuple):
     high: float | None
     n: int
 
+    @property
+    def above_zero(self) -> bool:
+        """The whole interval."""
+        return self.low is not None and self.low > 0
+
+    @property
+    def below_zero(self) -> bool:
+        """The whole interval."""
+        return self.high is not None and self.high < 0
+
 
 class Distribution(TypedDict):
     """A histogram: `edges` has one number more than each list of counts."""
@@ -85,6 +95,25 @@ def share_estimate(hits: int, n: int) -> Estimate | None:
     low = 0.0 if hits == 0 else middle - margin
     high = 1.0 if hits == n else middle + margin
     return Estimate(share, low, high, n)
+
+
+def mean_of(values: ArrayLike) -> Estimate:
+    """`mean_estimate` of values of which there are some."""
+    found = mean_estimate(values)
+    assert found is not None, "no values"
+    return found
+
+
+def share_of(hits: int, n: int) -> Estimate:
+    """`share_estimate` of rows of which there are some."""
+    found = share_estimate(hits, n)
+    assert found is not None, "no rows"
+    return found
+
+
+def known(found: Mapping[str, Estimate | None]) -> dict[str, Estimate]:
+    """Those that there are."""
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
 def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, seed: int = 0) -> Estimate | None:

@@ -20,7 +20,7 @@ policy samples. Left out on purpose: the forward passes (`training/gain.py`).
 
 from collections.abc import Callable, Mapping, Sequence
 
-from selfsteer.measures.estimates import Estimate, mean_estimate
+from selfsteer.measures.estimates import mean_of
 from selfsteer.measures.metrics import Gain
 from selfsteer.records import Change
 
@@ -46,7 +46,7 @@ def gain(queries: Sequence[Sequence[Change]]) -> Gain | None:
     if not changes:
         return None
     before = [sum(each.before.following for each in responses) / len(responses) for responses in queries]
-    found = {name: _mean([each[name] for each in changes]) for name in VALUES}
+    found = {name: mean_of([each[name] for each in changes]) for name in VALUES}
     return Gain(
         queries=len(queries),
         contexts=sum(each.tokens for responses in queries for each in responses),
@@ -54,7 +54,7 @@ def gain(queries: Sequence[Sequence[Change]]) -> Gain | None:
         same_prompt=found["same_prompt"],
         steering=found["steering"],
         following=found["following"],
-        following_before=_mean(before),
+        following_before=mean_of(before),
         entropy=found["entropy"],
         displacement=found["displacement"],
     )
@@ -65,27 +65,12 @@ def in_words(found: Gain) -> str:
     whole, steering, same = found["gain"], found["steering"], found["same_prompt"]
     if any(each.low is None for each in (whole, steering, same)):
         return "one query is too few to say what the training has changed"
-    if _above(whole):
-        if not _above(steering):
+    if whole.above_zero:
+        if not steering.above_zero:
             return "more on-policy, but not by steering: it is what the model would show without any principle"
         share = "mostly by steering" if steering.mean > same.mean else "mostly by sharpening, the rest by steering"
         return f"more on-policy, {share}"
-    if _below(whole):
-        if _above(steering):
-            return "less on-policy: what steering gained, displacement took"
-        return "less on-policy"
-    return "steering gained, and displacement took it" if _above(steering) and _below(same) else "no change shown"
-
-
-def _above(value: Estimate) -> bool:
-    return value.low is not None and value.low > 0
-
-
-def _below(value: Estimate) -> bool:
-    return value.high is not None and value.high < 0
-
-
-def _mean(values: Sequence[float]) -> Estimate:
-    estimate = mean_estimate(values)
-    assert estimate is not None, "no values"
-    return estimate
+    if whole.below_zero:
+        return "less on-policy" + (": what steering gained, displacement took" if steering.above_zero else "")
+    both = steering.above_zero and same.below_zero
+    return "steering gained, and displacement took it" if both else "no change shown"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from selfsteer.measures.estimates import Estimate, distribution, mean_estimate
+from selfsteer.measures.estimates import distribution, mean_of
 from selfsteer.measures.metrics import Headroom, HeadroomAt
 from selfsteer.records import Scored
 
@@ -43,12 +43,12 @@ def headroom(queries: Sequence[Answers]) -> Headroom | None:
     whole = [_Probabilities(*(math.exp(prefixes[-1].mean_logps) for prefixes in query)) for query in queries]
     return Headroom(
         queries=len(queries),
-        original=_mean([each.original for each in whole]),
-        good=_mean([each.good for each in whole]),
-        bad=_mean([each.bad for each in whole]),
-        chosen=_mean([each.original - each.good for each in whole]),
-        rejected=_mean([each.original - each.bad for each in whole]),
-        all=_mean([_above(each) for each in whole]),
+        original=mean_of([each.original for each in whole]),
+        good=mean_of([each.good for each in whole]),
+        bad=mean_of([each.bad for each in whole]),
+        chosen=mean_of([each.original - each.good for each in whole]),
+        rejected=mean_of([each.original - each.bad for each in whole]),
+        all=mean_of([_above(each) for each in whole]),
         positions=[found for number in range(len(EDGES) + 1) if (found := _at(queries, number)) is not None],
         distribution=distribution(original=[query.original[-1].mean_logps for query in queries]),
     )
@@ -65,10 +65,10 @@ def _at(queries: Sequence[Answers], number: int) -> HeadroomAt | None:
     return HeadroomAt(
         first=1 if number == 0 else EDGES[number - 1] + 1,
         last=EDGES[number] if number < len(EDGES) else None,
-        original=_mean([each.original for each in parts]),
-        good=_mean([each.good for each in parts]),
-        bad=_mean([each.bad for each in parts]),
-        all=_mean([_above(each) for each in parts]),
+        original=mean_of([each.original for each in parts]),
+        good=mean_of([each.good for each in parts]),
+        bad=mean_of([each.bad for each in parts]),
+        all=mean_of([_above(each) for each in parts]),
     )
 
 
@@ -80,12 +80,6 @@ def _part(prefixes: Prefixes, number: int) -> float:
 
 def _above(each: _Probabilities) -> float:
     return each.original - (each.good + each.bad) / 2
-
-
-def _mean(values: Sequence[float]) -> Estimate:
-    estimate = mean_estimate(values)
-    assert estimate is not None, "no values"
-    return estimate
 
 
 def in_words(found: Headroom) -> str:

@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from selfsteer.measures.estimates import (
     Distribution,
     Estimate,
     distribution,
     mean_estimate,
+    mean_of,
     paired_difference,
-    share_estimate,
+    share_of,
 )
 from selfsteer.measures.metrics import (
     Both,
@@ -155,22 +156,24 @@ def measure(pairs: Iterable[Pair]) -> Measures:
         length=length,
         variety=varieties,
         variety_words=counted,
-        overlap=_mean(overlaps),
-        near_identical=_share(sum(value > NEAR_IDENTICAL for value in overlaps), n),
+        overlap=mean_of(overlaps),
+        near_identical=share_of(sum(value > NEAR_IDENTICAL for value in overlaps), n),
         repeated_pairs=_repeats(digests),
         repeated_chosen=_repeats(chosen.digests),
         repeated_rejected=_repeats(rejected.digests),
         near_repeated=Both(chosen=_near_repeats(chosen), rejected=_near_repeats(rejected)),
-        refusals=Both(chosen=_share(chosen.refusals, n), rejected=_share(rejected.refusals, n)),
-        leakage=Both(chosen=_share(chosen.leaks, n), rejected=_share(rejected.leaks, n)),
+        refusals=Both(chosen=share_of(chosen.refusals, n), rejected=share_of(rejected.refusals, n)),
+        leakage=Both(chosen=share_of(chosen.leaks, n), rejected=share_of(rejected.leaks, n)),
         distributions=distributions,
     )
     if chosen.scripts and rejected.scripts:
         measures["language_mismatch"] = Both(
-            chosen=_share(chosen.mismatches, chosen.scripts), rejected=_share(rejected.mismatches, rejected.scripts)
+            chosen=share_of(chosen.mismatches, chosen.scripts), rejected=share_of(rejected.mismatches, rejected.scripts)
         )
     if sampled:
-        measures["truncated"] = Both(chosen=_share(chosen.truncated, sampled), rejected=_share(rejected.truncated, sampled))
+        measures["truncated"] = Both(
+            chosen=share_of(chosen.truncated, sampled), rejected=share_of(rejected.truncated, sampled)
+        )
     if scores.margin:
         measures["on_policy"] = _on_policy(scores)
         measures["margin"] = _margin(scores)
@@ -217,10 +220,10 @@ def implicit_reward(before: Iterable[Pair], after: Iterable[Pair], *, beta: floa
         before=_preference(before_scores),
         after=_preference(after_scores),
         reward=Reward(
-            margin=_mean(margins),
-            accuracy=_share(int((margins > 0).sum()), n),
-            chosen=_mean(rewards[0]),
-            rejected=_mean(rewards[1]),
+            margin=mean_of(margins),
+            accuracy=share_of(int((margins > 0).sum()), n),
+            chosen=mean_of(rewards[0]),
+            rejected=mean_of(rewards[1]),
         ),
     )
 
@@ -241,7 +244,7 @@ def compare(pairs: Iterable[Pair], baseline: Iterable[Pair], *, seed: int = 0) -
     if shared:
         both = {"pairs": first, "baseline": second}
         comparison["both"] = {
-            name: _mean(np.asarray([side[query][_ALL] for query in shared])) for name, side in both.items()
+            name: mean_of(np.asarray([side[query][_ALL] for query in shared])) for name, side in both.items()
         }
     return comparison
 
@@ -262,16 +265,16 @@ def _by_query(pairs: Iterable[Pair]) -> dict[str, NDArray[np.float64]]:
 
 
 def _preference(scores: _Scores) -> Preference:
-    return Preference(margin=_mean(scores.margin), accuracy=_above_zero(scores.margin), on_policy=_on_policy(scores))
+    return Preference(margin=mean_of(scores.margin), accuracy=_above_zero(scores.margin), on_policy=_on_policy(scores))
 
 
 def _on_policy(scores: _Scores) -> OnPolicy:
     chosen, rejected = (np.array([math.exp(each) for each in side]) for side in (scores.chosen, scores.rejected))
-    return OnPolicy(chosen=_mean(chosen), rejected=_mean(rejected), all=_mean((chosen + rejected) / 2))
+    return OnPolicy(chosen=mean_of(chosen), rejected=mean_of(rejected), all=mean_of((chosen + rejected) / 2))
 
 
 def _margin(scores: _Scores) -> Margin:
-    margin = Margin(sum=_mean(scores.margin), per_token=_mean(scores.per_token), chosen_above=_above_zero(scores.margin))
+    margin = Margin(sum=mean_of(scores.margin), per_token=mean_of(scores.per_token), chosen_above=_above_zero(scores.margin))
     margins, differences = np.asarray(scores.margin), np.asarray(scores.length_difference)
     if len(margins) > 1 and margins.std() > 0 and differences.std() > 0:
         margin["length_correlation"] = float(np.corrcoef(margins, differences)[0, 1])
@@ -285,11 +288,11 @@ def _length(chosen: _Responses, rejected: _Responses) -> tuple[Length, Distribut
     good, bad = np.asarray(sides[0]), np.asarray(sides[1])
     length = Length(
         unit="tokens" if in_tokens else "words",
-        chosen=_mean(good),
-        rejected=_mean(bad),
+        chosen=mean_of(good),
+        rejected=mean_of(bad),
         chosen_median=float(np.median(good)),
         rejected_median=float(np.median(bad)),
-        chosen_longer=_share(int((good > bad).sum()), n),
+        chosen_longer=share_of(int((good > bad).sum()), n),
     )
     if bad.any():
         length["ratio"] = float(good.mean() / bad.mean())
@@ -327,25 +330,13 @@ def _distinct(ids: NDArray[np.int64], n: int) -> float | None:
     return len(np.unique(codes)) / len(codes)
 
 
-def _mean(values: ArrayLike) -> Estimate:
-    estimate = mean_estimate(values)
-    assert estimate is not None, "no values"
-    return estimate
-
-
-def _share(hits: int, n: int) -> Estimate:
-    estimate = share_estimate(hits, n)
-    assert estimate is not None, "no rows"
-    return estimate
-
-
 def _above_zero(values: "array[float]") -> Estimate:
-    return _share(sum(value > 0 for value in values), len(values))
+    return share_of(sum(value > 0 for value in values), len(values))
 
 
 def _near_repeats(side: _Responses) -> Estimate:
     signatures = bytes(side.signatures)
-    return _share(near_repeats(signatures, NEAR_IDENTICAL), len(signatures) // HASHES)
+    return share_of(near_repeats(signatures, NEAR_IDENTICAL), len(signatures) // HASHES)
 
 
 def _repeats(digests: "array[int]") -> int:

@@ -9,9 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, cast
 
-from selfsteer.measures.estimates import Estimate, mean_estimate, paired_difference, share_estimate
+from selfsteer.measures.estimates import Estimate, known, mean_estimate, mean_of, paired_difference, share_estimate
 from selfsteer.records import Pair
 
 Name = Literal["chosen", "rejected"]
@@ -127,7 +127,7 @@ def judge_report(verdicts: Iterable[Verdict]) -> JudgeReport:
     orders = [verdict.orders for verdict in judged if verdict.orders is not None]
     firsts = [order for both in orders for order in (both.chosen_first, 1 - both.chosen_second)]
     probabilities = [verdict.probability for verdict in judged if verdict.probability is not None]
-    found = {
+    found: dict[str, Estimate | None] = {
         "judged": share_estimate(len(judged), len(every)),
         "accuracy": mean_estimate([points(verdict) for verdict in judged]),
         "ties": share_estimate(sum(verdict.preferred == "tie" for verdict in judged), len(judged)),
@@ -140,10 +140,7 @@ def judge_report(verdicts: Iterable[Verdict]) -> JudgeReport:
         "mass": mean_estimate(_present([verdict.mass for verdict in judged])),
         "margin": mean_estimate(_present([verdict.margin for verdict in judged])),
     }
-    for name, estimate in found.items():
-        if estimate is not None:
-            report[name] = estimate
-    return report
+    return cast(JudgeReport, report | known(found))
 
 
 class JudgedComparison(TypedDict):
@@ -164,9 +161,9 @@ def judged_comparison(verdicts: Iterable[Verdict], baseline: Iterable[Verdict]) 
     difference = paired_difference(sides["pairs"], sides["baseline"])
     if difference is None:
         return None
-    shared = sides["pairs"].keys() & sides["baseline"].keys()
-    means = {name: mean_estimate([side[query] for query in sorted(shared)]) for name, side in sides.items()}
-    return JudgedComparison(difference=difference, both={name: mean for name, mean in means.items() if mean is not None})
+    shared = sorted(sides["pairs"].keys() & sides["baseline"].keys())
+    both = {name: mean_of([side[query] for query in shared]) for name, side in sides.items()}
+    return JudgedComparison(difference=difference, both=both)
 
 
 def points(verdict: Verdict) -> float:

@@ -199,9 +199,9 @@ def in_words(difference: Estimate, above: str, below: str) -> str:
     """What the interval of a difference allows to say."""
     if difference.low is None or difference.high is None:
         return "one item: nothing can be said"
-    if difference.low > 0:
+    if difference.above_zero:
         return above
-    return below if difference.high < 0 else "no difference shown"
+    return below if difference.below_zero else "no difference shown"
 
 
 def few(n: int) -> str:

@@ -12,12 +12,12 @@ judges (`answers.py`), and benchmarks.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from selfsteer.engines.base import Failed, Request
 from selfsteer.engines.sampling import response
 from selfsteer.judges.checks import checks_of
-from selfsteer.measures.estimates import paired_difference, share_estimate
+from selfsteer.measures.estimates import known, paired_difference, share_estimate
 from selfsteer.measures.metrics import AnswerShares, CheckedAnswers
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped, Response
@@ -136,13 +136,9 @@ def _why_not(row: Mapping[str, Any], which: Which) -> str | None:
 
 def _shares(rows: list[dict[str, Any]], holds: Callable[[Mapping[str, Any], Which], bool]) -> AnswerShares:
     values = {which: {row["query_id"]: float(holds(row, which)) for row in rows} for which in WHICH}
-    found = AnswerShares()
-    for which, each in values.items():
-        share = share_estimate(int(sum(each.values())), len(each))
-        if share is not None:
-            found[which] = share
-    change = paired_difference(values["after"], values["before"])
-    gap = paired_difference(values["prompted"], values["after"])
-    if change is not None and gap is not None:
-        found["change"], found["gap"] = change, gap
-    return found
+    found = {
+        **{which: share_estimate(int(sum(each.values())), len(each)) for which, each in values.items()},
+        "change": paired_difference(values["after"], values["before"]),
+        "gap": paired_difference(values["prompted"], values["after"]),
+    }
+    return cast(AnswerShares, known(found))

@@ -21,7 +21,7 @@ from selfsteer.judges.find import RecipeJudge, ask
 from selfsteer.judges.implicit import consistency_verdicts
 from selfsteer.measures.checks import CheckReport, Outcome, Passes, check_report, why_not
 from selfsteer.measures.contamination import contamination, overlaps, read_evaluation
-from selfsteer.measures.estimates import Estimate, share_estimate
+from selfsteer.measures.estimates import Estimate, share_of
 from selfsteer.measures.metrics import Contamination, plain
 from selfsteer.measures.verdicts import (
     JudgedComparison,
@@ -315,9 +315,7 @@ def _checked(stage: Stage) -> dict[DataSet, CheckReport]:
             originals[row["pairs"]].append(row["original_passes"])
     reports: dict[DataSet, CheckReport] = {name: check_report(each) for name, each in outcomes.items()}
     for name, each in originals.items():
-        share = share_estimate(sum(each), len(each))
-        assert share is not None
-        reports[name]["original"] = share
+        reports[name]["original"] = share_of(sum(each), len(each))
     return reports
 
 
