@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from selfsteer.measures.verdicts import Orders, by_orders, failure
+from selfsteer.measures.verdicts import Orders, by_margin, by_orders, failure
 from selfsteer.recipe.sections import Selection
 from selfsteer.records import Message, Pair, Principles, Side, side
 from selfsteer.stages.selection import (
@@ -11,10 +11,8 @@ from selfsteer.stages.selection import (
     Sample,
     best_and_near_worst,
     is_near,
-    margin_reason,
     prefer_shorter,
     reject_reason,
-    reversed_reason,
     top_share,
 )
 
@@ -37,7 +35,8 @@ def test_pairs_that_the_judge_reverses_are_dropped_with_the_reason():
         by_orders(pair(), Orders(0.9, 0.1)),
         failure(pair(), "unreadable"),
     ]
-    assert [reversed_reason(verdict) for verdict in verdicts] == [None, "order reversed", None, None]
+    reasons = [reject_reason(Ranked(pair(), verdict), Selection(drop_reversed=True), None) for verdict in verdicts]
+    assert reasons == [None, "order reversed", None, None]
 
 
 def test_why_a_pair_is_not_selected():
@@ -61,7 +60,9 @@ def test_pairs_are_kept_by_margin():
     margins = [4.0, 1.0, 3.0, 2.0]
     bound = top_share(margins, 0.5)
     assert bound == 3.0
-    assert [margin_reason(margin, at_least=bound) for margin in margins] == [None, "small margin", None, "small margin"]
+    ranked = [Ranked(pair(), by_margin(pair(), margin)) for margin in margins]
+    reasons = [reject_reason(each, Selection(top_share=0.5), bound) for each in ranked]
+    assert reasons == [None, "small margin", None, "small margin"]
 
 
 @pytest.mark.parametrize(("share", "n", "kept"), [(0.1, 30, 3), (0.1, 31, 4), (1.0, 7, 7), (0.01, 5, 1)])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selfsteer.judges.checks import checks_verdicts
-from selfsteer.judges.find import RecipeJudge, ask
+from selfsteer.judges.find import ask
 from selfsteer.measures.quality import Rewards, rewards_of
 from selfsteer.measures.text import similarity, words
 from selfsteer.measures.verdicts import Verdict, by_margin
@@ -48,31 +48,21 @@ def is_near(ranked: Ranked, section: Selection) -> bool:
 
 
 def reject_reason(ranked: Ranked, section: Selection, bound: float | None) -> str | None:
-    """Why this pair must not align the policy, or None to keep it. bound: `min_margin`, or that of `top_share`."""
-    if section.drop_reversed and not is_near(ranked, section) and (reason := reversed_reason(ranked.verdict)) is not None:
-        return reason
-    if bound is None:
-        return None
-    return "no verdict" if ranked.margin is None else margin_reason(ranked.margin, at_least=bound)
-
-
-def reversed_reason(verdict: Verdict) -> str | None:
-    """Why not a pair whose order the judge reverses; ties and pairs that it could not judge are kept.
+    """Why this pair must not align the policy, or None to keep it. bound: `min_margin`, or that of `top_share`.
 
     Filtering by a reward model's verdict: arXiv 2404.09824, which finds a tenth more noise in the labels to cost up to
     30 points of win rate. The judge's own errors go with the pairs: see its accuracy on pairs that people have labelled.
+    Ties and pairs that it could not judge are kept. Large margins: arXiv 2502.14560 (10% of UltraFeedback did better than
+    all of it), and arXiv 2501.15109 with the reference model's own log-probabilities; arXiv 2508.04149 keeps the small
+    ones, as the harder lessons.
     """
-    return "order reversed" if verdict.preferred == "rejected" else None
-
-
-def margin_reason(margin: float, *, at_least: float) -> str | None:
-    """Why not a pair whose implicit reward margin is small; `top_share` gives the bound that keeps a share.
-
-    Large margins: arXiv 2502.14560 (10% of UltraFeedback did better than all of it), and arXiv 2501.15109 with the
-    reference model's own log-probabilities. arXiv 2508.04149 keeps the small ones, as the harder lessons: for that, pass
-    margins with their sign turned.
-    """
-    return "small margin" if margin < at_least else None
+    if section.drop_reversed and ranked.verdict.preferred == "rejected" and not is_near(ranked, section):
+        return "order reversed"
+    if bound is None:
+        return None
+    if ranked.margin is None:
+        return "no verdict"
+    return "small margin" if ranked.margin < bound else None
 
 
 def top_share(margins: Sequence[float], share: float) -> float:
@@ -162,15 +152,17 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
         **arithmetic(round.recipe.training),
     }
     rank, models = _by_generator(round, candidates), candidates.generators or ()
+    lessons = partial(_lessons, candidates.preferences, held_out(round))
     if section.by == "judge" and by_checks(round.recipe):
         settings["judge"] = "checks"
-        rank, models = _by_checks(candidates, held_out(round)), ()
+        rank, models = _by_verdicts(lessons, lambda _: checks_verdicts(lessons())), ()
     elif section.by == "judge":
         judge = round.judge
         assert judge is not None, "checked when the recipe was read"
         inputs |= judge.inputs()
         settings["judge"] = judge.settings()
-        rank, models = _by_judge(candidates, judge, held_out(round)), ()
+        total = sum(1 for _ in lessons())
+        rank, models = _by_verdicts(lessons, lambda work: ask(judge, lessons, work.journal, total=total)), ()
         if candidates.quality is not None:  # what it has said already
             borrow(round.folder.stage(round.number, SELECTION), [candidates.quality])
     else:
@@ -219,24 +211,8 @@ def _lessons(preferences: Stage, spared: frozenset[str]) -> Iterator[Pair]:
     return (pair for pair in map(columns.pair, preferences.rows()) if pair.query_id not in spared)
 
 
-def _by_judge(candidates: Candidates, judge: RecipeJudge, spared: frozenset[str]) -> Rank:
-    lessons = partial(_lessons, candidates.preferences, spared)
-
-    def rank(work: Work) -> Iterator[Ranked]:
-        total = sum(1 for _ in lessons())
-        verdicts = ask(judge, lessons, work.journal, total=total)
-        return (Ranked(pair, verdict) for pair, verdict in zip(lessons(), verdicts, strict=True))
-
-    return rank
-
-
-def _by_checks(candidates: Candidates, spared: frozenset[str]) -> Rank:
-    lessons = partial(_lessons, candidates.preferences, spared)
-
-    def rank(_work: Work) -> Iterator[Ranked]:
-        return map(Ranked, lessons(), checks_verdicts(lessons()))
-
-    return rank
+def _by_verdicts(lessons: Callable[[], Iterator[Pair]], judged: Callable[[Work], Iterator[Verdict]]) -> Rank:
+    return lambda work: (Ranked(pair, verdict) for pair, verdict in zip(lessons(), judged(work), strict=True))
 
 
 def _by_generator(round: Round, candidates: Candidates) -> Rank:
@@ -261,13 +237,9 @@ def _by_generator(round: Round, candidates: Candidates) -> Rank:
                 yield from _of_samples(round, group.pairs, found)
             else:
                 for pair, rewards in zip(group.pairs, found, strict=True):
-                    yield _ranked(pair, rewards.chosen - rewards.rejected)
+                    yield Ranked(pair, by_margin(pair, rewards.chosen - rewards.rejected))
 
     return rank
-
-
-def _ranked(pair: Pair, margin: float) -> Ranked:
-    return Ranked(pair, by_margin(pair, margin))
 
 
 def _of_samples(round: Round, pairs: Sequence[Pair], rewards: Sequence[Rewards]) -> Iterator[Ranked | Dropped]:
@@ -283,7 +255,7 @@ def _of_samples(round: Round, pairs: Sequence[Pair], rewards: Sequence[Rewards])
         pair = replace(pairs[picked.chosen], rejected=pairs[picked.rejected].rejected)
         reason = _misfit(round, pair)
         if reason is None:
-            yield _ranked(pair, good[picked.chosen].score - bad[picked.rejected].score)
+            yield Ranked(pair, by_margin(pair, good[picked.chosen].score - bad[picked.rejected].score))
     lost = "other samples were taken" if reason is None else reason
     for _ in pairs if reason is not None else pairs[1:]:
         yield Dropped(id=query, reason=lost)
