@@ -364,8 +364,8 @@ def _principles(round: Round, work: Work) -> Contents:
                 continue
             principles = replace(assign(item), wrap=wrap)
             length = _length_beyond(round.prompts, item, principles, _longest_prompt(round, positions))
-            if length is not None and (found := _too_long(round, length, positions)) is not None:
-                dropped.append(Dropped(id=item.id, reason=found.reason, detail=f"with its principle, {found.detail}"))
+            if length is not None and (found := _too_long(round, item, length, positions)) is not None:
+                dropped.append(replace(found, detail=f"with its principle, {found.detail}"))
                 continue
             yield {
                 "query_id": item.id,
@@ -421,16 +421,9 @@ class _Queries:
         found = self._round.prompts.checked_ids(item.messages)
         if isinstance(found, str):
             self._unfit[number] = Dropped(id=item.id, reason=found)
-        elif (long := _too_long(self._round, len(found), self._positions)) is not None:
-            self._unfit[number] = Dropped(id=item.id, reason=long.reason, detail=long.detail)
+        elif (long := _too_long(self._round, item, len(found), self._positions)) is not None:
+            self._unfit[number] = long
         self._checked = number + 1
-
-
-class _Long(NamedTuple):
-    """Why a prompt must not be asked."""
-
-    reason: str
-    detail: str
 
 
 def _positions(round: Round) -> int | None:
@@ -439,13 +432,14 @@ def _positions(round: Round) -> int | None:
     return min(filter(None, (positions, context_limit(round.recipe.engine))), default=None)
 
 
-def _too_long(round: Round, tokens: int, positions: int | None) -> _Long | None:
+def _too_long(round: Round, query: Query, tokens: int, positions: int | None) -> Dropped | None:
     """positions: the most tokens that the policy takes, of a prompt and its response together."""
     limit, new = round.recipe.queries.max_prompt_tokens, round.recipe.responses.max_new_tokens
     if tokens > limit:
-        return _Long("prompt too long", f"{tokens} tokens, limit {limit}")
+        return Dropped(id=query.id, reason="prompt too long", detail=f"{tokens} tokens, limit {limit}")
     if positions is not None and tokens + new > positions:
-        return _Long(TOO_LONG, f"{tokens} tokens and {new} new ones, {positions} positions")
+        detail = f"{tokens} tokens and {new} new ones, {positions} positions"
+        return Dropped(id=query.id, reason=TOO_LONG, detail=detail)
     return None
 
 
