@@ -169,17 +169,10 @@ def hold_headroom(round: Round, steering: Stage) -> None:
     if found is None:
         return
     log.info("%s", in_words(found))
-    section = round.recipe.quality
-    gates = list(filter(before_generator, parse(section.gates)))
-    results = evaluate(gates, RoundMetrics(headroom=found), number=round.number)
-    text = complaint(results)
-    if text is None:
-        return
-    text = f"{text}\n{in_words(found)}"
-    if section.on_failure == "stop":
-        finish(round, method_of(round.recipe), ended=True)
-        raise GateFailed(text)
-    log.warning("%s\nquality.on_failure is warn: the generator is trained all the same.", text)
+    gates = list(filter(before_generator, parse(round.recipe.quality.gates)))
+    text = complaint(evaluate(gates, RoundMetrics(headroom=found), number=round.number))
+    if text is not None:
+        stop_or_warn(round, method_of(round.recipe), f"{text}\n{in_words(found)}", "the generator is trained")
 
 
 class Prepared(NamedTuple):
@@ -226,17 +219,21 @@ def may_align(round: Round, method: Method) -> bool:
     if not section.gates and not (section.stop_when and round.number > 1):
         return True
     found = summary.round_metrics(round.folder, round.recipe, method, unaligned=round.number)[-1]
-    results = found.get("gates", [])
-    text = complaint(results)
-    if text is not None and section.on_failure == "warn":
-        log.warning("%s\nquality.on_failure is warn: the policy is aligned on these pairs all the same.", text)
-    elif text is not None:
-        finish(round, method, ended=True)
-        require(results)
+    text = complaint(found.get("gates", []))
+    if text is not None:
+        stop_or_warn(round, method, text, "the policy is aligned on these pairs")
     holding = [each.name for each in found.get("stop_when", []) if each.passed]
     if holding:
         log.warning("the rounds end: %s", ", ".join(holding))
     return not holding
+
+
+def stop_or_warn(round: Round, method: Method, complaint: str, otherwise: str) -> None:
+    """After a failed gate: raises `GateFailed`, the run finished, or says what is done all the same, as the recipe wants."""
+    if round.recipe.quality.on_failure == "stop":
+        finish(round, method, ended=True)
+        raise GateFailed(complaint)
+    log.warning("%s\nquality.on_failure is warn: %s all the same.", complaint, otherwise)
 
 
 def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
@@ -305,10 +302,3 @@ def why_not_aligned(metrics: RoundMetrics, *, number: int, gates_stop: bool) -> 
 def _shown(result: GateResult) -> str:
     shown = cell(plain(result.value), "number")
     return " ".join((*filter(None, shown), "")) if shown.value else ""
-
-
-def require(results: Sequence[GateResult]) -> None:
-    """Raise `GateFailed` unless every gate passed."""
-    text = complaint(results)
-    if text is not None:
-        raise GateFailed(text)
