@@ -6,8 +6,7 @@
 Left out on purpose: benchmarks; and several answers a query.
 """
 
-from selfsteer.engines.base import Failed, Request
-from selfsteer.engines.sampling import response
+from selfsteer.engines.base import Request
 from selfsteer.judges.find import RecipeJudge, ask
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.pairs import answer_pair
@@ -15,7 +14,7 @@ from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, Pair
 from selfsteer.stages.base import Round, Work, held_out, inputs_of, make_stage
 from selfsteer.stages.quality import read_verdicts, reopen_unanswered, verdict_row, write_verdicts
-from selfsteer.stages.responses import answer_request, sample_answers
+from selfsteer.stages.responses import answer_request, answers_to, sample_answers
 from selfsteer.stages.status import ANSWERS
 from selfsteer.stages.training import model_of
 from selfsteer.store import columns
@@ -49,12 +48,12 @@ def _answers(round: Round, work: Work, principles: Stage, policy: Stage, judge: 
         sample_answers(round, work, model, asked[-1], whose=whose)
     dropped: list[Dropped] = []
     pairs: list[Pair] = []
-    for query, *both in zip(queries, *asked, strict=True):
-        after, before = (response(work.journal, item) for item in both)
-        if isinstance(after, Failed) or isinstance(before, Failed):
+    for query, after, before in zip(queries, *asked, strict=True):
+        answers = answers_to(work.journal, query.id, {"after": after, "before": before})
+        if isinstance(answers, Dropped):
             dropped.append(Dropped(id=query.id, reason="no answer"))
         else:
-            pairs.append(answer_pair(query, after, before))
+            pairs.append(answer_pair(query, answers["after"], answers["before"]))
 
     verdicts = ask(judge, lambda: pairs, work.journal, total=len(pairs))
     found = (verdict_row("alignment", "judge", verdict) for verdict in verdicts)

@@ -8,19 +8,20 @@ are the same. Left out on purpose: what the numbers mean (`measures/gain.py`).
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from selfsteer.clock import timed
-from selfsteer.engines.base import Failed
-from selfsteer.engines.sampling import response, sample
+from selfsteer.engines.base import Request
+from selfsteer.engines.sampling import sample
 from selfsteer.measures.gain import gain, query_changes
 from selfsteer.models import compute_dtype, pick_device
 from selfsteer.pairs import response_side
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Change, Checkpoint, Dropped, Expected, Message
+from selfsteer.records import Change, Checkpoint, Dropped, Expected
 from selfsteer.runtime import progress, raise_if_stopped, stop_requested
 from selfsteer.stages.base import Round, Work, arithmetic, draw, held_out, inputs_of, make_stage, taking
-from selfsteer.stages.responses import requests_of, sampler_of
+from selfsteer.stages.responses import answers_to, requests_of, sampler_of
 from selfsteer.stages.status import GAIN
 from selfsteer.stages.training import Generators, model_of
 from selfsteer.store import columns
@@ -100,18 +101,17 @@ def _gain(round: Round, work: Work, principles: Stage, generators: Generators | 
 
 
 def _items(
-    round: Round, work: Work, row: dict[str, Any], requests: dict[str, Any], after: dict[str, Checkpoint]
+    round: Round, work: Work, row: dict[str, Any], requests: dict[str, Request], after: dict[str, Checkpoint]
 ) -> dict[str, _Item] | Dropped:
     query, prompts = columns.query(row), round.prompts
     both = {role: prompts.prompt_ids(requests[role].messages) for role in ROLES}
     bare = prompts.prompt_ids(query.messages)
+    answers = answers_to(work.journal, query.id, requests)
+    if isinstance(answers, Dropped):
+        return answers
     found: dict[str, _Item] = {}
     for role, opposite in (ROLES, ROLES[::-1]):
-        answer = response(work.journal, requests[role])
-        if isinstance(answer, Failed):
-            return Dropped(id=query.id, reason=answer.reason, detail=f"{role}: {answer.detail}")
-        messages: tuple[Message, ...] = requests[role].messages
-        ids = tuple(prompts.response_ids(response_side(answer), messages))[:POSITIONS]
+        ids = prompts.response_ids(response_side(answers[role]), requests[role].messages)[:POSITIONS]
         if not ids:
             return Dropped(id=query.id, reason="empty response", detail=role)
         contexts = Contexts(both[role], both[opposite], bare, ids)
@@ -150,17 +150,11 @@ def _measure_missing(round: Round, work: Work, items: Items, after: dict[str, Ch
             before = Sampler(opened(round.policy), recipe.responses.steered)
             trained = before.scorer if model == round.policy else opened(model)
             advance = stack.enter_context(progress("gain", len(lacking), unit="responses"))
-            numbers = timed("measure", expectations(before, Sampler(trained, recipe.of_pairs), _until_stopped(lacking)))
+            contexts = (item.contexts for item in takewhile(lambda _: not stop_requested(), lacking))
+            numbers = timed("measure", expectations(before, Sampler(trained, recipe.of_pairs), contexts))
             records = ((item.key, _record(found)) for item, found in zip(lacking, numbers, strict=False))
             work.journal.fill(records, advance)
         raise_if_stopped()
-
-
-def _until_stopped(items: list[_Item]) -> Iterator[Contexts]:
-    for item in items:
-        if stop_requested():
-            return
-        yield item.contexts
 
 
 def _record(found: Change) -> dict[str, Any]:

@@ -14,15 +14,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 
-from selfsteer.engines.base import Failed, Request
-from selfsteer.engines.sampling import response
+from selfsteer.engines.base import Request
 from selfsteer.judges.checks import checks_of
 from selfsteer.measures.estimates import known, paired_difference, share_estimate
 from selfsteer.measures.metrics import AnswerShares, CheckedAnswers
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Checkpoint, Dropped, Response
+from selfsteer.records import Checkpoint, Dropped
 from selfsteer.stages.base import Round, Work, draw, held_out, inputs_of, make_stage, taking
-from selfsteer.stages.responses import answer_request, sample_answers
+from selfsteer.stages.responses import answer_request, answers_to, sample_answers
 from selfsteer.stages.status import PASSES
 from selfsteer.stages.training import model_of
 from selfsteer.store import columns
@@ -62,12 +61,8 @@ def _answers(round: Round, work: Work, principles: Stage, aligned: Checkpoint) -
 
     def answered() -> Iterator[dict[str, Any]]:
         for row, requests in zip(rows, asked, strict=True):
-            found: dict[Which, Response] = {}
-            for which in WHICH:
-                answer = response(work.journal, requests[which])
-                if not isinstance(answer, Failed):
-                    found[which] = answer
-            if len(found) < len(WHICH):
+            found = answers_to(work.journal, row["query_id"], requests)
+            if isinstance(found, Dropped):
                 dropped.append(Dropped(id=row["query_id"], reason="no answer"))
                 continue
             checks = checks_of(columns.principles(row).checks)
@@ -78,7 +73,7 @@ def _answers(round: Round, work: Work, principles: Stage, aligned: Checkpoint) -
     return Contents(wanted=len(rows), rows=answered(), dropped=dropped, schema=columns.ANSWERS, measures=measures)
 
 
-def _requests(round: Round, row: dict[str, Any], aligned: Checkpoint) -> dict[Which, Request]:
+def _requests(round: Round, row: dict[str, Any], aligned: Checkpoint) -> dict[str, Request]:
     query, good = columns.query(row), columns.principles(row).good_message
     return {
         "before": answer_request(round, round.first, query),

@@ -4,7 +4,7 @@ Left out on purpose: how responses are sampled, pairs built and scored: the modu
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -21,7 +21,7 @@ from selfsteer.pairs import alignment_pair, item_key, pair_reject_reason, specia
 from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Share
-from selfsteer.records import Dropped, Message, Pair, Responses
+from selfsteer.records import Checkpoint, Dropped, Message, Pair, Responses
 from selfsteer.stages.base import (
     TOO_LONG,
     Round,
@@ -72,7 +72,12 @@ def preferences_stage(
         settings[SHARD] = recipe.queries.shard
     if generators is None or steering is None:
         origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
-        return make_stage(round, PREFERENCES, origin, lambda work: _own_preferences(round, work, responses))
+
+        def answered() -> Iterator[Responses]:
+            return map(columns.responses, responses.rows())
+
+        return make_stage(round, PREFERENCES, origin, lambda work: _preference_pairs(round, work, answered, kept(responses)))
+
     inputs = inputs_of(round, principles=principles, steering=steering, generator=generators.good)
     if generators.bad != generators.good:
         inputs |= inputs_of(round, bad_generator=generators.bad)
@@ -110,10 +115,6 @@ def _compared(stage: Stage, steering: Stage, spared: frozenset[str]) -> Comparis
     return found
 
 
-def _own_preferences(round: Round, work: Work, responses: Stage) -> Contents:
-    return _preference_pairs(round, work, lambda: map(columns.responses, responses.rows()), kept(responses))
-
-
 def _preferences(round: Round, work: Work, principles: Stage, generators: Generators) -> Contents:
     spared, samples = held_out(round), round.recipe.selection.samples
     wanted_ids = spared if round.held_out_only else None
@@ -131,29 +132,23 @@ def _preferences(round: Round, work: Work, principles: Stage, generators: Genera
             if wanted_ids is None or row["query_id"] in wanted_ids:
                 yield from ((row, number) for number in range(1 if row["query_id"] in spared else samples))
 
-    def asked() -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
+    def asked(models: Mapping[str, Checkpoint]) -> Iterator[tuple[dict[str, Any], dict[str, Request]]]:
         for row, number in wanted():
-            asked_for = (requests_of(round, models, row, drawn, stage=PREFERENCES, number=number) for models in groups)
-            yield row, {role: item for requests in asked_for for role, item in requests.items()}
+            yield row, requests_of(round, models, row, drawn, stage=PREFERENCES, number=number)
 
     for models in groups:
         # One role after the other: the embedded engine switches adapters for all that it has under way.
-        roles = ({role: model} for role, model in models.items())
+        of_roles = (asked({role: model}) for role, model in models.items())
         sample(
             sampler_of(round, models),
-            (
-                item
-                for role in roles
-                for row, number in wanted()
-                for item in requests_of(round, role, row, drawn, stage=PREFERENCES, number=number).values()
-            ),
+            (item for each in of_roles for _, requests in each for item in requests.values()),
             work.journal,
             description="responses of the generator",
             total=len(work.journal) + len(models) * total,
         )
 
     def answered() -> Iterator[Responses | Dropped]:
-        for row, requests in asked():
+        for row, requests in asked({role: model for models in groups for role, model in models.items()}):
             answers = answers_to(work.journal, row["query_id"], requests)
             if isinstance(answers, Dropped):
                 yield answers

@@ -161,8 +161,11 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
         assert judge is not None, "checked when the recipe was read"
         inputs |= judge.inputs()
         settings["judge"] = judge.settings()
-        total = sum(1 for _ in lessons())
-        rank, models = _by_verdicts(lessons, lambda work: ask(judge, lessons, work.journal, total=total)), ()
+
+        def asked(work: Work) -> Iterator[Verdict]:
+            return ask(judge, lessons, work.journal, total=sum(1 for _ in lessons()))
+
+        rank, models = _by_verdicts(lessons, asked), ()
         if candidates.quality is not None:  # what it has said already
             borrow(round.folder.stage(round.number, SELECTION), [candidates.quality])
     else:

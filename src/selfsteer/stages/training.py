@@ -194,17 +194,10 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         policy=round.recipe.policy.model_copy(update={"model": round.policy.path}),
         pairs=str(data),
         output=str(unfinished),
-        loss=section.loss,
-        beta=section.beta,
-        sft_weight=section.sft_weight,
-        learning_rate=section.learning_rate,
-        batch_size=section.batch_size,
-        epochs=section.epochs,
-        max_steps=section.max_steps,
         training=round.recipe.training,
         seed=round.recipe.seed,
-        weighting=section.weighting if isinstance(section, Alignment) else "none",
         unrelated=_unrelated(round),
+        **section.model_dump(include=set(TrainingJob.__dataclass_fields__)),  # loss, beta, rates, batches
     )
     result = launch(job, round.recipe.launcher)
     folders = (MODEL,) if round.recipe.training.lora is None else (MODEL, ADAPTER)
