@@ -51,7 +51,7 @@ from selfsteer.data.files import (
 from selfsteer.recipe.sections import load
 from selfsteer.records import Dropped, Message, PairRow
 from selfsteer.runtime import counted
-from selfsteer.store.columns import write_rows
+from selfsteer.store.columns import PAIRS, write_rows
 from selfsteer.store.durable import digest, make_folder, read_json, replacing, write
 from selfsteer.store.folder import Stage
 
@@ -275,10 +275,10 @@ def find_pairs(source: Path, round: int | None = None) -> Found:
             continue
         if Stage(source / f"round-{number}" / "6-policy").manifest() is not None:
             return Found(stage.path / _DATA, stage, "; ".join(skipped) or None)
-        if ended is None or ended.round != number:
+        if ended is None or ended[0] != number:
             said = f"{source}: round {number} has not aligned the policy on these pairs (yet)"
             return Found(stage.path / _DATA, stage, "; ".join([*skipped, said]))
-        said = f"{source}: round {number} ended without alignment, because {ended.reason}"
+        said = f"{source}: round {number} ended without alignment, because {ended[1]}"
         if round is not None:
             return Found(stage.path / _DATA, stage, said)
         skipped.append(f"{said}; its pairs are left out (--round {number} takes them)")
@@ -304,19 +304,14 @@ def _finished(run: Path, number: int) -> Stage | None:
     return next((stage for stage in stages if stage.manifest() is not None), None)
 
 
-class _Ended(NamedTuple):
-    round: int
-    reason: str
-
-
-def _ended(run: Path) -> _Ended | None:
-    """The round that ended the run without aligning the policy, as its metrics say."""
+def _ended(run: Path) -> tuple[int, str] | None:
+    """The round that ended the run without aligning the policy, and why, as its metrics say."""
     path = run / "metrics.json"
     if not path.exists():
         return None
     metrics = read_json(path, {"run": dict, "rounds": list}, way_out="delete it; `selfsteer run` writes it again")
     reason = metrics["run"].get("ended")
-    return None if reason is None else _Ended(len(metrics["rounds"]), str(reason))
+    return None if reason is None else (len(metrics["rounds"]), str(reason))
 
 
 # --- export ----------------------------------------------------------------------------------------------------------------
@@ -331,18 +326,9 @@ FILES: dict[ExportFormat, tuple[str, ...]] = {
 }
 """What each format writes, relative to the folder."""
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+TRL_SCHEMA = pa.schema([PAIRS.field(name) for name in ("prompt", "chosen", "rejected")])
 
-TRL_SCHEMA = pa.schema([(name, _MESSAGES) for name in ("prompt", "chosen", "rejected")])
-
-PAIR_SCHEMA = pa.schema(
-    [
-        *TRL_SCHEMA,
-        *(pa.field(name, pa.string()) for name in ("query_id", "kind", "chosen_finish", "rejected_finish")),
-        *(pa.field(name, pa.float64()) for name in ("ref_chosen_logps", "ref_rejected_logps")),
-        *(pa.field(name, pa.int64()) for name in ("chosen_tokens", "rejected_tokens")),
-    ]
-)
+PAIR_SCHEMA = pa.schema([PAIRS.field(name) for name in PairRow.__annotations__])
 """The columns of `PairRow`."""
 
 _SHAREGPT_NAMES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
@@ -425,9 +411,9 @@ def write_pairs(
             names = set(columns.names)
             count = write_rows(paths[0], ({key: row[key] for key in names & row.keys()} for row in flagged), columns)
         case "jsonl":
-            count = _write_lines((_json_text(row) for row in flagged), paths[0])
+            count = _write_texts(map(_json_text, flagged), paths[0], ("", "\n", "\n"))
         case "llamafactory":
-            count = _write_list((_json_text(_sharegpt_row(row)) for row in flagged), paths[0])
+            count = _write_texts(map(_json_text, map(_sharegpt_row, flagged)), paths[0], ("[\n", ",\n", "\n]\n"))
             columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
             entry = {"file_name": paths[0].name, "ranking": True, "formatting": "sharegpt", "columns": columns}
             write(paths[1], json.dumps({"selfsteer": entry}, indent=2).encode() + b"\n")
@@ -498,23 +484,15 @@ def _card(found: Found, result: Exported, format: ExportFormat, keep_truncated: 
     return "\n".join(lines)
 
 
-def _write_lines(texts: Iterable[str], path: Path) -> int:
+def _write_texts(texts: Iterable[str], path: Path, around: tuple[str, str, str]) -> int:
+    """The texts without holding them; around: what stands before the first, between two, and behind the last."""
+    before, between, behind = around
     count = 0
     with replacing(path) as file:
         for text in texts:
-            file.write(text.encode() + b"\n")
+            file.write((between if count else before).encode() + text.encode())
             count += 1
-    return count
-
-
-def _write_list(texts: Iterable[str], path: Path) -> int:
-    """One JSON list, one element a line, without holding it."""
-    count = 0
-    with replacing(path) as file:
-        for text in texts:
-            file.write((b"[\n" if count == 0 else b",\n") + text.encode())
-            count += 1
-        file.write(b"[]\n" if count == 0 else b"\n]\n")
+        file.write((behind if count else (before + behind).replace("\n", "")).encode())
     return count
 
 

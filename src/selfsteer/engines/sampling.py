@@ -15,6 +15,7 @@ from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.records import Message, Response
 from selfsteer.runtime import progress, raise_if_stopped
+from selfsteer.store import columns
 from selfsteer.store.durable import digest
 from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
@@ -148,14 +149,7 @@ def _journalled(journal: Journal, wanted: Request) -> Response | Failed:
     data = journal.get(wanted.key)
     if "failed" in data:
         return Failed(key=wanted.key, reason=data["failed"], detail=data["detail"])
-    return Response(
-        text=data["text"],
-        token_ids=tuple(data["token_ids"]),
-        finish_reason=data["finish_reason"],
-        seed=wanted.seed,
-        end_id=data["end_id"],
-        reencoded=data["reencoded"],
-    )
+    return columns.response_of(data | {"seed": wanted.seed})
 
 
 @part("render")
@@ -168,11 +162,10 @@ def _rendered(item: Request, prompts: Prompts | None) -> Request:
 def _data(item: Completion | Failed) -> dict[str, object]:
     if isinstance(item, Failed):
         return {"failed": item.reason, "detail": item.detail}
-    data: dict[str, object] = {
+    return {
         "text": item.text,
         "token_ids": list(item.token_ids),
         "finish_reason": item.finish_reason,
         "end_id": item.end_id,
         "reencoded": item.reencoded,
     }
-    return data if item.logps is None else data | {"logps": list(item.logps)}

@@ -123,8 +123,11 @@ def responses(row: dict[str, Any]) -> Responses:
 
 def response(fields: dict[str, Any] | None) -> Response | None:
     """The response in a column of a stage-2 row."""
-    if fields is None:
-        return None
+    return None if fields is None else response_of(fields)
+
+
+def response_of(fields: Mapping[str, Any]) -> Response:
+    """The same where there is one, also from a record of the journal with its request's seed."""
     return Response(
         text=fields["text"],
         token_ids=tuple(fields["token_ids"]),
@@ -142,25 +145,18 @@ def response_columns(item: Response) -> dict[str, Any]:
 
 def pair_row(pair: Pair) -> dict[str, Any]:
     """A row of a sealed pairs file; its first columns are those that TRL reads. Rows of one query stand together."""
-    chosen, rejected = pair.chosen, pair.rejected
-    return {
-        "prompt": pair.prompt,
-        "chosen": chosen.messages,
-        "rejected": rejected.messages,
-        "query_id": pair.query_id,
-        "kind": pair.kind,
-        "chosen_finish": chosen.finish,
-        "rejected_finish": rejected.finish,
-        "chosen_ids": chosen.token_ids,
-        "rejected_ids": rejected.token_ids,
-        "ref_chosen_logps": chosen.logps,
-        "ref_rejected_logps": rejected.logps,
-        "chosen_tokens": chosen.tokens,
-        "rejected_tokens": rejected.tokens,
-        "principles": None if pair.principles is None else principles_columns(pair.principles),
-        "chosen_seed": chosen.seed,
-        "rejected_seed": rejected.seed,
-    }
+    row: dict[str, Any] = {"prompt": pair.prompt, "query_id": pair.query_id, "kind": pair.kind}
+    row["principles"] = None if pair.principles is None else principles_columns(pair.principles)
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        row |= {
+            name: side.messages,
+            f"{name}_finish": side.finish,
+            f"{name}_ids": side.token_ids,
+            f"ref_{name}_logps": side.logps,
+            f"{name}_tokens": side.tokens,
+            f"{name}_seed": side.seed,
+        }
+    return row
 
 
 def pair(row: Mapping[str, Any]) -> Pair:
