@@ -11,7 +11,8 @@ import logging
 import math
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -84,6 +85,29 @@ def all_rows(path: Path) -> Iterator[Row]:
     for place, values in _csv_lines(path):
         fields = {str(number): value for number, value in enumerate(values, 1)}
         yield Row(place, fields, fields)
+
+
+def rows_with(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """All rows of a small file of evaluation data, each with these fields; raises ValueError naming file and row."""
+    check_source(path, "evaluation data")
+    rows: list[dict[str, Any]] = []
+    for row in source_rows(path):
+        if missing := [field for field in fields if field not in row.fields]:
+            raise ValueError(f"{row.place} has no {missing}; found {keys_in_words(row.fields)}")
+        rows.append(dict(row.fields))
+    if not rows:
+        raise ValueError(f"{path}: no rows; fetch it again")
+    return rows
+
+
+@contextmanager
+def told_by(path: Path) -> Generator[None]:
+    """Values of other types than whoever publishes such a file writes: what goes wrong with them, as an error about it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: its rows are not what is published under this name ({said}); fetch it again") from error
 
 
 def _file_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:

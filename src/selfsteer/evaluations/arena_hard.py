@@ -10,7 +10,6 @@ win rate against the baseline, which for two players is the share of points. The
 Left out on purpose: style control, and the leaderboard's other models.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from selfsteer.data.files import rows_with, told_by
 from selfsteer.engines.base import Sampling
 from selfsteer.evaluations.asking import Answer, Ask, Asked
 from selfsteer.measures.estimates import Estimate, mean_estimate
@@ -74,10 +74,13 @@ class Arena:
 
 def read_arena_hard(folder: Path) -> ArenaHard:
     """Raises ValueError for a missing file, and naming it, for a prompt that the baseline has not answered."""
-    answers = {_id(row): _text(row) for row in _rows(folder / "model_answer" / f"{BASELINE}.jsonl")}
+    answered, asked = folder / "model_answer" / f"{BASELINE}.jsonl", folder / "question.jsonl"
+    with told_by(answered):
+        answers = {_id(row): _text(row) for row in rows_with(answered)}
     prompts: list[Prompt] = []
-    for row in _rows(folder / "question.jsonl"):
-        id, text = _id(row), row["prompt"] if "prompt" in row else row["turns"][0]["content"]
+    for row in rows_with(asked):
+        with told_by(asked):
+            id, text = _id(row), row["prompt"] if "prompt" in row else row["turns"][0]["content"]
         if id not in answers:
             raise ValueError(f"{folder}: the baseline {BASELINE} has no answer to prompt {id}")
         prompts.append(Prompt(id, text, answers[id]))
@@ -88,15 +91,6 @@ def read_arena_hard(folder: Path) -> ArenaHard:
     if missing:
         raise ValueError(f"{file}: the places {sorted(missing)} are missing")
     return ArenaHard(prompts=prompts, template=template, published_prompt=file.is_file())
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise ValueError(
-            f"{file} does not exist; Arena-Hard needs question.jsonl and the baseline's answers"
-            f" (model_answer/{BASELINE}.jsonl) in {file.parent}"
-        )
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _id(row: Mapping[str, Any]) -> str:
