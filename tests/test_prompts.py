@@ -292,6 +292,16 @@ def test_added_tokens_that_the_template_writes_count_as_special():
     assert not prompts.contains_special("A fox.")
 
 
+def test_a_tokenizer_that_splits_what_the_template_writes_is_refused():
+    split = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="<|im_end|>", split_special_tokens=True
+    )
+    split.chat_template = CHAT_TEMPLATE
+    split("a word")  # from then on its encoder splits them
+    with pytest.raises(ValueError, match=r"splits '<\|im_(start|end)\|>'.*split_special_tokens to false"):
+        Prompts(split).whole()
+
+
 def test_a_template_that_leaves_the_user_out_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'][0]['text'] }}{% endfor %}"

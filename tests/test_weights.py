@@ -49,13 +49,22 @@ def reweigh(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     save_file(change(weights), file, metadata={"format": "pt"})
 
 
-def test_integers_that_nothing_says_how_to_scale(folder: Path):
-    weights = load_file(folder / "model.safetensors")
-    save_file(weights | {Q: (weights[Q] * 100).to(torch.int8)}, folder / "model.safetensors", metadata={"format": "pt"})
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64")])
+def test_what_is_no_weight_and_nothing_says_how_to_read_it(dtype: torch.dtype, name: str, folder: Path):
+    reweigh(folder, lambda weights: weights | {Q: (weights[Q] * 100).to(dtype)})
     with pytest.raises(
-        ValueError, match=rf"model\.safetensors: {Q} is kept in I8, and config\.json has no quantization_config"
+        ValueError, match=rf"model\.safetensors: {Q} is kept in {name}, and config\.json has no quantization_config"
     ):
         use(folder)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "\ud800"])
+def test_what_canonical_json_lacks_is_part_of_the_digest(value: object, folder: Path):
+    """Infinity is a limit of Mamba's."""
+    plain = checkpoint(folder).digest
+    edit(folder / "config.json", time_step_limit=[0.0, value])
+    assert checkpoint(folder).digest == checkpoint(folder).digest != plain
+    use(folder)
 
 
 @pytest.mark.parametrize("ends", [10**6, [2, 10**6], -1])
@@ -117,6 +126,10 @@ def test_a_head_that_is_missing(folder: Path):
         ({"model_type": "no-such-model"}, r"config\.json can't be used"),
         ({"model_type": None}, r"config\.json can't be used"),
         ({"rope_parameters": 7}, r"config\.json"),
+        ({"text_config": {"vocab_size": 400}}, r"config\.json can't be used"),
+        ({"sliding_window": "wide"}, r"the model can't be used \(TypeError"),
+        ({"quantization_config": {"quant_method": "martian"}}, r"quantization_config is of a method .*martian"),
+        ({"quantization_config": {"bits": 4}}, r"config\.json can't be used .*quant_method"),
     ],
 )
 def test_a_configuration_of_another_model(changes: dict[str, object], why: str, folder: Path):
@@ -173,6 +186,31 @@ def test_damaged_weights(spoil: Callable[[bytes], bytes], folder: Path):
         use(folder)
 
 
+def shards(folder: Path, metadata: object) -> None:
+    """The one file as a shard of an index."""
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": metadata, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x"])
+def test_an_index_without_its_metadata(metadata: object, folder: Path):
+    shards(folder, metadata)
+    with pytest.raises(ValueError, match=r"index\.json: 'metadata' is missing or no object"):
+        use(folder)
+
+
+def test_weights_that_are_there_twice(folder: Path):
+    """transformers would train the one file, and vLLM sample the shards."""
+    single = (folder / "model.safetensors").read_bytes()
+    shards(folder, {})
+    use(folder)
+    (folder / "model.safetensors").write_bytes(single)
+    with pytest.raises(ValueError, match=r"there twice, model\.safetensors and the shards of .*take one of them away"):
+        use(folder)
+
+
 def test_a_shard_that_is_missing(folder: Path):
     names = list(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
@@ -188,7 +226,7 @@ def test_a_shard_that_is_missing(folder: Path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
-@pytest.mark.parametrize("content", ["[]", "null", "7", '"text"', "{", ""])
+@pytest.mark.parametrize("content", ["[]", "null", "7", '"text"', "{", "", '{"a": %s}' % ("9" * 5000)])
 def test_files_of_another_shape(name: str, content: str, folder: Path):
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name}: (holds .*not a JSON object|damaged, it can't be read as JSON)"):
@@ -203,6 +241,7 @@ def test_files_of_another_shape(name: str, content: str, folder: Path):
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": [], "merges": 3}}'),
         ("generation_config.json", '{"eos_token_id": {"a": 1}}'),
         ("generation_config.json", '{"eos_token_id": ["2"]}'),
+        ("generation_config.json", '{"eos_token_id": NaN}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
         ("tokenizer_config.json", '{"eos_token": 3}'),
         ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "x"}'),

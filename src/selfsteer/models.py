@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from selfsteer import llamacpp
 from selfsteer.clock import part
@@ -243,7 +244,11 @@ def _content_digest(file: Path, known: Mapping[str, str]) -> str:
     content = read_object(file, at_most=_LARGEST_JSON) if file.name in _OBJECTS | _CONFIGURATION else {}
     if file.name not in _CONFIGURATION:
         return known.get(file.name) or file_digest(file)
-    return digest({key: value for key, value in content.items() if key not in _INCIDENTAL})
+    computed = {key: value for key, value in content.items() if key not in _INCIDENTAL}
+    try:
+        return digest(computed)
+    except ValueError:  # Infinity (a limit of Mamba's), NaN, a lone surrogate: canonical JSON has none of them
+        return digest(json.dumps(computed, sort_keys=True))
 
 
 # What transformers and the libraries below it raise for files that are not as they expect.
@@ -314,7 +319,9 @@ def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     Raises ValueError for one that is damaged, or has tokens that the model's embedding lacks.
     """
     configuration = load_configuration(path, trust_remote_code=trust_remote_code)
-    with _in_words(path, "the tokenizer can't be read", "Fetch tokenizer.json and tokenizer_config.json again."):
+    with _in_words(
+        path, "the tokenizer can't be read", "Fetch tokenizer.json, tokenizer_config.json and the chat template again."
+    ):
         found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         assert isinstance(found, PreTrainedTokenizerBase)
         found.decode(found("a word")["input_ids"])  # some mistakes show only then
@@ -331,9 +338,18 @@ def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_configuration(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """config.json as transformers understands it; raises ValueError where it does not."""
+    """config.json as transformers understands it; raises ValueError where it does not, or knows no such quantization."""
     with _in_words(path, "config.json can't be used", "Fetch it again, or take the one that belongs to these weights."):
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        configuration = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        text = cast(Any, configuration.get_text_config())
+        if not isinstance(text, PreTrainedConfig):
+            raise TypeError("its text_config is none")
+        for part in (configuration, text):
+            said = getattr(part, "quantization_config", None)
+            # transformers would go on as if the weights were plain.
+            if said is not None and not AutoHfQuantizer.supports_quant_method(said):
+                raise ValueError(f"its quantization_config is of a method that transformers does not know: {said!r:.100}")
+        return configuration
 
 
 def position_limit(configuration: PreTrainedConfig) -> int | None:
@@ -406,7 +422,11 @@ def load_model(
             ignore_mismatched_sizes=True,
         )
     check_fit(path, information)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    compare = "Compare config.json with the one that belongs to these weights."
+    with _in_words(path, "the model can't be used", compare), torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # some mistakes show only then
+    return model
 
 
 def without_dropout(configuration: PreTrainedConfig) -> PreTrainedConfig:

@@ -346,7 +346,9 @@ class Prompts:
         return text
 
     def whole(self) -> Self:
-        """Itself. Raises ValueError for a template that fails, or leaves out what the user says: nothing could be asked."""
+        """Itself. Raises ValueError where nothing could be asked: the template fails, or leaves out what the user says, or
+        the tokenizer takes what it writes between turns for plain text.
+        """
         try:
             asked = self._render((Message(role="user", content=_PROBE),))
         except TemplateError as error:
@@ -358,6 +360,12 @@ class Prompts:
             raise ValueError(
                 "the chat template leaves out or changes what the user says (it may want the content as a list of parts);"
                 " name another with policy.chat_template: FILE.jinja"
+            )
+        spelled = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids)) if token in asked]
+        if spelled and not self._specials(self._ids(asked)):
+            raise ValueError(
+                f"the tokenizer splits {spelled[0]!r}, which the chat template writes, into pieces of plain text; set "
+                "split_special_tokens to false in its tokenizer_config.json"
             )
         return self
 

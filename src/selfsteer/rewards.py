@@ -9,6 +9,7 @@ scored on the same token ids. Left out on purpose: the training itself (`trainin
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow
 from selfsteer.store.columns import pair
-from selfsteer.store.durable import canonical_json, digest, write
+from selfsteer.store.durable import canonical_json, digest, read_json, write
 from selfsteer.store.folder import RunFolder
 from selfsteer.store.journal import Journal
 from selfsteer.training.reward import RewardJob, RewardTraining, check_trl, train_reward
@@ -121,7 +122,9 @@ def train_reward_model(
 
 
 def _known(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_bytes()) if file.is_file() else None
+    if not os.path.lexists(file):
+        return None
+    return read_json(file, {"identity": str}, way_out="delete it, and the same command trains again")
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------------

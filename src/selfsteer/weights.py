@@ -28,15 +28,15 @@ class Stored(NamedTuple):
 def check_files(folder: Path) -> Stored:
     """The weights of a model folder, by the headers of their files.
 
-    Raises ValueError, with the file, for what is damaged, cut off, missing, was not fetched, or holds integers as weights
-    that no configuration says how to scale.
+    Raises ValueError, with the file, for what is damaged, cut off, missing, was not fetched, there twice, or holds what is
+    no number (integers, truth values) as weights that no configuration says how to scale.
     """
     tensors = elements = 0
     for file in _files(folder):
         refuse_pointer(file)
         for name, shape, dtype in _headers(file):
-            integers = name.endswith("weight") and dtype in _INTEGERS
-            if integers and not read_object(folder / "config.json").get("quantization_config"):
+            coded = name.endswith("weight") and dtype not in _NUMBERS
+            if coded and not read_object(folder / "config.json").get("quantization_config"):
                 raise ValueError(
                     f"{file}: {name} is kept in {dtype}, and config.json has no quantization_config that says what its"
                     " numbers mean; save the model in float32, bfloat16 or float16, or fetch the whole config.json"
@@ -87,25 +87,34 @@ def _shape(shape: Iterable[int]) -> str:
 def _files(folder: Path) -> list[Path]:
     """The files that transformers will read."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
     if not index.is_file():
+        if single.is_file():
+            return [single]
         raise ValueError(
-            f"{folder}: no .safetensors weights (pickled weights are refused); convert them with save_pretrained"
+            f"{folder}: no .safetensors weights by the names that are looked for, {single.name} or {index.name} (pickled "
+            "weights are refused); convert them with save_pretrained"
         )
     refuse_pointer(index)
-    shards = read_object(index).get("weight_map")
+    content = read_object(index)
+    shards = content.get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in cast("dict[str, Any]", shards).values()):
         raise ValueError(f"{index}: 'weight_map' names no files; fetch or make it again")
     names = sorted(set(cast("dict[str, str]", shards).values()))
+    if single.is_file() and names != [single.name]:
+        raise ValueError(
+            f"{folder}: the weights are there twice, {single.name} and the shards of {index.name}, and nothing says which "
+            "are meant (transformers takes the former, vLLM the latter); take one of them away"
+        )
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index}: names {name!r}, which is not in the folder; fetch the missing file")
+    if type(content.get("metadata")) is not dict:  # transformers wants one, be it empty
+        raise ValueError(f"{index}: 'metadata' is missing or no object; fetch or make it again")
     return [folder / name for name in names]
 
 
-_INTEGERS = frozenset(("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"))
-"""Names of dtypes in safetensors."""
+_NUMBERS = frozenset(("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"))
+"""Dtypes that say themselves what a weight is, by their names in safetensors."""
 
 
 def _headers(file: Path) -> list[tuple[str, list[int], str]]:

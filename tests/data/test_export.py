@@ -441,3 +441,12 @@ def test_ultrafeedback_loses_its_known_dirt():
     assert len(rows) == 1000
     # One rejected response is a zero-width space: nothing to read.
     assert sorted(reasons) == ["chosen equal to rejected"] * 4 + ["empty chosen"] + ["empty rejected"] * 2
+
+
+def test_a_prompt_beside_conversations_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    asked = [{"from": "human", "value": "Why?"}]
+    path = write(tmp_path / "p.jsonl", {"conversations": asked, "prompt": "How?", "chosen": "So.", "rejected": "No."})
+    [pair] = read_pairs(path)
+    assert not isinstance(pair, Dropped)
+    assert pair["prompt"] == [{"role": "user", "content": "Why?"}]
+    assert "p.jsonl: the column 'prompt' is not used" in caplog.text

@@ -1,6 +1,7 @@
 """The reader of foreign files: every kind of fault has its file and place, and nothing ends in a traceback."""
 
 import csv
+import gzip
 import json
 import os
 from datetime import datetime
@@ -120,7 +121,41 @@ def test_a_csv_file_read_whole_needs_no_header(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("text", ["", " \t", "\u200b", "\ufeff\u200d \u2060", "\u3164", "\u2800"])
+@pytest.mark.parametrize(("separator", "says"), [(";", "';'"), ("\t", r"'\\t'"), ("|", r"'\|'")])
+def test_a_csv_file_with_other_separators_is_refused_by_them(tmp_path: Path, separator: str, says: str):
+    """Read whole, each line would be one text, and no question of it would be found again."""
+    path = tmp_path / "a.csv"
+    path.write_text(f"question{separator}answer\n\nHow, and why?{separator}So.\nWhat is it?{separator}A fox.\n")
+    with pytest.raises(ValueError, match=rf"a\.csv: its fields are separated by {says}; save it with commas"):
+        list(all_rows(path))
+
+
+@pytest.mark.parametrize("text", ["query\nOne; two\n", "One; two\n", "Why?,a;b\nHow?,c;d\n", "a;b,c\nd,e\n", "a; b\nc\n"])
+def test_marks_in_the_text_separate_nothing(tmp_path: Path, text: str):
+    (tmp_path / "a.csv").write_text(text)
+    assert [list(row.fields.values()) for row in all_rows(tmp_path / "a.csv")] == [
+        line.split(",") for line in text.splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("query,id\nWhy?,1\n".encode("utf-16-le"), "zero bytes in the text .*UTF-16"),
+        ("query,id\nWhy?,1\n".encode("utf-16-be"), "zero bytes in the text .*UTF-16"),
+        ("query,id\nWhy?,1\n".encode("utf-16"), "it looks like UTF-16"),
+        (gzip.compress(b"query,id\nWhy?,1\n"), "it looks compressed by gzip"),
+    ],
+)
+def test_a_text_in_another_encoding_is_named(tmp_path: Path, content: bytes, says: str):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.csv: line 1: .*{says}"):
+        list(all_rows(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \t", "\u200b", "\ufeff\u200d \u2060", "\u3164", "\u2800", "\u034f\ufe0f\u180b\u17b4\U000e0101"]
+)
 def test_what_shows_nothing_is_blank(text: str):
     assert is_blank(text)
     assert not is_blank(f"{text}.")
@@ -143,6 +178,13 @@ def test_content_in_parts_is_joined():
         ('{"messages": [{"role": "user", "content": "a"}]}', True),
         ("{'conversations': [{'from': 'human', 'value': 'a'}]}", True),
         ('[{"type": "text", "text": "a"}]', True),
+        ('[{"name": "Ann", "role": "user", "content": "a"}]', True),
+        ('{"id": 3, "source": "x, y", "messages": [{"role": "user", "content": "a"}]}', True),
+        ('{"id": 3, "messages": [{"role": "user", "content": "a"}]}', True),
+        (json.dumps('[{"role": "user", "content": "a"}]'), True),
+        ("array([{'role': 'user', 'content': 'a'}], dtype=object)", True),
+        ("[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]", True),
+        ('[{"id": 1, "value": 3}]', False),
         ('{"type": "object", "properties": {}}', False),
         ('{"answer": 3}', False),
         ('Explain [{"role": "user", "content": "a"}]', False),

@@ -381,8 +381,13 @@ def test_other_finish_reasons_fail_at_once(finish: str):
 @pytest.mark.parametrize(
     ("said", "meant"),
     [
-        *((name, "stop") for name in ("eos_token", "stop_sequence", "end_turn", "STOP", "COMPLETE")),
-        *((name, "length") for name in ("max_tokens", "MAX_TOKENS", "model_length")),
+        *((name, "stop") for name in ("eos_token", "stop_sequence", "end_turn", "STOP", "COMPLETE", "FINISH", "endoftext")),
+        *((name, "stop") for name in ("FINISH_REASON_STOP", "REASON_STOP", "EndTurn", "stop-sequence", " stop\n")),
+        *((name, "length") for name in ("max_tokens", "MAX_TOKENS", "model_length", "LENGTH_CAPPED", "max tokens")),
+        *(
+            (name, "length")
+            for name in ("FINISH_REASON_MAX_TOKENS", "REASON_MAX_LEN", "maxTokens", "context_length_exceeded")
+        ),
     ],
 )
 def test_finish_reasons_by_other_names(said: str, meant: str):
@@ -405,6 +410,40 @@ def test_a_finish_reason_that_nobody_knows_costs_its_row_where_others_end_well()
         outcomes = answered(server, many(20), concurrency=1)
     assert failed(outcomes) == {f"p{i}": "finish reason fini" for i in range(1, 20, 2)}
     assert len(server.calls) == 20
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": [{"type": "text", "text": "A "}, {"type": "text", "text": "fox."}]}, "A fox."),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm"}]}, {"text": "A fox."}]}, "A fox."),
+        ({"content": []}, ""),
+        ({"content": "A fox.", "refusal": None, "tool_calls": []}, "A fox."),
+    ],
+)
+def test_content_in_parts_is_joined(message: dict[str, Any], text: str):
+    """So do servers of models that think (Mistral's)."""
+    assert read_answer(chat("", message=message).body).text == text
+    assert read_answer(b"\xef\xbb\xbf" + chat("", message=message).body).text == text, "behind a byte order mark"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"content": None, "refusal": "I can't."}, "a refusal in place of a text"),
+        ({"content": "", "refusal": "I can't."}, "a refusal in place of a text"),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, "a call of a tool in place of a text"),
+        ({"content": None, "reasoning_details": [{"text": "Hm"}]}, "no text beside a thought"),
+        ({"content": "", "thinking": "Hm"}, "no text beside a thought"),
+        ({"content": [{"type": "thinking", "thinking": "Hm"}]}, "no text beside a thought"),
+    ],
+)
+def test_what_a_server_says_in_place_of_a_text_costs_its_row(message: dict[str, Any], reason: str):
+    """Once: asking again would bring the same."""
+    with MisbehavingServer(lambda call: chat("", message=message) if call.prompt == "p1" else echo(call)) as server:
+        outcomes = answered(server, many(4), concurrency=1)
+    assert failed(outcomes) == {"p1": reason}
+    assert len(server.calls) == 4
 
 
 @pytest.mark.parametrize(
@@ -638,6 +677,16 @@ def spellings(secret: str) -> dict[str, str]:
         "base32 of the header": base64.b32encode(f"Bearer {secret}".encode()).decode(),
         "rot13": codecs.encode(secret, "rot13"),
         "numbers": ", ".join(map(str, secret.encode())),
+        "numbers of three digits": "".join(f"{byte:03}" for byte in secret.encode()),
+        "binary": " ".join(f"{byte:08b}" for byte in secret.encode()),
+        "binary without zeros": ",".join(f"{byte:b}" for byte in secret.encode()),
+        "octal": " ".join(f"{byte:o}" for byte in secret.encode()),
+        "hexadecimal numbers": ", ".join(map(hex, secret.encode())),
+        "quoted-printable": "".join(f"={byte:02X}" for byte in secret.encode()),
+        "hexadecimal backwards": hexed[::-1],
+        "base64 backwards": base64.b64encode(secret.encode()).decode()[::-1],
+        "base85": base64.b85encode(secret.encode()).decode(),
+        "ascii85": base64.a85encode(f"Bearer {secret}".encode()).decode(),
     }
 
 
@@ -808,6 +857,8 @@ def test_read_answer():
         (b'{"choices": [{"message": {"content": "a"}}]}', "choices.0.finish_reason"),
         (chat("a", token_ids=["5"]).body, "choices.0.token_ids.0"),
         (chat("a", token_ids=[True]).body, "choices.0.token_ids.0"),
+        (chat("a", token_ids=[-1]).body, "choices.0.token_ids.0"),
+        (chat("a", token_ids=[2**31]).body, "choices.0.token_ids.0"),
         (chat("a", token_ids=[]).body, "no tokens"),
     ],
 )
@@ -844,6 +895,10 @@ def test_read_error():
         ("Wed, 21 Oct 2026 07:28:30 -0000", 30.0),
         ("Wed, 21 Oct 2026 07:27:00 GMT", 0.0),
         ("-1", None),
+        ("1_000", None),
+        ("\uff11", None),
+        ("1e3", None),
+        ("2026-10-21T07:28:30Z", None),
         ("Wed, 21 Oct 2026 07:28:30 +9999999999999", None),
         ("Wed, 21 Oct 2026 07:28:30 +9959", None),
         ("Wed, 21 Oct 99999 07:28:30 GMT", None),

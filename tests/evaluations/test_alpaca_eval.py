@@ -51,7 +51,8 @@ def test_a_missing_instruction_is_named(tmp_path: Path):
         ([annotation(0, 3)], "row 1: preference 3 is not between"),
         ([annotation(0, "m")], "row 1: preference 'm'"),
         ([annotation(0, 1), annotation(1, 1) | {"annotator": "other"}], "annotator is not the same"),
-        ([{"instruction": "x"}], r"row 1 has no \['output_1'"),
+        ([{"instruction": "x"}], r"item 1 has no \['output_1'"),
+        ([annotation(0, 1) | {"output_1": None}], "its rows are not what is published"),
         ({"a": 1}, "expected a list"),
     ],
 )

@@ -157,12 +157,32 @@ def test_arena_hard_shows_both_orders(arena_folder: Path):
     assert "[answer A]\nanswer to prompt 0\n" in seen[1]
 
 
+DAMAGED = ["null", "[]", "{", '{"uid": 1}', '{"question_id": 1, "choices": [], "category": "math", "turns": 3}', "\xe9", ""]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_files_of_benchmarks_are_named(mt_folder: Path, arena_folder: Path, content: str):
+    """Both lie in one folder, with the questions of the second."""
+    for name, read in (
+        ("question.jsonl", read_mt_bench),
+        ("reference_answer_gpt-4.jsonl", read_mt_bench),
+        ("model_answer/gpt-4-0314.jsonl", read_arena_hard),
+        ("question.jsonl", read_arena_hard),
+    ):
+        file = arena_folder / name
+        kept = file.read_bytes()
+        file.write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=str(file)):
+            read(arena_folder)
+        file.write_bytes(kept)
+
+
 def test_arena_hard_names_the_missing_baseline(arena_folder: Path):
     write(arena_folder / "model_answer" / "gpt-4-0314.jsonl", [{"uid": "0", "answer": "x"}])
     with pytest.raises(ValueError, match="gpt-4-0314 has no answer to prompt 1"):
         read_arena_hard(arena_folder)
     (arena_folder / "model_answer" / "gpt-4-0314.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"gpt-4-0314.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"gpt-4-0314.jsonl: no such file; evaluation data takes"):
         read_arena_hard(arena_folder)
 
 

@@ -385,6 +385,22 @@ def test_run_names(output: str):
     assert Recipe.model_validate({**SMALLEST, "output": output}).output == output
 
 
+def test_a_recipe_knows_the_home_folder(monkeypatch: pytest.MonkeyPatch):
+    """No shell sees what a recipe says, and pyarrow would read below the home folder what was written in one named ~."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    recipe = Recipe.model_validate(
+        {
+            "policy": {"model": "~/model", "chat_template": "~/a.jinja"},
+            "queries": {"path": "~/q.jsonl"},
+            "quality": {"evaluation_files": ["~/a.csv", "hub~b"]},
+            "output": "~/runs/a",
+        }
+    )
+    assert (recipe.policy.model, recipe.policy.chat_template) == ("/home/ann/model", "/home/ann/a.jinja")
+    assert (recipe.queries.path, recipe.output) == ("/home/ann/q.jsonl", "/home/ann/runs/a")
+    assert recipe.quality.evaluation_files == ["/home/ann/a.csv", "hub~b"]
+
+
 @pytest.mark.parametrize("output", ["", ".", "..", "runs/..", "runs/-a", "runs/.a", "runs/a b", "x" * 65, "runs/é"])
 def test_names_that_no_run_may_have(output: str):
     with pytest.raises(RecipeError, match="1 to 64 letters, digits"):

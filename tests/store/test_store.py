@@ -596,6 +596,19 @@ def test_the_peak_of_memory_is_of_the_work_alone_and_the_larger_of_two_sessions(
     assert found["ram"] > 1e6
 
 
+@pytest.mark.parametrize("below", ["", "deep/er"])
+def test_a_folder_that_can_t_be_made_names_what_stands_in_its_place(tmp_path: Path, below: str):
+    (tmp_path / "file").touch()
+    (tmp_path / "loose").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "loose"):
+        path = tmp_path / name / below
+        with (
+            pytest.raises(ValueError, match=rf"{path} can't be made: {tmp_path / name} is no folder\. .*output=DIR"),
+            RunFolder(path),
+        ):
+            pass
+
+
 def test_what_is_no_lock_file_is_refused(tmp_path: Path):
     for number, make in enumerate((os.mkfifo, os.mkdir, lambda path: os.symlink("LOCK", path))):
         folder = tmp_path / f"run{number}"

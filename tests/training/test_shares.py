@@ -22,6 +22,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy
 from selfsteer.records import side
 from selfsteer.store.journal import Journal
+from selfsteer.training.parallel import take_in
 from selfsteer.training.scoring import Group, Scorer, score_missing, scores
 
 ALONE, TOGETHER = Launcher(), Launcher(kind="accelerate", processes=2)
@@ -137,3 +138,19 @@ def test_a_signal_stops_the_group_and_keeps_what_is_finished(scorer: Scorer, tmp
         assert 32 <= len(journal) < MANY
         assert not (tmp_path / "scoring").exists(), "the group has ended before its parent"
     once(tmp_path, len(journal))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "null", "[]", "{}", '{"spent": {"a": 3}, "held": {}}', '{"spent": {}, "held": []}']
+)
+def test_what_a_process_spent_is_not_counted_where_it_can_t_be_read(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    counted: list[object] = []
+    monkeypatch.setattr(clock, "take_in", lambda *spent: counted.append(spent))
+    (tmp_path / "spent-0.json").write_text('{"spent": {"load": [1.5, 7]}, "held": {"load": 9}}')
+    (tmp_path / "spent-10.json").write_text(content)
+    take_in(tmp_path)
+    assert counted == [({"load": 1.5}, {"load": 7}, {"load": 9})]
+    assert "spent-10.json: damaged" in caplog.text
+    assert not list(tmp_path.iterdir())

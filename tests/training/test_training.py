@@ -1,5 +1,6 @@
 """Whole trainings of a tiny model: exact zeros, L_SSO against an oracle, golden numbers, stops and continuations."""
 
+import hashlib
 import json
 import logging
 import os
@@ -306,11 +307,37 @@ def test_a_damaged_marker_marks_nothing(tmp_path: Path, marker: str):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"12345")
     checkpoints.seal(folder, "a")
-    assert (folder / "COMPLETE").read_text() == '{"sizes":{"model.safetensors":5},"training":"a"}'
+    digest = hashlib.sha256(b"12345").hexdigest()
+    written = f'{{"digests":{{"model.safetensors":"{digest}"}},"sizes":{{"model.safetensors":5}},"training":"a"}}'
+    assert (folder / "COMPLETE").read_text() == written
     assert checkpoints.latest(tmp_path) == folder
     (folder / "COMPLETE").write_text(marker)
     assert checkpoints.latest(tmp_path) is None
     assert checkpoints.resume_point(tmp_path, "a") is None
+
+
+@pytest.mark.parametrize("large", [2**20, 8])
+@pytest.mark.parametrize("place", [0, 7, 15])
+def test_a_file_that_was_damaged_since_then_marks_its_checkpoint_down(
+    large: int, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As long as it was: libraries would end in tracebacks, or train other weights. Of a large file the ends count."""
+    monkeypatch.setattr(checkpoints, "_LARGE", large)
+    monkeypatch.setattr(checkpoints, "_END", 4)
+    for step in (1, 2):
+        folder = checkpoints.at_step(tmp_path, step)
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(bytes(16))
+        checkpoints.seal(folder, "a")
+    damaged = bytearray(16)
+    damaged[place] = 4
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(damaged)
+    seen = large > 16 or place != 7
+    assert checkpoints.latest(tmp_path) == tmp_path / ("checkpoint-1" if seen else "checkpoint-2")
+    marker = json.loads((tmp_path / "checkpoint-2" / "COMPLETE").read_text())
+    del marker["digests"]  # of an earlier version
+    (tmp_path / "checkpoint-2" / "COMPLETE").write_text(json.dumps(marker))
+    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_checkpoints_of_other_settings_are_not_continued(job: TrainingJob, caplog: pytest.LogCaptureFixture):

@@ -44,6 +44,7 @@ from selfsteer.data.files import (
     is_blank,
     keys_in_words,
     read_chat,
+    say_once,
     source_rows,
     type_in_words,
     with_system,
@@ -121,6 +122,8 @@ def _turns(row: Row) -> _Turns | str:
         if row.fields[key] is None:
             return f"empty {key}"
     given = "conversations" if row.fields.get("conversations") is not None else "prompt"
+    if given == "conversations" and row.fields.get("prompt"):
+        say_once(f"{row.place.rpartition(': ')[0]}: the column 'prompt' is not used: 'conversations' is what was asked")
     if row.fields.get(given) is None and isinstance(row.fields["chosen"], str):
         if "prompt" in row.columns:
             return "empty prompt"

@@ -11,9 +11,10 @@ import logging
 import math
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -84,6 +85,29 @@ def all_rows(path: Path) -> Iterator[Row]:
     for place, values in _csv_lines(path):
         fields = {str(number): value for number, value in enumerate(values, 1)}
         yield Row(place, fields, fields)
+
+
+def rows_with(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """All rows of a small file of evaluation data, each with these fields; raises ValueError naming file and row."""
+    check_source(path, "evaluation data")
+    rows: list[dict[str, Any]] = []
+    for row in source_rows(path):
+        if missing := [field for field in fields if field not in row.fields]:
+            raise ValueError(f"{row.place} has no {missing}; found {keys_in_words(row.fields)}")
+        rows.append(dict(row.fields))
+    if not rows:
+        raise ValueError(f"{path}: no rows; fetch it again")
+    return rows
+
+
+@contextmanager
+def told_by(path: Path) -> Generator[None]:
+    """Values of other types than whoever publishes such a file writes: what goes wrong with them, as an error about it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: its rows are not what is published under this name ({said}); fetch it again") from error
 
 
 def _file_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
@@ -264,7 +288,11 @@ def _key_at(text: str, offset: int | None) -> str:
 def _csv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Every row that is not blank, with its place."""
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(_lines(path), strict=True)
+    lines = _lines(path)
+    first = list(islice(lines, _LOOKED_AT))
+    if separator := _other_separator([line for line in first if line.strip()]):
+        raise ValueError(f"{path}: its fields are separated by {separator!r}; save it with commas, or as JSONL")
+    reader = csv.reader(chain(first, lines), strict=True)
     try:
         for values in reader:
             if values:
@@ -276,6 +304,17 @@ def _csv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
         ) from error
     if reader.line_num == 0:
         raise ValueError(f"{path}: the file is empty")
+
+
+_LOOKED_AT = 20
+"""Lines of a CSV file that show what separates its fields."""
+
+
+def _other_separator(lines: Sequence[str]) -> str | None:
+    """What stands in every line equally often, as commas do not; None where there is no such mark."""
+    if len(lines) < 2 or (lines[0].count(",") and len({line.count(",") for line in lines}) == 1):
+        return None
+    return next((mark for mark in ";\t|" if lines[0].count(mark) and len({line.count(mark) for line in lines}) == 1), None)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -368,6 +407,14 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
 # --- text ------------------------------------------------------------------------------------------------------------------
 
 
+_MARKS = {
+    b"\xff\xfe": "it looks like UTF-16",
+    b"\xfe\xff": "it looks like UTF-16",
+    b"\x1f\x8b": "it looks compressed by gzip",
+}
+"""What files that are no UTF-8 begin with."""
+
+
 def _lines(path: Path) -> Iterator[str]:
     """Lines with their ends, strictly decoded, without a byte order mark; memory holds one line."""
     offset = 0
@@ -376,12 +423,15 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                utf16 = number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))
-                reason = "it looks like UTF-16" if utf16 else error.reason
+                reason = next((said for mark, said in _MARKS.items() if number == 1 and line.startswith(mark)), error.reason)
                 raise ValueError(
                     f"{path}: line {number}: not UTF-8 at byte {offset + error.start} of the file ({reason}); "
                     "save the file as UTF-8"
                 ) from error
+            if number == 1 and "\0" in text[:8]:
+                raise ValueError(
+                    f"{path}: line 1: zero bytes in the text (it looks like UTF-16 or UTF-32); save the file as UTF-8"
+                )
             offset += len(line)
             yield text.removeprefix("\ufeff") if number == 1 else text
 
@@ -389,8 +439,11 @@ def _lines(path: Path) -> Iterator[str]:
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 """A lone one has no UTF-8 form, so a text with it can be neither digested nor written."""
 
-# Letters, as far as Unicode goes, that are shown as nothing: fillers of Hangul, and Braille's empty cell.
-_UNSEEN = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+# Shown as nothing, though letters and marks to Unicode: fillers in Hangul, Braille's empty cell, joiners, Khmer vowels that
+# are not written, variation selectors (DerivedCoreProperties.txt: Default_Ignorable_Code_Point).
+_UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | frozenset(
+    map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0000, 0xE1000)))
+)
 
 
 def is_blank(text: str) -> bool:
@@ -421,11 +474,18 @@ SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instructi
 OTHER_COLUMNS = ("tools", "images", "videos", "audios", "history", "input", "context", "documents")
 """Columns beside a conversation that change what it asks for, and that can't be used."""
 
-# A chat as JSON, or as Python prints it, in a string: what CSV files and pandas make of a list.
+# A chat as JSON, or as Python or numpy prints it, in a string, perhaps in a string again: what CSV files and pandas make of
+# a list. A key of another name may stand before (name, weight, id).
 _CHAT_AS_TEXT = re.compile(
-    r"""\s*(?:\[?\s*\{\s*["'](?:role|from|content|value)["']|\{\s*["'](?:messages|conversations?)["'])\s*:.*[}\]]\s*"""
-    r"""|\s*\[\s*\{\s*["']type["']\s*:\s*["'](?:text|input_text|output_text)["'].*\]\s*""",
-    re.DOTALL,
+    r"""\s* "? (?:array\()? \s*
+    (?: \[? \s* \{ \s* KEY(?:role|from|content|value)KEY
+      | \[? \s* \{ \s* OTHER KEY(?:role|from)KEY .* KEY(?:content|value)KEY
+      | \{ \s* (?:OTHER)? KEY(?:messages|conversations?)KEY
+      | \[ \s* \{ \s* KEYtypeKEY \s* : \s* KEY(?:text|input_text|output_text)KEY
+    ) .* [}\]] (?:, \s* dtype=\w+)? \)? "? \s*""".replace("OTHER", r"KEY\w+KEY \s* : [^{}\[\]]{1,200} , \s*").replace(
+        "KEY", r"""\\?["']"""
+    ),
+    re.DOTALL | re.VERBOSE,
 )
 
 

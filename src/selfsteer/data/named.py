@@ -6,13 +6,15 @@ Left out on purpose: what is in the files and folders, which those who open them
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
+
 from selfsteer.data.exchange import find_pairs
 from selfsteer.data.files import check_source
 from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.references import check_model
 from selfsteer.recipe.sections import Recipe
 from selfsteer.recipe.shipped import located, names
-from selfsteer.store.durable import regular_file
+from selfsteer.store.durable import read_small_text, regular_file
 
 _RECIPES = (".yaml", ".yml")
 
@@ -30,7 +32,9 @@ def check_recipe(recipe: Recipe, *, queries: bool = True) -> None:
         ("launcher.config", recipe.launcher.config),
     ):
         if path is not None:
-            regular_file(Path(path), setting)
+            regular_file(Path(path), f"name an ordinary file in {setting}")
+    if recipe.launcher.config is not None:
+        _check_launcher(Path(recipe.launcher.config))
     if recipe.judge.model is not None and not runs_already(recipe.judge.engine):
         check_model(recipe.judge.model, "judge.model")
     if not queries:
@@ -40,6 +44,19 @@ def check_recipe(recipe: Recipe, *, queries: bool = True) -> None:
         regular_file(Path(located(recipe.principles.path)), "principles.path takes a JSONL file of principle pairs")
     if recipe.principles.model is not None:
         check_model(recipe.principles.model, "principles.model")
+
+
+def _check_launcher(path: Path) -> None:
+    """What is in it, accelerate says in each process that it starts."""
+    try:
+        found = yaml.safe_load(read_small_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: no YAML ({' '.join(str(error).split())}); {_ACCELERATE}") from error
+    if type(found) is not dict:
+        raise ValueError(f"{path}: no settings of accelerate; {_ACCELERATE}")
+
+
+_ACCELERATE = "`accelerate config --config_file FILE` writes such a file"
 
 
 def check_pairs(pairs: Sequence[Path], models: Mapping[str, str | None]) -> None:

@@ -60,34 +60,31 @@ TRY_AGAIN = frozenset({408, 409, 425, 429})
 """Statuses below 500 that another try may overcome; all from 500 on may be."""
 
 ENDED = frozenset(
-    {
-        "stop",
-        "eos_token",
-        "eos",
-        "end_turn",
-        "stop_sequence",
-        "stop_token",
-        "end_of_turn",
-        "complete",
-        "completed",
-        "finished",
-    }
+    {"stop", "stopped", "eos", "eos_token", "eos_id", "eot", "eot_id", "eog", "end", "end_id", "end_turn", "end_of_turn"}
+    | {"end_of_text", "endoftext", "end_of_sequence", "stop_sequence", "stop_token", "stop_word", "stop_words", "stop_str"}
+    | {"stop_criteria_met", "complete", "completed", "finish", "finished", "done", "success", "succeeded"}
 )
-"""How servers say that the model had finished (OpenAI; TGI; Anthropic and its proxies; Cohere), in small letters."""
+"""How servers say that the model had finished (OpenAI; TGI; Anthropic and its proxies; Cohere, llama.cpp, TensorRT-LLM,
+Bedrock and others), as `_named` writes them."""
 
 CUT_OFF = frozenset(
-    {"length", "max_tokens", "max_new_tokens", "max_output_tokens", "max_length", "model_length", "token_limit", "limit"}
-    | {"model_context_window_exceeded"}
+    {"length", "max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens", "max_length", "max_len"}
+    | {"max_output", "model_length", "length_limit", "length_capped", "length_exceeded", "token_limit", "limit"}
+    | {"token_limit_reached", "context", "context_length", "context_length_exceeded", "model_context_window_exceeded"}
 )
-"""How they say that the limit came first (OpenAI and TGI; Anthropic, Gemini; Mistral and others), in small letters."""
+"""How they say that the limit came first (OpenAI and TGI; Anthropic, Gemini; Mistral, watsonx and others)."""
 
 OTHER_ENDS = frozenset(
-    {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "refusal", "guardrail_intervened"}
-    | {"tool_calls", "tool_call", "tool_use", "function_call", "pause_turn", "repetition"}
+    {"content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content", "refusal", "spii"}
+    | {"sensitive", "language", "error_toxic", "guardrail_intervened", "tool_calls", "tool_call", "tool_use"}
+    | {"function_call", "malformed_function_call", "pause_turn", "repetition"}
 )
 """Known ends of a generation that concern its request alone."""
 
-MISFORMED = frozenset({"abort", "error", "cancelled"})
+MISFORMED = frozenset(
+    {"abort", "aborted", "error", "network_error", "error_limit", "failed", "cancelled", "canceled", "user_cancel"}
+    | {"timeout", "timed_out", "time_limit", "preempt", "insufficient_system_resource"}
+)
 """Finish reasons by which servers and routers say that generation broke off."""
 
 UNKNOWN_ENDS = 4
@@ -142,11 +139,36 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
+class _Piece(_Part):
+    type: str = "text"
+    text: str | None = None
+    """Of the type text; others hold a thought (Mistral)."""
+
+
 class _Message(_Part):
-    content: str | None = None
+    content: str | list[_Piece] | None = None
     reasoning: object = None
     reasoning_content: object = None
-    """The thought, where a server keeps it apart (vLLM's is either, by version)."""
+    reasoning_details: object = None
+    thinking: object = None
+    """The thought, where a server keeps it apart (vLLM's is either of the first two, by version; OpenRouter; Ollama)."""
+    refusal: object = None
+    tool_calls: object = None
+    """What is said in place of a text."""
+
+    @property
+    def text(self) -> str | None:
+        """What is said."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content
+        return "".join(piece.text or "" for piece in self.content if piece.type == "text")
+
+    @property
+    def thought(self) -> bool:
+        """Whether a thought stands beside it."""
+        apart = (self.reasoning, self.reasoning_content, self.reasoning_details, self.thinking)
+        pieces = self.content if isinstance(self.content, list) else []
+        return any(apart) or any(piece.type != "text" for piece in pieces)
 
 
 class _Token(_Part):
@@ -171,7 +193,7 @@ class _Choice(_Part):
     """Of chat completions."""
     text: str | None = None
     """Of completions."""
-    token_ids: list[int] | None = None
+    token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
     """Of vLLM, when asked with return_token_ids."""
     logprobs: object = None
 
@@ -187,7 +209,7 @@ def read_answer(body: bytes, *, secret: str | None = None) -> Answer:
     `TryError` for everything that is not one finished choice.
     """
     try:
-        (choice,) = _Body.model_validate_json(body).choices
+        (choice,) = _Body.model_validate_json(body.removeprefix(codecs.BOM_UTF8)).choices
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -196,9 +218,11 @@ def read_answer(body: bytes, *, secret: str | None = None) -> Answer:
         ) from None
     finish = _finish_reason(choice.finish_reason, secret)
     said = choice.message
-    text = said.content if said is not None else choice.text
-    thought = said is not None and bool(said.reasoning or said.reasoning_content)
-    if said is not None and not text and (thought or (text is None and finish == "length")):
+    text = said.text if said is not None else choice.text
+    if said is not None and not text and (said.refusal or said.tool_calls):
+        what = "a refusal" if said.refusal else "a call of a tool"
+        raise RefusedError(f"{what} in place of a text", "the server says that its model answered so", generated=True)
+    if said is not None and not text and (said.thought or (text is None and finish == "length")):
         ended = "was all that the model said" if finish == "stop" else "was cut off by the limit of new tokens"
         raise RefusedError("no text beside a thought", f"the thought {ended}", generated=True)
     if text is None:
@@ -215,7 +239,7 @@ def read_answer(body: bytes, *, secret: str | None = None) -> Answer:
 
 
 def _finish_reason(said: str, secret: str | None) -> FinishReason:
-    name = said.lower()
+    name = _named(said)
     if name in ENDED:
         return "stop"
     if name in CUT_OFF:
@@ -229,6 +253,12 @@ def _finish_reason(said: str, secret: str | None) -> FinishReason:
         generated=True,
         unknown_end=None if name in OTHER_ENDS else shown,
     )
+
+
+def _named(reason: str) -> str:
+    """A finish reason in small letters with underscores, without the name of its list: FINISH_REASON_STOP, EndTurn."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s.:-]+", "_", reason.strip()).lower()
+    return parted.removeprefix("finish_").removeprefix("reason_")
 
 
 def _first_logps(said: object) -> tuple[TokenLogp, ...] | None:
@@ -263,17 +293,19 @@ def read_error(status: int, headers: Mapping[str, str], said: str) -> RefusedErr
 def read_retry_after(headers: Mapping[str, str], *, now: datetime | None = None) -> float | None:
     """Seconds to wait by a Retry-After header (RFC 9110, 10.2.3: seconds or a date); None without a usable one."""
     value = headers.get("retry-after", "").strip()
-    try:
+    if _SECONDS.fullmatch(value):
         seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-            # "-0000" leaves the zone open; the standard says GMT.
-            date = date if date.tzinfo else date.replace(tzinfo=UTC)
-            seconds = max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
-        except (ValueError, OverflowError):  # the latter for years and zones beyond those of the calendar
-            return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+        return seconds if math.isfinite(seconds) else None
+    try:
+        date = parsedate_to_datetime(value)
+        # "-0000" leaves the zone open; the standard says GMT.
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)
+        return max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
+    except (ValueError, OverflowError):  # the latter for years and zones beyond those of the calendar
+        return None
+
+
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?")
 
 
 def excerpt(said: bytes, secret: str | None = None, *, limit: int = EXCERPT) -> str:
@@ -299,7 +331,7 @@ _ESCAPES = re.compile(r"\\+(?:u\{?|x)0*([0-9a-fA-F]{2,4})\}?|\\+([0-7]{3})")
 
 def reveals(text: str, secret: str) -> bool:
     """Whether a part of the secret stands in the text: plainly, broken by spaces and marks, backwards, escaped (percent,
-    JSON, HTML, Python), in base64, base32, ROT13, hexadecimal digits or the numbers of its characters."""
+    JSON, HTML, Python), in base64, base32, base85, ROT13, or the numbers of its characters in any base that people print."""
     return _contains(text, _parts(secret))
 
 
@@ -331,14 +363,16 @@ def _parts(secret: str) -> frozenset[str]:
 def _forms(secret: str) -> tuple[str, ...]:
     """The secret's letters and digits, as they are and as they are encoded."""
     raw, plain = secret.encode(), _squeezed(secret)
-    forms = [plain, plain[::-1], codecs.encode(plain, "rot13"), raw.hex(), "".join(map(str, raw))]
-    # base64 of three bytes is four characters, base32 of five is eight: by where it begins in what was encoded, a secret has
-    # three forms, or five.
-    for encode, bytes_, characters in ((base64.b64encode, 3, 4), (base64.b32encode, 5, 8)):
+    numbers = ("{}", "{:03}", "{:x}", "0x{:x}", "{:o}", "{:03o}", "0o{:o}", "{:b}", "{:07b}", "{:08b}", "0b{:b}")
+    forms = [plain, codecs.encode(plain, "rot13"), *("".join(map(number.format, raw)) for number in numbers)]
+    # base64 of three bytes is four characters, base32 of five is eight, base85 of four is five: by where it begins in what
+    # was encoded, a secret has three forms, or five, or four.
+    encodings = ((base64.b64encode, 3, 4), (base64.b32encode, 5, 8), (base64.b85encode, 4, 5), (base64.a85encode, 4, 5))
+    for encode, bytes_, characters in encodings:
         for before in range(bytes_):
             encoded = encode(b"\0" * before + raw + b"\0" * bytes_).decode()
             forms.append(_squeezed(encoded[characters if before else 0 : -2 * characters]))
-    return tuple(forms)
+    return (*forms, *(form[::-1] for form in forms))
 
 
 def _squeezed(text: str) -> str:

@@ -11,12 +11,12 @@ rates.
 Left out on purpose: asking a judge (that is a comparison of answers like any other), and other baselines' leaderboards.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from selfsteer.data.files import rows_with, told_by
 from selfsteer.evaluations.length_controlled import Gamed, Judged, WinRate, length_controlled, read_gamed
 
 _BASELINES = ("model_outputs.gpt4_1106_preview.json", "model_outputs.json")
@@ -50,13 +50,14 @@ def read_baseline(folder: Path) -> Baseline:
     file = next((folder / name for name in _BASELINES if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{folder}: no {_BASELINES[0]}, the answers that AlpacaEval 2 compares with")
-    rows = _rows(file, "instruction", "output", "generator")
-    generators = {row["generator"] for row in rows}
-    if len(generators) != 1:
-        raise ValueError(f"{file}: answers of {sorted(generators)}; expected one model's")
-    outputs = [Output(row["instruction"], row["output"]) for row in rows]
-    if len({each.instruction for each in outputs}) < len(outputs):
-        raise ValueError(f"{file}: an instruction stands in it twice")
+    rows = rows_with(file, "instruction", "output", "generator")
+    with told_by(file):
+        generators = {row["generator"] for row in rows}
+        if len(generators) != 1:
+            raise ValueError(f"{file}: answers of {sorted(generators)}; expected one model's")
+        outputs = [Output(row["instruction"], row["output"]) for row in rows]
+        if len({each.instruction for each in outputs}) < len(outputs):
+            raise ValueError(f"{file}: an instruction stands in it twice")
     return Baseline(generators.pop(), outputs)
 
 
@@ -68,19 +69,20 @@ def gamed_of(folder: Path | None) -> Gamed | None:
 
 def read_annotations(file: Path) -> Annotations:
     """Judgements in AlpacaEval's own format. Raises ValueError for what is missing, mixed, or no preference."""
-    rows = _rows(file, "instruction", "output_1", "output_2", "preference", "generator_1", "generator_2")
-    for name in ("generator_1", "generator_2", "annotator"):
-        if len({row.get(name) for row in rows}) != 1:
-            raise ValueError(f"{file}: {name} is not the same in every row; give one model's judgements by one judge")
-    judged = [
-        Judged(
-            row["instruction"],
-            len(row["output_1"]),
-            len(row["output_2"]),
-            _preference(row["preference"], f"{file}: row {n}"),
-        )
-        for n, row in enumerate(rows, start=1)
-    ]
+    rows = rows_with(file, "instruction", "output_1", "output_2", "preference", "generator_1", "generator_2")
+    with told_by(file):
+        for name in ("generator_1", "generator_2", "annotator"):
+            if len({row.get(name) for row in rows}) != 1:
+                raise ValueError(f"{file}: {name} is not the same in every row; give one model's judgements by one judge")
+        judged = [
+            Judged(
+                row["instruction"],
+                len(row["output_1"]),
+                len(row["output_2"]),
+                _preference(row["preference"], f"{file}: row {n}"),
+            )
+            for n, row in enumerate(rows, start=1)
+        ]
     first = rows[0]
     return Annotations(judged, first["generator_2"], first["generator_1"], str(first.get("annotator", "unknown")))
 
@@ -109,16 +111,3 @@ def annotated_win_rate(annotations: Annotations, folder: Path | None) -> WinRate
                 " figures are over all of them"
             )
     return length_controlled(annotations.judged, gamed=gamed, order=order)
-
-
-def _rows(file: Path, *fields: str) -> list[Mapping[str, Any]]:
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist")
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file}: expected a list of records, as AlpacaEval writes them")
-    for number, row in enumerate(rows, start=1):
-        missing = [field for field in fields if field not in row]
-        if missing:
-            raise ValueError(f"{file}: row {number} has no {missing}; found the keys {sorted(row)}")
-    return rows

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from selfsteer.data.files import rows_with, told_by
 from selfsteer.engines.base import Sampling
 from selfsteer.evaluations.asking import Answer, Ask, Asked
-from selfsteer.evaluations.local_data import json_lines
 from selfsteer.measures.estimates import Estimate, mean_estimate
 from selfsteer.recipe.shipped import TEMPLATES
 from selfsteer.records import Message
@@ -74,10 +74,13 @@ class Arena:
 
 def read_arena_hard(folder: Path) -> ArenaHard:
     """Raises ValueError for a missing file, and naming it, for a prompt that the baseline has not answered."""
-    answers = {_id(row): _text(row) for row in json_lines(folder / "model_answer" / f"{BASELINE}.jsonl")}
+    answered, asked = folder / "model_answer" / f"{BASELINE}.jsonl", folder / "question.jsonl"
+    with told_by(answered):
+        answers = {_id(row): _text(row) for row in rows_with(answered)}
     prompts: list[Prompt] = []
-    for row in json_lines(folder / "question.jsonl"):
-        id, text = _id(row), row["prompt"] if "prompt" in row else row["turns"][0]["content"]
+    for row in rows_with(asked):
+        with told_by(asked):
+            id, text = _id(row), row["prompt"] if "prompt" in row else row["turns"][0]["content"]
         if id not in answers:
             raise ValueError(f"{folder}: the baseline {BASELINE} has no answer to prompt {id}")
         prompts.append(Prompt(id, text, answers[id]))

@@ -13,12 +13,13 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selfsteer.data.files import jsonl_rows
-from selfsteer.store.durable import digest, file_digest
+from selfsteer.data.files import rows_with
+from selfsteer.store.durable import digest, file_digest, read_small_text
 
 Rows = list[dict[str, Any]]
 
@@ -85,14 +86,14 @@ def _lay_out(folder: Path, configurations: Configurations) -> None:
 
 
 def _ifeval(source: Path) -> Configurations:
-    return {"default": {"train": json_lines(source / "input_data.jsonl", "key", "prompt", "instruction_id_list", "kwargs")}}
+    return {"default": {"train": rows_with(source / "input_data.jsonl", "key", "prompt", "instruction_id_list", "kwargs")}}
 
 
 def _gsm8k(source: Path) -> Configurations:
     files = {split: source / f"{split}.jsonl" for split in ("train", "test")}
     return {
         "main": {
-            split: json_lines(file, "question", "answer")
+            split: rows_with(file, "question", "answer")
             for split, file in files.items()
             if split == "test" or file.is_file()
         }
@@ -100,20 +101,7 @@ def _gsm8k(source: Path) -> Configurations:
 
 
 def _math500(source: Path) -> Configurations:
-    return {"default": {"test": json_lines(source / "test.jsonl", "problem", "solution", "answer")}}
-
-
-def json_lines(path: Path, *fields: str) -> Rows:
-    """The objects of a benchmark's JSONL file. Raises ValueError, naming it, where it or one of the fields is missing."""
-    if not path.is_file():
-        raise ValueError(f"evaluation.data: {path} does not exist; the files of a benchmark lie as it is published")
-    rows: Rows = []
-    for place, row, _ in jsonl_rows(path):
-        missing = [field for field in fields if field not in row]
-        if missing:
-            raise ValueError(f"{place} has no {missing}; found the keys {sorted(row)}")
-        rows.append(dict(row))
-    return rows
+    return {"default": {"test": rows_with(source / "test.jsonl", "problem", "solution", "answer")}}
 
 
 def _mmlu(source: Path) -> Configurations:
@@ -131,15 +119,18 @@ def _mmlu(source: Path) -> Configurations:
 
 
 def _zipped(archive: Path) -> Iterator[tuple[str, str]]:
-    with zipfile.ZipFile(archive) as file:
-        for name in sorted(file.namelist()):
-            if name.endswith(".csv"):
-                yield Path(name).stem, file.read(name).decode("utf-8")
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for name in sorted(file.namelist()):
+                if name.endswith(".csv"):
+                    yield Path(name).stem, file.read(name).decode("utf-8")
+    except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{archive}: damaged ({error}); fetch it again") from error
 
 
 def _files(folder: Path) -> Iterator[tuple[str, str]]:
     for file in sorted(folder.rglob("*.csv")):
-        yield file.stem, file.read_text(encoding="utf-8")
+        yield file.stem, read_small_text(file)
 
 
 def _questions(text: str, name: str) -> Iterator[dict[str, Any]]:

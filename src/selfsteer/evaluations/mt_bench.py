@@ -16,11 +16,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from selfsteer.data.files import rows_with, told_by
 from selfsteer.engines.base import Sampling
 from selfsteer.evaluations.asking import Answer, Ask, Asked
-from selfsteer.evaluations.local_data import json_lines
 from selfsteer.measures.estimates import Estimate, mean_estimate, mean_of
 from selfsteer.recipe.shipped import TEMPLATES
 from selfsteer.records import Message
@@ -72,8 +72,11 @@ def read_mt_bench(folder: Path) -> MtBench:
     """Raises ValueError for a missing file or a question without what it needs."""
     references = _references(folder)
     questions: list[Question] = []
-    for row in json_lines(folder / "question.jsonl"):
+    file = folder / "question.jsonl"
+    for row in rows_with(file, "question_id", "category", "turns"):
         id, category, turns = str(row["question_id"]), row["category"], row["turns"]
+        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in cast("list[object]", turns)):
+            raise ValueError(f"{file}: the turns of question {id} are not texts; fetch it again")
         if len(turns) != 2:
             raise ValueError(f"{folder}/question.jsonl: question {id} has {len(turns)} turns, not two")
         reference = references.get(id)
@@ -84,7 +87,9 @@ def read_mt_bench(folder: Path) -> MtBench:
             )
         questions.append(Question(id, category, (turns[0], turns[1]), reference if category in _WITH_REFERENCE else None))
     file = folder / "judge_prompts.jsonl"
-    rows = json_lines(file if file.is_file() else TEMPLATES / "mt_bench_prompts.jsonl")
+    rows = rows_with(
+        file if file.is_file() else TEMPLATES / "mt_bench_prompts.jsonl", "name", "system_prompt", "prompt_template"
+    )
     prompts = {row["name"]: (row["system_prompt"], row["prompt_template"]) for row in rows}
     missing = {"single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"} - prompts.keys()
     if missing:
@@ -99,8 +104,9 @@ def _references(folder: Path) -> dict[str, tuple[str, str]]:
     )
     if file is None:
         return {}
-    found = {str(row["question_id"]): row["choices"][0]["turns"] for row in json_lines(file)}
-    return {id: (turns[0], turns[1]) for id, turns in found.items()}
+    with told_by(file):
+        found = {str(row["question_id"]): row["choices"][0]["turns"] for row in rows_with(file, "question_id", "choices")}
+        return {id: (turns[0], turns[1]) for id, turns in found.items()}
 
 
 def answer_both_turns(bench: MtBench, ask: Ask) -> list[tuple[Answer, Answer]]:

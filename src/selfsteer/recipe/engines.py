@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from selfsteer.recipe.text import Section
+from selfsteer.recipe.text import FilePath, Section
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -30,7 +30,7 @@ class VllmSection(Section):
 
     kind: Literal["vllm"]
     """vLLM on this node; it may be installed in another Python environment."""
-    python: str | None = None
+    python: FilePath | None = None
     """The interpreter of the environment that holds vLLM; this one's when empty."""
     replicas: int = Field(default=1, ge=1)
     """Copies of the model behind one server, each on GPUs of its own (data parallelism)."""

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, field_
 from selfsteer.recipe import shipped, text
 from selfsteer.recipe.engines import DTypeName, EngineSection, TransformersSection, runs_already
 from selfsteer.recipe.gates import parse, unmeasured
-from selfsteer.recipe.text import RecipeError, Section
+from selfsteer.recipe.text import FilePath, RecipeError, Section
 
 _NOT_OF_A_TEMPLATE = {
     *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -48,7 +48,7 @@ class JudgeSection(Section):
     kind: Literal["none", "llm", "reward_model", "checks"] = "none"
     """llm: a chat model asked in both orders which response is better, by the probability of its answer; reward_model: a
     sequence-classification model with one label; checks: code, by the checks of the principles (`docs/checks.md`)."""
-    model: str | None = None
+    model: FilePath | None = None
     """The judge, named as policy.model is. Of a server that runs already (engine.base_url), a folder or hub id whose
     tokenizer is the judge's: with it, pairs whose text holds its special tokens are not put to the server."""
     engine: EngineSection | None = None
@@ -56,9 +56,9 @@ class JudgeSection(Section):
     dtype: DTypeName = "float32"
     """Arithmetic in this process; a small judge's probabilities lie so close to one half that rounding turns some of its
     verdicts."""
-    template: str | None = None
+    template: FilePath | None = None
     """With kind: llm, a file with the question, in place of the built-in one."""
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """Path of a Jinja chat template, for tokenizers without one."""
     template_arguments: TemplateArguments = Field(default_factory=dict[str, Any])
     """Arguments of the chat template, such as {enable_thinking: false}; a server that renders messages itself is sent them
@@ -103,7 +103,7 @@ class Launcher(Section):
     a Ray cluster; scoring stays in this process."""
     processes: int | None = Field(default=None, ge=1)
     """The number of processes over all machines; with kind: accelerate, the configuration's when empty."""
-    config: str | None = None
+    config: FilePath | None = None
     """With kind: accelerate, its configuration file (FSDP, DeepSpeed, machines); data parallelism here when empty."""
     address: str | None = None
     """With kind: ray, the cluster, as engine.address names it; one on this machine, for the run, when empty."""
@@ -324,11 +324,11 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Policy(Section):
     """The chat model to align."""
 
-    model: str = Field(min_length=1)
+    model: FilePath = Field(min_length=1)
     """A local folder in Hugging Face format, a hub id, a .gguf file, or package:NAME (the GGUF in an installed package)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the model."""
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """Path of a Jinja chat template, for tokenizers without one."""
     template_arguments: TemplateArguments = Field(default_factory=dict[str, Any])
     """Arguments of the chat template, such as {enable_thinking: false}. Thoughts are no part of responses: a template that
@@ -371,7 +371,7 @@ _SHARD = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
 class Queries(Section):
     """The requests to answer."""
 
-    path: str = Field(min_length=1)
+    path: FilePath = Field(min_length=1)
     """A .jsonl, .json, .csv or .parquet file, or hub:NAME for a hub data set."""
     column: str = Field(default="query", min_length=1)
     """The column with the query: a string, or a list of chat messages ending in a user turn."""
@@ -409,18 +409,18 @@ class PrincipleSource(Section):
 
     source: Literal["library", "generate", "file"] = "library"
     """The built-in library, a language model, or a file."""
-    path: str | None = None
+    path: FilePath | None = None
     """With source: file, a JSONL file of {"good", "bad", "quality", "checks"} pairs, the last two optional; a row with
     "query" serves that query alone."""
     qualities: list[str] | None = None
     """Only these qualities of the library (or file); all of them when empty."""
     limit: int | None = Field(default=None, ge=1)
     """Only this many pairs of the library (or file), the first ones; 1 is one fixed pair for all queries."""
-    model: str | None = None
+    model: FilePath | None = None
     """With source: generate, the principle generator; the policy itself when empty."""
     engine: EngineSection | None = None
     """With source: generate, the engine that holds the principle generator; the one of the responses when empty."""
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """Of `model`: path of a Jinja chat template, for tokenizers without one."""
     template_arguments: TemplateArguments = Field(default_factory=dict[str, Any])
     """Of `model`: arguments of the chat template, such as {enable_thinking: false}."""
@@ -516,7 +516,7 @@ class Quality(Section):
     measured on a quarter of the queries trained on (at least 16), at most on this many; not again when this changes."""
     principle_consistency: bool = True
     """Measure whether the policy itself tells the responses apart by their principles: a forward pass a pair."""
-    evaluation_files: list[str] = Field(default_factory=list[str])
+    evaluation_files: list[FilePath] = Field(default_factory=list[FilePath])
     """Files (.jsonl, .json, .csv, .parquet) that the queries must not overlap with; the overlap is measured."""
     answers: int = Field(default=0, ge=0)
     """With judge.kind: checks, so many held-out queries are answered before and after the alignment, and before it with
@@ -555,7 +555,7 @@ class EvaluationSection(Section):
     tasks: list[str] = Field(default_factory=list[str])
     """ifeval, gsm8k, math500, mmlu, or any other task of lm-evaluation-harness (the extra selfsteer[evaluate]); alpaca_eval,
     mt_bench and arena_hard with a judge. None when empty."""
-    data: str | None = None
+    data: FilePath | None = None
     """Folder with a folder of files for each task (ifeval, gsm8k, math500, mmlu, alpaca_eval, ...); the hub's when empty."""
     limit: int | None = Field(default=None, ge=1)
     """Only so many items of each task, the first ones; every figure of such a run says so."""
@@ -582,7 +582,7 @@ class ComparisonSection(Section):
 class Recipe(Section):
     """A whole run. Defaults are the paper's; `selfsteer show RECIPE` prints every one with its description."""
 
-    output: str = "runs/default"
+    output: FilePath = "runs/default"
     """The run folder."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn."""

@@ -8,12 +8,13 @@ import re
 import reprlib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Tag, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -27,6 +28,10 @@ _KEY = re.compile(r"\w+(\.\w+)*")
 _short = reprlib.Repr()
 
 _short.maxstring = 80
+
+
+FilePath = Annotated[str, AfterValidator(expanduser)]
+"""A file or a folder, or what may be one: ~ is the home folder, as in a shell, which does not see what a recipe says."""
 
 
 class Section(BaseModel):

@@ -7,8 +7,8 @@
 Not a stage: nothing later is made of it. Left out on purpose: what the tasks are (`evaluations/`).
 """
 
-import json
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,7 @@ from selfsteer.measures.verdicts import Verdict
 from selfsteer.recipe.engines import EngineSection
 from selfsteer.recipe.sections import EvaluationSection, Recipe
 from selfsteer.records import Checkpoint, Pair
-from selfsteer.store.durable import canonical_json, digest, write
+from selfsteer.store.durable import canonical_json, digest, read_json, write
 from selfsteer.store.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -127,8 +127,10 @@ def evaluate_run(
         }
     )
     file = folder / "result.json"
-    if file.is_file() and (known := json.loads(file.read_bytes()))["made_of"] == made_of:
-        return known["result"]
+    if os.path.lexists(file):
+        known = read_json(file, {"made_of": str, "result": dict}, way_out="delete it, and the same command evaluates again")
+        if known["made_of"] == made_of:
+            return known["result"]
     models = [_named(recipe, first, "first policy"), _named(recipe, aligned, "aligned policy")]
     result = plain(evaluate(models, section, judge, folder))
     write(file, canonical_json({"made_of": made_of, "result": result}))

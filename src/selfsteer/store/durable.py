@@ -91,9 +91,10 @@ def read_small_text(path: Path) -> str:
 
 def read_object(path: Path, *, at_most: int = SMALL) -> dict[str, Any]:
     """The JSON object in a file; raises ValueError naming the file for anything else, and as `read_small`."""
+    written = read_small(path, at_most=at_most)
     try:
-        content = json.loads(read_small(path, at_most=at_most))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(written)
+    except (ValueError, RecursionError) as error:  # ValueError alone: a number of more digits than Python reads
         raise ValueError(f"{path}: damaged, it can't be read as JSON ({error}); fetch or make it again") from error
     other = _NO_OBJECTS.get(type(content))
     if other is not None:

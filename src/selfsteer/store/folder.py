@@ -260,6 +260,9 @@ class RunFolder:
 
     def __enter__(self) -> Self:
         self._check_version()
+        standing = next((each for each in (self.path, *self.path.parents) if os.path.lexists(each)), self.path)
+        if not standing.is_dir():
+            raise ValueError(f"{self.path} can't be made: {standing} is no folder. Name another one with output=DIR.")
         make_folder(self.path)
         lock_file = self.path / "LOCK"
         if os.path.lexists(lock_file):  # what is no file can't be locked, and reading the holder out of a pipe would wait

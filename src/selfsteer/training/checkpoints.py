@@ -1,16 +1,18 @@
 """Checkpoints that count only when they are whole.
 
     output/checkpoint-N/        as transformers writes it: weights or adapter, optimizer, schedule, random states
-    output/checkpoint-N/COMPLETE   written last: the size of every file, and the digest of the training it belongs to
+    output/checkpoint-N/COMPLETE   written last: size and digest of every file, and the digest of the training it belongs to
 
-A kill while a checkpoint is written leaves no COMPLETE, and the one before is still there. Sizes, not digests: every file
-was forced to the disk before the marker, and hashing a checkpoint of an 8B model with AdamW would read 128 GB again at each
-save. Left on purpose: what a disk turns afterwards; the model that training ends with is sealed by its digest.
+A kill while a checkpoint is written leaves no COMPLETE, and the one before is still there; damage makes it incomplete again.
+Of large files only both ends are digested: hashing a checkpoint of an 8B model with AdamW would read 128 GB at each save.
+Left on purpose: what a disk turns within those; the model that training ends with is sealed by its digest.
 """
 
 import errno
+import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Generator
@@ -20,7 +22,7 @@ from typing import Any, cast
 
 from safetensors import SafetensorError
 
-from selfsteer.store.durable import canonical_json, sync, write, write_failed
+from selfsteer.store.durable import canonical_json, file_digest, sync, write, write_failed
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +52,17 @@ def seal(folder: Path, training: str) -> None:
         sync(file)
     for inner in {file.parent for file in files}:
         sync(inner)
-    write(folder / MARKER, canonical_json({"training": training, "sizes": _sizes(folder)}))
+    mark = {"training": training, "sizes": _sizes(folder), "digests": _digests(folder)}
+    write(folder / MARKER, canonical_json(mark))
     sync(folder.parent)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint is whole: marked, and every file as long as it was when it was marked."""
-    return _marker(folder).get("sizes") == _sizes(folder)
+    """Whether a checkpoint is whole: marked, and every file as it was when it was marked."""
+    marker = _marker(folder)
+    if marker.get("sizes") != _sizes(folder):
+        return False
+    return "digests" not in marker or marker["digests"] == _digests(folder)  # those of earlier versions had none
 
 
 def _marker(folder: Path) -> dict[str, Any]:
@@ -71,6 +77,27 @@ def _marker(folder: Path) -> dict[str, Any]:
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of each file, by its place in the checkpoint."""
     return {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
+
+
+_LARGE = 64 * 2**20
+"""Bytes of a file beyond which only its ends are digested."""
+
+_END = 2**20
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of each file, by its place in the checkpoint."""
+    return {str(file.relative_to(folder)): _digest(file) for file in _files(folder)}
+
+
+def _digest(file: Path) -> str:
+    if file.stat().st_size <= _LARGE:
+        return file_digest(file)
+    with file.open("rb") as content:
+        ends = hashlib.sha256(content.read(_END))
+        content.seek(-_END, os.SEEK_END)
+        ends.update(content.read())
+        return ends.hexdigest()
 
 
 def latest(output: Path) -> Path | None:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -30,7 +30,7 @@ from torch import distributed
 
 from selfsteer import clock, runtime
 from selfsteer.recipe.sections import Launcher
-from selfsteer.store.durable import write
+from selfsteer.store.durable import read_json, write
 
 log = logging.getLogger(__name__)
 
@@ -76,17 +76,43 @@ def take_in(job: Path) -> None:
 
     They worked side by side: the seconds are those of the first, tokens and memory of all.
     """
-    files = sorted(job.glob("spent-*.json"), key=lambda file: int(file.stem.removeprefix("spent-")))
-    told = [json.loads(file.read_bytes()) for file in files]
+    told = [said for file in sorted(job.glob("spent-*.json"), key=_rank) if (said := _spent(file)) is not None]
     if not told:
         return
     tokens, held = Counter[str](), Counter[str]()
     for each in told:
-        tokens.update({name: count for name, (_, count) in each["spent"].items()})
-        held.update(each["held"])
-    clock.take_in({name: seconds for name, (seconds, _) in told[0]["spent"].items()}, tokens, held)
-    for file in files:
-        file.unlink()
+        tokens.update(each.tokens)
+        held.update(each.held)
+    clock.take_in(told[0].seconds, tokens, held)
+
+
+def _rank(file: Path) -> tuple[int, str]:
+    number = file.stem.removeprefix("spent-")
+    return len(number), number
+
+
+class _Spent(NamedTuple):
+    """What one process spent, by the parts of its work."""
+
+    seconds: dict[str, float]
+    tokens: dict[str, int]
+    held: dict[str, int]
+
+
+def _spent(file: Path) -> _Spent | None:
+    """What a process wrote down, taken out of the folder; None, with a warning, where it can't be read."""
+    way_out = "the time of this process is not counted"
+    try:
+        said = read_json(file, {"spent": dict, "held": dict}, way_out=way_out)
+        spent: dict[str, Any] = {name: (float(took), int(tokens)) for name, (took, tokens) in said["spent"].items()}
+        held = {name: int(bytes_) for name, bytes_ in said["held"].items()}
+    except (ValueError, TypeError, OverflowError) as error:
+        log.warning("%s", error if str(file) in str(error) else f"{file}: damaged ({error}); {way_out}")
+        return None
+    finally:
+        if not file.is_dir():
+            file.unlink()
+    return _Spent({name: took for name, (took, _) in spent.items()}, {name: n for name, (_, n) in spent.items()}, held)
 
 
 # --- one of the processes --------------------------------------------------------------------------------------------------
