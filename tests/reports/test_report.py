@@ -4,10 +4,12 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from report_builders import HOSTILE, metrics, pairs
 from rich.console import Console
 
@@ -281,6 +283,47 @@ def test_no_heading_of_a_column_is_empty():
     """axe: empty-table-header."""
     found = table_html(Table("Checks", ("pairs", ""), (Row("Be short.", (Cell("4"), Cell(""))),), left=True))
     assert '<th role="columnheader">pairs</th><td role="cell"></td>' in found
+
+
+def test_a_measure_is_a_card_of_labelled_lines_and_words(tmp_path: Path):
+    page(tmp_path / "report.html", metrics(), [])
+    text = (tmp_path / "report.html").read_text()
+    (card,) = re.findall(r'<p class="name">on-policy probability</p>(.*?)</div>', text)
+    lines = re.findall("<p>(.*?)</p>", card)
+    assert [line.split()[0] for line in lines[:3]] == ["PBAA", "generator", "difference"]
+    assert lines[3:] == ["more on-policy, on queries trained on"]
+
+
+def test_below_each_table_stands_what_its_lines_say(tmp_path: Path):
+    page(tmp_path / "report.html", metrics(), [])
+    data = (tmp_path / "report.html").read_text().partition("<summary>Preference data</summary>")[2]
+    told = re.findall("<dt>(.*?)</dt>", data.partition("</dl>")[0])
+    assert "distinct-2" in told
+    assert "chosen more probable" in told
+
+
+def test_every_explained_line_is_one_of_some_table():
+    terms = yaml.safe_load((files("selfsteer") / "templates" / "report_terms.yaml").read_text("utf-8"))
+    source = "".join((files("selfsteer") / file).read_text("utf-8") for file in ("reports/tables.py", "clock.py"))
+    assert [label for label in terms if label not in source] == []
+
+
+def test_page_says_how_to_make_it_again(tmp_path: Path):
+    found = metrics()
+    page(tmp_path / "report.html", found, [])
+    assert "selfsteer run runs/quickstart/recipe.yaml output=NEW" in (tmp_path / "report.html").read_text()
+    del found["rounds"][0]["stages"]
+    page(tmp_path / "report.html", found, [])
+    assert "recipe.yaml output=NEW" not in (tmp_path / "report.html").read_text(), "its pairs were given"
+
+
+def test_margins_over_steps_are_drawn(tmp_path: Path):
+    plots = pytest.importorskip("selfsteer.reports.plots")
+    curve = [{"step": 1.0, "loss": 0.7, "margin": 0.0}, {"step": 2.0, "loss": 0.6, "margin": 0.4}]
+    (loss, margin) = plots.plots({"policy": {"curve": curve}}, {})
+    assert (loss.name, margin.name) == ("loss", "reward-margin")
+    (figure,) = margin.panels.values()
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.0, 0.4]
 
 
 def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):

@@ -777,13 +777,17 @@ def print_plan(found: Mapping[str, Any]) -> None:
     shard = "" if found["shard"] is None else f"shard {found['shard']} of "
     note = (
         f"{shard}{found['queries']:,} queries, responses of {found['response']:.0f} tokens; tokens a second:"
-        f" {rates or 'not measured'}. Memory at the peak {found['memory'] / 1e9:.1f} GB of {free} free, disk"
-        f" {found['disk'] / 1e9:.1f} GB of {found['disk_free'] / 1e9:.0f} free. Time of {found['rounds']} round(s), as this"
-        f" machine is now: {whole}; judges, benchmarks, 4-gain and 5-quality are not in it."
+        f" {rates or 'not measured'}. Memory at the peak {found['memory'] / 1e9:.1f} GB"
+        f" ({found['memory_most'] / 1e9:.1f} GB if every response is as long as it may be) of {free} free, disk"
+        f" {found['disk'] / 1e9:.1f} GB of {found['disk_free'] / 1e9:.0f} free. Time of {found['rounds']} round(s): {whole},"
+        " on this machine as busy as it was while these rates were measured; judges, benchmarks, 4-gain and 5-quality are"
+        " not in it."
     )
     columns = ("samples", "tokens sampled", "scored", "trained", "memory GB", "disk GB", "time")
     console = console_of()
     _print(Table(f"Plan for {found['model']}", columns, tuple(map(row, found["stages"])), note), console)
+    for warning in found["warnings"]:
+        console.print(Text(f"! {warning}", style="yellow"), soft_wrap=True)
     for problem in found["problems"]:
         console.print(Text(f"! {problem}", style="bold red"), soft_wrap=True)
 
