@@ -411,7 +411,6 @@ def test_reward_bench_prints_every_subset(monkeypatch, capsys):
         (["chat", "m/m", "--before", "./no"], "--before: './no': there is no such folder"),
         (["clean", "runs/no"], "runs/no: no run here"),
         (["report", "runs/no"], "runs/no/metrics.json is missing"),
-        (["merge", "runs/no", "--output", "out"], "runs/no: no run here"),
         (["plan", QUICKSTART, "policy.model=./my-model"], "policy.model: './my-model': there is no such folder"),
         (["export", "runs/no", "--to", "out", "--format", "trl"], "runs/no: no such run folder and no such file"),
         (["measure", "no.jsonl", "--policy", "m/m"], "no.jsonl: no such file"),

@@ -85,7 +85,7 @@ def test_memory_by_hand():
     Responses of 12 tokens, the longest of 128 expected to have 20, the limit (12 * (log 128 + 0.58) = 65). Trained are, of a
     query, two prompts of at most 19 tokens with two responses each, three of them of 12 and one of 20; and the bare prompt
     of at most 9 with one of 20 and one of 12. A token keeps 100 bytes; the output layer a gradient more; the libraries hold
-    7. The allocator keeps 30 % more of all but these.
+    7. The allocator keeps 35 % more of all but these.
     """
     recipe = Recipe.model_validate(
         {
@@ -101,7 +101,7 @@ def test_memory_by_hand():
     def memory(of: Recipe = recipe, key: str = "memory", *, half: bool = False) -> dict[str, float]:
         """Without the libraries and what the allocator keeps; of stages that score or train without the chunk of logits."""
         found = {each["stage"]: each[key] for each in stage_costs(of, counts, size, rates, half=half)}
-        return {name: (held - 7) / 1.3 if held else 0 for name, held in found.items()}
+        return {name: (held - 7) / 1.35 if held else 0 for name, held in found.items()}
 
     found = memory()
     assert found["4-generator"] == pytest.approx(16 * 1000 + 100 * (2 * 19 + 3 * 12 + 20) + CHUNK + 4 * 100)

@@ -24,7 +24,7 @@ from selfsteer.data.queries import read_queries
 from selfsteer.engines.base import Completion, Sampling
 from selfsteer.engines.open import check_engines, open_engine
 from selfsteer.engines.sampling import request
-from selfsteer.models import compute_dtype, let_go, pick_device
+from selfsteer.models import compute_dtype, pick_device
 from selfsteer.pipeline import Prepared, prepare
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Message, Query
@@ -95,11 +95,10 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
     here = recipe.engine.kind == "transformers"
     size, device = size_of(prepared.policy, recipe), pick_device()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    found = _calibrated(recipe, prepared, used) if calibrate and here and not problems else _Calibration(Rates(), None)
-    let_go()
     libraries = (held() or 0) if device.type == "cpu" else 0
     free = device_memory(device)
     free = None if free is None else free + libraries  # which this process holds already
+    found = _calibrated(recipe, prepared, used) if calibrate and here and not problems else _Calibration(Rates(), None)
     response = found.response or float(recipe.responses.max_new_tokens)
     half = compute_dtype(recipe.training.dtype, device) != torch.float32
     counts = Counts(count, _lengths([each.bare for each in used]), _lengths([each.good for each in used]), response)

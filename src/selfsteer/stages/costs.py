@@ -26,7 +26,7 @@ _ACTIVATIONS = 34
 """Bytes a token, layer and unit of width that half precision keeps for the backward pass (arXiv 2205.05198, section 4.1,
 without the attention scores, which are never stored)."""
 
-_KEPT_FREE = 0.3
+_KEPT_FREE = 0.35
 """Of what a stage holds beside the libraries, so much more was freed and stays with the allocator: 8 to 50 % were measured,
 more after more steps (docs/log.md)."""
 
