@@ -406,6 +406,12 @@ def test_reward_bench_prints_every_subset(monkeypatch, capsys):
     ("arguments", "said"),
     [
         (["status", "runs/no"], "runs/no: no run here"),
+        (["view", "runs/no"], "runs/no: no run here"),
+        (["chat", "./no"], "MODEL: './no': there is no such folder"),
+        (["chat", "m/m", "--before", "./no"], "--before: './no': there is no such folder"),
+        (["clean", "runs/no"], "runs/no: no run here"),
+        (["report", "runs/no"], "runs/no/metrics.json is missing"),
+        (["plan", QUICKSTART, "policy.model=./my-model"], "policy.model: './my-model': there is no such folder"),
         (["export", "runs/no", "--to", "out", "--format", "trl"], "runs/no: no such run folder and no such file"),
         (["measure", "no.jsonl", "--policy", "m/m"], "no.jsonl: no such file"),
         (["measure", "pairs.jsonl", "--policy", "./no"], "--policy: './no': there is no such folder"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from selfsteer import run, runtime
+from selfsteer import clock, run, runtime
 from selfsteer.recipe.sections import Recipe
 from selfsteer.runtime import progress
 
@@ -30,6 +30,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         (100_000, 100, 40.0, "work: 100 of 100000 rows, 2.5 a second, 11 h 06 min left"),
         (10, 40, 40.0, "work: 40 rows, 1.0 a second"),
         (100, 0, 40.0, "work: 0 of 100 rows, 0.0 a second"),
+        (100, 2, 40.0, "work: 2 of 100 rows, 3.0 a minute, 32 min 40 s left"),
     ],
 )
 def test_lines_say_how_long_it_will_still_take(
@@ -41,6 +42,16 @@ def test_lines_say_how_long_it_will_still_take(
         now[0] = seconds
         advance(done)
         assert caplog.messages == [said]
+
+
+def test_lines_say_how_many_tokens_were_computed_in_a_second(now: list[float], caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    clock.count("sample", 5)  # before
+    with progress("work", 100, unit="rows") as advance:
+        now[0] = 40.0
+        clock.count("sample", 80_000)
+        advance(40)
+    assert caplog.messages[0] == "work: 40 of 100 rows, 1.0 a second, 2,000 tokens a second, 1 min 00 s left"
 
 
 def test_every_stage_is_announced_once_by_its_place(

@@ -104,6 +104,11 @@ def count(name: Part, tokens: int) -> None:
     _clock.tokens[name] = _clock.tokens.get(name, 0) + tokens
 
 
+def tokens() -> int:
+    """Tokens of all parts so far."""
+    return sum(_clock.tokens.values())
+
+
 def spent() -> dict[str, Spent]:
     """What each part of this process took so far, the one under way included."""
     seconds, now, began = dict(_clock.seconds), _clock.now, _clock.since

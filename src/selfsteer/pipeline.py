@@ -21,7 +21,7 @@ from selfsteer.measures.contamination import check_files
 from selfsteer.measures.gates import evaluate
 from selfsteer.measures.headroom import in_words
 from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics
-from selfsteer.models import resolve
+from selfsteer.models import compute_dtype, pick_device, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.gates import before_generator, parse
 from selfsteer.recipe.sections import Recipe, dump
@@ -69,6 +69,8 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), {**summary.session(), "date": recipe.policy.date})
+        dtype = str(compute_dtype(recipe.training.dtype, pick_device())).removeprefix("torch.")
+        log.info("%s on %s, matrix products in %s", recipe.policy.model, pick_device().type, dtype)
         round = dataclasses.replace(first_round(folder, recipe, prepared), replace=replace, lenders=lending)
         if recipe.queries.shard is not None:
             return run_shard(round)

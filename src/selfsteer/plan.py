@@ -6,6 +6,7 @@ by other processes, there is no calibration here and times are left open. Left o
 """
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -37,6 +38,9 @@ from selfsteer.training.scoring import open_scorer
 _MEASURED = 200
 """Queries whose prompts are measured; the others are counted."""
 
+_TOLERANCE = 0.2
+"""The memory of a stage was measured within so much of its estimate (docs/log.md); less than that is no reason to refuse."""
+
 _ASKED, _LONGEST = 30, 128
 """Calibration: prompts that are answered, as many under the good principle as under the bad one and bare, and the most
 tokens of an answer."""
@@ -60,13 +64,19 @@ class Plan(TypedDict):
     seconds: float | None
     """Of all rounds; None where a stage is not known."""
     memory: int
-    """Bytes of the largest stage."""
+    """Bytes of the largest stage, with responses as long as expected."""
+    memory_most: int
+    """The same with every response as long as it may be."""
     memory_free: int | None
     disk: int
     """Bytes at the peak."""
     disk_free: int
+    load: float | None
+    """Processes that wanted a core in the minute before the calibration; None where the system does not tell."""
     problems: list[str]
     """What would not fit, or would fail, each with its way out."""
+    warnings: list[str]
+    """What may not fit, and what the estimates hang on."""
 
 
 def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
@@ -84,21 +94,29 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
         used = prompts
     here = recipe.engine.kind == "transformers"
     size, device = size_of(prepared.policy, recipe), pick_device()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     libraries = (held() or 0) if device.type == "cpu" else 0
+    free = device_memory(device)
+    free = None if free is None else free + libraries  # which this process holds already
     found = _calibrated(recipe, prepared, used) if calibrate and here and not problems else _Calibration(Rates(), None)
     response = found.response or float(recipe.responses.max_new_tokens)
     half = compute_dtype(recipe.training.dtype, device) != torch.float32
     counts = Counts(count, _lengths([each.bare for each in used]), _lengths([each.good for each in used]), response)
     stages = stage_costs(recipe, counts, size, found.rates._replace(libraries=libraries), half=half)
     seconds = [stage["seconds"] for stage in stages if stage["samples"] or stage["scored"] or stage["trained"]]
-    memory, free = max(stage["memory"] for stage in stages), device_memory(device)
-    free = None if free is None else free + libraries  # which this process holds already
+    memory, most = (max(stage[key] for stage in stages) for key in ("memory", "memory_most"))
+    warnings = list(_busy(load))
     disk, room = run_disk(stages, recipe.rounds), shutil.disk_usage(existing(Path(recipe.output))).free
-    if free is not None and memory > free:
-        problems.append(
-            f"memory: {memory / 1e9:.1f} GB at the peak, {free / 1e9:.1f} GB are free; set training.lora.rank=16,"
-            " training.gradient_checkpointing=true or a smaller engine.batch_size"
+    if free is not None and most > free:
+        said = (
+            f"memory: {memory / 1e9:.1f} GB at the peak, {most / 1e9:.1f} GB where every response is as long as it may be;"
+            f" {free / 1e9:.1f} GB are free"
         )
+        way_out = "set training.lora.rank=16, training.gradient_checkpointing=true or a smaller engine.batch_size"
+        if (1 - _TOLERANCE) * memory > free:
+            problems.append(f"{said}: {way_out}")
+        else:
+            warnings.append(f"{said}, which may do; if not: {way_out}")
     if disk > room:
         problems.append(f"disk: {disk / 1e9:.1f} GB at the peak, {room / 1e9:.1f} GB are free; name another output")
     return Plan(
@@ -111,11 +129,24 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
         stages=stages,
         seconds=None if None in seconds else recipe.rounds * sum(cast("list[float]", seconds)),
         memory=memory,
+        memory_most=most,
         memory_free=free,
         disk=disk,
         disk_free=room,
+        load=load,
         problems=problems,
+        warnings=warnings,
     )
+
+
+def _busy(load: float | None) -> Iterator[str]:
+    """Whether something else works on this machine, beside which the rates were measured."""
+    cores = os.cpu_count() or 1
+    if load is not None and load > cores / 2:
+        yield (
+            f"time: other processes are at work (load {load:.1f} on {cores} cores); the rates were measured beside them,"
+            " and hold for a machine as busy as it is now"
+        )
 
 
 class _Prompts(NamedTuple):

@@ -17,6 +17,8 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from selfsteer import clock
+
 log = logging.getLogger(__name__)
 
 _received: int | None = None
@@ -102,7 +104,13 @@ def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[
     total: how many are expected at most; one that turns out too small (samples that other runs lent) is not shown.
     """
     started = last = time.monotonic()
-    done = 0
+    done, computed = 0, clock.tokens()
+
+    def speed() -> str:
+        seconds = max(1e-9, time.monotonic() - started)
+        tokens = clock.tokens() - computed
+        return f"{_rate(done / seconds)}{f', {tokens / seconds:,.0f} tokens a second' if tokens else ''}"
+
     if sys.stderr.isatty():
         rate = TextColumn("{task.fields[rate]}")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
@@ -112,7 +120,7 @@ def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[
             def advance_bar(count: int) -> None:
                 nonlocal done
                 done += count
-                bar.update(task, advance=count, rate=f"{done / max(1e-9, time.monotonic() - started):.1f} {unit}/s")
+                bar.update(task, advance=count, rate=speed())
 
             yield advance_bar
     else:
@@ -125,9 +133,13 @@ def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[
                 last = now
                 of = f" of {total}" if done <= total else ""
                 left = f", {duration((total - done) * (now - started) / done)} left" if of and done else ""
-                log.info("%s: %d%s %s, %.1f a second%s", description, done, of, unit, done / (now - started), left)
+                log.info("%s: %d%s %s, %s%s", description, done, of, unit, speed(), left)
 
         yield advance_log
     if done:
-        seconds = time.monotonic() - started
-        log.info("%s: %d %s in %.0f s, %.1f a second", description, done, unit, seconds, done / seconds)
+        log.info("%s: %d %s in %.0f s, %s", description, done, unit, time.monotonic() - started, speed())
+
+
+def _rate(units: float) -> str:
+    """units: a second."""
+    return f"{units:.1f} a second" if units >= 0.1 or units == 0 else f"{60 * units:.1f} a minute"

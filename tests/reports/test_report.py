@@ -4,10 +4,12 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from report_builders import HOSTILE, metrics, pairs
 from rich.console import Console
 
@@ -20,13 +22,13 @@ from selfsteer.records import Pair, Principles, Scored
 from selfsteer.reports import reading
 from selfsteer.reports.page import table_html, write_page
 from selfsteer.reports.reading import PairSet, Reading, pick_examples
-from selfsteer.reports.tables import Cell, Row, Table, cost_line, print_measures, write_metrics
+from selfsteer.reports.tables import Cell, Row, Table, _print, console_of, cost_line, print_measures, write_metrics
 from selfsteer.reports.verdict import print_run
 from selfsteer.runtime import duration
 
 
-def printed(found: Metrics) -> str:
-    console = Console(file=io.StringIO(), width=100)
+def printed(found: Metrics, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
     print_run(found, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -55,6 +57,45 @@ def test_summary_says_what_became_of_the_rows():
     assert "quick<start>: 20 pairs from 1,000 queries, policy aligned in 2 min 05 s, seed 0\n" in text
     assert "model   runs/quickstart/round-1/6-policy/model\n" in text
     assert "pairs   runs/quickstart/round-1/5-preferences/data.parquet\n" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_tables_fit_the_terminal_and_break_neither_a_label_nor_an_interval(width: int):
+    text = printed(metrics(), width).partition("quick<start>: ")[0]
+    drawn = [line for line in text.splitlines() if "  " in line.strip() or "─" in line]
+    assert max(map(len, drawn)) <= width
+    table = text[text.index("Preference data") :]
+    for label in ("chosen more probable", "correlation with length"):
+        assert re.search(rf"^   {label} +-?\d", table, re.MULTILINE)
+    broken = [line for line in drawn if line.count("[") != line.count("]")]
+    assert broken == []
+
+
+def test_columns_that_do_not_fit_go_on_in_a_table_below():
+    """Three values of 14 characters and their labels: two fit 40 columns, with the intervals below."""
+    wide = Table("Wide", ("a", "b", "c"), (Row("one", (Cell("1", "[10.00, 20.00]"),) * 3),))
+    text = io.StringIO()
+    _print(wide, Console(file=text, width=40))
+    lines = [line.split() for line in text.getvalue().splitlines() if line.strip() and "─" not in line]
+    assert lines == [
+        ["Wide"],
+        ["a", "b"],
+        ["one", "1", "1"],
+        ["[10.00,", "20.00]"] * 2,
+        ["Wide,", "continued"],
+        ["c"],
+        ["one", "1", "[10.00,", "20.00]"],
+    ]
+
+
+@pytest.mark.parametrize(("columns", "width"), [("80", 80), (None, 100)])
+def test_what_is_no_terminal_has_the_columns_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, columns: str | None, width: int
+):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert console_of().width == width
 
 
 def test_summary_says_where_the_time_went():
@@ -88,7 +129,7 @@ def test_summary_says_where_the_time_went():
     assert "55% in model products: sample, forward, backward." in text
     assert re.search(r"2-responses\s+10\.0\s+50\.0\s+20\.0\s+80\.0\s+1\.2\s*\n", text)
     assert re.search(r"4-generator\s+60\.0\s+30\.0\s+30\.0\s+120\.0\s*\n", text)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_runs_from_before_parts_were_timed_have_no_such_table():
@@ -98,11 +139,11 @@ def test_runs_from_before_parts_were_timed_have_no_such_table():
 def test_summary_compares_pbaa_with_the_generator():
     found = metrics()
     mean = found["rounds"][0]["comparison"]["all"].mean
-    text = printed(found)
+    text = printed(found, 120)
     assert re.search(r"PBAA pairs\s+generator pairs\s+difference", text)
     assert f"+{mean:.3f} [+" in text
     assert "over the queries that both have; the generator was trained on some of them" in " ".join(text.split())
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_summary_shows_only_what_was_measured():
@@ -242,6 +283,47 @@ def test_no_heading_of_a_column_is_empty():
     """axe: empty-table-header."""
     found = table_html(Table("Checks", ("pairs", ""), (Row("Be short.", (Cell("4"), Cell(""))),), left=True))
     assert '<th role="columnheader">pairs</th><td role="cell"></td>' in found
+
+
+def test_a_measure_is_a_card_of_labelled_lines_and_words(tmp_path: Path):
+    page(tmp_path / "report.html", metrics(), [])
+    text = (tmp_path / "report.html").read_text()
+    (card,) = re.findall(r'<p class="name">on-policy probability</p>(.*?)</div>', text)
+    lines = re.findall("<p>(.*?)</p>", card)
+    assert [line.split()[0] for line in lines[:3]] == ["PBAA", "generator", "difference"]
+    assert lines[3:] == ["more on-policy, on queries trained on"]
+
+
+def test_below_each_table_stands_what_its_lines_say(tmp_path: Path):
+    page(tmp_path / "report.html", metrics(), [])
+    data = (tmp_path / "report.html").read_text().partition("<summary>Preference data</summary>")[2]
+    told = re.findall("<dt>(.*?)</dt>", data.partition("</dl>")[0])
+    assert "distinct-2" in told
+    assert "chosen more probable" in told
+
+
+def test_every_explained_line_is_one_of_some_table():
+    terms = yaml.safe_load((files("selfsteer") / "templates" / "report_terms.yaml").read_text("utf-8"))
+    source = "".join((files("selfsteer") / file).read_text("utf-8") for file in ("reports/tables.py", "clock.py"))
+    assert [label for label in terms if label not in source] == []
+
+
+def test_page_says_how_to_make_it_again(tmp_path: Path):
+    found = metrics()
+    page(tmp_path / "report.html", found, [])
+    assert "selfsteer run runs/quickstart/recipe.yaml output=NEW" in (tmp_path / "report.html").read_text()
+    del found["rounds"][0]["stages"]
+    page(tmp_path / "report.html", found, [])
+    assert "recipe.yaml output=NEW" not in (tmp_path / "report.html").read_text(), "its pairs were given"
+
+
+def test_margins_over_steps_are_drawn(tmp_path: Path):
+    plots = pytest.importorskip("selfsteer.reports.plots")
+    curve = [{"step": 1.0, "loss": 0.7, "margin": 0.0}, {"step": 2.0, "loss": 0.6, "margin": 0.4}]
+    (loss, margin) = plots.plots({"policy": {"curve": curve}}, {})
+    assert (loss.name, margin.name) == ("loss", "reward-margin")
+    (figure,) = margin.panels.values()
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.0, 0.4]
 
 
 def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):

@@ -211,8 +211,9 @@ def view(
     port: Annotated[int, typer.Option(help="Of this machine; 0 takes a free one.", min=0, max=65535)] = 0,
 ) -> None:
     """Serve the page of a run on this machine alone, and while it goes on how far it is; ^C ends it."""
-    import time
+    from selfsteer.stages.status import status as status_of
 
+    status_of(run)  # a folder that is none is told before the libraries are loaded
     from selfsteer.reports.view import viewing
 
     with graceful_stop(), viewing(run, port) as address:
@@ -354,6 +355,9 @@ def chat(
     engine: EngineFile = None,
 ) -> None:
     """Ask a model, or two of them the same thing side by side; /new begins again, the end of the input ends it."""
+    from selfsteer.data.named import check_models
+
+    check_models({"MODEL": model, "--before": before})
     with graceful_stop():
         from selfsteer import chat as chatting
         from selfsteer.evaluating import read_engine

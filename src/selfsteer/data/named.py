@@ -72,6 +72,13 @@ def check_pairs(pairs: Sequence[Path], models: Mapping[str, str | None]) -> None
             check_model(model.removeprefix("implicit:"), option)
 
 
+def check_models(models: Mapping[str, str | None]) -> None:
+    """Raises ValueError for the first of these, by the argument that names it, that is neither a model here nor a run."""
+    for argument, model in models.items():
+        if model is not None and not (Path(model) / "run.json").is_file():
+            check_model(model, argument)
+
+
 def check_order(pairs: Path, recipe: Path) -> None:
     """Raises ValueError where a recipe stands in the place of the pairs, and something else in that of the recipe."""
     first, second = (each.suffix in _RECIPES or str(each) in names() for each in (pairs, recipe))

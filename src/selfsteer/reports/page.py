@@ -8,6 +8,7 @@ other script can run, and nothing is loaded. The frame and its style are `templa
 import base64
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from hashlib import sha256
@@ -17,13 +18,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import yaml
+
 from selfsteer.measures.metrics import Metrics, RoundMetrics
 from selfsteer.recipe.shipped import template
 from selfsteer.reports import tables
 from selfsteer.reports.reading import Entry, PairSet, Reading, SideEntry, pick_examples
 from selfsteer.reports.tables import Table
 from selfsteer.reports.verdict import answer_lines, headline, measure_rows, places, warnings
-from selfsteer.runtime import duration
 from selfsteer.store.durable import write
 
 NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
@@ -47,7 +49,7 @@ def page(metrics: Metrics, reading: Reading) -> str:
     """The page of a run."""
     run = metrics["run"]
     this = metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
-    facts = [f"from {run['model']}", f"seed {run['seed']}", duration(run["seconds"]), run.get("hardware", "")]
+    facts = [f"from {run['model']}", f"seed {run['seed']}", run.get("hardware", "")]
     body = (
         _verdict(metrics, this),
         _figure_three(this),
@@ -105,10 +107,13 @@ def json_text(data: object) -> str:
 
 def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
     run = metrics["run"]
+    said = headline(metrics).removeprefix(f"{run['name']}: ")  # the title says it
     measures = ""
-    for name, *lines in measure_rows(this):
-        said = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
-        measures += f'<div class="measure"><p class="name">{escape(name)}</p>{said}</div>'
+    for name, *cells, last in measure_rows(this):
+        difference, _, words = last.rpartition("  ")
+        lines = (*cells, f"difference {difference}" if difference else "", words)
+        drawn = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
+        measures += f'<div class="measure"><p class="name">{escape(name)}</p>{drawn}</div>'
     answers = "".join(f"<p>{escape(line.strip())}</p>" for line in answer_lines(this))
     warned = [*warnings(this)]
     if "ended" in run:
@@ -120,7 +125,7 @@ def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
         for number, (name, text) in enumerate(places(run).items())
     )
     return (
-        f'<section aria-label="Verdict"><p class="lead">{escape(headline(metrics))}</p>'
+        f'<section aria-label="Verdict"><p class="lead">{escape(said)}</p>'
         + (f'<div class="measures">{measures}</div>' if measures else "")
         + answers
         + (f'<ul class="warnings" aria-label="Warnings">{listed}</ul>' if listed else "")
@@ -356,11 +361,21 @@ def _table(table: Table) -> str:
         body.append(f'<tr role="row"><th role="rowheader">{escape(row.label)}</th>{"".join(cells)}</tr>')
     kind = ' class="last-is-text"' if table.left else ""
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    if terms := _terms(table):
+        listed = "".join(f"<dt>{escape(label)}</dt><dd>{escape(said)}</dd>" for label, said in terms.items())
+        note += f"<details><summary>What the lines say</summary><dl>{listed}</dl></details>"
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{escape(table.title)}"><table role="table"{kind}>'
         f'<thead role="rowgroup"><tr role="row"><td role="cell"></td>{head}</tr></thead>'
         f'<tbody role="rowgroup">{"".join(body)}</tbody></table></div>{note}'
     )
+
+
+def _terms(table: Table) -> dict[str, str]:
+    """What of the table's labels is explained, in their order."""
+    known: dict[str, str] = yaml.safe_load(template("report_terms.yaml"))
+    labels = (re.sub(" (chosen|rejected)$", "", label) for label in (*table.columns, *(row.label for row in table.rows)))
+    return {label: known[label] for label in labels if label in known}
 
 
 def _made_with(metrics: Metrics, reading: Reading) -> str:
@@ -372,4 +387,11 @@ def _made_with(metrics: Metrics, reading: Reading) -> str:
     if reading.recipe:
         summary = "Recipe: what differs from the defaults"
         recipe = f'<details><summary>{summary}</summary><pre tabindex="0">{escape(reading.recipe)}</pre></details>'
-    return f'<section><h2>Made with</h2><p class="facts">{listed}</p>{recipe}</section>'
+    again = f"selfsteer run {shlex.quote(metrics['run']['folder'] + '/recipe.yaml')} output=NEW"
+    command = f"<p>The same again: <code>{escape(again)}</code></p>" if _sampled(metrics) else ""
+    return f'<section><h2>Made with</h2><p class="facts">{listed}</p>{command}{recipe}</section>'
+
+
+def _sampled(metrics: Metrics) -> bool:
+    """Whether the run made its pairs; one that trained on given ones has another command."""
+    return any("1-principles" in this.get("stages", {}) for this in metrics["rounds"])

@@ -61,19 +61,19 @@ class Plot(NamedTuple):
 def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
     """Every plot that a round's metrics allow. data: sets of pairs by the name they have in the tables."""
     drawn: list[Plot] = []
-    curves = {
-        name: [(entry["step"], entry["loss"]) for entry in this[key].get("curve", []) if "loss" in entry]
-        for name, key in (("data generator", "generator"), ("policy", "policy"))
-        if key in this
-    }
-    curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
-    if curves:
-        drawn.append(Plot("loss", "Training loss at each logged optimizer step.", _losses(curves)))
-    readings = {
-        name: found
-        for name, key in (("data generator", "generator"), ("policy", "policy"))
-        if key in this and (found := _readings(this[key]))
-    }
+    trainings = {name: this[key] for name, key in (("data generator", "generator"), ("policy", "policy")) if key in this}
+    for key, file, caption in (
+        ("loss", "loss", "Training loss at each logged optimizer step."),
+        ("margin", "reward-margin", "Reward margin of each step's pairs: beta * (log-ratio of chosen - of rejected)."),
+    ):
+        curves = {
+            name: [(entry["step"], entry[key]) for entry in training.get("curve", []) if key in entry]
+            for name, training in trainings.items()
+        }
+        curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+        if curves:
+            drawn.append(Plot(file, caption, _curves(curves, file.replace("-", " "))))
+    readings = {name: found for name, training in trainings.items() if (found := _readings(training))}
     if readings:
         drawn.append(Plot("displacement", "How far responses have moved since the training's start.", _movements(readings)))
     if (figure := figure_one(this, data)) is not None:
@@ -179,10 +179,10 @@ def _reach(value: Estimate) -> list[list[float]] | None:
 
 
 @mpl.rc_context(STYLE)
-def _losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Figure]:
+def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], label: str) -> dict[str, Figure]:
     drawn: dict[str, Figure] = {}
     for name, curve in curves.items():
-        drawn[name], axes = _panel(name, "optimizer step", "loss")
+        drawn[name], axes = _panel(name, "optimizer step", label)
         axes.plot(*zip(*curve, strict=True), color=CHOSEN, linewidth=1.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return drawn

@@ -7,12 +7,14 @@ report.
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -519,7 +521,7 @@ def cost_tables(this: RoundMetrics, suffix: str = "") -> Iterator[Table]:
         took = {group: sum(known[name].get(part, _NOTHING)["seconds"] for part in parts) for group, parts in _COSTS.items()}
         took |= {"else": max(0.0, stage["seconds"] - sum(took.values())), "all": stage["seconds"]}
         held = {"disk": stage.get("disk", 0), **stage.get("memory", {})}
-        sizes = (f"{held[where] / 1e6:,.1f}" if held.get(where) else "" for where in places)
+        sizes = (_megabytes(held[where]) if held.get(where) else "" for where in places)
         return Row(name, tuple(map(Cell, (*(f"{each:.1f}" if each >= 0.05 else "" for each in took.values()), *sizes))))
 
     known_places = {"disk"}.union(*(stage.get("memory", {}) for stage in stages.values()))
@@ -528,6 +530,10 @@ def cost_tables(this: RoundMetrics, suffix: str = "") -> Iterator[Table]:
     note = "Memory: at the peak, without servers." if len(places) > 1 else ""
     columns = (*_COSTS, "else", "all", *(f"MB {where}" for where in places))
     yield Table(f"{BY_STAGE}{suffix}", columns, tuple(rows), note)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.{0 if size >= 100e6 else 1}f}"
 
 
 BY_STAGE = "Seconds and megabytes by stage"
@@ -766,36 +772,87 @@ def print_plan(found: Mapping[str, Any]) -> None:
     shard = "" if found["shard"] is None else f"shard {found['shard']} of "
     note = (
         f"{shard}{found['queries']:,} queries, responses of {found['response']:.0f} tokens; tokens a second:"
-        f" {rates or 'not measured'}. Memory at the peak {found['memory'] / 1e9:.1f} GB of {free} free, disk"
-        f" {found['disk'] / 1e9:.1f} GB of {found['disk_free'] / 1e9:.0f} free. Time of {found['rounds']} round(s), as this"
-        f" machine is now: {whole}; judges, benchmarks, 4-gain and 5-quality are not in it."
+        f" {rates or 'not measured'}. Memory at the peak {found['memory'] / 1e9:.1f} GB"
+        f" ({found['memory_most'] / 1e9:.1f} GB if every response is as long as it may be) of {free} free, disk"
+        f" {found['disk'] / 1e9:.1f} GB of {found['disk_free'] / 1e9:.0f} free. Time of {found['rounds']} round(s): {whole},"
+        " on this machine as busy as it was while these rates were measured; judges, benchmarks, 4-gain and 5-quality are"
+        " not in it."
     )
     columns = ("samples", "tokens sampled", "scored", "trained", "memory GB", "disk GB", "time")
     console = console_of()
     _print(Table(f"Plan for {found['model']}", columns, tuple(map(row, found["stages"])), note), console)
+    for warning in found["warnings"]:
+        console.print(Text(f"! {warning}", style="yellow"), soft_wrap=True)
     for problem in found["problems"]:
         console.print(Text(f"! {problem}", style="bold red"), soft_wrap=True)
 
 
 def console_of() -> Console:
-    """Standard output; 100 columns where it is no terminal."""
+    """Standard output; where it is no terminal, of 100 columns unless COLUMNS says otherwise."""
     console = Console()
-    return console if console.is_terminal else Console(width=100)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=100)
 
 
 def _print(table: Table, console: Console) -> None:
+    for part in _fitting(table, console):
+        console.print(part)
+    if table.note:
+        console.print(Text(table.note, style="dim"))
+        console.print()
+
+
+_ANY_WIDTH = 10_000
+
+_TEXT = 24
+"""Characters a line that a last column of text has at least; it is wrapped, numbers are not."""
+
+
+def _fitting(table: Table, console: Console) -> Iterator[RichTable]:
+    """In one piece; with intervals below their values where that is too wide; the columns beyond in a table below."""
+    room = console.width - (_TEXT if table.left else 0)
+
+    def fits(columns: int, between: str) -> bool:
+        drawn = _drawn(_columns(table, slice(columns)), between)
+        return console.measure(drawn, options=console.options.update(max_width=_ANY_WIDTH)).maximum <= room
+
+    whole = len(table.columns)
+    numbers = whole - table.left
+    if fits(numbers, " "):
+        yield _drawn(table, " ")
+    elif table.left or fits(numbers, "\n"):
+        yield _drawn(table, "\n")
+    else:
+        count = next((count for count in range(whole - 1, 1, -1) if fits(count, "\n")), 1)
+        yield _drawn(_columns(table, slice(count)), "\n")
+        if count < whole:
+            rest = _columns(table, slice(count, None))
+            yield from _fitting(rest._replace(title=f"{table.title.removesuffix(_MORE)}{_MORE}"), console)
+
+
+_MORE = ", continued"
+
+
+def _columns(table: Table, columns: slice) -> Table:
+    rows = tuple(Row(row.label, row.cells[columns]) for row in table.rows)
+    return table._replace(columns=table.columns[columns], rows=rows)
+
+
+def _drawn(table: Table, between: str) -> RichTable:
+    """between: a value and its interval."""
     drawn = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn.collapse_padding = True
     drawn.add_column("")
     for index, name in enumerate(table.columns, 1):
         text = table.left and index == len(table.columns)
         drawn.add_column(Text(name), justify="left" if text else "right", overflow="fold")
     for row in table.rows:
         if row.cells:
-            cells = (Text.assemble(cell.value, (f" {cell.interval}" if cell.interval else "", "dim")) for cell in row.cells)
-            drawn.add_row(Text(f"  {row.label}" if not table.left else row.label), *cells)
+            cells = (
+                Text.assemble(cell.value, (f"{between}{cell.interval}" if cell.interval else "", "dim"))
+                for cell in row.cells
+            )
+            # Padding: what is wrapped stays indented.
+            drawn.add_row(Padding(Text(row.label), (0, 0, 0, 0 if table.left else 2)), *cells)
         else:
             drawn.add_row(Text(row.label, style="italic"))
-    console.print(drawn)
-    if table.note:
-        console.print(Text(table.note, style="dim"))
-        console.print()
+    return drawn

@@ -1,11 +1,11 @@
 """What a round will take, stage by stage: samples, tokens, memory, disk, time. Pure arithmetic over counts and rates.
 
 Everything is of one round; a run of several takes it as many times (`run_disk` alone adds up what stays). Of a shard's run
-its share is counted, and what it takes over is no work. Memory is what the libraries, the weights, the optimizer, the cache
-and the activations hold at most, where responses are as long as they may be. Left out on purpose: freed memory that the
-allocator keeps, which depends on the order of all that was freed; how counts and rates are found
-(`plan.py`), what this machine has (`essentials.py`), and judges, benchmarks and stage 4-gain, which are counted as far as
-they ask something and not timed.
+its share is counted, and what it takes over is no work. Memory is what the libraries, the weights, the optimizer, the cache,
+the activations and the output layer hold at most, with what the allocator keeps beside it: for responses as long as they are
+expected, and for as long as they may be. Left out on purpose: files that are mapped, whose memory the system takes back; how
+counts and rates are found (`plan.py`), what this machine has (`essentials.py`), and judges, benchmarks and stage 4-gain,
+which are counted as far as they ask something and not timed.
 """
 
 import math
@@ -26,6 +26,13 @@ _ACTIVATIONS = 34
 """Bytes a token, layer and unit of width that half precision keeps for the backward pass (arXiv 2205.05198, section 4.1,
 without the attention scores, which are never stored)."""
 
+_KEPT_FREE = 0.35
+"""Of what a stage holds beside the libraries, so much more was freed and stays with the allocator: 8 to 50 % were measured,
+more after more steps (docs/log.md)."""
+
+_CHUNK = 8 * 2**24
+"""Bytes of a chunk of logits (`training.logps.CHUNK_ELEMENTS`) in float32, in half precision, and of its gradient."""
+
 _MARGIN_PASSES = 3
 """How often margins are taken when a model is saved, at most (`training/export.py`)."""
 
@@ -40,6 +47,8 @@ class Size(NamedTuple):
     width: int
     cached: int
     """Numbers that the cache of a token takes, over all layers."""
+    output: int = 0
+    """Weights of the output layer."""
 
 
 class Lengths(NamedTuple):
@@ -59,6 +68,14 @@ class Counts(NamedTuple):
     """Prompts of the query under a principle."""
     response: float
     """Tokens of a response, on average."""
+
+    def longest(self, limit: float) -> float:
+        """Tokens of the longest of two responses a query, as expected where lengths are exponential; `limit` at most."""
+        return min(limit, self.response * (math.log(2 * max(1, self.queries)) + _EULER))
+
+
+_EULER = 0.5772
+"""The expected maximum of n exponential lengths of mean 1 is about log n + this."""
 
 
 class Rates(NamedTuple):
@@ -88,7 +105,9 @@ class StageCost(TypedDict):
     trained: int
     """The same of the trainings, every epoch."""
     memory: int
-    """Bytes at the peak; 0 where no model is held by this process."""
+    """Bytes at the peak, with responses as long as expected; 0 where no model is held by this process."""
+    memory_most: int
+    """The same with every response as long as it may be."""
     disk: int
     """Bytes that stay."""
     passing_disk: int
@@ -100,21 +119,15 @@ class StageCost(TypedDict):
 def stage_costs(recipe: Recipe, counts: Counts, size: Size, rates: Rates, *, half: bool) -> list[StageCost]:
     """The stages of a round, in order. half: whether matrix products run in half precision."""
     found: list[StageCost] = []
+    model = _Model(size, rates, half)
+    longest = counts._replace(response=float(recipe.responses.max_new_tokens))
     share = recipe.queries.share or Share(1, 1)
     for name in stage_names(recipe, method_of(recipe)):
         lent = share.number > 1 and name != PREFERENCES
         work = _Work() if lent else _work(recipe, counts, name)
         section = recipe.alignment if name == "6-policy" else recipe.generator
-        model = name.startswith("4-generator") or name == "6-policy"
-        training = model and not lent
-        memory = 0
-        if training:
-            memory = training_memory(recipe, longest_query(recipe, counts, name), size, rates.kept, half=half)
-        elif work.samples and recipe.engine.kind == "transformers":
-            memory = sampling_memory(recipe, counts, size, half=half)
-        elif work.scored:
-            memory = (4 + (2 if half else 0)) * size.parameters
-        memory += rates.libraries if memory else 0
+        trains = name.startswith("4-generator") or name == "6-policy"
+        training = trains and not lent
         trained = _trained(section, work) if training else 0
         scored = work.scored + (_passes(recipe, counts, work, trained, section) if training else 0)
         found.append(
@@ -124,8 +137,9 @@ def stage_costs(recipe: Recipe, counts: Counts, size: Size, rates: Rates, *, hal
                 sampled=round(work.samples * counts.response),
                 scored=round(scored),
                 trained=round(trained),
-                memory=memory,
-                disk=model_disk(recipe, size) if model else _BYTES_A_SAMPLE * work.samples,
+                memory=_memory(recipe, name, work, counts, model),
+                memory_most=_memory(recipe, name, work, longest, model),
+                disk=model_disk(recipe, size) if trains else _BYTES_A_SAMPLE * work.samples,
                 passing_disk=checkpoints_disk(size) if training else 0,
                 seconds=_seconds(work, counts, scored, trained, rates, timed=name not in (GAIN, QUALITY)),
             )
@@ -157,6 +171,26 @@ def spared_queries(recipe: Recipe, queries: int) -> int:
     if recipe.queries.holdout:
         return recipe.queries.holdout
     return 0 if recipe.training.displacement_steps == 0 else min(LARGEST, queries // 32)
+
+
+class _Model(NamedTuple):
+    size: Size
+    rates: Rates
+    half: bool
+
+
+def _memory(recipe: Recipe, name: str, work: _Work, counts: Counts, model: _Model) -> int:
+    """Bytes that this process holds in a stage; 0 without a model."""
+    size, rates, half = model
+    if work.queries:
+        held = training_memory(recipe, longest_query(recipe, counts, name), size, rates.kept, half=half)
+    elif work.samples and recipe.engine.kind == "transformers":
+        held = sampling_memory(recipe, counts, size, half=half)
+    elif work.scored:
+        held = (4 + (2 if half else 0)) * size.parameters + output_memory(size, half=half)
+    else:
+        return 0
+    return rates.libraries + round((1 + _KEPT_FREE) * held)
 
 
 def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
@@ -198,12 +232,13 @@ def _both_prompts(recipe: Recipe) -> bool:
     return recipe.generator.objective in ("sso", "equation_3") and recipe.generator.kind != "dual"
 
 
-def longest_query(recipe: Recipe, counts: Counts, name: str) -> int:
-    """Tokens of a query in the training of this stage, prompts shared, at most."""
-    two = 2 * recipe.responses.max_new_tokens
+def longest_query(recipe: Recipe, counts: Counts, name: str) -> float:
+    """Tokens of the longest query in the training of this stage, prompts shared: one response is the longest of all."""
+    longest, other = counts.longest(recipe.responses.max_new_tokens), counts.response
     if name == "6-policy":
-        return counts.bare.most + two
-    return (counts.steered.most + two) * (2 if _both_prompts(recipe) else 1)
+        return counts.bare.most + longest + other
+    prompts = 2 if _both_prompts(recipe) else 1
+    return prompts * (counts.steered.most + 2 * other) + longest - other
 
 
 def _trained(section: Generator | Alignment, work: _Work) -> float:
@@ -239,9 +274,13 @@ def sampling_memory(recipe: Recipe, counts: Counts, size: Size, *, half: bool) -
     """Bytes of the embedded engine: the weights and the cache of all that is sampled side by side."""
     engine = recipe.engine
     assert engine.kind == "transformers"
-    longest = counts.steered.most + recipe.responses.max_new_tokens
-    width = 2 if half else 4
-    return width * (size.parameters + engine.batch_size * longest * size.cached)
+    tokens = counts.steered.most + counts.longest(recipe.responses.max_new_tokens)
+    return round((2 if half else 4) * (size.parameters + engine.batch_size * tokens * size.cached))
+
+
+def output_memory(size: Size, *, half: bool) -> int:
+    """Bytes of the output layer's copy in half precision, and of a chunk of logits."""
+    return (2 if half else 0) * size.output + _CHUNK
 
 
 def training_state(size: Size, *, half: bool) -> int:
@@ -249,7 +288,7 @@ def training_state(size: Size, *, half: bool) -> int:
     return (4 + (2 if half else 0)) * size.parameters + (4 + _ADAM) * size.trained
 
 
-def training_memory(recipe: Recipe, tokens: int, size: Size, kept: float | None, *, half: bool) -> int:
+def training_memory(recipe: Recipe, tokens: float, size: Size, kept: float | None, *, half: bool) -> int:
     """Bytes of a training in one process. tokens: of a query; kept: as in `Rates`."""
     each = size.layers * size.width * (1 if half else 2)
     activations = _ACTIVATIONS * each if kept is None else kept
@@ -257,7 +296,8 @@ def training_memory(recipe: Recipe, tokens: int, size: Size, kept: float | None,
         activations = 2 * each
     budget = recipe.training.tokens_per_batch
     together = recipe.training.micro_batch_size * tokens if budget is None else max(budget, tokens)
-    return training_state(size, half=half) + round(together * activations)
+    gradient = 0 if recipe.training.lora else 4 * size.output  # of the output layer's use; summed with its use as embedding
+    return training_state(size, half=half) + round(together * activations) + output_memory(size, half=half) + gradient
 
 
 def model_disk(recipe: Recipe, size: Size) -> int:

@@ -124,7 +124,9 @@ def size_of(model: Checkpoint, recipe: Recipe) -> Size:
     layers, width, heads = (int(text.get(name) or 1) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     each = int(text.get("head_dim") or width // heads)
     cached = 2 * layers * int(text.get("num_key_value_heads") or heads) * each
-    return Size(parameters, _trained(empty, recipe) or parameters, layers, width, cached)
+    output = empty.get_output_embeddings()
+    weights = 0 if output is None else sum(part.numel() for part in output.parameters())
+    return Size(parameters, _trained(empty, recipe) or parameters, layers, width, cached, weights)
 
 
 def _trained(model: PreTrainedModel, recipe: Recipe) -> int:

@@ -101,7 +101,7 @@ def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) ->
         seconds=sum(stage["seconds"] for each in rounds for stage in each.get("stages", {}).values()),
         versions=with_what["versions"],
         hardware=", ".join(
-            f"{value} {name}" if name not in ("device", "dtype") else str(value)
+            str(value) if name in ("device", "dtype") else f"{value} {name if value != 1 else name.removesuffix('s')}"
             for name, value in with_what["hardware"].items()
         ),
     )
