@@ -419,7 +419,6 @@ def test_reward_bench_prints_every_subset(monkeypatch, capsys):
         (["run", QUICKSTART, "policy.model=./my-model"], "policy.model: './my-model': there is no such folder"),
         (["run", QUICKSTART, "policy.model=my.gguf"], "policy.model: my.gguf: there is no such file"),
         (["compare", QUICKSTART, "principles.path=no.jsonl"], "no.jsonl: no such file; principles.path"),
-        (["run", QUICKSTART, "launcher={kind: accelerate, config: pairs.jsonl}"], "pairs.jsonl: no YAML (expected"),
         (["run", QUICKSTART, "launcher={kind: accelerate, config: no.yaml}"], "no.yaml: no such file; name an ordinary"),
         (["train", "no.jsonl", QUICKSTART], "no.jsonl: no such file"),
         (
