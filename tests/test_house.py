@@ -8,7 +8,8 @@ import selfsteer
 
 HOUSE = Path(selfsteer.__file__).parent
 FLOORS = (
-    {"runtime", "records", "recipe", "clock"},
+    {"clock"},
+    {"runtime", "records", "recipe"},
     {"store", "cluster", "llamacpp"},
     {"weights"},
     {"data", "models", "prompts"},
