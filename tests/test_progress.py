@@ -76,6 +76,8 @@ def test_every_stage_is_announced_once_by_its_place(
     expected = [(str(round), str(place), name) for round in (1, 2) for place, name in enumerate(names, 1)]
     assert [each.group(1, 2, 4) for each in found if each] == expected
     assert {each.group(3) for each in found if each} == {"7"}
+    told = [name for line, name in zip(lines, 2 * names, strict=True) if line.endswith(" left for the run")]
+    assert told == 2 * names[3:], "as soon as something was sampled and scored"
     caplog.clear()
     run(recipe)
     assert not [line for line in caplog.messages if " stage " in line], "nothing is made anew"

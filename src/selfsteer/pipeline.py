@@ -39,6 +39,7 @@ from selfsteer.stages.passes import passes_stage
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import check_writer, load_pool, principles_stage
 from selfsteer.stages.quality import quality_stage, require_checks
+from selfsteer.stages.remaining import time_left
 from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
 from selfsteer.stages.status import MODEL, method_of, record_end, stage_names
@@ -71,7 +72,9 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
         folder.describe(dump(recipe), {**summary.session(), "date": recipe.policy.date})
         dtype = str(compute_dtype(recipe.training.dtype, pick_device())).removeprefix("torch.")
         log.info("%s on %s, matrix products in %s", recipe.policy.model, pick_device().type, dtype)
-        round = dataclasses.replace(first_round(folder, recipe, prepared), replace=replace, lenders=lending)
+        round = dataclasses.replace(
+            first_round(folder, recipe, prepared), replace=replace, lenders=lending, time_left=time_left
+        )
         if recipe.queries.shard is not None:
             return run_shard(round)
         while (aligned := run_round(round)) is not None:

@@ -21,7 +21,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Recipe, Share, Training, load
 from selfsteer.recipe.text import changes
 from selfsteer.records import Checkpoint
-from selfsteer.runtime import counted
+from selfsteer.runtime import counted, duration
 from selfsteer.stages.guard import Attempt, refuse_to_replace
 from selfsteer.stages.status import (
     BAD_GENERATOR,
@@ -65,6 +65,8 @@ class Round:
     """The folder of the comparison that this run is an arm of."""
     held_out_only: bool = False
     """Make preference data for the held-out queries alone: they are measured, and no policy is aligned."""
+    time_left: Callable[["Round", str], float | None] | None = None
+    """Seconds from the beginning of a stage to the end of the run (`remaining.py`, which reads stages)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +120,8 @@ def make_stage(
         log.info("%s: made again, because of %s; samples that are still wanted are reused", name, ", ".join(changed))
         stage.reopen()
     if (line := _which(round, name)) is not None:
-        log.info("%s", line)
+        left = round.time_left and round.time_left(round, name)
+        log.info("%s%s", line, f"; about {duration(left)} left for the run" if left else "")
     lenders = [lender.stage(round.number, name) for lender in round.lenders if not _of_other_queries(round, name, lender)]
     borrow(stage, lenders)
     if adopt(stage, lenders, origin.fingerprint):

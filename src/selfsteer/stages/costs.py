@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 from selfsteer.recipe.sections import Alignment, Generator, Recipe, Share
-from selfsteer.stages.status import GAIN, PASSES, PREFERENCES, QUALITY, SELECTION, method_of, stage_names
+from selfsteer.stages.status import (
+    BAD_GENERATOR,
+    GAIN,
+    GOOD_GENERATOR,
+    PASSES,
+    PREFERENCES,
+    QUALITY,
+    SELECTION,
+    method_of,
+    stage_names,
+)
 from selfsteer.stages.steering import HEADROOM_QUERIES
 from selfsteer.training.checkpoints import KEPT
 from selfsteer.training.displacement import LARGEST, schedule
@@ -121,30 +131,49 @@ def stage_costs(recipe: Recipe, counts: Counts, size: Size, rates: Rates, *, hal
     found: list[StageCost] = []
     model = _Model(size, rates, half)
     longest = counts._replace(response=float(recipe.responses.max_new_tokens))
-    share = recipe.queries.share or Share(1, 1)
     for name in stage_names(recipe, method_of(recipe)):
-        lent = share.number > 1 and name != PREFERENCES
-        work = _Work() if lent else _work(recipe, counts, name)
-        section = recipe.alignment if name == "6-policy" else recipe.generator
-        trains = name.startswith("4-generator") or name == "6-policy"
-        training = trains and not lent
-        trained = _trained(section, work) if training else 0
-        scored = work.scored + (_passes(recipe, counts, work, trained, section) if training else 0)
+        work = _share_of_work(recipe, counts, name)
+        tokens = stage_tokens(recipe, counts, name)
+        trains = name in TRAININGS
         found.append(
             StageCost(
                 stage=name,
                 samples=work.samples,
-                sampled=round(work.samples * counts.response),
-                scored=round(scored),
-                trained=round(trained),
+                sampled=round(tokens.sampled),
+                scored=round(tokens.scored),
+                trained=round(tokens.trained),
                 memory=_memory(recipe, name, work, counts, model),
                 memory_most=_memory(recipe, name, work, longest, model),
                 disk=model_disk(recipe, size) if trains else _BYTES_A_SAMPLE * work.samples,
-                passing_disk=checkpoints_disk(size) if training else 0,
-                seconds=_seconds(work, counts, scored, trained, rates, timed=name not in (GAIN, QUALITY)),
+                passing_disk=checkpoints_disk(size) if tokens.trained else 0,
+                seconds=None if name in UNTIMED else _seconds(tokens, rates),
             )
         )
     return found
+
+
+TRAININGS = ("4-generator", GOOD_GENERATOR, BAD_GENERATOR, "6-policy")
+
+UNTIMED = (GAIN, QUALITY)
+"""Stages of whose work only a part is counted."""
+
+
+class Tokens(NamedTuple):
+    """What a stage computes, in tokens as `StageCost` counts them."""
+
+    sampled: float
+    scored: float
+    trained: float
+
+
+def stage_tokens(recipe: Recipe, counts: Counts, name: str) -> Tokens:
+    """Of one stage; none of what a shard takes over."""
+    work = _share_of_work(recipe, counts, name)
+    if name not in TRAININGS or not work.queries:
+        return Tokens(work.samples * counts.response, work.scored, 0.0)
+    section = recipe.alignment if name == "6-policy" else recipe.generator
+    trained = _trained(section, work)
+    return Tokens(0.0, _passes(recipe, counts, work, trained, section), trained)
 
 
 _BYTES_A_SAMPLE = 2000
@@ -191,6 +220,12 @@ def _memory(recipe: Recipe, name: str, work: _Work, counts: Counts, model: _Mode
     else:
         return 0
     return rates.libraries + round((1 + _KEPT_FREE) * held)
+
+
+def _share_of_work(recipe: Recipe, counts: Counts, name: str) -> _Work:
+    """What a stage does here: a shard beyond the first takes all but its pairs over."""
+    share = recipe.queries.share
+    return _Work() if share is not None and share.number > 1 and name != PREFERENCES else _work(recipe, counts, name)
 
 
 def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
@@ -258,16 +293,11 @@ def _passes(recipe: Recipe, counts: Counts, work: _Work, trained: float, section
     return after + saving + (2 + steps // every) * size * (work.each + unrelated)
 
 
-def _seconds(work: _Work, counts: Counts, scored: float, trained: float, rates: Rates, *, timed: bool) -> float | None:
-    parts = (
-        (work.samples * counts.response, rates.sampled),
-        (scored, rates.scored),
-        (trained, rates.trained),
-    )
-    needed = [(tokens, rate) for tokens, rate in parts if tokens]
-    if not timed or any(rate is None for _, rate in needed):
+def _seconds(tokens: Tokens, rates: Rates) -> float | None:
+    needed = [(each, rate) for each, rate in zip(tokens, (rates.sampled, rates.scored, rates.trained), strict=True) if each]
+    if any(rate is None for _, rate in needed):
         return None
-    return sum(tokens / rate for tokens, rate in needed if rate) + len(needed) * rates.loading
+    return sum(each / rate for each, rate in needed if rate) + len(needed) * rates.loading
 
 
 def sampling_memory(recipe: Recipe, counts: Counts, size: Size, *, half: bool) -> int:
