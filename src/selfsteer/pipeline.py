@@ -20,7 +20,7 @@ from selfsteer.judges.find import RecipeJudge, check_judge, find_judge
 from selfsteer.measures.contamination import check_files
 from selfsteer.measures.gates import evaluate
 from selfsteer.measures.headroom import in_words
-from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics, plain
+from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics
 from selfsteer.models import resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.gates import before_generator, parse
@@ -300,5 +300,5 @@ def why_not_aligned(metrics: RoundMetrics, *, number: int, gates_stop: bool) -> 
 
 
 def _shown(result: GateResult) -> str:
-    shown = cell(plain(result.value), "number")
+    shown = cell(result.value, "number")
     return " ".join((*filter(None, shown), "")) if shown.value else ""

@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
-from selfsteer.measures.estimates import METHOD, Estimate
-from selfsteer.measures.metrics import plain
+from selfsteer.measures.estimates import METHOD, Estimate, known
+from selfsteer.measures.metrics import from_plain, plain
 from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.reports.page import NO_PLOTS, frame, table_html, write_html
-from selfsteer.reports.tables import Cell, Row, Table, cell, markdown
+from selfsteer.reports.tables import Cell, Form, Row, Table, cell, markdown
 from selfsteer.runtime import duration
 from selfsteer.store.durable import read_json, write
 
@@ -55,8 +55,11 @@ _GROUPS = (
 
 _JUDGED = {"accuracy": "accuracy", "principle consistency": "principle_consistency"}
 
-SHARES = frozenset((*_JUDGED.values(), *_VARIETY.values(), *_PASSING.values()))
-"""Measures that are shares."""
+_SHARES = frozenset((*_JUDGED.values(), *_VARIETY.values(), *_PASSING.values()))
+
+
+def _form(measure: str) -> Form:
+    return "share" if measure in _SHARES else "number"
 
 
 class SeedResult(TypedDict, total=False):
@@ -130,14 +133,7 @@ def _measures(title: str, arms: Mapping[str, ArmResult], columns: Mapping[str, s
             name,
             (
                 Cell(f"{arm.get('queries', 0):,}"),
-                *(
-                    cell(
-                        plain(cast(Any, arm)[key].get(measure)),
-                        "share" if measure in SHARES else "number",
-                        signed=key == "difference",
-                    )
-                    for measure in shown.values()
-                ),
+                *(cell(cast(Any, arm)[key].get(name), _form(name), signed=key == "difference") for name in shown.values()),
             ),
         )
         for name, arm in arms.items()
@@ -155,10 +151,8 @@ def _seed_tables(arms: Mapping[str, ArmResult], seeds: Sequence[int]) -> Iterato
             if "by_seed" in arm
         }
         if any(each is not None for of_arm in found.values() for each in of_arm):
-            form = "share" if measure in SHARES else "number"
-            rows = [
-                Row(name, tuple(cell(plain(each), form, signed=True) for each in of_arm)) for name, of_arm in found.items()
-            ]
+            cells = {name: (cell(each, _form(measure), signed=True) for each in of_arm) for name, of_arm in found.items()}
+            rows = [Row(name, tuple(each)) for name, each in cells.items()]
             columns = tuple(f"seed {seed}" for seed in seeds)
             yield Table(f"Seed by seed: {heading}, difference from {BASELINE}", columns, tuple(rows), note)
 
@@ -182,7 +176,7 @@ def _trainings(arms: Mapping[str, ArmResult]) -> Table:
                 moved(arm, "generator"),
                 loss(arm, "policy"),
                 moved(arm, "policy"),
-                cell(plain(arm["wins"].get("accuracy")) if "wins" in arm else None, "share"),
+                cell(arm["wins"].get("accuracy") if "wins" in arm else None, "share"),
                 Cell(duration(arm.get("seconds", 0.0))),
             ),
         )
@@ -203,12 +197,12 @@ def write_comparison(folder: Path, result: ComparisonResult) -> None:
 
 
 def read_comparison(folder: Path) -> ComparisonResult:
-    """What `write_comparison` wrote, an `Estimate` being {"mean", "low", "high", "n"}. ValueError where there is none."""
+    """What `write_comparison` wrote. Raises ValueError where there is none."""
     path = folder / "comparison.json"
     if not path.exists():
         raise ValueError(f"{folder}: no comparison here (no comparison.json). Name the folder that `compare` was given.")
     shape = {"baseline": str, "model": str, "seeds": list, "holdout": int, "arms": dict}
-    return cast(ComparisonResult, read_json(path, shape, way_out=_WAY_OUT))
+    return from_plain(read_json(path, shape, way_out=_WAY_OUT))
 
 
 _WAY_OUT = "run `selfsteer compare` again, which writes it anew from what is sealed"
@@ -220,8 +214,6 @@ def write_tables(folder: Path, result: ComparisonResult) -> None:
     tables = "\n\n".join(map(markdown, comparison_tables(result)))
     write(folder / "comparison.md", f"# Ways of making preference data\n\n{arms}\n\n{tables}\n".encode())
 
-
-Json = Mapping[str, Any]
 
 _FORESTS: tuple[tuple[tuple[str, str], ...], ...] = (
     (
@@ -237,10 +229,21 @@ _FORESTS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("length_chosen", "tokens of chosen"), ("length_rejected", "tokens of rejected")),
 )
 
-_AGAINST = {"accuracy": "accuracy by the judge", "principle_consistency": "principle consistency"}
-
-
-_OVER = {GAINS["gain"]: "on-policy, nats a token", GAINS["steering"]: "of it steering", GAINS["following"]: "following"}
+_SCATTERS = (
+    (
+        (GAINS["displacement"], "displacement of bare answers, nats a token"),
+        {GAINS["gain"]: "on-policy, nats a token", GAINS["steering"]: "of it steering", GAINS["following"]: "following"},
+        "What each generator gained, against what it took away from answers that its training was not about. Up and to"
+        " the right is better; how many steps, and how large, is left out on purpose.",
+    ),
+    (
+        ("on_policy_all", "on-policy probability"),
+        {"accuracy": "accuracy by the judge", "principle_consistency": "principle consistency"},
+        "On-policy probability and order of the pairs, each with its 95% interval. Up and to the right is better; the"
+        " intervals of two arms overlap more than that of their difference says, which is taken query by query above.",
+    ),
+)
+"""One measure against others: it and its name, theirs, the caption."""
 
 
 def write_comparison_page(folder: Path) -> None:
@@ -285,22 +288,19 @@ def _figures(result: ComparisonResult) -> str:
     )
 
 
-def _of(result: ComparisonResult, key: str, measure: str) -> dict[str, Json]:
-    """One estimate of every arm that has it, as JSON values."""
-    arms = cast("Mapping[str, Json]", plain(result["arms"]))
-    return {name: arm[key][measure] for name, arm in arms.items() if measure in arm.get(key, {})}
+def _of(result: ComparisonResult, key: Literal["measures", "difference"], measure: str) -> dict[str, Estimate]:
+    """One estimate of every arm that has it."""
+    return known({name: arm.get(key, {}).get(measure) for name, arm in result["arms"].items()})
 
 
 def _seeds(result: ComparisonResult, measure: str) -> dict[str, list[float]]:
     """The differences of every arm, seed by seed."""
-    arms = cast("Mapping[str, Json]", plain(result["arms"]))
-    return {
-        name: [
-            seed["difference"][measure]["mean"] for seed in arm["by_seed"].values() if measure in seed.get("difference", {})
-        ]
-        for name, arm in arms.items()
+    found = {
+        name: [seed.get("difference", {}).get(measure) for seed in arm["by_seed"].values()]
+        for name, arm in result["arms"].items()
         if "by_seed" in arm
     }
+    return {name: [each.mean for each in seeds if each is not None] for name, seeds in found.items()}
 
 
 def _plots(result: ComparisonResult) -> Iterator[str]:
@@ -321,23 +321,11 @@ def _plots(result: ComparisonResult) -> Iterator[str]:
                 f"Difference from {BASELINE} with its 95% interval, query by query. Filled: the interval leaves out zero. "
                 "Small marks: each seed by itself.",
             )
-    x = _of(result, "measures", GAINS["displacement"])
-    panels = {title: y for measure, title in _OVER.items() if (y := _of(result, "measures", measure))}
-    if x and panels:
-        label = "displacement of bare answers, nats a token"
-        yield _figure(
-            plots.scatter(x, panels, label),
-            "What each generator gained, against what it took away from answers that its training was not about. Up and to"
-            " the right is better; how many steps, and how large, is left out on purpose.",
-        )
-    x = _of(result, "measures", "on_policy_all")
-    panels = {title: y for measure, title in _AGAINST.items() if (y := _of(result, "measures", measure))}
-    if x and panels:
-        yield _figure(
-            plots.scatter(x, panels, "on-policy probability"),
-            "On-policy probability and order of the pairs, each with its 95% interval. Up and to the right is better; the"
-            " intervals of two arms overlap more than that of their difference says, which is taken query by query above.",
-        )
+    for (measure, label), others, caption in _SCATTERS:
+        x = _of(result, "measures", measure)
+        panels = {title: y for other, title in others.items() if (y := _of(result, "measures", other))}
+        if x and panels:
+            yield _figure(plots.scatter(x, panels, label), caption)
 
 
 def _figure(svg: str, caption: str) -> str:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from selfsteer.measures.estimates import Distribution, Estimate
-from selfsteer.measures.metrics import Comparison, Json, Measures, RoundMetrics, TrainingSummary, find, plain
+from selfsteer.measures.metrics import Comparison, Measures, RoundMetrics, TrainingSummary, find
 from selfsteer.reports.tables import GENERATOR, PBAA
 
 # The light theme's, which files keep; in the SVG of a page each is replaced by what the page defines.
@@ -89,6 +89,7 @@ def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
     return drawn
 
 
+@mpl.rc_context(STYLE)
 def figure_one(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | None:
     """The paper's Figure 1 for one run (arXiv 2410.17131): the log-probability of responses under the policy.
 
@@ -106,19 +107,16 @@ def figure_one(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | None:
     shown = [*sets.values(), *filter(None, [original])]
     low, high = min(each["edges"][0] for each in shown), max(each["edges"][-1] for each in shown)
     panels: dict[str, Figure] = {}
-    with mpl.rc_context(STYLE):
-        for key, found in sets.items():
-            panels[key], axes = _panel()
-            for colour, side in zip((CHOSEN, REJECTED), found["counts"], strict=True):
-                _density(axes, found, side, color=colour, fill=True, alpha=0.35)
-                _density(axes, found, side, color=colour, linewidth=1.2, label=side)
-            if original is not None:
-                _density(axes, original, "original", color=INK, linewidth=1.2, linestyle="--", label="unsteered")
-            axes.legend()
-            axes.set_xlim(low, high)
-            axes.set_title({PBAA: "before: the policy's pairs", GENERATOR: "after: the generator's pairs"}.get(key, key))
-            axes.set_xlabel("nats a token (mean of a response)")
-            axes.set_ylabel("density")
+    for key, found in sets.items():
+        title = {PBAA: "before: the policy's pairs", GENERATOR: "after: the generator's pairs"}.get(key, key)
+        panels[key], axes = _panel(title, "nats a token (mean of a response)", "density")
+        for colour, side in zip((CHOSEN, REJECTED), found["counts"], strict=True):
+            _density(axes, found, side, color=colour, fill=True, alpha=0.35)
+            _density(axes, found, side, color=colour, linewidth=1.2, label=side)
+        if original is not None:
+            _density(axes, original, "original", color=INK, linewidth=1.2, linestyle="--", label="unsteered")
+        axes.legend()
+        axes.set_xlim(low, high)
     return Plot("figure-1", caption, panels)
 
 
@@ -129,6 +127,7 @@ def _density(axes: Axes, found: Distribution, side: str, **drawn: Any) -> None:
     axes.stairs([count / area for count in counts], edges, **drawn)
 
 
+@mpl.rc_context(STYLE)
 def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | None:
     """The paper's Figure 3 for one run (arXiv 2410.17131): accuracy of each set of pairs against its on-policy probability.
 
@@ -145,51 +144,47 @@ def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | Non
     caption = "Up and to the right is better. Bars: 95% intervals. Dotted: chance."
     if held_out:
         caption = f"Over the {compared.get('queries', 0):,} held-out queries that both answered. {caption}"
-    with mpl.rc_context(STYLE):
-        figure, axes = _panel()
-        axes.axhline(0.5, color=INK, linewidth=1, linestyle=":", alpha=0.6)
-        for colour, (name, (x, y)) in zip((REJECTED, CHOSEN, INK), found.items(), strict=False):
-            bars: dict[str, Any] = {"xerr": _reach(x), "yerr": _reach(y), "elinewidth": 1.4}
-            axes.errorbar(x["mean"], y["mean"], **bars, fmt="o", color=colour, label=name)
-        if "headroom" in this:
-            axes.axvline(this["headroom"]["original"].mean, color=INK, linewidth=1, linestyle="--", label="unsteered")
-            caption += " Dashed: the policy's own answers to queries trained on, unsteered; they have no accuracy."
-        axes.set_xlabel("on-policy probability")
-        axes.set_ylabel(who)
-        axes.margins(0.15)
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(low, 0.4), max(high, 0.6))
-        axes.locator_params(axis="x", nbins=5)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)  # above: a run has its crosses anywhere
+    figure, axes = _panel("", "on-policy probability", who)
+    axes.axhline(0.5, color=INK, linewidth=1, linestyle=":", alpha=0.6)
+    for colour, (name, (x, y)) in zip((REJECTED, CHOSEN, INK), found.items(), strict=False):
+        bars: dict[str, Any] = {"xerr": _reach(x), "yerr": _reach(y), "elinewidth": 1.4}
+        axes.errorbar(x.mean, y.mean, **bars, fmt="o", color=colour, label=name)
+    if "headroom" in this:
+        axes.axvline(this["headroom"]["original"].mean, color=INK, linewidth=1, linestyle="--", label="unsteered")
+        caption += " Dashed: the policy's own answers to queries trained on, unsteered; they have no accuracy."
+    axes.margins(0.15)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.4), max(high, 0.6))
+    axes.locator_params(axis="x", nbins=5)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)  # above: a run has its crosses anywhere
     return Plot("figure-3", caption, {"": figure})
 
 
-def _points(data: Mapping[str, Measures], key: str, held_out: Mapping[str, Estimate]) -> dict[str, tuple[Json, Json]]:
+def _points(
+    data: Mapping[str, Measures], key: str, held_out: Mapping[str, Estimate]
+) -> dict[str, tuple[Estimate, Estimate]]:
     """On-policy probability and accuracy by one judge, of each set of pairs that has both.
 
     held_out: the on-policy probability of the held-out queries alone, of sets where it is known.
     """
-    measured = {name: plain(measures) for name, measures in data.items()}
-    x = {name: plain(held_out[name]) if name in held_out else find(each, "on_policy.all") for name, each in measured.items()}
-    both = {name: (x[name], find(each, f"{key}.accuracy")) for name, each in measured.items()}
+    x = {name: held_out.get(name) or find(measures, "on_policy.all") for name, measures in data.items()}
+    both = {name: (x[name], find(measures, f"{key}.accuracy")) for name, measures in data.items()}
     return {name.removesuffix(" pairs"): (x, y) for name, (x, y) in both.items() if x is not None and y is not None}
 
 
-def _reach(value: Json) -> list[list[float]] | None:
+def _reach(value: Estimate) -> list[list[float]] | None:
     """How far an interval reaches below and above its mean; None where there is none."""
-    return None if value["low"] is None else [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+    low, high = value.low, value.high
+    return None if low is None or high is None else [[value.mean - low], [high - value.mean]]
 
 
+@mpl.rc_context(STYLE)
 def _losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Figure]:
     drawn: dict[str, Figure] = {}
-    with mpl.rc_context(STYLE):
-        for name, curve in curves.items():
-            drawn[name], axes = _panel()
-            axes.plot([step for step, _ in curve], [loss for _, loss in curve], color=CHOSEN, linewidth=1.5)
-            axes.set_title(name)
-            axes.set_xlabel("optimizer step")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_ylabel("loss")
+    for name, curve in curves.items():
+        drawn[name], axes = _panel(name, "optimizer step", "loss")
+        axes.plot(*zip(*curve, strict=True), color=CHOSEN, linewidth=1.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return drawn
 
 
@@ -202,48 +197,44 @@ def _readings(training: TrainingSummary) -> Mapping[str, Sequence[tuple[float, f
     return {kind: [(0, 0.0), *found] for kind, found in kinds.items() if found}
 
 
+@mpl.rc_context(STYLE)
 def _movements(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> dict[str, Figure]:
     colours = {"chosen": CHOSEN, "rejected": REJECTED, "unrelated": INK}
     drawn: dict[str, Figure] = {}
-    with mpl.rc_context(STYLE):
-        for name, kinds in panels.items():
-            drawn[name], axes = _panel()
-            axes.axhline(0, color=LINE, linewidth=1)
-            for kind, found in kinds.items():
-                axes.plot(*zip(*found, strict=True), color=colours[kind], linewidth=1.5, marker=".", label=kind)
-            axes.set_title(name)
-            axes.set_xlabel("optimizer step")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_ylabel("nats a response")
-            axes.legend()
+    for name, kinds in panels.items():
+        drawn[name], axes = _panel(name, "optimizer step", "nats a response")
+        axes.axhline(0, color=LINE, linewidth=1)
+        for kind, found in kinds.items():
+            axes.plot(*zip(*found, strict=True), color=colours[kind], linewidth=1.5, marker=".", label=kind)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
     return drawn
 
 
+@mpl.rc_context(STYLE)
 def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) -> dict[str, Figure]:
     """One panel a set of pairs, on the same horizontal scale."""
     low = min(distribution["edges"][0] for distribution in panels.values())
     high = max(distribution["edges"][-1] for distribution in panels.values())
     drawn: dict[str, Figure] = {}
-    with mpl.rc_context(STYLE):
-        for name, distribution in panels.items():
-            drawn[name], axes = _panel()
-            for index, (side, counts) in enumerate(distribution["counts"].items()):
-                colour = (CHOSEN, REJECTED)[index]
-                axes.stairs(counts, distribution["edges"], fill=True, color=colour, alpha=0.35)
-                axes.stairs(counts, distribution["edges"], color=colour, linewidth=1.2, label=side)
-            if len(distribution["counts"]) > 1:
-                axes.legend()
-            axes.set_xlim(low, high)
-            axes.set_title(name)
-            axes.set_xlabel(units[name])
-            axes.set_ylabel("responses" if len(distribution["counts"]) > 1 else "pairs")
+    for name, distribution in panels.items():
+        both = len(distribution["counts"]) > 1
+        drawn[name], axes = _panel(name, units[name], "responses" if both else "pairs")
+        for colour, (side, counts) in zip((CHOSEN, REJECTED), distribution["counts"].items(), strict=False):
+            axes.stairs(counts, distribution["edges"], fill=True, color=colour, alpha=0.35)
+            axes.stairs(counts, distribution["edges"], color=colour, linewidth=1.2, label=side)
+        if both:
+            axes.legend()
+        axes.set_xlim(low, high)
     return drawn
 
 
-def _panel() -> tuple[Figure, Axes]:
-    """As wide as a telephone: its text is read there as it is drawn."""
+def _panel(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """As wide as a telephone: its text is read there as it is drawn. x, y: what the axes are."""
     figure = Figure(figsize=(4.4, 2.9), layout="constrained")
-    return figure, figure.subplots()
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    return figure, axes
 
 
 def write_figures(drawn: Iterable[Plot], folder: Path) -> list[Path]:
@@ -279,61 +270,47 @@ class Forest(NamedTuple):
     """One panel: a measure's difference from the baseline for every arm."""
 
     title: str
-    differences: Mapping[str, Json]
-    """Arm -> {"mean", "low", "high", "n"}."""
+    differences: Mapping[str, Estimate]
+    """By arm."""
     seeds: Mapping[str, Sequence[float]]
     """Arm -> the difference under each seed; arms of one seed are absent."""
 
 
+@mpl.rc_context(STYLE)
 def forests(panels: Sequence[Forest]) -> str:
     """Panels side by side, the arms from top to bottom."""
     arms = list(dict.fromkeys(arm for panel in panels for arm in panel.differences))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 0.8 + 0.34 * len(arms)), layout="constrained")
-        places = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for axes, panel in zip(places, panels, strict=True):
-            axes.axvline(0, color=LINE, linewidth=1)
-            for place, arm in enumerate(arms):
-                if arm in panel.differences:
-                    _interval(axes, panel.differences[arm], place)
-                for value in panel.seeds.get(arm, ()):
-                    axes.plot(value, place + 0.28, marker="|", markersize=5, color=INK, alpha=0.6)
-            axes.set_title(panel.title)
-            axes.set_yticks(range(len(arms)), arms)
-            axes.set_ylim(len(arms) - 0.4, -0.6)
-            axes.tick_params(axis="y", length=0)
-            axes.locator_params(axis="x", nbins=5)
-            axes.spines["left"].set_visible(False)
-        return to_svg(figure, "Difference from the baseline of every arm")
+    figure = Figure(figsize=(9.6, 0.8 + 0.34 * len(arms)), layout="constrained")
+    places = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, panel in zip(places, panels, strict=True):
+        axes.axvline(0, color=LINE, linewidth=1)
+        for place, arm in enumerate(arms):
+            if (found := panel.differences.get(arm)) is not None:
+                filled = "full" if found.above_zero or found.below_zero else "none"
+                bar: dict[str, Any] = {"xerr": _reach(found), "elinewidth": 1.6, "fillstyle": filled}
+                axes.errorbar(found.mean, place, **bar, fmt="o", color=CHOSEN)
+            for value in panel.seeds.get(arm, ()):
+                axes.plot(value, place + 0.28, marker="|", markersize=5, color=INK, alpha=0.6)
+        axes.set_title(panel.title)
+        axes.set_yticks(range(len(arms)), arms)
+        axes.set_ylim(len(arms) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.locator_params(axis="x", nbins=5)
+        axes.spines["left"].set_visible(False)
+    return to_svg(figure, "Difference from the baseline of every arm")
 
 
-def _interval(axes: Axes, found: Json, place: int) -> None:
-    low, high = found["low"], found["high"]
-    beyond = low is not None and (low > 0 or high < 0)
-    if low is not None:
-        axes.plot([low, high], [place, place], color=CHOSEN, linewidth=1.6)
-    axes.plot(found["mean"], place, marker="o", markersize=6, color=CHOSEN, fillstyle="full" if beyond else "none")
-
-
-def scatter(x: Mapping[str, Json], panels: Mapping[str, Mapping[str, Json]], label: str) -> str:
+@mpl.rc_context(STYLE)
+def scatter(x: Mapping[str, Estimate], panels: Mapping[str, Mapping[str, Estimate]], label: str) -> str:
     """One measure, named by label, against each of the panels' measures; an arm a point, intervals both ways."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-        places = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, y) in zip(places, panels.items(), strict=True):
-            for arm in x.keys() & y.keys():
-                _cross(axes, arm, x[arm], y[arm])
-            axes.set_xlabel(label)
-            axes.set_ylabel(title)
-            axes.margins(0.12)
-        return to_svg(figure, f"{label} against {', '.join(panels)}, of every arm")
-
-
-def _cross(axes: Axes, arm: str, x: Json, y: Json) -> None:
-    middle = (x["mean"], y["mean"])
-    if x["low"] is not None:
-        axes.plot([x["low"], x["high"]], [middle[1]] * 2, color=LINE, linewidth=1.2, zorder=1)
-    if y["low"] is not None:
-        axes.plot([middle[0]] * 2, [y["low"], y["high"]], color=LINE, linewidth=1.2, zorder=1)
-    axes.plot(*middle, marker="o", markersize=6, color=CHOSEN, zorder=2)
-    axes.annotate(arm, middle, xytext=(5, 5), textcoords="offset points")
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, y) in zip(places, panels.items(), strict=True):
+        for arm in x.keys() & y.keys():
+            bars: dict[str, Any] = {"xerr": _reach(x[arm]), "yerr": _reach(y[arm]), "ecolor": LINE, "elinewidth": 1.2}
+            axes.errorbar(x[arm].mean, y[arm].mean, **bars, fmt="o", color=CHOSEN)
+            axes.annotate(arm, (x[arm].mean, y[arm].mean), xytext=(5, 5), textcoords="offset points")
+        axes.set_xlabel(label)
+        axes.set_ylabel(title)
+        axes.margins(0.12)
+    return to_svg(figure, f"{label} against {', '.join(panels)}, of every arm")

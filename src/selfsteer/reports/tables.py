@@ -18,9 +18,9 @@ from rich.text import Text
 
 from selfsteer.clock import PARTS, PRODUCTS, Part, most
 from selfsteer.evaluations.length_controlled import WinRate
-from selfsteer.measures.checks import parse
+from selfsteer.measures.checks import PrincipleChecks, parse
 from selfsteer.measures.displacement import displaced
-from selfsteer.measures.estimates import METHOD, share_estimate
+from selfsteer.measures.estimates import METHOD, Estimate, share_estimate
 from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.headroom import in_words
 from selfsteer.measures.metrics import (
@@ -31,6 +31,7 @@ from selfsteer.measures.metrics import (
     Gain,
     GateResult,
     Headroom,
+    HeadroomAt,
     Json,
     Measures,
     Metrics,
@@ -75,7 +76,7 @@ class Table(NamedTuple):
     """It says what became of the rows of the stages."""
 
 
-def cell(value: Any, form: Form, *, signed: bool = False) -> Cell:
+def cell(value: Estimate | float | None, form: Form, *, signed: bool = False) -> Cell:
     """An estimate, a number or None as text. The interval has as many decimals as the mean."""
     if value is None:
         return Cell("")
@@ -83,7 +84,7 @@ def cell(value: Any, form: Form, *, signed: bool = False) -> Cell:
         return Cell(f"{value:,}")
     if isinstance(value, float):
         return Cell(_number(value, form, signed=signed))
-    mean, low, high = value["mean"], value["low"], value["high"]
+    mean, low, high = value.mean, value.low, value.high
     text = _number(mean, form, signed=signed)
     if low is None or high is None:
         return Cell(text)
@@ -227,8 +228,8 @@ def print_annotated(found: WinRate, who: str, console: Console | None = None) ->
     """Print the win rates of recorded judgements."""
     controlled = "published" if found.formula == "length_controlled_v1" else "without difficulty, not the leaderboard's"
     rows = (
-        Row("win rate", (cell(plain(found.win_rate), "share"), Cell(f"{found.win_rate.n:,}"))),
-        Row("length-controlled win rate", (cell(plain(found.length_controlled), "share"), Cell(f"formula: {controlled}"))),
+        Row("win rate", (cell(found.win_rate, "share"), Cell(f"{found.win_rate.n:,}"))),
+        Row("length-controlled win rate", (cell(found.length_controlled, "share"), Cell(f"formula: {controlled}"))),
         Row("... its published standard error", (cell(found.published_error, "share"), Cell(""))),
         Row("wins, losses, draws", (Cell(f"{found.wins:,}, {found.baseline_wins:,}, {found.draws:,}"), Cell(""))),
         Row("no verdict", (cell(found.no_verdict, "number"), Cell(""))),
@@ -238,7 +239,7 @@ def print_annotated(found: WinRate, who: str, console: Console | None = None) ->
 
 def print_judged(reports: Mapping[str, Json], title: str, console: Console | None = None) -> None:
     """Print what a judge or a reward model says of several sets of pairs."""
-    found = [cast(Json, plain(report)) for report in reports.values()]
+    found: list[Json] = list(map(from_plain, reports.values()))
     rows = [Row("pairs", tuple(cell(report.get("pairs"), "number") for report in found))]
     rows += [Row(label, tuple(cell(report.get(key), "share") for report in found)) for label, key in VERDICTS]
     kept = tuple(row for row in rows if any(cell.value for cell in row.cells))
@@ -247,11 +248,11 @@ def print_judged(reports: Mapping[str, Json], title: str, console: Console | Non
 
 def print_reward_bench(found: Json, name: str, console: Console | None = None) -> None:
     """Print a reward model's numbers on one benchmark."""
-    found = cast(Json, plain(found))
+    found = from_plain(found)
     if found["format"] == "pairs":
         print_judged({name: found}, "Labelled pairs", console)
         return
-    rows = [Row(subset, (cell(value, "share"), cell(value["n"], "number"))) for subset, value in found["subsets"].items()]
+    rows = [Row(subset, (cell(value, "share"), cell(value.n, "number"))) for subset, value in found["subsets"].items()]
     rows += [Row(section, (cell(value, "share"), Cell(""))) for section, value in found["sections"].items()]
     if found["score"] is not None:
         rows.append(Row("score", (cell(found["score"], "share"), Cell(""))))
@@ -350,7 +351,7 @@ def gates_table(results: Sequence[GateResult], *, title: str = "Gates") -> Table
 
 def evaluation_table(found: Json, title: str = "Evaluation") -> Table:
     """Benchmarks of one model, or of two side by side; parts of a task (MMLU's subjects) are in the JSON alone."""
-    found = cast(Json, plain(found))
+    found = from_plain(found)
     both = "before" in found["models"]
     rows: list[Row] = []
     for row in found["rows"]:
@@ -381,7 +382,7 @@ def _stops_table(results: Sequence[GateResult], title: str) -> Table:
 
 
 def _bounds_table(results: Sequence[GateResult], title: str, bound: str, said: Callable[[GateResult], str]) -> Table:
-    rows = [Row(each.name, (cell(plain(each.value), "number"), Cell(each.bound), Cell(said(each)))) for each in results]
+    rows = [Row(each.name, (cell(each.value, "number"), Cell(each.bound), Cell(said(each)))) for each in results]
     return Table(title, ("measured", bound, ""), tuple(rows), METHOD, left=True)
 
 
@@ -391,12 +392,12 @@ def _differences(this: RoundMetrics) -> Json | None:
     judged = {judge: found["difference"] for judge, found in this.get("judged_comparison", {}).items()}
     if compared is None or not compared.get("queries"):
         return None
-    return cast(Json, plain({**compared, **judged}))
+    return {**compared, **judged}
 
 
 def measures_table(columns: Mapping[str, Measures], differences: Json | None = None, *, title: str = "Pairs") -> Table:
     """Sets of pairs side by side and, with `differences`, how far the last is above the first."""
-    sets = [cast(Json, plain(measures)) for measures in columns.values()]
+    sets = list(columns.values())
 
     def line(label: str, path: str, form: Form = "number", difference: str = "") -> Row:
         cells = tuple(cell(find(measures, path), form) for measures in sets)
@@ -474,7 +475,7 @@ def _verdicts(line: Callable[[str, str, Form, str], Row], judge: str) -> list[Ro
     return [line(label, f"{judge}.{key}", "share", judge if key == "accuracy" else "") for label, key in VERDICTS]
 
 
-def _unjudged(sets: Sequence[Json], judge: str, *, blank: bool) -> list[Row]:
+def _unjudged(sets: Sequence[Measures], judge: str, *, blank: bool) -> list[Row]:
     """Pairs without a verdict, by reason."""
     found = [cast("Mapping[str, int]", find(measures, f"{judge}.errors") or {}) for measures in sets]
     reasons = dict.fromkeys(reason for errors in found for reason in errors)
@@ -548,23 +549,20 @@ _COSTS: Mapping[str, tuple[Part, ...]] = {
 
 
 def _headroom(found: Headroom, title: str) -> Table:
-    values = cast(Json, plain(found))
-
-    def line(label: str, part: Json) -> Row:
-        figures = (cell(part.get(key), "number", signed=key == "all") for key in ("original", "good", "bad", "all"))
-        return Row(label, (*figures, cell(part["all"]["n"], "number")))
+    def line(label: str, part: Headroom | HeadroomAt) -> Row:
+        figures = (cell(part[key], "number", signed=key == "all") for key in ("original", "good", "bad", "all"))
+        return Row(label, (*figures, cell(part["all"].n, "number")))
 
     rows = [
-        line("whole responses", values),
-        *(line(f"tokens {each['first']} to {each['last'] or 'the end'}", each) for each in values["positions"]),
+        line("whole responses", found),
+        *(line(f"tokens {each['first']} to {each['last'] or 'the end'}", each) for each in found["positions"]),
     ]
     return Table(title, ("y_o", "y+", "y-", "y_o - mean of both", "queries"), tuple(rows), f"{in_words(found)} {METHOD}")
 
 
 def _gain(found: Gain, title: str) -> Table:
-    values = cast(Json, plain(found))
     rows = [
-        Row(label, (cell(values[key], "number", signed=key != "following_before"),))
+        Row(label, (cell(find(found, key), "number", signed=key != "following_before"),))
         for label, key in (
             ("on-policy log-probability", "gain"),
             ("of it shown without a principle: sharpening, displacement", "same_prompt"),
@@ -588,14 +586,18 @@ def _checks(this: RoundMetrics, suffix: str) -> Iterator[Table]:
     if not sets:
         return
     original = this.get("steering", Measures()).get("checks")
-    reports = [cast(Json, plain(measures["checks"])) for measures in sets.values() if "checks" in measures]
+    reports = [measures["checks"] for measures in sets.values() if "checks" in measures]
 
     def line(label: str, key: str, form: Form = "share") -> Row:
         return Row(label, tuple(cell(report.get(key), form) for report in reports))
 
     rows = [
         line("pairs", "pairs", "number"),
-        *([line("pairs without a check", "unchecked", "number")] if any(report["unchecked"] for report in reports) else []),
+        *(
+            [line("pairs without a check", "unchecked", "number")]
+            if any(report.get("unchecked") for report in reports)
+            else []
+        ),
         line("chosen passes", "chosen"),
         line("rejected passes", "rejected"),
         line("chosen passes, rejected does not", "win"),
@@ -605,26 +607,23 @@ def _checks(this: RoundMetrics, suffix: str) -> Iterator[Table]:
     ]
     note = METHOD
     if original is not None and "original" in original:
-        bare = cell(plain(original["original"]), "share")
+        bare = cell(original["original"], "share")
         note = f"Of the policy's answers to the bare queries {bare.value} {bare.interval} pass. {note}"
     yield Table(f"Responses that pass the checks of their principle{suffix}", tuple(sets), tuple(rows), note)
     last = next(reversed(sets))
-    listed = reports[-1]["principles"][:PRINCIPLES]
+    listed = reports[-1].get("principles", [])[:PRINCIPLES]
     if listed:
         yield _principles(listed, f"{last[0].upper()}{last[1:]} by principle{suffix}")
 
 
-def _principles(listed: Sequence[Mapping[str, Any]], title: str) -> Table:
-    def share(hits: int, pairs: int) -> Cell:
-        return cell(plain(share_estimate(hits, pairs)), "share")
-
+def _principles(listed: Sequence[PrincipleChecks], title: str) -> Table:
     rows = (
         Row(
             _short(each["principle"]),
             (
                 Cell(f"{each['pairs']:,}"),
-                share(each["chosen"], each["pairs"]),
-                share(each["rejected"], each["pairs"]),
+                cell(share_estimate(each["chosen"], each["pairs"]), "share"),
+                cell(share_estimate(each["rejected"], each["pairs"]), "share"),
                 Cell(f"USELESS: {each['useless']}" if "useless" in each else ""),
             ),
         )
@@ -641,8 +640,7 @@ def _answers(found: CheckedAnswers, title: str) -> Table:
     columns = ("before", "after", "change", "prompted")
 
     def line(label: str, shares: AnswerShares) -> Row:
-        values = cast(Json, plain(shares))
-        return Row(label, tuple(cell(values.get(key), "share", signed=key == "change") for key in columns))
+        return Row(label, tuple(cell(find(shares, key), "share", signed=key == "change") for key in columns))
 
     rows = [line("all checks" if len(found["checks"]) > 1 else "its check", found["passing"])]
     if len(found["checks"]) > 1:
@@ -662,7 +660,7 @@ def check_label(text: str) -> str:
 
 
 def _contamination(found: Contamination, title: str) -> Table:
-    rows = [Row("share of the queries", (cell(plain(found["share"]), "share"),))]
+    rows = [Row("share of the queries", (cell(found["share"], "share"),))]
     rows += (Row(file, (Cell(f"{count:,}"),)) for file, count in found["files"].items())
     return Table(
         title, ("overlapping",), tuple(rows), "Queries that share 13 words in a row, or the whole of a shorter text."
@@ -670,7 +668,7 @@ def _contamination(found: Contamination, title: str) -> Table:
 
 
 def _drift(drift: Drift, title: str) -> Table:
-    changes = cast(Json, plain(drift))
+    changes = cast("dict[str, Estimate]", drift)
     rows = tuple(Row(key.replace("_", " "), (cell(value, "number", signed=True),)) for key, value in changes.items())
     note = "This round - the round before. The intervals take the rounds as independent samples (MOVER, Newcombe 1998)."
     return Table(title, ("change",), rows, note)
@@ -682,9 +680,9 @@ def _saved(side: Json) -> str:
     return "" if None in margins else " -> ".join(f"{margin:.3f}" for margin in margins)
 
 
-def _moved(found: Json, name: str) -> str:
-    mean, token = (find(found, f"{key}.mean") for key in (name, f"{name}_token"))
-    return "" if mean is None else f"{mean:+.3f} ({token:+.5f})"
+def _moved(side: Json, name: str) -> str:
+    nats, token = (find(side, f"displacement.{key}") for key in (name, f"{name}_token"))
+    return "" if nats is None else f"{nats.mean:+.3f} ({token.mean:+.5f})"
 
 
 def _trainings(this: RoundMetrics, title: str) -> Table:
@@ -695,7 +693,7 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         ("policy", "policy"),
     )
     names = [(column, this[key]) for column, key in trainings if key in this]
-    sides = [cast(Json, plain(summary)) for _, summary in names]
+    sides = [cast(Json, summary) for _, summary in names]
 
     def line(label: str, path: str, form: Form = "number") -> Row:
         return Row(label, tuple(cell(find(side, path), form) for side in sides))
@@ -728,7 +726,7 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         line("reward of rejected", "reward.reward.rejected"),
         Row("moved in training, nats (a token)"),
         *(
-            texts(f"{name} responses", (_moved(side.get("displacement", {}), name) for side in sides))
+            texts(f"{name} responses", (_moved(side, name) for side in sides))
             for name in ("chosen", "rejected", "unrelated")
         ),
         line("too far at step", "displacement.crossed"),

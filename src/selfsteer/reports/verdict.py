@@ -214,7 +214,7 @@ def _mean(value: Estimate) -> str:
 
 
 def _with_interval(value: Estimate) -> str:
-    return " ".join(filter(None, cell(value._asdict(), "number")))
+    return " ".join(filter(None, cell(value, "number")))
 
 
 def _share(value: Estimate) -> str:
@@ -223,6 +223,6 @@ def _share(value: Estimate) -> str:
 
 def _signed(value: Estimate, *, share: bool = False) -> str:
     if not share:
-        return " ".join(filter(None, cell(value._asdict(), "number", signed=True)))
+        return " ".join(filter(None, cell(value, "number", signed=True)))
     interval = "" if value.low is None or value.high is None else f" [{100 * value.low:+.0f}, {100 * value.high:+.0f}]"
     return f"{100 * value.mean:+.0f}{interval}"
