@@ -54,13 +54,11 @@ class _Sequence:
         return len(self.request.prompt_ids) + len(self.tokens)
 
 
-class _NotFiniteError(ValueError):
-    """Nothing can be sampled from these logits."""
-
-
 class _Vocabulary(NamedTuple):
     """What the sampler has to know of a model's tokens."""
 
+    model: str
+    """Its folder, for messages."""
     ends: frozenset[int]
     """What ends a completion."""
     never: list[int]
@@ -92,7 +90,7 @@ class TransformersEngine:
         self._adapted: PeftModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._more_ends = end_ids
-        self._vocabulary = _Vocabulary(frozenset(), [])
+        self._vocabulary = _Vocabulary("", frozenset(), [])
         self._slots_hold: bool | None = None
 
     def __enter__(self) -> Self:
@@ -104,6 +102,7 @@ class TransformersEngine:
         rows = cast(int, self._model.config.get_text_config().vocab_size)
         closing = {assistant_turn(self._tokenizer).end_id} if self._tokenizer.chat_template else set[int]()
         self._vocabulary = _Vocabulary(
+            model=self.model_path,
             ends=end_ids(self.model_path, self._tokenizer).union(self._more_ends, closing),
             never=untrained_ids(self._tokenizer, rows),
         )
@@ -131,7 +130,7 @@ class TransformersEngine:
                 if reason is not None:
                     log.warning("%s: sampling with model.generate, which is slower: %s", self.model_path, reason)
             sample = _sample_in_slots if self._slots_hold else _sample_in_batches
-            for sequence, reason in self._named(sample(self._model, waiting, self.batch_size, self._vocabulary)):
+            for sequence, reason in sample(self._model, waiting, self.batch_size, self._vocabulary):
                 yield Completion(
                     key=sequence.request.key,
                     text=self._decoded(sequence.tokens),
@@ -151,13 +150,6 @@ class TransformersEngine:
         else:
             layers.enable_adapter_layers()
             self._adapted.set_adapter(adapter)
-
-    def _named(self, finished: "_Finished") -> "_Finished":
-        """The same, with the model in the message where its numbers fail."""
-        try:
-            yield from finished
-        except _NotFiniteError as error:
-            raise ValueError(f"{self.model_path}: {error}") from None
 
     def _with_adapters(self, model: PreTrainedModel) -> PeftModel | None:
         """The model with all adapters upon it, which puts them into its own layers as well."""
@@ -244,7 +236,7 @@ def _sample_in_slots(model: PreTrainedModel, waiting: _Waiting, batch_size: int,
             active.append(waiting.take())
         if not active:
             return
-        drawn = _drawn(_forward(model, cache, active, going), active, vocabulary.never)
+        drawn = _drawn(_forward(model, cache, active, going), active, vocabulary)
         finished: list[tuple[_Sequence, FinishReason]] = []
         for slot in reversed(range(len(active))):
             sequence = active[slot]
@@ -271,7 +263,7 @@ def _sample_in_batches(model: PreTrainedModel, waiting: _Waiting, batch_size: in
 
         def force_drawn(ids: Tensor, logits: Tensor, batch: list[_Sequence] = batch, width: int = width) -> Tensor:
             """A logits processor that leaves only the drawn token to the greedy choice after it."""
-            chosen = _drawn(logits, batch, vocabulary.never, at=ids.shape[1] - width)
+            chosen = _drawn(logits, batch, vocabulary, at=ids.shape[1] - width)
             index = torch.tensor(chosen, device=logits.device)[:, None]
             return torch.full_like(logits, -torch.inf).scatter_(-1, index, 0.0)
 
@@ -333,17 +325,17 @@ def _forward(model: PreTrainedModel, cache: SlotCache, active: list[_Sequence], 
 
 
 @torch.inference_mode()
-def _drawn(logits: Tensor, sequences: list[_Sequence], never: list[int], *, at: int | None = None) -> list[int]:
-    """The next token of each sequence, drawn with its random number `at` (default: its next one); none of `never`."""
+def _drawn(logits: Tensor, sequences: list[_Sequence], known: _Vocabulary, *, at: int | None = None) -> list[int]:
+    """The next token of each sequence, drawn with its random number `at` (default: its next one); none of `known.never`."""
     finite = logits.amax(dim=-1).isfinite()  # NaN and infinity come through the maximum
     if not finite.all():
         asked = sequences[int((~finite).nonzero()[0])].request.messages[-1]["content"]
-        raise _NotFiniteError(
-            f"the logits are not finite numbers, first after the prompt that ends in {asked[-80:]!r}. Look at the model's"
-            " weights, or set engine.dtype=float32"
+        raise ValueError(
+            f"{known.model}: the logits are not finite numbers, first after the prompt that ends in {asked[-80:]!r}. Look at"
+            " the model's weights, or set engine.dtype=float32"
         )
-    if never:
-        logits = logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf)
+    if known.never:
+        logits = logits.index_fill(-1, torch.tensor(known.never, device=logits.device), -torch.inf)
     numbers = [
         (
             s.request.sampling.temperature,
