@@ -10,6 +10,7 @@ scored on the same token ids. Left out on purpose: the training itself (`trainin
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -96,10 +97,11 @@ def train_reward_model(
         }
     )
     with RunFolder(output) as folder:
-        known = _known(folder.path / "result.json")
-        if known is not None and known["identity"] == identity:
-            return known
-        if known is not None:
+        file = folder.path / "result.json"
+        if os.path.lexists(file):
+            known = read_json(file, {"identity": str}, way_out="delete it, and the same command trains again")
+            if known["identity"] == identity:
+                return known
             raise ValueError(
                 f"{output} holds a reward model of other data or settings; choose another --output, or remove that one"
             )
@@ -117,14 +119,8 @@ def train_reward_model(
             "held_out": _held_out(sources, trained, folder.path, settings),
             "method": METHOD,
         }
-        write(folder.path / "result.json", canonical_json(plain(result)))
-        return json.loads((folder.path / "result.json").read_bytes())
-
-
-def _known(file: Path) -> dict[str, Any] | None:
-    if not os.path.lexists(file):
-        return None
-    return read_json(file, {"identity": str}, way_out="delete it, and the same command trains again")
+        write(file, canonical_json(plain(result)))
+        return json.loads(file.read_bytes())
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------------
@@ -283,7 +279,4 @@ def _measured(reward: RewardModel, benchmark: Benchmark | list[Pair], journal: J
         complete = [each for each in rewards if each is not None]
         scores.append(complete if complete and len(complete) == len(item.responses) else None)
     found: Report = report(benchmark, scores)
-    reasons: dict[str, int] = {}
-    for reason in refused.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    return asdict(found) | {"refused": reasons}
+    return asdict(found) | {"refused": dict(Counter(refused.values()))}

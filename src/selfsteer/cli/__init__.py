@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from selfsteer import clock
 from selfsteer.cli import measuring
@@ -422,10 +425,6 @@ def _asked() -> Iterator[str]:
 
 
 def _print_side_by_side(answers: Mapping[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     if len(answers) == 1 or not sys.stdout.isatty():
         for name, text in answers.items():
             typer.echo(f"{name}: {text}\n" if len(answers) > 1 else f"{text}\n")
@@ -436,10 +435,6 @@ def _print_side_by_side(answers: Mapping[str, str]) -> None:
 
 
 def _print_findings(findings: "Sequence[Finding]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     colours = {"ok": "green", "missing": "dim", "broken": "bold red"}
     table = Table(box=None, show_header=False, pad_edge=False)
     for what, state, found, fix in findings:
@@ -448,10 +443,6 @@ def _print_findings(findings: "Sequence[Finding]") -> None:
 
 
 def _print_status(found: "Status") -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     colours = {"sealed": "green", "partial": "yellow", "waiting": "dim"}
     table = Table(title=Text(found["run"]), title_justify="left")
     for heading in ("round", "stage", "state", "kept", "wanted", "dropped", "time"):
@@ -486,7 +477,6 @@ def _configure_logging(*, verbose: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if verbose else "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "warning" if verbose else "error")
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.logging import RichHandler
 
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)

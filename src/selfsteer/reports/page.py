@@ -48,7 +48,7 @@ def write_page(path: Path, metrics: Metrics, reading: Reading | None = None) -> 
 def page(metrics: Metrics, reading: Reading) -> str:
     """The page of a run."""
     run = metrics["run"]
-    this = metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
+    this = tables.last_round(metrics)
     facts = [f"from {run['model']}", f"seed {run['seed']}", run.get("hardware", "")]
     body = (
         _verdict(metrics, this),

@@ -7,7 +7,7 @@ rows look (`page.py`).
 import json
 import math
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from heapq import heappop, heappush
@@ -250,22 +250,24 @@ def _size(made: Entry) -> int:
 def _add_verdicts(draw: Draw, quality: Path) -> None:
     """What the judge said of each pair; where there is no judge, principle consistency."""
     judged = {row["pairs"] for row in columns.file_rows(quality / VERDICTS, ["pairs", "by"]) if row["by"] == "judge"}
-    given: defaultdict[tuple[str, str], int] = defaultdict(int)
-    for row in columns.file_rows(quality / VERDICTS, ["pairs", "by", "query_id", "preferred", "error"]):
-        name, query = row["pairs"], row["query_id"]
-        if row["by"] == ("judge" if name in judged else "principle_consistency"):
-            for pair in draw.of(name, query)[given[name, query] :][:1]:
-                pair["verdict"] = row["preferred"] or f"no verdict: {row['error']}"
-                given[name, query] += 1
-    if not (quality / CHECKS).is_file():
-        return
-    given.clear()
-    for row in columns.file_rows(quality / CHECKS):
-        name, query = row["pairs"], row["query_id"]
-        for pair in draw.of(name, query)[given[name, query] :][:1] if row["checks"] else ():
+    verdicts = columns.file_rows(quality / VERDICTS, ["pairs", "by", "query_id", "preferred", "error"])
+    by = {True: "judge", False: "principle_consistency"}
+    for row, pair in _drawn(draw, (row for row in verdicts if row["by"] == by[row["pairs"] in judged])):
+        pair["verdict"] = row["preferred"] or f"no verdict: {row['error']}"
+    if (quality / CHECKS).is_file():
+        for row, pair in _drawn(draw, (row for row in columns.file_rows(quality / CHECKS) if row["checks"])):
             pair["chosen"]["why_not"] = row["chosen_why_not"] or ""
             pair["rejected"]["why_not"] = row["rejected_why_not"] or ""
-            given[name, query] += 1
+
+
+def _drawn(draw: Draw, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Entry]]:
+    """The rows of pairs that are drawn, each with its pair: the first of a query with its first, and so on."""
+    given: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        place = row["pairs"], row["query_id"]
+        for pair in draw.of(*place)[given[place] :][:1]:
+            yield row, pair
+            given[place] += 1
 
 
 def _dropped(stages: Mapping[str, Stage], seed: int) -> Iterator[DroppedEntry]:

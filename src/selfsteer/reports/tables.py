@@ -178,6 +178,11 @@ def read_metrics(folder: Path) -> Metrics:
     return metrics
 
 
+def last_round(metrics: Metrics) -> RoundMetrics:
+    """The round that a reader is told of first; empty where there is none."""
+    return metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
+
+
 def print_tables(metrics: Metrics, console: Console) -> None:
     """Print all tables of a run."""
     for table in run_tables(metrics):

@@ -16,7 +16,7 @@ from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.reports.tables import GENERATOR, PBAA, cell, console_of, data_sets, print_tables, result_of
+from selfsteer.reports.tables import GENERATOR, PBAA, cell, console_of, data_sets, last_round, print_tables, result_of
 from selfsteer.runtime import duration
 
 FEW_ITEMS = 30
@@ -46,7 +46,7 @@ def print_run(metrics: Metrics, console: Console | None = None) -> None:
 
 def verdict(metrics: Metrics) -> list[str]:
     """The lines of the verdict."""
-    run, this = metrics["run"], metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics()
+    run, this = metrics["run"], last_round(metrics)
     rows = measure_rows(this)
     width = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     return [
@@ -79,11 +79,7 @@ def places(run: RunFacts) -> dict[str, str]:
 
 def headline(metrics: Metrics) -> str:
     """What was made, in a sentence."""
-    run, rounds, this = (
-        metrics["run"],
-        len(metrics["rounds"]),
-        metrics["rounds"][-1] if metrics["rounds"] else RoundMetrics(),
-    )
+    run, rounds, this = metrics["run"], len(metrics["rounds"]), last_round(metrics)
     sets = list(data_sets(this).values())
     made = f"{sets[-1]['pairs']:,} pairs" if sets and "pairs" in sets[-1] else "no pairs"
     stages = this.get("stages", {})

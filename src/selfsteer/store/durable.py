@@ -102,16 +102,14 @@ def read_object(path: Path, *, at_most: int = SMALL) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-_NO_OBJECTS = dict[type, str](
-    [
-        (list, "a list"),
-        (str, "a string"),
-        (int, "a number"),
-        (float, "a number"),
-        (bool, "a truth value"),
-        (type(None), "null"),
-    ]
-)
+_NO_OBJECTS: Mapping[type, str] = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a truth value",
+    type(None): "null",
+}
 
 
 def write_failed(error: OSError, path: Path) -> OSError:

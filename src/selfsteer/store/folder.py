@@ -489,7 +489,8 @@ class Stage:
 
     def written(self, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """The same rows for `Contents.measures`, just before the stage is sealed."""
-        return _read_rows(self.path, of)
+        with _damage_named(self.path):
+            yield from columns.file_rows(self.path / _DATA, of=of)
 
     def column(self, name: str) -> list[Any]:
         """One column of the rows of a sealed stage; nothing else is read."""
@@ -585,11 +586,6 @@ def _read_manifest(path: Path) -> Manifest | None:
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in manifest.outputs):
         raise StageDamaged(f"{path}: names files outside its own folder. Do not use this run folder.")
     return manifest
-
-
-def _read_rows(stage: Path, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-    with _damage_named(stage):
-        yield from columns.file_rows(stage / _DATA, of=of)
 
 
 @contextmanager
