@@ -102,8 +102,12 @@ def read_object(path: Path, *, at_most: int = SMALL) -> dict[str, Any]:
 
 
 _NO_OBJECTS: Mapping[type, str] = {
-    list: "a list", str: "a string", int: "a number", float: "a number",
-    bool: "a truth value", type(None): "null",
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a truth value",
+    type(None): "null",
 }
 
 
