@@ -145,18 +145,25 @@ def response_columns(item: Response) -> dict[str, Any]:
 
 def pair_row(pair: Pair) -> dict[str, Any]:
     """A row of a sealed pairs file; its first columns are those that TRL reads. Rows of one query stand together."""
-    row: dict[str, Any] = {"prompt": pair.prompt, "query_id": pair.query_id, "kind": pair.kind}
-    row["principles"] = None if pair.principles is None else principles_columns(pair.principles)
-    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        row |= {
-            name: side.messages,
-            f"{name}_finish": side.finish,
-            f"{name}_ids": side.token_ids,
-            f"ref_{name}_logps": side.logps,
-            f"{name}_tokens": side.tokens,
-            f"{name}_seed": side.seed,
-        }
-    return row
+    chosen, rejected = pair.chosen, pair.rejected
+    return {
+        "prompt": pair.prompt,
+        "chosen": chosen.messages,
+        "rejected": rejected.messages,
+        "query_id": pair.query_id,
+        "kind": pair.kind,
+        "chosen_finish": chosen.finish,
+        "rejected_finish": rejected.finish,
+        "chosen_ids": chosen.token_ids,
+        "rejected_ids": rejected.token_ids,
+        "ref_chosen_logps": chosen.logps,
+        "ref_rejected_logps": rejected.logps,
+        "chosen_tokens": chosen.tokens,
+        "rejected_tokens": rejected.tokens,
+        "principles": None if pair.principles is None else principles_columns(pair.principles),
+        "chosen_seed": chosen.seed,
+        "rejected_seed": rejected.seed,
+    }
 
 
 def pair(row: Mapping[str, Any]) -> Pair:
