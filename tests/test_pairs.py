@@ -1,5 +1,6 @@
 """Pairs as literals (DESIGN section 1: the table of L_SSO), and every filter with texts that it must and must not drop."""
 
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -237,6 +238,23 @@ def test_similarity_of_texts_without_spaces_by_hand():
     assert text.similarity("今天天气很好。", "今天天气很差！") == pytest.approx(3 / 5)
     assert text.similarity("雨が降っています", "雨が降っています。") == 1.0
     assert text.similarity("东京是首都", "我喜欢猫咪") == 0.0
+    assert text.similarity("ดีมากวันนี้", "ดีมากวันนั้น") == pytest.approx(4 / 7)  # 7 and 8 letters, 6 shared
+    assert text.similarity("ม้า", "มา") == pytest.approx(1 / 3), "a tone makes another word"
+
+
+def test_how_letters_are_stored_makes_no_difference():
+    """Wide and narrow, composed and decomposed: what a reader takes for the same text is the same text."""
+    assert text.similarity("ＡＢＣ　１２３，　ok", "abc 123 ok") == 1.0
+    assert text.similarity("ｶﾀｶﾅ", "カタカナ") == 1.0
+    decomposed = unicodedata.normalize("NFD", "Das schöne Mädchen müßte früh aufstehen.")
+    assert text.similarity(decomposed, "Das schöne Mädchen müßte früh aufstehen.") == 1.0
+
+
+def test_texts_of_signs_alone_are_compared_by_their_signs():
+    assert text.similarity("🙂", "😡") == 0.0
+    assert text.similarity("!?", "! ?") == 1.0
+    assert text.similarity("!", "") == 0.0
+    assert text.similarity("", "") == 1.0
 
 
 def test_a_principle_quoted_without_spaces_is_leakage():

@@ -21,7 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.data.exchange import export
 from selfsteer.given import measure_pairs, train_pairs
+from selfsteer.models import load_tokenizer
+from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe
+from selfsteer.records import Pair
+from selfsteer.stages.preferences import usable_pairs
 from selfsteer.stages.status import status
 from selfsteer.store.folder import RunFolder
 from selfsteer.training.objective import LOSSES
@@ -604,6 +608,26 @@ def test_measure_pairs_writes_nothing(given: Path, tiny_folder: str, tmp_path: P
     ]
     # Of its own accord it measures in bfloat16 where the CPU is fast at it, hence the tolerance.
     assert measures["on_policy"]["chosen"].mean == pytest.approx(sum(means) / 2, rel=2e-2)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_what_was_sampled_survives_export(form: Any, finished: Path, tiny_folder: str, tmp_path: Path):
+    """The ids come back where they are tokens of the text, and the measures are those of the run."""
+    export(finished, tmp_path / "out", form, keep_truncated=True)
+    [file] = (tmp_path / "out").glob("pairs.*")
+    prompts = Prompts(load_tokenizer(tiny_folder))
+    pairs = [pair for pair in usable_pairs(file, prompts, None, None) if isinstance(pair, Pair)]
+    sealed = rows(finished, "5-preferences")
+    assert [pair.chosen.token_ids for pair in pairs] == [tuple(row["chosen_ids"]) for row in sealed]
+    assert any(prompts.completion_ids(pair.chosen.text, pair.chosen.finish) != pair.chosen.token_ids for pair in pairs)
+    of_file, of_run = (measure_pairs(each, tiny_folder)["on_policy"] for each in (file, finished))
+    assert of_file["all"].mean == pytest.approx(of_run["all"].mean)
+
+    changed = tmp_path / "changed.jsonl"
+    spoilt = ({**row, "chosen_ids": [7, *row["chosen_ids"][1:]], "rejected_ids": "none"} for row in sealed)
+    changed.write_text("".join(json.dumps(row) + "\n" for row in spoilt))
+    pairs = [pair for pair in usable_pairs(changed, prompts, None, None) if isinstance(pair, Pair)]
+    assert all(side.token_ids is None for pair in pairs for side in (pair.chosen, pair.rejected))
 
 
 @pytest.mark.parametrize("form", ["trl", "llamafactory", "parquet", "jsonl"])

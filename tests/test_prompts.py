@@ -87,7 +87,13 @@ def test_what_the_assistant_says_first_stays_its_own(template: str):
 
 @pytest.mark.parametrize(
     ("completion", "bare"),
-    [("Yes.<|im_end|>", "Yes."), ("Yes. <|im_end|>\n", "Yes."), ("Yes.\n", "Yes.\n"), ("<|im_end|>Yes.", "<|im_end|>Yes.")],
+    [
+        ("Yes.<|im_end|>", "Yes."),
+        ("Yes. <|im_end|>\n", "Yes."),
+        ("Yes.<|im_end|>\n<|im_end|>", "Yes."),
+        ("Yes.\n", "Yes.\n"),
+        ("<|im_end|>Yes.", "<|im_end|>Yes."),
+    ],
 )
 def test_an_end_token_at_the_very_end_is_taken_off(completion: str, bare: str):
     assert Prompts(tokenizer()).without_end(completion) == bare
@@ -198,6 +204,21 @@ def test_where_a_token_straddles_the_boundary_the_prompt_keeps_its_ids():
     assert made.decode([*asked, *ids]) == text
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"), [("Paris", ["Paris"]), (" Paris", ["▁Paris"]), ("\n Paris", ["<0x0A>", "▁Paris"])]
+)
+def test_behind_a_header_that_ends_in_a_space_none_is_added(said: str, expected: list[str]):
+    """SentencePiece makes "▁Paris" of "assistant: " and "Paris"; by itself "Paris" would get a second space."""
+    made = sentencepiece_like()
+    made.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    prompts = Prompts(made)
+    assert made.convert_ids_to_tokens(prompts.prompt_ids(QUERY)[-1]) == "▁"
+    assert made.convert_ids_to_tokens(list(prompts.completion_ids(said, "length", QUERY))) == expected
+
+
 def test_the_end_token_belongs_to_finished_completions_only():
     prompts = Prompts(tokenizer())
     cut = prompts.completion_ids("It is Paris.", "length")
@@ -259,6 +280,7 @@ TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | tr
         ("<end_of_turn>\n", "<end_of_turn>"),  # Gemma: its end token is <eos>
         ("<end_of_turn>\n{% if loop.last and not add_generation_prompt %}<eos>{% endif %}", "<end_of_turn>"),  # Phi-3
         ("\n\n", "<eos>"),  # nothing but text: the end token
+        ("{% if not loop.last %}<end_of_turn>{% endif %}", "<end_of_turn>"),  # only where another turn follows
     ],
 )
 @pytest.mark.parametrize("special", [True, False])
@@ -322,8 +344,14 @@ def test_a_template_that_changes_what_the_user_says_is_refused(changed: str):
         (CHAT_TEMPLATE.replace("in messages", "in messages[-1:]"), CONVERSATION, CONVERSATION[:1]),
         (CHAT_TEMPLATE.replace("message['content']", "message['content'][:5000]"), QUERY, CONVERSATION),
         (IGNORES_SYSTEM, (Message(role="system", content="Be kind."), *QUERY), CONVERSATION),
+        (CHAT_TEMPLATE.replace("in messages", "in messages if message['role'] != 'assistant'"), CONVERSATION, QUERY),
+        (
+            CHAT_TEMPLATE.replace("in messages", "in messages if message['role'] != 'tool'"),
+            (*CONVERSATION, Message(role="tool", content="42")),
+            CONVERSATION,
+        ),
     ],
-    ids=["earlier turns", "the end", "the system message"],
+    ids=["earlier turns", "the end", "the system message", "what the assistant said", "what a tool said"],
 )
 def test_a_row_of_which_a_template_leaves_something_out_is_dropped(
     template: str, dropped: tuple[Message, ...], kept: tuple[Message, ...]
@@ -334,6 +362,15 @@ def test_a_row_of_which_a_template_leaves_something_out_is_dropped(
     assert prompts.checked_ids(long) == "text that the chat template leaves out or changes"
     assert prompts.quarantine_reason(kept) is None
     assert prompts.checked_ids(kept) == prompts.prompt_ids(kept)
+
+
+def test_a_thought_of_an_earlier_turn_may_be_left_out():
+    """As Qwen3's template does."""
+    made = tokenizer(CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]"))
+    asked, answered, again = CONVERSATION
+    thought = Message(role="assistant", content=f"<think>Well.</think>\n\n{answered['content']}")
+    assert Prompts(made).quarantine_reason((asked, thought, again)) is None
+    assert Prompts(made).quarantine_reason((asked, Message(role="assistant", content="<think>Well."), again)) is None
 
 
 @pytest.mark.parametrize(

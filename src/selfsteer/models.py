@@ -430,7 +430,7 @@ def load_model(
 
 
 def without_dropout(configuration: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy with every probability of dropout at zero (dropout, attention_dropout, resid_pdrop, layerdrop, ...)."""
+    """A copy with all noise of training at zero: dropout, resid_pdrop, layerdrop, router_jitter_noise, ..."""
     copy = deepcopy(configuration)
     for section, name in _dropouts(copy):
         section[name] = type(section[name])(0)
@@ -444,7 +444,7 @@ def restore_dropout(configuration: PreTrainedConfig, given: PreTrainedConfig) ->
 
 
 def _dropouts(configuration: PreTrainedConfig) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every entry about dropout, with the dictionary that it stands in; those of the parts as well."""
+    """Every entry about dropout or noise, with the dictionary that it stands in; those of the parts as well."""
     sections = [vars(configuration)]
     while sections:
         section = sections.pop()
@@ -454,7 +454,7 @@ def _dropouts(configuration: PreTrainedConfig) -> Iterator[tuple[dict[str, Any],
                 sections.append(vars(value))
             elif isinstance(value, dict):
                 sections.append(cast("dict[str, Any]", value))
-            elif "drop" in str(name) and type(value) in (int, float):
+            elif ("drop" in str(name) or "jitter" in str(name)) and type(value) in (int, float):
                 yield section, name
 
 

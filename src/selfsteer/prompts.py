@@ -11,7 +11,7 @@ is dropped, and of a text made elsewhere what stands behind the thought is taken
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from functools import cached_property
@@ -118,13 +118,35 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
         return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     start, marker, rest = rendered.rpartition(_MARKER)
     before = start.removeprefix(header) if start.startswith(header) else ""
-    # Marked special or not: where the template puts an added token behind a turn, it is to end it.
-    controls = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
-    found = [(at, len(text), text) for text in controls if marker and (at := rest.find(text)) >= 0]
-    if not found:
-        return AssistantTurn(before if before.isspace() else "", "", cast(int, tokenizer.eos_token_id))
-    at, length, closing = min(found, key=lambda each: (each[0], -each[1]))
-    return AssistantTurn(before if before.isspace() else "", rest[: at + length], controls[closing])
+    before = before if before.isspace() else ""
+    behind = (_up_to_control(tokenizer, rest) if marker else "") or _between_turns(tokenizer, more)
+    closing = max((text for text in _added(tokenizer) if behind.endswith(text)), key=len, default=None)
+    return AssistantTurn(
+        before, behind, cast(int, tokenizer.eos_token_id) if closing is None else _added(tokenizer)[closing]
+    )
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Added tokens, marked special or not: where the template puts one behind a turn, it is to end it."""
+    return {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.content}
+
+
+def _up_to_control(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text up to its first added token, that included; empty where it has none."""
+    found = [(at, -len(token)) for token in _added(tokenizer) if (at := text.find(token)) >= 0]
+    at, length = min(found, default=(0, 0))
+    return text[: at - length]
+
+
+def _between_turns(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    """What ends an answer where a template ends only those that a turn of the user follows, and does not open that turn."""
+    turns = [{"role": role, "content": _MARKER} for role in ("user", "assistant", "user")]
+    with suppress(TemplateError):
+        opening, *others = _applied(tokenizer, turns, header=False, **arguments).split(_MARKER)
+        if len(others) == len(turns):
+            behind = _up_to_control(tokenizer, others[1])
+            return "" if any(token in opening and behind.endswith(token) for token in _added(tokenizer)) else behind
+    return ""
 
 
 class Prompts:
@@ -219,12 +241,26 @@ class Prompts:
         header = self._render(prompt or (Message(role="user", content=_HARMLESS),))
         response = self._turn.before + text + (self._turn.behind if finish == "stop" else "")
         asked, whole = self._ids(header), self._ids(header + response)
-        ids = whole[len(asked) :] if whole[: len(asked)] == asked else self._ids(response)
+        ids = whole[len(asked) :] if whole[: len(asked)] == asked else self._alone(response)
         return (*ids, self._turn.end_id) if finish == "stop" and not self._turn.behind else ids
+
+    def _alone(self, text: str) -> tuple[int, ...]:
+        """A text behind what it does not merge with: at the beginning of all, SentencePiece would put a space before it."""
+        anchor = _HARMLESS if text[:1].isspace() else "\n"
+        start, whole = self._ids(anchor), self._ids(anchor + text)
+        return whole[len(start) :] if whole[: len(start)] == start else self._ids(text)
 
     def response_ids(self, said: Side, prompt: tuple[Message, ...]) -> tuple[int, ...]:
         """A response as token ids: those that were sampled, else those of its text behind the prompt."""
         return self.completion_ids(said.text, said.finish, prompt) if said.token_ids is None else said.token_ids
+
+    def spells(self, ids: Sequence[int], said: Side) -> bool:
+        """Whether these ids, of a file made elsewhere, are this response as it could have been sampled."""
+        body = ids[:-1] if said.finish == "stop" else ids
+        ended = said.finish == "length" or ids[-1] in self.special_ids | {self.end_id}
+        if not ended or max(ids) >= len(self.tokenizer) or not self.special_ids.isdisjoint(body):
+            return False
+        return self.tokenizer.decode(list(body), clean_up_tokenization_spaces=False) == said.text
 
     def checked_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...] | str:
         """`prompt_ids`, or why this conversation must not be rendered (its text contains what opens or closes turns)."""
@@ -338,11 +374,10 @@ class Prompts:
         return [token_id for token_id in ids if token_id in self.special_ids]
 
     def without_end(self, text: str) -> str:
-        """A completion without the end token that some data sets write at its very end: the token is trained anyway."""
-        stripped = text.rstrip()
-        for end in {str(self.tokenizer.eos_token), str(self.tokenizer.convert_ids_to_tokens(self._turn.end_id))}:
-            if stripped.endswith(end):
-                return stripped.removesuffix(end).rstrip()
+        """A completion without the end tokens that some data sets write at its very end: the token is trained anyway."""
+        ends = (str(self.tokenizer.eos_token), str(self.tokenizer.convert_ids_to_tokens(self._turn.end_id)))
+        while (stripped := text.rstrip()).endswith(ends):
+            text = next(stripped.removesuffix(end) for end in ends if stripped.endswith(end)).rstrip()
         return text
 
     def whole(self) -> Self:
@@ -466,11 +501,12 @@ def _control_patterns(written: str, *, last: bool) -> set[str]:
 
 
 def _left_out(messages: tuple[Message, ...], rendered: str) -> bool:
-    """Whether what a user or a system message says is not in the prompt, but for white space around it.
+    """Whether what somebody says is not in the prompt, but for white space around it, and for thoughts of the assistant."""
+    return any(_said(message).strip() not in rendered for message in messages)
 
-    What the assistant said earlier may be: templates take its thoughts away.
-    """
-    return any(message["content"].strip() not in rendered for message in messages if message["role"] in ("system", "user"))
+
+def _said(message: Message) -> str:
+    return behind_thought(message["content"]) or "" if message["role"] == "assistant" else message["content"]
 
 
 def _before_first_user_turn(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:

@@ -257,6 +257,9 @@ class PairRow(TypedDict):
     kind: str
     chosen_finish: str
     rejected_finish: str
+    chosen_ids: NotRequired[list[int] | None]
+    """What was sampled, as the file says; its reader has to see whether they are tokens of this text (`Prompts.spells`)."""
+    rejected_ids: NotRequired[list[int] | None]
     ref_chosen_logps: NotRequired[float | None]
     ref_rejected_logps: NotRequired[float | None]
     chosen_tokens: NotRequired[int | None]

@@ -275,8 +275,6 @@ def _measured(reward: RewardModel, benchmark: Benchmark | list[Pair], journal: J
     score_missing(reward, asked, journal, description="rewards", total=len(asked))
     scores: list[Sequence[float] | None] = []
     for item in benchmark.items:
-        rewards = [] if item.id in refused else [reward_of(reward, each, journal) for each in wanted[item.id]]
-        complete = [each for each in rewards if each is not None]
-        scores.append(complete if complete and len(complete) == len(item.responses) else None)
+        scores.append(None if item.id in refused else [reward_of(reward, each, journal) for each in wanted[item.id]])
     found: Report = report(benchmark, scores)
     return asdict(found) | {"refused": dict(Counter(refused.values()))}

@@ -1,10 +1,12 @@
 """Reward models: equal to the model's own output whatever the batch, journalled, and judges of pairs."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from builders import own_reward, reward_folder
+from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE
 
 from selfsteer.judges import reward
@@ -18,6 +20,7 @@ from selfsteer.judges.reward import (
     score_missing,
 )
 from selfsteer.measures.verdicts import judge_report
+from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Message, Pair, side
 from selfsteer.store.journal import Journal
@@ -98,12 +101,19 @@ def test_reward_verdicts(model: RewardModel, tmp_path: Path):
     assert report["errors"] == {"special tokens in the text": 1, "too long for the reward model": 1}
 
 
-def test_a_reward_that_is_no_number_costs_its_pair(model: RewardModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reward, "score_batch", lambda _, rows: [float("nan")] * len(rows))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_stops_the_judge(value: float, model: RewardModel, tmp_path: Path):
+    """As logits of a policy do: a model with such weights would else lose every pair without a word."""
+    broken = Path(shutil.copytree(model.model.path, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["score.weight"][0, 0] = value
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     pairs = [Pair(query_id="1", kind="given", prompt=conversation("")[:1], chosen=side("Yes."), rejected=side("No."))]
-    with Journal(tmp_path) as journal:
-        (verdict,) = reward_verdicts(model, lambda: pairs, journal, total=1)
-    assert verdict.error == "reward is not finite"
+    with (
+        Journal(tmp_path / "parts") as journal,
+        pytest.raises(ValueError, match=r"broken: rewards that are not finite\. Look at the model's weights"),
+    ):
+        list(reward_verdicts(replace(model, model=checkpoint(broken)), lambda: pairs, journal, total=1))
 
 
 def test_a_conversation_that_the_template_refuses_is_named(model: RewardModel, tmp_path: Path):

@@ -1,4 +1,5 @@
 import math
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -311,3 +312,19 @@ def test_language_mismatch_counts_the_rows_that_can_be_told():
 def test_words_of_languages_without_spaces():
     assert words("Hello, World") == ("hello", "world")
     assert words("自转 ok") == ("自", "转", "ok")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ไทยม้า", ("ไ", "ท", "ย", "ม้", "า")),
+        ("ខ្ញុំ", ("ខ្", "ញុំ")),
+        ("हिन्दी में", ("हिन्दी", "में")),  # vowel signs are no letters to `re`
+        ("كَتَبَ", ("كَتَبَ",)),
+        ("ＡＢ　１２", ("ab", "12")),
+        ("ｶﾞｷﾞ", ("ガ", "ギ")),
+        (unicodedata.normalize("NFD", "Mädchen 안녕 が"), ("mädchen", "안녕", "が")),
+    ],
+)
+def test_marks_are_parts_of_words_and_widths_do_not_matter(text: str, expected: tuple[str, ...]):
+    assert words(text) == expected

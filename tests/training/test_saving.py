@@ -18,7 +18,7 @@ from builders import FLOAT32, steering_group, training_job, write_pairs
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_model_dir, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from selfsteer import runtime
 from selfsteer.models import EXACT, load_model
@@ -245,6 +245,19 @@ def test_a_model_s_own_dropout_is_off(tmp_path: Path):
     assert result.first["margin"] == 0.0
     delivered = AutoConfig.from_pretrained(result.model)
     assert {name: getattr(delivered, name) for name in dropout} == dropout
+
+
+def test_noise_in_the_routing_of_experts_is_off(tmp_path: Path):
+    """router_jitter_noise multiplies what a router sees by random numbers, in training only."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=len(tiny_tokenizer()), **sizes, **heads, router_jitter_noise=0.3)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    tiny_tokenizer().save_pretrained(tmp_path / "mixtral")
+    result = train(replace(job_of(tmp_path / "mixtral", tmp_path), batch_size=4, epochs=1))
+    assert result.first["margin"] == 0.0
+    assert AutoConfig.from_pretrained(result.model).router_jitter_noise == 0.3
 
 
 # --- warm-up ---------------------------------------------------------------------------------------------------------------

@@ -62,12 +62,12 @@ _FORMS = "Give 'prompt', 'chosen' and 'rejected' as strings or as lists of {role
 
 _SIDES = ("chosen", "rejected")
 
-_FINISHES, _LOGPS, _TOKENS = (
-    tuple(pattern.format(side) for side in _SIDES) for pattern in ("{}_finish", "ref_{}_logps", "{}_tokens")
+_FINISHES, _IDS, _LOGPS, _TOKENS = (
+    tuple(pattern.format(side) for side in _SIDES) for pattern in ("{}_finish", "{}_ids", "ref_{}_logps", "{}_tokens")
 )
 
 _COLUMNS = (
-    *("prompt", "conversations", *_SIDES, "query_id", "kind", *_FINISHES, *_LOGPS, *_TOKENS),
+    *("prompt", "conversations", *_SIDES, "query_id", "kind", *_FINISHES, *_IDS, *_LOGPS, *_TOKENS),
     *(*SYSTEM_COLUMNS, *OTHER_COLUMNS),
 )
 
@@ -203,6 +203,9 @@ def _pair(row: Row, turns: _Turns) -> PairRow:
         chosen_finish=finishes["chosen_finish"],
         rejected_finish=finishes["rejected_finish"],
     )
+    for key in _IDS:
+        if (ids := row.fields.get(key)) and _are_ids(ids):
+            pair[key] = cast("list[int]", ids)
     for key in _LOGPS:
         if (number := _number(row, key)) is not None:
             pair[key] = number
@@ -214,6 +217,11 @@ def _pair(row: Row, turns: _Turns) -> PairRow:
                 )
             pair[key] = int(number)
     return pair
+
+
+def _are_ids(value: object) -> bool:
+    """Whether these may be token ids; a column of this name may mean anything."""
+    return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**31 for each in cast("list[object]", value))
 
 
 def _text(row: Row, key: str) -> str:

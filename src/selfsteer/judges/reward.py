@@ -135,7 +135,8 @@ def score_missing(
 ) -> None:
     """Score every conversation that the journal lacks; the model is loaded only when there is one.
 
-    total, the number of conversations, is for the progress bar. Raises Interrupted when a signal asked to stop.
+    total, the number of conversations, is for the progress bar. Raises Interrupted when a signal asked to stop, ValueError
+    at the first reward that is not finite.
     """
     lacking = journal.lacking(conversations, key=reward.key)
     if lacking is None:
@@ -146,8 +147,8 @@ def score_missing(
     raise_if_stopped()
 
 
-def reward_of(reward: RewardModel, conversation: Conversation, journal: Journal) -> float | None:
-    """The journalled reward; None of one that is not a number."""
+def reward_of(reward: RewardModel, conversation: Conversation, journal: Journal) -> float:
+    """The journalled reward."""
     return journal.get(reward.key(conversation))["reward"]
 
 
@@ -171,9 +172,11 @@ def _rewards(
 
 def _scored(model: PreTrainedModel, batch: Sequence[tuple[TokenIds, str]]) -> Iterator[Record]:
     scores = score_batch(model, [ids for ids, _ in batch])
-    return (
-        (key, {"reward": score if math.isfinite(score) else None}) for (_, key), score in zip(batch, scores, strict=True)
-    )
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(
+            f"{model.config.name_or_path}: rewards that are not finite. Look at the model's weights, or set dtype=float32"
+        )
+    return ((key, {"reward": score}) for (_, key), score in zip(batch, scores, strict=True))
 
 
 # --- a reward model --------------------------------------------------------------------------------------------------------
@@ -202,10 +205,7 @@ def reward_verdicts(judge: RewardModel, pairs: Pairs, journal: Journal, *, total
             yield failure(pair, refused[number])
             continue
         chosen, rejected = (reward_of(judge, conversation, journal) for conversation in conversations(pair))
-        if chosen is None or rejected is None:
-            yield failure(pair, "reward is not finite")
-        else:
-            yield by_margin(pair, chosen - rejected)
+        yield by_margin(pair, chosen - rejected)
 
 
 def conversations(pair: Pair) -> tuple[Conversation, Conversation]:

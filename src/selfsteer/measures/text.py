@@ -16,9 +16,17 @@ HASHES = 128
 
 _CHUNK = 2048
 
-# Chinese and Japanese are written without spaces: there a character counts as a word.
-_CHARACTERS = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
+# Chinese, Japanese, Thai, Lao, Burmese and Khmer are written without spaces: there a character counts as a word.
+_CHARACTERS = (
+    r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+    r"\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ebd\u0ec0-\u0ece\u0edc-\u0edf\u1000-\u103f\u1050-\u109f\u1780-\u17d3"
+)
+
+# Vowels and tones that stand above, below and beside letters, from Arabic to Thai: no letters to `re`, but parts of words.
+_MARKS = "".join(character for code in range(0x300, 0x20000) if unicodedata.category(character := chr(code))[0] == "M")
+
+_WORD = re.compile(rf"[{_CHARACTERS}][{_MARKS}]*|(?:[^\W{_CHARACTERS}][{_MARKS}]*)+")
+
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
@@ -36,8 +44,8 @@ _MULTIPLIERS = _mixed(np.arange(1, HASHES + 1, dtype=np.uint64)) | np.uint64(1)
 
 @lru_cache(maxsize=16)  # a pair's measures ask for the same few texts again and again
 def words(text: str) -> tuple[str, ...]:
-    """The lower-cased words of a text, without punctuation."""
-    return tuple(_WORD.findall(text.lower()))
+    """The lower-cased words of a text, without punctuation; however its letters are composed, wide or narrow (NFKC)."""
+    return tuple(_WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower()))
 
 
 def repetition(text_words: tuple[str, ...]) -> float | None:
@@ -193,8 +201,13 @@ def leaks_principle(text: str, principle: str | None = None) -> bool:
 
 
 def similarity(a: str, b: str) -> float:
-    """Jaccard similarity of the word 3-grams of two texts, 0 to 1; of the words where a text is shorter than that."""
+    """Jaccard similarity of the word 3-grams of two texts, 0 to 1; of the words where a text is shorter than that.
+
+    Texts of signs alone, such as emoji, are compared by their signs.
+    """
     first, second = words(a), words(b)
+    if not first and not second:
+        first, second = tuple("".join(a.split())), tuple("".join(b.split()))
     size = 3 if min(len(first), len(second)) >= 3 else 1
     one, other = _ngrams(first, size), _ngrams(second, size)
     return len(one & other) / len(one | other) if one or other else 1.0

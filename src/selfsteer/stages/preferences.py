@@ -6,7 +6,7 @@ Left out on purpose: how responses are sampled, pairs built and scored: the modu
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from selfsteer.pairs import alignment_pair, item_key, pair_reject_reason, specia
 from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Share
-from selfsteer.records import Checkpoint, Dropped, Message, Pair, Responses
+from selfsteer.records import Checkpoint, Dropped, Message, Pair, Responses, Side
 from selfsteer.stages.base import (
     TOO_LONG,
     Round,
@@ -200,6 +200,8 @@ def given_stage(round: Round, pairs: Path) -> Stage:
     settings = {"max_prompt_tokens": round.recipe.queries.max_prompt_tokens, **arithmetic(round.recipe.training)}
     if was_sampled(pairs, round.prompts):
         settings["ids"] = "as sampled"
+    elif any("chosen_ids" in row for row in islice(read_pairs(pairs), 1) if not isinstance(row, Dropped)):
+        settings["ids"] = "where they spell the text"
     origin = Origin(settings=settings, inputs={**inputs_of(round), "pairs": source_digest(pairs)})
     return make_stage(round, PREFERENCES, origin, lambda work: _given(round, work, pairs))
 
@@ -233,17 +235,18 @@ def usable_pairs(
 ) -> Iterator[Pair | Dropped]:
     """The pairs of a file that can be tokenised as they are, and the others with the reason why not.
 
-    Of a run's own pairs, behind the prompts that they were sampled for, the ids are those that were sampled.
+    Of a run's own pairs, behind the prompts that they were sampled for, the ids are those that were sampled; so are those of
+    a file that has ids, where they spell its text.
     positions: the most tokens that the model takes, of prompt and response together.
     Raises ValueError, naming file and row, for a malformed file.
     """
     number = 0
-    sampled = columns.file_rows(path, ["chosen_ids", "rejected_ids"]) if was_sampled(path, prompts) else repeat({})
-    for number, (row, ids) in enumerate(zip(read_pairs(path), sampled, strict=False), 1):  # noqa: B007 (counts the rows)
+    sampled = was_sampled(path, prompts)
+    for number, row in enumerate(read_pairs(path), 1):  # noqa: B007 (counts the rows)
         if isinstance(row, Dropped):
             yield row
             continue
-        for side in ("chosen", "rejected"):
+        for side, ids in (("chosen", "chosen_ids"), ("rejected", "rejected_ids")):
             text = row[side][-1]["content"]
             bare = prompts.without_end(text)
             if bare != text:
@@ -255,8 +258,13 @@ def usable_pairs(
                 say_once(f"{path}: responses begin with a thought; what stands behind it is taken")
             row[side] = [Message(role="assistant", content=said)]
             if said != text:
-                ids = {**ids, f"{side}_ids": None}
-        pair = columns.pair({**row, **ids})
+                row[ids] = None
+        pair = columns.pair(row)
+        pair = (
+            pair
+            if sampled
+            else replace(pair, chosen=_checked(pair.chosen, prompts), rejected=_checked(pair.rejected, prompts))
+        )
         reason = (
             drop_reason(row)
             or prompts.quarantine_reason(pair.prompt)
@@ -269,6 +277,12 @@ def usable_pairs(
         yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
     if number == 0:
         raise ValueError(f"{path}: no rows")
+
+
+def _checked(side: Side, prompts: Prompts) -> Side:
+    """The response without ids that are not those of its text."""
+    known = side.token_ids is None or prompts.spells(side.token_ids, side)
+    return side if known else replace(side, token_ids=None)
 
 
 def was_sampled(path: Path, prompts: Prompts) -> bool:
