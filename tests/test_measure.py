@@ -119,6 +119,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     def command(*arguments: str) -> str:
         monkeypatch.setattr(cli, "_configure_logging", lambda *, verbose: None)
         monkeypatch.setattr(sys, "argv", ["selfsteer", *arguments])
+        monkeypatch.setenv("COLUMNS", "120")  # an interval stands beside its value
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == 0

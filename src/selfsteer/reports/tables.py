@@ -86,7 +86,7 @@ def cell(value: Estimate | float | None, form: Form, *, signed: bool = False) ->
         return Cell(f"{value:,}")
     if isinstance(value, float):
         return Cell(_number(value, form, signed=signed))
-    mean, low, high, _ = value
+    mean, low, high = value.mean, value.low, value.high
     text = _number(mean, form, signed=signed)
     if low is None or high is None:
         return Cell(text)
