@@ -144,7 +144,7 @@ def test_marks_in_the_text_separate_nothing(tmp_path: Path, text: str):
         ("query,id\nWhy?,1\n".encode("utf-16-le"), "zero bytes in the text .*UTF-16"),
         ("query,id\nWhy?,1\n".encode("utf-16-be"), "zero bytes in the text .*UTF-16"),
         ("query,id\nWhy?,1\n".encode("utf-16"), "it looks like UTF-16"),
-        (gzip.compress(b"query,id\nWhy?,1\n"), "it looks compressed by gzip"),
+        (gzip.compress(b"query,id\nWhy?,1\n", mtime=0), "it looks compressed by gzip"),
     ],
 )
 def test_a_text_in_another_encoding_is_named(tmp_path: Path, content: bytes, says: str):
