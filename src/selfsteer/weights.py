@@ -90,11 +90,19 @@ def _files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
+        if others := sorted(file.name for file in folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{folder}: neither {single.name} nor {index.name}, only {others[0]}; fetch the index of the shards, or give"
+                " the file that name"
+            )
         raise ValueError(
             f"{folder}: no .safetensors weights (pickled weights are refused); convert them with save_pretrained"
         )
     refuse_pointer(index)
-    shards = read_object(index).get("weight_map")
+    content = read_object(index)
+    if type(content.get("metadata")) is not dict:
+        raise ValueError(f"{index}: has no 'metadata', which transformers reads; fetch it again, or add \"metadata\": {{}}")
+    shards = content.get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in cast("dict[str, Any]", shards).values()):
         raise ValueError(f"{index}: 'weight_map' names no files; fetch or make it again")
     names = sorted(set(cast("dict[str, str]", shards).values()))
