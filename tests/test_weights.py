@@ -147,6 +147,22 @@ def test_one_token_more_than_the_embedding(folder: Path):
         use(folder)
 
 
+def test_a_head_of_its_own_that_the_configuration_ties(folder: Path):
+    """transformers keeps it, vLLM takes the embedding: two models of one folder."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    use(folder)
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight is not model\.embed_tokens\.weight.*Set tie_word_embeddings to false"
+    ):
+        use(folder)
+    edit(folder / "config.json", tie_word_embeddings=False)
+    use(folder)
+
+
 # --- damaged files ---------------------------------------------------------------------------------------------------------
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 123\n"
@@ -214,15 +230,34 @@ def test_weights_that_are_there_twice(folder: Path):
 def test_a_shard_that_is_missing(folder: Path):
     names = list(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = {"weight_map": {name: f"model-0000{1 + (name == names[0])}-of-00002.safetensors" for name in names}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: f"model-0000{1 + (name == names[0])}-of-00002.safetensors" for name in names},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
         ValueError, match=r"index\.json: names 'model-00002-of-00002\.safetensors', which is not in the folder"
     ):
         use(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    secret = {"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(secret))
     with pytest.raises(ValueError, match=r"index\.json: names '\.\./\.\./secret"):
         use(folder)
+
+
+def test_shards_whose_index_is_missing_or_half(folder: Path):
+    names = list(load_file(folder / "model.safetensors"))
+    shard = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    with pytest.raises(
+        ValueError, match=r"neither model\.safetensors nor .*index\.json, only model-00001-of-00001\.safetensors"
+    ):
+        use(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, shard.name)}))
+    with pytest.raises(ValueError, match=r"index\.json: 'metadata' is missing.*add \"metadata\": \{\}"):
+        use(folder)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard.name)}))
+    use(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])

@@ -422,11 +422,22 @@ def load_model(
             ignore_mismatched_sizes=True,
         )
     check_fit(path, information)
+    _refuse_untied(path, model)
     model = model.to(device).eval()
     compare = "Compare config.json with the one that belongs to these weights."
     with _in_words(path, "the model can't be used", compare), torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # some mistakes show only then
     return model
+
+
+def _refuse_untied(path: str, model: PreTrainedModel) -> None:
+    """Where a file has two weights that its configuration calls one, transformers keeps both and vLLM takes one of them."""
+    for one, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter(one) is not model.get_parameter(other):
+            raise ValueError(
+                f"{path}: {one} is not {other}, as config.json says (tie_word_embeddings). Set tie_word_embeddings to false"
+                " there, or take the weights that belong to it."
+            )
 
 
 def without_dropout(configuration: PreTrainedConfig) -> PreTrainedConfig:

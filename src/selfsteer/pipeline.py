@@ -46,6 +46,7 @@ from selfsteer.stages.status import MODEL, method_of, record_end, stage_names
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import generator_stage, model_of, policy_stage
 from selfsteer.store.folder import RunFolder, Stage, day_of, lenders
+from selfsteer.training.train import check_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +195,7 @@ def prepare(recipe: Recipe, *, principles: bool = True) -> Prepared:
 
     principles: the pairs will come with the principles they were sampled under.
     """
+    check_optimizer(recipe.training.optimizer)
     policy = resolve(recipe.policy)
     prompts = prompts_of(recipe.policy, policy)
     if principles:

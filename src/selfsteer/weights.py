@@ -90,12 +90,19 @@ def _files(folder: Path) -> list[Path]:
     if not index.is_file():
         if single.is_file():
             return [single]
+        if others := sorted(file.name for file in folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{folder}: neither {single.name} nor {index.name}, only {others[0]}; fetch the index of the shards, or give"
+                " the file that name"
+            )
         raise ValueError(
             f"{folder}: no .safetensors weights by the names that are looked for, {single.name} or {index.name} (pickled "
             "weights are refused); convert them with save_pretrained"
         )
     refuse_pointer(index)
     content = read_object(index)
+    if type(content.get("metadata")) is not dict:  # transformers wants one, be it empty
+        raise ValueError(f"{index}: 'metadata' is missing or no object; fetch it again, or add \"metadata\": {{}}")
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in cast("dict[str, Any]", shards).values()):
         raise ValueError(f"{index}: 'weight_map' names no files; fetch or make it again")
@@ -108,8 +115,6 @@ def _files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index}: names {name!r}, which is not in the folder; fetch the missing file")
-    if type(content.get("metadata")) is not dict:  # transformers wants one, be it empty
-        raise ValueError(f"{index}: 'metadata' is missing or no object; fetch or make it again")
     return [folder / name for name in names]
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,12 @@ def test_a_stopped_warm_up_goes_on_as_it_was(tiny: Path, tmp_path: Path, monkeyp
     monkeypatch.undo()
     train(job)
     assert rates(job) == rates(whole)
+
+
+@pytest.mark.skipif(find_spec("lomo_optim") is not None, reason="the package is there")
+def test_an_optimizer_whose_package_is_missing_says_so(tiny: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"training\.optimizer: .*lomo"):
+        train(job_of(tiny, tmp_path, optimizer="lomo"))
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

@@ -266,6 +266,11 @@ class Lora(Section):
     """Modules that get an adapter, as peft names them."""
 
 
+SchedulerName = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
+
 class Training(Section):
     """Mechanics that both trainings share."""
 
@@ -287,8 +292,8 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     optimizer: str = "adamw_torch_fused"
     """Optimizer, as transformers names it."""
-    scheduler: str = "cosine"
-    """Learning-rate schedule, as transformers names it."""
+    scheduler: SchedulerName = "cosine"
+    """Learning-rate schedule, as transformers names it; those that need settings of their own are left out."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -27,6 +27,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
 
 from selfsteer import runtime
 from selfsteer.clock import part
@@ -151,6 +152,14 @@ def train(job: TrainingJob) -> TrainingResult:
         result = _train(job)
     assert result is not None, "what goes back to a checkpoint takes no step"
     return result
+
+
+def check_optimizer(name: str) -> None:
+    """Raises ValueError for an optimizer that transformers does not know; before anything is sampled for its training."""
+    try:
+        OptimizerNames(name)
+    except ValueError as error:
+        raise ValueError(f"training.optimizer: {error}") from error
 
 
 class _Start(NamedTuple):

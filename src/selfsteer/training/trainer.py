@@ -373,6 +373,13 @@ class PreferenceTrainer(Trainer):
             + "Lower the learning rate, or compute in float32 (training.dtype)."
         )
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers; a package that an optimizer needs is told as what is asked for."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except ImportError as error:
+            raise ValueError(f"training.optimizer: {error}") from error
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """As transformers, whose warm-up begins with a step at rate 0; here it reaches the full rate a step earlier."""
         made = cast(Any, self.lr_scheduler)
