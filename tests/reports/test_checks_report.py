@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from selfsteer.measures.checks import Outcome, Passes, check_report
-from selfsteer.measures.estimates import share_estimate
+from selfsteer.measures.estimates import mean_of, share_estimate
 from selfsteer.measures.metrics import Metrics, RoundMetrics
 from selfsteer.reports.page import write_page
 from selfsteer.reports.reading import Reading
@@ -37,6 +37,16 @@ def metrics() -> Metrics:
             "passing": shares(1, 3, 4),
             "checks": [{"check": SHORT, **shares(2, 4, 4)}, {"check": PLAIN, **shares(1, 3, 4)}],
             "truncated": shares(0, 1, 1),
+            "told": {
+                key: mean_of([value] * 4)
+                for key, value in {
+                    "before": -0.9,
+                    "after": -1.375,
+                    "prompted": -0.75,
+                    "change": -0.475,
+                    "gap": 0.625,
+                }.items()
+            },
         },
     )
     run: Any = {"name": "r", "folder": "f", "model": "m", "seed": 0, "seconds": 1.0}
@@ -45,7 +55,7 @@ def metrics() -> Metrics:
 
 def summary() -> list[str]:
     text = io.StringIO()
-    print_run(metrics(), Console(file=text, width=140))
+    print_run(metrics(), Console(file=text, width=160))
     return text.getvalue().splitlines()
 
 
@@ -75,6 +85,7 @@ def test_answers_are_shown_before_and_after_with_each_check():
     assert " +50.0% [" in line("all checks")
     assert line("length_constraints:number_words at most 40").split(" at most 40 ")[1].startswith("50.0% [")
     assert line("cut off").startswith("cut off 0.0% [")
+    assert line("log-probability when told to").split()[4::3] == ["-0.900", "-1.375", "-0.475", "-0.750"]
 
 
 def test_the_page_shows_answers_to_read_and_no_foreign_markup(tmp_path: Path):

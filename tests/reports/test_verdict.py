@@ -119,6 +119,23 @@ def test_a_displaced_policy_is_named():
     assert "  ! policy displaced: unrelated answers lost 31 nats (0.35 a token): read its answers" in lines
 
 
+@pytest.mark.parametrize(
+    ("gap", "said", "warned"),
+    [
+        (estimate(0.56, 0.31, 0.83), "less likely", True),
+        (estimate(0.3, 0.1, 0.5), "less likely", False),
+        (estimate(0.6, -0.1, 1.3), "no difference shown", False),
+        (estimate(-0.2, -0.3, -0.1), "more likely", False),
+    ],
+)
+def test_answers_that_keep_to_the_form_only_are_told_by_the_policy_told_to(gap: Estimate, said: str, warned: bool):
+    found = metrics()
+    found["rounds"][0]["answers"]["told"] = {"after": estimate(-1.37), "prompted": estimate(-0.81), "gap": gap}
+    lines = verdict(found)
+    assert f"      for the policy told to -1.370 nats a token, its own -0.810: {said}" in lines
+    assert any("answers unlike the policy's own when told to" in line for line in lines) == warned
+
+
 def test_all_that_can_be_there_fits_into_twenty_lines():
     gates = [GateResult(name, "> 0", None, False, "not measured") for name in ("headroom", "accuracy", "displacement")]
     room = {key: estimate(0.39) for key in ("original", "good", "bad", "chosen", "rejected", "all")}

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfsteer
 from selfsteer import comparing
@@ -207,6 +209,28 @@ def test_held_out_answers_before_and_after_by_hand(folder: Path):
     assert "Answers before and after the alignment" in page
 
 
+def test_each_answer_is_scored_by_the_first_policy_told_to(folder: Path, tiny_folder: str):
+    """By one forward an answer, behind the query under its good principle."""
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    values: dict[str, list[float]] = {"before": [], "after": [], "prompted": []}
+    for row in rows(folder, "7-checks/data.parquet"):
+        told = [{"role": "system", "content": row["principles"]["good"]}, *row["messages"]]
+        prompt = tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        for which, each in values.items():
+            response = row[which]
+            ids = response["token_ids"] + ([response["end_id"]] if response["finish_reason"] == "stop" else [])
+            with torch.no_grad():
+                log_probs = model(torch.tensor([prompt_ids + ids])).logits[0].log_softmax(-1)
+            found = [log_probs[len(prompt_ids) + i - 1, token].item() for i, token in enumerate(ids)]
+            each.append(sum(found) / len(found))
+            assert row[f"{which}_told"] == pytest.approx(each[-1], rel=1e-4)
+    told = metrics(folder)["answers"]["told"]
+    mean = {which: sum(each) / len(each) for which, each in values.items()}
+    assert {which: told[which]["mean"] for which in values} == pytest.approx(mean, rel=1e-4)
+    assert told["gap"]["mean"] == pytest.approx(mean["prompted"] - mean["after"], rel=1e-3)
+
+
 def test_a_run_continues_without_answering_again(folder: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         selfsteer.run(load(folder / "recipe.yaml"))
@@ -272,9 +296,8 @@ def test_pairs_made_elsewhere_have_no_principles_to_check(tmp_path: Path, recipe
 
 def sampled(stage: Path) -> list[str]:
     """The keys that a stage sampled itself."""
-    return [
-        json.loads(line)["key"] for part in (stage / "parts").glob("main-*.jsonl") for line in part.read_text().splitlines()
-    ]
+    lines = (line for part in (stage / "parts").glob("main-*.jsonl") for line in part.read_text().splitlines())
+    return [entry["key"] for entry in map(json.loads, lines) if "scores" not in entry["data"]]
 
 
 def test_every_round_is_compared_with_the_first_policy_which_answers_once(

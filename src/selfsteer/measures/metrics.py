@@ -163,8 +163,8 @@ class Displacement(TypedDict, total=False):
     """The step at which training.stop_at_displacement was found crossed; what is delivered is of the reading before."""
 
 
-class AnswerShares(TypedDict, total=False):
-    """A share of the answers to the same held-out queries."""
+class ComparedAnswers(TypedDict, total=False):
+    """A share or a mean of the answers to the same held-out queries."""
 
     check: str
     """As canonical JSON, of the share that passes this check alone."""
@@ -184,11 +184,14 @@ class CheckedAnswers(TypedDict):
     """How many answers to held-out queries pass the checks of the query's principle."""
 
     queries: int
-    passing: AnswerShares
+    passing: ComparedAnswers
     """All checks."""
-    checks: list[AnswerShares]
+    told: NotRequired[ComparedAnswers]
+    """Mean log-probability of a token of an answer (nats) for the policy that the run began with, given the good principle:
+    whether what passes is what this model would say when told to."""
+    checks: list[ComparedAnswers]
     """Each check, of the queries whose principle has it; the most frequent first."""
-    truncated: AnswerShares
+    truncated: ComparedAnswers
     """Answers cut off by the token limit."""
 
 

@@ -181,6 +181,8 @@ def _answer(row: Mapping[str, Any]) -> str:
         facts = [which, "; ".join(reasons) or "passes"]
         if row[which]["finish_reason"] == "length":
             facts.append("cut off")
+        if f"{which}_told" in row:
+            facts.append(f"{row[f'{which}_told']:.2f} nats a token for the first policy told to")
         box = _box(row[which]["text"], html)
         sides.append(f'<div class="{which}"><h3>{escape(" · ".join(facts))}</h3>{box}</div>')
     turns = _turns((turn["role"], turn["content"]) for turn in row["messages"])

@@ -26,8 +26,8 @@ from selfsteer.measures.estimates import METHOD, Estimate, share_estimate
 from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.headroom import in_words
 from selfsteer.measures.metrics import (
-    AnswerShares,
     CheckedAnswers,
+    ComparedAnswers,
     Contamination,
     Drift,
     Gain,
@@ -650,17 +650,24 @@ def _short(text: str, most: int = 60) -> str:
 def _answers(found: CheckedAnswers, title: str) -> Table:
     columns = ("before", "after", "change", "prompted")
 
-    def line(label: str, shares: AnswerShares) -> Row:
-        return Row(label, tuple(cell(find(shares, key), "share", signed=key == "change") for key in columns))
+    def line(label: str, compared: ComparedAnswers, form: Form = "share") -> Row:
+        return Row(label, tuple(cell(find(compared, key), form, signed=key == "change") for key in columns))
 
     rows = [line("all checks" if len(found["checks"]) > 1 else "its check", found["passing"])]
     if len(found["checks"]) > 1:
         rows += (line(f"  {check_label(each['check'])}", each) for each in found["checks"][:PRINCIPLES] if "check" in each)
     rows.append(line("cut off", found["truncated"]))
+    likely = ""
+    if "told" in found:
+        rows.append(line("log-probability when told to", found["told"], "number"))
+        likely = (
+            " Log-probability: of a token of the answer, on average (nats), for that policy told to. What it would hardly"
+            " say keeps to the principle in form only."
+        )
     note = (
         f"{found['queries']:,} queries that trained nothing. Before and after the alignment: the bare query, without the"
         " principle. Told to: the first policy with the principle as its system message, which is what there is to win."
-        f" {METHOD}"
+        f"{likely} {METHOD}"
     )
     return Table(title, ("before alignment", "after", "change", "told to"), tuple(rows), note)
 

@@ -28,6 +28,9 @@ FEW_PAIRS = 200
 CUT_OFF = 1 / 3
 """Share of cut-off responses above which a run says so."""
 
+UNLIKELY = 0.5
+"""Nats a token by which answers are less likely than the policy's own when told to, above which a run says so."""
+
 
 def print_verdict(metrics: Metrics, console: Console | None = None) -> None:
     """Print the verdict on a run."""
@@ -143,6 +146,11 @@ def answer_lines(this: RoundMetrics) -> Iterator[str]:
     change = passing["change"]
     said = in_words(change, "the policy follows it more", "the policy follows it less")
     yield f"  change {_signed(change, share=True)} points: {said}"
+    if "told" in found:
+        told = cast("dict[str, Estimate]", found["told"])
+        less = told["gap"]
+        said = in_words(less, "less likely", "more likely")
+        yield f"    for the policy told to {_mean(told['after'])} nats a token, its own {_mean(told['prompted'])}: {said}"
 
 
 def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[str, str, str, str]]:
@@ -179,6 +187,9 @@ def warnings(this: RoundMetrics) -> Iterator[str]:
         moved = this.get(key, TrainingSummary()).get("displacement")
         if moved is not None and (said := displaced(moved)) is not None:
             yield f"{name} {said}: read its answers"
+    told = cast("dict[str, Estimate]", this["answers"].get("told", {})) if "answers" in this else {}
+    if "gap" in told and told["gap"].above_zero and told["gap"].mean > UNLIKELY:
+        yield f"answers unlike the policy's own when told to ({told['gap'].mean:.2f} nats a token less likely): read them"
     sets = data_sets(this)
     if not sets:
         return

@@ -258,7 +258,8 @@ def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
     if name == "6-policy":
         return _Work(queries=max(0, n - spared), each=pair)
     if name == PASSES:
-        return _Work(samples=3 * recipe.quality.answers)
+        answered = recipe.quality.answers
+        return _Work(samples=3 * answered, scored=answered * (steered + 3 * answer))
     return _Work()  # 4-gain and 5-quality: not timed
 
 

@@ -6,26 +6,42 @@
     after       by the aligned policy, given the bare query
     prompted    by the policy that the run began with, given the query under its good principle: what there is to win
 
+A check counts words and does not read them: each answer is also scored by the policy that the run began with, given the
+query under its good principle. What that model would hardly say when told to keeps to the principle in form only.
+
 Only queries whose principle has checks are answered; a query's three answers share a sampling seed. Left out on purpose:
 judges (`answers.py`), and benchmarks.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 from selfsteer.engines.base import Request
 from selfsteer.judges.checks import checks_of
-from selfsteer.measures.estimates import known, paired_difference, share_estimate
-from selfsteer.measures.metrics import AnswerShares, CheckedAnswers
+from selfsteer.measures.estimates import Estimate, known, mean_estimate, paired_difference, share_estimate
+from selfsteer.measures.metrics import CheckedAnswers, ComparedAnswers
+from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity
-from selfsteer.records import Checkpoint, Dropped
-from selfsteer.stages.base import Round, Work, draw, held_out, inputs_of, make_stage, taking
+from selfsteer.records import Checkpoint, Dropped, Pair, Response
+from selfsteer.stages.base import (
+    Round,
+    Work,
+    arithmetic,
+    draw,
+    held_out,
+    inputs_of,
+    make_stage,
+    policy_scorer,
+    taking,
+)
 from selfsteer.stages.responses import answer_request, answers_to, sample_answers
 from selfsteer.stages.status import PASSES
 from selfsteer.stages.training import model_of
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, borrow
+from selfsteer.training.scoring import score_missing, scores
 
 Which = Literal["before", "after", "prompted"]
 WHICH: tuple[Which, ...] = ("before", "after", "prompted")
@@ -44,6 +60,7 @@ def passes_stage(round: Round, policy: Stage) -> Stage | None:
         "seed": recipe.seed,
         **sampling_identity(recipe.engine),
     }
+    settings |= arithmetic(recipe.training)
     inputs = inputs_of(round, principles=principles, aligned=policy) | {"first policy": round.first.digest}
     if round.number > 1:  # what the first policy has answered already
         borrow(round.folder.stage(round.number, PASSES), [round.folder.stage(1, PASSES)])
@@ -58,19 +75,35 @@ def _answers(round: Round, work: Work, principles: Stage, aligned: Checkpoint) -
     sample_answers(round, work, round.first, [each[which] for which in first for each in asked], whose="first")
     sample_answers(round, work, aligned, [each["after"] for each in asked], whose="aligned")
     dropped: list[Dropped] = []
+    answers: list[tuple[dict[str, Any], dict[str, Response]]] = []
+    for row, requests in zip(rows, asked, strict=True):
+        found = answers_to(work.journal, row["query_id"], requests)
+        if isinstance(found, Dropped):
+            dropped.append(Dropped(id=row["query_id"], reason="no answer"))
+        else:
+            answers.append((row, found))
+    scorer = policy_scorer(round)._replace(model=round.first)
+    groups = [scorer.group(_told(round, row, found)) for row, found in answers]
+    score_missing(scorer, groups, work.journal, description="log-probabilities of the answers", total=len(groups))
 
     def answered() -> Iterator[dict[str, Any]]:
-        for row, requests in zip(rows, asked, strict=True):
-            found = answers_to(work.journal, row["query_id"], requests)
-            if isinstance(found, Dropped):
-                dropped.append(Dropped(id=row["query_id"], reason="no answer"))
-                continue
+        for (row, found), group in zip(answers, groups, strict=True):
             checks = checks_of(columns.principles(row).checks)
             why_not = {f"{which}_why_not": [check.why_not(found[which].text) for check in checks] for which in WHICH}
-            yield {**row, **{which: columns.response_columns(found[which]) for which in WHICH}, **why_not}
+            after, before = scores(work.journal, group)
+            sides = {"before": before.chosen, "after": after.chosen, "prompted": after.rejected}
+            told = {f"{which}_told": side.score.mean_logps for which, side in sides.items()}
+            yield {**row, **{which: columns.response_columns(found[which]) for which in WHICH}, **why_not, **told}
 
     measures = taking(answers=lambda: _measured(list(work.stage.written())))
     return Contents(wanted=len(rows), rows=answered(), dropped=dropped, schema=columns.ANSWERS, measures=measures)
+
+
+def _told(round: Round, row: dict[str, Any], found: Mapping[str, Response]) -> list[Pair]:
+    """Given the principle, the bare answers each beside the prompted one, because pairs are what is scored."""
+    query = columns.query(row)
+    steered = round.prompts.steer(query.messages, columns.principles(row).good_message)
+    return [replace(answer_pair(query, found[bare], found["prompted"]), prompt=steered) for bare in ("after", "before")]
 
 
 def _requests(round: Round, row: dict[str, Any], aligned: Checkpoint) -> dict[str, Request]:
@@ -113,6 +146,7 @@ def _measured(rows: list[dict[str, Any]]) -> CheckedAnswers:
     return CheckedAnswers(
         queries=len(rows),
         passing=_shares(rows, lambda row, which: _passes(row[f"{which}_why_not"])),
+        told=_compared(rows, lambda row, which: row[f"{which}_told"], mean_estimate),
         checks=[
             {"check": check, **_shares(by_check[check], lambda row, which: _why_not(row, which) is None)}
             for check, _ in sorted(frequent, key=lambda item: (-item[1], item[0]))
@@ -129,11 +163,19 @@ def _why_not(row: Mapping[str, Any], which: Which) -> str | None:
     return row[f"{which}_why_not"][row["place"]]
 
 
-def _shares(rows: list[dict[str, Any]], holds: Callable[[Mapping[str, Any], Which], bool]) -> AnswerShares:
-    values = {which: {row["query_id"]: float(holds(row, which)) for row in rows} for which in WHICH}
+def _shares(rows: list[dict[str, Any]], holds: Callable[[Mapping[str, Any], Which], bool]) -> ComparedAnswers:
+    return _compared(rows, holds, lambda values: share_estimate(int(sum(values)), len(values)))
+
+
+def _compared(
+    rows: list[dict[str, Any]],
+    value: Callable[[Mapping[str, Any], Which], float],
+    estimate: Callable[[list[float]], Estimate | None],
+) -> ComparedAnswers:
+    values = {which: {row["query_id"]: float(value(row, which)) for row in rows} for which in WHICH}
     found = {
-        **{which: share_estimate(int(sum(each.values())), len(each)) for which, each in values.items()},
+        **{which: estimate(list(each.values())) for which, each in values.items()},
         "change": paired_difference(values["after"], values["before"]),
         "gap": paired_difference(values["prompted"], values["after"]),
     }
-    return cast(AnswerShares, known(found))
+    return cast(ComparedAnswers, known(found))

@@ -68,10 +68,11 @@ ANSWERS = pa.schema(
         *PRINCIPLES,
         *((which, _RESPONSE) for which in _WHICH),
         *((f"{which}_why_not", pa.list_(pa.string())) for which in _WHICH),
+        *((f"{which}_told", pa.float64()) for which in _WHICH),
     ]
 )
-"""Stage 7: three answers to a held-out query a row, and for each check of its principle why it does not pass, null where
-it does."""
+"""Stage 7: three answers to a held-out query a row; for each check of its principle why it does not pass, null where it
+does; and a token's mean log-probability for the first policy given the good principle (nats)."""
 
 PAIRS = pa.schema(
     [
