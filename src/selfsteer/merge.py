@@ -15,7 +15,7 @@ and measured. Samples come along: where another setting is tried later, they are
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -194,10 +194,10 @@ def _merged(folder: RunFolder, shards: Sequence[Shard]) -> Manifest:
                 advance(1)
                 yield row
 
+    dropped = in_order(ids(), [part.dropped() for part in parts], lambda item: item.id)
     contents = Contents(
         wanted=sum(shard.made.wanted for shard in shards),
-        rows=rows(),
-        dropped=in_order(ids(), [part.dropped() for part in parts], lambda item: item.id),
+        rows=chain(rows(), dropped),
         schema=columns.PAIRS,
         measures=pair_measures(stage, folder.stage(1, "3-steering"), spared),
     )

@@ -57,20 +57,19 @@ def _answers(round: Round, work: Work, principles: Stage, aligned: Checkpoint) -
     first: tuple[Which, ...] = ("before", "prompted")
     sample_answers(round, work, round.first, [each[which] for which in first for each in asked], whose="first")
     sample_answers(round, work, aligned, [each["after"] for each in asked], whose="aligned")
-    dropped: list[Dropped] = []
 
-    def answered() -> Iterator[dict[str, Any]]:
+    def answered() -> Iterator[dict[str, Any] | Dropped]:
         for row, requests in zip(rows, asked, strict=True):
             found = answers_to(work.journal, row["query_id"], requests)
             if isinstance(found, Dropped):
-                dropped.append(Dropped(id=row["query_id"], reason="no answer"))
+                yield Dropped(id=row["query_id"], reason="no answer")
                 continue
             checks = checks_of(columns.principles(row).checks)
             why_not = {f"{which}_why_not": [check.why_not(found[which].text) for check in checks] for which in WHICH}
             yield {**row, **{which: columns.response_columns(found[which]) for which in WHICH}, **why_not}
 
     measures = taking(answers=lambda: _measured(list(work.stage.written())))
-    return Contents(wanted=len(rows), rows=answered(), dropped=dropped, schema=columns.ANSWERS, measures=measures)
+    return Contents(wanted=len(rows), rows=answered(), schema=columns.ANSWERS, measures=measures)
 
 
 def _requests(round: Round, row: dict[str, Any], aligned: Checkpoint) -> dict[str, Request]:

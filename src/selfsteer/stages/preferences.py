@@ -163,7 +163,6 @@ def _preference_pairs(
 ) -> Contents:
     """Filtered alignment pairs with their log-probabilities under the policy: reference and on-policy measure in one."""
     scorer = policy_scorer(round)
-    dropped: list[Dropped] = []
     reasons: dict[tuple[str, int], str] = {}
 
     def reason(item: Responses) -> str | None:
@@ -175,24 +174,24 @@ def _preference_pairs(
     every_group = map(group, usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
     score_missing(scorer, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         texts = 0
         for item in answered():
             if isinstance(item, Dropped):
-                dropped.append(item)
+                yield item
             elif item_key(item) in reasons:
-                dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
+                yield Dropped(id=item.query.id, reason=reasons[item_key(item)])
             else:
                 texts += item.good.reencoded + item.bad.reencoded
                 yield from map(columns.pair_row, scores(work.journal, group(item)))
         note_texts(log, texts)
 
-    return _pairs(work, wanted=total, rows=rows(), dropped=dropped)
+    return _pairs(work, wanted=total, rows=rows())
 
 
-def _pairs(work: Work, *, wanted: int, rows: Iterator[dict[str, Any]], dropped: list[Dropped]) -> Contents:
+def _pairs(work: Work, *, wanted: int, rows: Iterator[dict[str, Any] | Dropped]) -> Contents:
     measures = taking(pairs=lambda: measured(work.stage.written()))
-    return Contents(wanted=wanted, rows=rows, dropped=dropped, schema=columns.PAIRS, measures=measures)
+    return Contents(wanted=wanted, rows=rows, schema=columns.PAIRS, measures=measures)
 
 
 def given_stage(round: Round, pairs: Path) -> Stage:
@@ -210,7 +209,6 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
     scorer = policy_scorer(round)
     limit = round.recipe.queries.max_prompt_tokens
     positions = positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
-    dropped: list[Dropped] = []
 
     def groups() -> Iterator[Group | Dropped]:
         for item in usable_pairs(path, round.prompts, limit, positions):
@@ -220,14 +218,14 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
     to_score = (group for group in groups() if isinstance(group, Group))
     score_missing(scorer, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         for item in groups():
             if isinstance(item, Dropped):
-                dropped.append(item)
+                yield item
             else:
                 yield from map(columns.pair_row, scores(work.journal, item))
 
-    return _pairs(work, wanted=wanted, rows=rows(), dropped=dropped)
+    return _pairs(work, wanted=wanted, rows=rows())
 
 
 def usable_pairs(

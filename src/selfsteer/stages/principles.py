@@ -355,17 +355,16 @@ def _principles(round: Round, work: Work) -> Contents:
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
     if section.source == "generate":
         assign = _generated_principles(round, work, pool, queries)
-    dropped: list[Dropped] = []
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         for item in queries:
             if isinstance(item, Dropped):
-                dropped.append(item)
+                yield item
                 continue
             principles = replace(assign(item), wrap=wrap)
             length = _length_beyond(round.prompts, item, principles, _longest_prompt(round, positions))
             if length is not None and (found := _too_long(round, item, length, positions)) is not None:
-                dropped.append(replace(found, detail=f"with its principle, {found.detail}"))
+                yield replace(found, detail=f"with its principle, {found.detail}")
                 continue
             yield {
                 "query_id": item.id,
@@ -373,7 +372,7 @@ def _principles(round: Round, work: Work) -> Contents:
                 "principles": columns.principles_columns(principles),
             }
 
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PRINCIPLES)
+    return Contents(wanted=wanted, rows=rows(), schema=columns.PRINCIPLES)
 
 
 def _splits(recipe: Recipe) -> bool:

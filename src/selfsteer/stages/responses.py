@@ -86,7 +86,6 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         description="responses of the policy",
         total=total * len(models) + len(own) * len(pair) + len(bare),
     )
-    dropped: list[Dropped] = []
     if own:
         rows_own = (_row(row, found) for row, found in _answered(work, own))
         columns.write_rows(work.stage.path / HELD_OUT, rows_own, columns.RESPONSES)
@@ -101,19 +100,19 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         )
         columns.write_rows(work.stage.path / UNRELATED, unrelated, columns.UNRELATED)
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         texts = 0
         for row, requests in asking(models, wanted_ids):
             answers = answers_to(work.journal, row["query_id"], requests)
             if isinstance(answers, Dropped):
-                dropped.append(answers)
+                yield answers
             else:
                 texts += sum(answer.reencoded for answer in answers.values())
                 yield _row(row, answers)
         note_texts(log, texts)
 
     files = tuple(name for name, asked_for in ((HELD_OUT, own), (UNRELATED, bare)) if asked_for)
-    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.RESPONSES, files=files)
+    return Contents(wanted=total, rows=rows(), schema=columns.RESPONSES, files=files)
 
 
 def _row(row: dict[str, Any], answers: Mapping[str, Response]) -> dict[str, Any]:

@@ -192,14 +192,13 @@ def _selected(
     if section.top_share is not None:
         margins = [item.margin for item in ranked() if isinstance(item, Ranked) and item.margin is not None]
         bound = top_share(margins, section.top_share) if margins else None
-    dropped: list[Dropped] = []
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         for item in ranked():
             if isinstance(item, Dropped):
-                dropped.append(item)
+                yield item
             elif (reason := reject_reason(item, section, bound)) is not None:
-                dropped.append(Dropped(id=item.pair.query_id, reason=reason))
+                yield Dropped(id=item.pair.query_id, reason=reason)
             elif is_near(item, section):
                 yield columns.pair_row(prefer_shorter(item.pair))
             else:
@@ -207,7 +206,7 @@ def _selected(
 
     wanted = sum(1 for _ in _lessons(candidates.preferences, held_out(round)))
     measures = taking(pairs=lambda: measured(work.stage.written()))
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS, measures=measures)
+    return Contents(wanted=wanted, rows=rows(), schema=columns.PAIRS, measures=measures)
 
 
 def _lessons(preferences: Stage, spared: frozenset[str]) -> Iterator[Pair]:

@@ -87,7 +87,6 @@ def _held_out(round: Round, work: Work, responses: Stage) -> list[Responses]:
 def _steering(round: Round, work: Work, responses: Stage) -> Contents:
     objective, scorer = round.recipe.generator.objective, policy_scorer(round)
     drawn = draw(round, set(responses.column("query_id")), HEADROOM_QUERIES) if round.recipe.generator.uses_original else ()
-    dropped: list[Dropped] = []
     reasons: dict[tuple[str, int], str] = {}
 
     def answered() -> Iterator[Responses]:
@@ -129,17 +128,16 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         columns.write_rows(work.stage.path / HEADROOM, _rows(found), columns.HEADROOM)
         files.append(HEADROOM)
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         for item in answered():
             if item_key(item) in reasons:
-                dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
+                yield Dropped(id=item.query.id, reason=reasons[item_key(item)])
             else:
                 yield from map(columns.pair_row, scores(work.journal, lessons(item)))
 
     return Contents(
         wanted=wanted,
         rows=rows(),
-        dropped=dropped,
         schema=columns.PAIRS,
         rows_each=2 if objective in ("sso", "equation_3") else 1,
         measures=taking(

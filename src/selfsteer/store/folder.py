@@ -165,14 +165,13 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """What a stage seals. Both iterables are consumed once, rows first, so dropped may be a list that rows fills."""
+    """What a stage seals."""
 
     wanted: int
     """Items the stage set out to make."""
-    rows: Iterable[Row] | None = None
-    """Rows of data.parquet, in the order of the queries; None for stages that make a model."""
-    dropped: Iterable[Dropped] = ()
-    """Items not kept."""
+    rows: Iterable[Row | Dropped] | None = None
+    """Rows of data.parquet in the order of the queries, each item that is not kept in its place; None for stages that make a
+    model. Consumed once."""
     schema: pa.Schema | None = None
     """Columns of the rows, missing values null; inferred from the first 256 rows when absent."""
     rows_each: int = 1
@@ -446,14 +445,15 @@ class Stage:
         make_folder(self.path)
         names = [_DROPPED, *contents.files]
         rows = 0
+        dropped: list[Dropped] = []
         if contents.rows is not None:
             names.append(_DATA)
-            rows = columns.write_rows(self.path / _DATA, contents.rows, contents.schema)
+            rows = columns.write_rows(self.path / _DATA, _without_dropped(contents.rows, dropped), contents.schema)
         if contents.measures is not None:
             names.append(MEASURES)
             with replacing(self.path / MEASURES) as file, clock.part("measure"):
                 file.write(canonical_json(contents.measures()))
-        reasons = write_dropped(self.path / _DROPPED, contents.dropped)
+        reasons = write_dropped(self.path / _DROPPED, dropped)
         lost = reasons.total()
         kept = contents.wanted - lost
         if contents.rows is not None and rows != kept * contents.rows_each:
@@ -595,6 +595,15 @@ def _damage_named(stage: Path) -> Generator[None]:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise StageDamaged(f"{error}. {_way_out(stage / _MANIFEST)}") from error
+
+
+def _without_dropped(items: Iterable[Row | Dropped], dropped: list[Dropped]) -> Iterator[Row]:
+    """The rows; what is none of them goes into the list."""
+    for item in items:
+        if isinstance(item, Dropped):
+            dropped.append(item)
+        else:
+            yield item
 
 
 def write_dropped(path: Path, dropped: Iterable[Dropped]) -> Counter[str]:
