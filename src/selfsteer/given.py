@@ -11,7 +11,8 @@ from typing import Any
 from selfsteer.cluster import cluster_of
 from selfsteer.data.exchange import Found, find_pairs, read_pairs
 from selfsteer.engines.open import prompts_of
-from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import ask, check_judge, find_judge, read_judge
 from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
 from selfsteer.measures.quality import measure

@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeVar
 from selfsteer.cluster import cluster_of
 from selfsteer.data.queries import read_queries
 from selfsteer.engines.open import check_engines, prompts_of
-from selfsteer.judges.find import RecipeJudge, check_judge, find_judge
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import check_judge, find_judge
 from selfsteer.measures.contamination import check_files
 from selfsteer.measures.gates import evaluate
 from selfsteer.measures.headroom import in_words

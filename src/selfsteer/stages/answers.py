@@ -7,7 +7,8 @@ Left out on purpose: benchmarks; and several answers a query.
 """
 
 from selfsteer.engines.base import Request
-from selfsteer.judges.find import RecipeJudge, ask
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import ask
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity

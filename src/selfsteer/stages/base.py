@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selfsteer.engines.sampling import seed_for
-from selfsteer.judges.find import RecipeJudge
+from selfsteer.judges.base import RecipeJudge
 from selfsteer.measures.metrics import Measures, from_plain, plain
 from selfsteer.measures.quality import measure
 from selfsteer.prompts import Prompts

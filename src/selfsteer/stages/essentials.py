@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from selfsteer.engines.open import open_engine
-from selfsteer.judges.find import RecipeJudge, open_judge
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import open_judge
 from selfsteer.models import available_memory, compute_dtype, load_configuration, pick_device
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import runs_already

@@ -22,7 +22,8 @@ from selfsteer.evaluations.asking import Asked
 from selfsteer.evaluations.evaluate import Answering, Plan, answering, ask_with, gives_scores
 from selfsteer.evaluations.judged import Verdicts
 from selfsteer.evaluations.results import summary
-from selfsteer.judges.find import RecipeJudge, ask, open_judge
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import ask, open_judge
 from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.recipe.engines import EngineSection

@@ -16,8 +16,9 @@ from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
 
+from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.checks import checks_of, checks_verdicts
-from selfsteer.judges.find import RecipeJudge, ask
+from selfsteer.judges.find import ask
 from selfsteer.judges.implicit import consistency_verdicts
 from selfsteer.measures.checks import CheckReport, Outcome, Passes, check_report, why_not
 from selfsteer.measures.contamination import contamination, overlaps, read_evaluation
@@ -213,8 +214,7 @@ def _judged(
     if task.checks:
         yield "judge", checks_verdicts(pairs())
     if task.consistency and name != "steering":
-        both = consistency_verdicts(policy_scorer(round), pairs, work.journal, total=total)
-        yield "principle_consistency", (each.summed for each in both)
+        yield "principle_consistency", consistency_verdicts(policy_scorer(round), pairs, work.journal, total=total)
     if task.judge is not None:
         yield "judge", ask(task.judge, pairs, work.journal, total=total)
 
