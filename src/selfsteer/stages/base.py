@@ -26,11 +26,16 @@ from selfsteer.stages.guard import Attempt, refuse_to_replace
 from selfsteer.stages.status import (
     BAD_GENERATOR,
     GAIN,
+    GENERATOR,
     GOOD_GENERATOR,
     PASSES,
+    POLICY,
     PREFERENCES,
+    PRINCIPLES,
     QUALITY,
+    RESPONSES,
     SELECTION,
+    STEERING,
     method_of,
     stage_names,
 )
@@ -174,17 +179,17 @@ TOO_LONG = "too long for the model"
 """Why what exceeds the positions of the policy is dropped."""
 
 _PURPOSES = {
-    "1-principles": "a good and a bad principle for every query",
-    "2-responses": "the policy answers under both, and the bare query",
-    "3-steering": "steering pairs, and what there is to win",
-    "4-generator": "the data generator learns from the steering pairs",
+    PRINCIPLES: "a good and a bad principle for every query",
+    RESPONSES: "the policy answers under both, and the bare query",
+    STEERING: "steering pairs, and what there is to win",
+    GENERATOR: "the data generator learns from the steering pairs",
     GOOD_GENERATOR: "the generator of good responses learns",
     BAD_GENERATOR: "the generator of bad responses learns",
     GAIN: "what that changed, at the same contexts",
     PREFERENCES: "the pairs that the policy will be aligned on",
     QUALITY: "the pairs are judged",
     SELECTION: "which pairs align the policy",
-    "6-policy": "the policy is aligned on the pairs",
+    POLICY: "the policy is aligned on the pairs",
     PASSES: "held-out queries are answered before and after",
 }
 
@@ -292,8 +297,8 @@ def held_out(round: Round) -> frozenset[str]:
     count = round.recipe.queries.holdout
     if count == 0:
         return frozenset()
-    begun = round.folder.has_stage(round.number, "1-principles")  # not where the pairs were made elsewhere
-    source = round.folder.stage(round.number, "1-principles" if begun else "5-preferences")
+    begun = round.folder.has_stage(round.number, PRINCIPLES)  # not where the pairs were made elsewhere
+    source = round.folder.stage(round.number, PRINCIPLES if begun else PREFERENCES)
     return _held_out(source, sealed(source).digest, count)
 
 
@@ -320,9 +325,9 @@ def set_aside(round: Round) -> frozenset[str]:
         return frozenset()
     if spared := held_out(round):
         return frozenset(draw(round, spared, LARGEST))
-    if not round.folder.has_stage(round.number, "1-principles"):
+    if not round.folder.has_stage(round.number, PRINCIPLES):
         return frozenset()
-    source = round.folder.stage(round.number, "1-principles")
+    source = round.folder.stage(round.number, PRINCIPLES)
     return _set_aside(source, sealed(source).digest, round.recipe.seed)
 
 

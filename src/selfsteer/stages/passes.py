@@ -22,7 +22,7 @@ from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped
 from selfsteer.stages.base import Round, Work, draw, held_out, inputs_of, make_stage, taking
 from selfsteer.stages.responses import answer_request, answers_to, sample_answers
-from selfsteer.stages.status import PASSES
+from selfsteer.stages.status import PASSES, PRINCIPLES
 from selfsteer.stages.training import model_of
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, borrow
@@ -36,7 +36,7 @@ def passes_stage(round: Round, policy: Stage) -> Stage | None:
     recipe = round.recipe
     if recipe.quality.answers == 0:
         return None
-    principles = round.folder.stage(round.number, "1-principles")
+    principles = round.folder.stage(round.number, PRINCIPLES)
     settings = {
         "responses": recipe.responses.steered.model_dump(),
         "answers": recipe.quality.answers,

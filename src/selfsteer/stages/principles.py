@@ -31,6 +31,7 @@ from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.recipe.shipped import located, template
 from selfsteer.records import Checkpoint, Dropped, Message, Principles, Query
 from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, kept, make_stage, share_of_round
+from selfsteer.stages.status import PRINCIPLES
 from selfsteer.store import columns
 from selfsteer.store.durable import digest, file_digest, read_small_text, regular_file
 from selfsteer.store.folder import Contents, Origin, Stage
@@ -340,7 +341,7 @@ def principles_stage(round: Round) -> Stage:
     if _splits(round.recipe):
         settings["split"] = {"rounds": round.recipe.rounds, "holdout": round.recipe.queries.holdout}
     origin = Origin(settings=settings, inputs=inputs)
-    stage = make_stage(round, "1-principles", origin, lambda work: _principles(round, work))
+    stage = make_stage(round, PRINCIPLES, origin, lambda work: _principles(round, work))
     share = round.recipe.queries.share
     if share is not None and share.of > kept(stage):
         raise ValueError(f"queries.shard: {share.of} shards of {kept(stage):,} queries; take fewer.")

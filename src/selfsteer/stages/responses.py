@@ -22,13 +22,12 @@ from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Recipe, Sampled
 from selfsteer.records import Checkpoint, Dropped, Message, Query, Response
 from selfsteer.stages.base import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage, set_aside
+from selfsteer.stages.status import RESPONSES
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.store.journal import Journal
 
 log = logging.getLogger(__name__)
-
-RESPONSES = "2-responses"
 
 HELD_OUT, UNRELATED = "held-out.parquet", "unrelated.parquet"
 

@@ -29,6 +29,7 @@ from selfsteer.records import Dropped, Pair, Responses
 from selfsteer.runtime import counted
 from selfsteer.stages.base import Round, Work, arithmetic, draw, inputs_of, kept, make_stage, measured, policy_scorer, taking
 from selfsteer.stages.responses import HELD_OUT
+from selfsteer.stages.status import STEERING
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, write_dropped
 from selfsteer.training.scoring import Group, prefixes, score_missing, scores
@@ -65,7 +66,7 @@ def steering_stage(round: Round, responses: Stage) -> Stage:
         **arithmetic(round.recipe.training),
     }
     origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
-    return make_stage(round, "3-steering", origin, lambda work: _steering(round, work, responses))
+    return make_stage(round, STEERING, origin, lambda work: _steering(round, work, responses))
 
 
 def _held_out(round: Round, work: Work, responses: Stage) -> list[Responses]:
