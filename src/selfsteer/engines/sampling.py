@@ -149,7 +149,7 @@ def _journalled(journal: Journal, wanted: Request) -> Response | Failed:
     data = journal.get(wanted.key)
     if "failed" in data:
         return Failed(key=wanted.key, reason=data["failed"], detail=data["detail"])
-    return columns.response_of(data | {"seed": wanted.seed})
+    return columns.response(data | {"seed": wanted.seed})
 
 
 @part("render")

@@ -157,7 +157,6 @@ def _unrelated(round: Round) -> tuple[Row, ...]:
     rows: list[Row] = []
     for row in columns.file_rows(round.folder.stage(round.number, RESPONSES).path / UNRELATED):
         query, answer = columns.query(row), columns.response(row["original"])
-        assert answer is not None
         completion = prompts.response_ids(response_side(answer), query.messages)
         if completion:
             rows.append(Row(prompts.prompt_ids(query.messages), (completion,)))

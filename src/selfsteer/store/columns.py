@@ -115,19 +115,17 @@ def principles_columns(item: Principles) -> dict[str, Any]:
 
 def responses(row: dict[str, Any]) -> Responses:
     """The record of a stage-2 row."""
-    good, bad, original = (response(row[role]) for role in ("good", "bad", "original"))
-    assert good is not None
-    assert bad is not None
-    return Responses(query=query(row), principles=principles(row), good=good, bad=bad, original=original)
+    return Responses(
+        query=query(row),
+        principles=principles(row),
+        good=response(row["good"]),
+        bad=response(row["bad"]),
+        original=None if row["original"] is None else response(row["original"]),
+    )
 
 
-def response(fields: dict[str, Any] | None) -> Response | None:
-    """The response in a column of a stage-2 row."""
-    return None if fields is None else response_of(fields)
-
-
-def response_of(fields: Mapping[str, Any]) -> Response:
-    """The same where there is one, also from a record of the journal with its request's seed."""
+def response(fields: Mapping[str, Any]) -> Response:
+    """The response in a column of a stage-2 row, or in a record of the journal with its request's seed."""
     return Response(
         text=fields["text"],
         token_ids=tuple(fields["token_ids"]),
