@@ -30,7 +30,7 @@ from selfsteer.measures.verdicts import Orders, Verdict, by_orders, failure, no_
 from selfsteer.prompts import THOUGHT_ENDS, Prompts
 from selfsteer.recipe.sections import Training
 from selfsteer.recipe.shipped import template
-from selfsteer.records import Message, Pair, side
+from selfsteer.records import Message, Pair, side, user_turn
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.store.durable import digest, read_small_text, regular_file
 from selfsteer.store.folder import SCHEMA_VERSION
@@ -70,7 +70,7 @@ def judge_messages(template: str, prompt: Iterable[Message], first: str, second:
     request = _request_text(tuple(prompt))
     texts = {"request": request, "first": first, "second": second}
     filled = texts | {"fence": _fence(request, first, second)}
-    return (Message(role="user", content=_PLACE.sub(lambda place: filled[place[1]], template)),)
+    return user_turn(_PLACE.sub(lambda place: filled[place[1]], template))
 
 
 def _fence(*texts: str) -> str:
