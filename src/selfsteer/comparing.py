@@ -36,7 +36,7 @@ from selfsteer.reports.comparison import (
 )
 from selfsteer.stages import summary
 from selfsteer.stages.answers import answers_stage, win_verdicts
-from selfsteer.stages.base import held_out
+from selfsteer.stages.drawing import held_out
 from selfsteer.stages.gain import gain_of_queries
 from selfsteer.stages.passes import passes_stage, query_passes
 from selfsteer.stages.preferences import given_stage

@@ -24,7 +24,8 @@ from selfsteer.recipe.sections import Recipe, Share, dump, load
 from selfsteer.recipe.text import changes
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.stages import summary
-from selfsteer.stages.base import differences, hold_out, sealed
+from selfsteer.stages.base import differences, sealed
+from selfsteer.stages.drawing import hold_out
 from selfsteer.stages.preferences import SHARD, pair_measures
 from selfsteer.stages.status import PREFERENCES, PRINCIPLES, STEERING, method_of, stage_names
 from selfsteer.store import columns

@@ -13,7 +13,8 @@ from selfsteer.measures.verdicts import Verdict
 from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, Pair
-from selfsteer.stages.base import Round, Work, held_out, inputs_of, make_stage
+from selfsteer.stages.base import Round, Work, inputs_of, make_stage
+from selfsteer.stages.drawing import held_out
 from selfsteer.stages.quality import read_verdicts, reopen_unanswered, verdict_row, write_verdicts
 from selfsteer.stages.responses import answer_request, answers_to, sample_answers
 from selfsteer.stages.status import ANSWERS

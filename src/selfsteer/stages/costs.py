@@ -198,7 +198,7 @@ def training_queries(recipe: Recipe, queries: int) -> int:
 
 
 def spared_queries(recipe: Recipe, queries: int) -> int:
-    """How many no training sees: those held out, or those set aside for the displacement (`stages.base.set_aside`)."""
+    """How many no training sees: those held out, or those set aside for the displacement (`drawing.set_aside`)."""
     if recipe.queries.holdout:
         return recipe.queries.holdout
     return 0 if recipe.training.displacement_steps == 0 else min(LARGEST, queries // 32)

@@ -20,7 +20,8 @@ from selfsteer.pairs import response_side
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Change, Checkpoint, Dropped, Expected
 from selfsteer.runtime import progress, raise_if_stopped, stop_requested
-from selfsteer.stages.base import Round, Work, arithmetic, draw, held_out, inputs_of, make_stage, taking
+from selfsteer.stages.base import Round, Work, arithmetic, inputs_of, make_stage, taking
+from selfsteer.stages.drawing import draw, held_out
 from selfsteer.stages.responses import answers_to, requests_of, sampler_of
 from selfsteer.stages.status import GAIN
 from selfsteer.stages.training import Generators, model_of

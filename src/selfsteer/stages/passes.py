@@ -20,7 +20,8 @@ from selfsteer.measures.estimates import known, paired_difference, share_estimat
 from selfsteer.measures.metrics import AnswerShares, CheckedAnswers
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped
-from selfsteer.stages.base import Round, Work, draw, held_out, inputs_of, make_stage, taking
+from selfsteer.stages.base import Round, Work, inputs_of, make_stage, taking
+from selfsteer.stages.drawing import draw, held_out
 from selfsteer.stages.responses import answer_request, answers_to, sample_answers
 from selfsteer.stages.status import PASSES, PRINCIPLES
 from selfsteer.stages.training import model_of

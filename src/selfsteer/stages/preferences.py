@@ -27,7 +27,6 @@ from selfsteer.stages.base import (
     Round,
     Work,
     arithmetic,
-    held_out,
     inputs_of,
     kept,
     make_stage,
@@ -35,6 +34,7 @@ from selfsteer.stages.base import (
     policy_scorer,
     taking,
 )
+from selfsteer.stages.drawing import held_out
 from selfsteer.stages.responses import answers_to, note_texts, requests_of, sampler_of
 from selfsteer.stages.status import PREFERENCES, SELECTION
 from selfsteer.stages.steering import policy_pairs

@@ -30,7 +30,8 @@ from selfsteer.recipe.engines import context_limit, sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.recipe.shipped import located, template
 from selfsteer.records import Checkpoint, Dropped, Message, Principles, Query
-from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, kept, make_stage, share_of_round
+from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, kept, make_stage
+from selfsteer.stages.drawing import share_of_round
 from selfsteer.stages.status import PRINCIPLES
 from selfsteer.store import columns
 from selfsteer.store.durable import digest, file_digest, read_small_text, regular_file

@@ -21,7 +21,8 @@ from selfsteer.engines.sampling import Sampler, request, response, sample, seed_
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Recipe, Sampled
 from selfsteer.records import Checkpoint, Dropped, Message, Query, Response
-from selfsteer.stages.base import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage, set_aside
+from selfsteer.stages.base import Round, Work, inputs_of, kept, make_stage
+from selfsteer.stages.drawing import draw_queries, held_out, set_aside
 from selfsteer.stages.status import RESPONSES
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage

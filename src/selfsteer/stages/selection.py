@@ -19,7 +19,8 @@ from selfsteer.measures.text import similarity, words
 from selfsteer.measures.verdicts import Verdict, by_margin
 from selfsteer.recipe.sections import Selection
 from selfsteer.records import Dropped, Pair
-from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, measured, policy_scorer, taking
+from selfsteer.stages.base import Round, Work, arithmetic, inputs_of, make_stage, measured, policy_scorer, taking
+from selfsteer.stages.drawing import held_out
 from selfsteer.stages.status import SELECTION, by_checks
 from selfsteer.stages.training import Generators, model_of
 from selfsteer.store import columns

@@ -27,7 +27,8 @@ from selfsteer.pairs import (
 )
 from selfsteer.records import Dropped, Pair, Responses
 from selfsteer.runtime import counted
-from selfsteer.stages.base import Round, Work, arithmetic, draw, inputs_of, kept, make_stage, measured, policy_scorer, taking
+from selfsteer.stages.base import Round, Work, arithmetic, inputs_of, kept, make_stage, measured, policy_scorer, taking
+from selfsteer.stages.drawing import draw
 from selfsteer.stages.responses import HELD_OUT
 from selfsteer.stages.status import STEERING
 from selfsteer.store import columns

@@ -19,19 +19,8 @@ from selfsteer.pairs import response_side
 from selfsteer.recipe.engines import takes_adapters
 from selfsteer.recipe.sections import Alignment, Generator
 from selfsteer.records import Checkpoint, Pair
-from selfsteer.stages.base import (
-    Round,
-    Work,
-    draw_queries,
-    held_out,
-    inputs_of,
-    kept,
-    make_stage,
-    policy_scorer,
-    sealed,
-    set_aside,
-    write_measures,
-)
+from selfsteer.stages.base import Round, Work, inputs_of, kept, make_stage, policy_scorer, sealed, write_measures
+from selfsteer.stages.drawing import draw_queries, held_out, set_aside
 from selfsteer.stages.responses import UNRELATED
 from selfsteer.stages.status import ADAPTER, BAD_GENERATOR, GENERATOR, GOOD_GENERATOR, MODEL, POLICY, PREFERENCES, RESPONSES
 from selfsteer.store import columns

@@ -95,6 +95,36 @@ PAIRS = pa.schema(
 )
 """Stages 3 and 5: `records.Pair`; ids, principles and seeds are null for pairs made elsewhere."""
 
+VERDICTS = pa.schema(
+    [
+        ("pairs", pa.string()),
+        ("by", pa.string()),
+        ("query_id", pa.string()),
+        ("preferred", pa.string()),
+        ("longer", pa.string()),
+        ("chosen_first", pa.float64()),
+        ("chosen_second", pa.float64()),
+        ("mass", pa.float64()),
+        ("margin", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+"""Stage 5, of the judges: a row a judge and pair."""
+
+CHECKS = pa.schema(
+    [
+        ("pairs", pa.string()),
+        ("query_id", pa.string()),
+        ("principle", pa.string()),
+        ("checks", pa.list_(pa.string())),
+        ("chosen_why_not", pa.string()),
+        ("rejected_why_not", pa.string()),
+        ("original_passes", pa.bool_()),
+    ]
+)
+"""Stage 5, of the checks: why either response of a pair does not pass, null where it does, a row; and of a steering pair,
+whether y_o does."""
+
 
 def query(row: dict[str, Any]) -> Query:
     """The query of a stage-1 or stage-2 row."""
