@@ -21,7 +21,7 @@ from selfsteer.pairs import alignment_pair, item_key, pair_reject_reason, specia
 from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Share
-from selfsteer.records import Checkpoint, Dropped, Message, Pair, Responses, Side
+from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow, Responses, Side
 from selfsteer.stages.base import (
     TOO_LONG,
     Round,
@@ -244,37 +244,42 @@ def usable_pairs(
         if isinstance(row, Dropped):
             yield row
             continue
-        for side, ids in (("chosen", "chosen_ids"), ("rejected", "rejected_ids")):
-            text = row[side][-1]["content"]
-            bare = prompts.without_end(text)
-            if bare != text:
-                say_once(
-                    f"{path}: responses end in a special token; it is taken off, as the end of a response is trained anyway"
-                )
-            said = behind_thought(bare) or ""
-            if said != bare:
-                say_once(f"{path}: responses begin with a thought; what stands behind it is taken")
-            row[side] = [Message(role="assistant", content=said)]
-            if said != text:
-                row[ids] = None
+        _take_off(row, prompts, path)
         pair = columns.pair(row)
-        pair = (
-            pair
-            if sampled
-            else replace(pair, chosen=_checked(pair.chosen, prompts), rejected=_checked(pair.rejected, prompts))
-        )
-        reason = (
-            drop_reason(row)
-            or prompts.quarantine_reason(pair.prompt)
-            or special_token_reason((pair.chosen.text, pair.rejected.text), prompts)
-        )
-        if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
-            reason = "prompt too long"
-        if reason is None and positions is not None and _length(pair, prompts) > positions:
-            reason = TOO_LONG
+        if not sampled:
+            pair = replace(pair, chosen=_checked(pair.chosen, prompts), rejected=_checked(pair.rejected, prompts))
+        reason = drop_reason(row) or _why_not(pair, prompts, max_prompt_tokens, positions)
         yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
     if number == 0:
         raise ValueError(f"{path}: no rows")
+
+
+def _take_off(row: PairRow, prompts: Prompts, path: Path) -> None:
+    """What stands around the responses and is no part of them: an end token behind, a thought before."""
+    for side, ids in (("chosen", "chosen_ids"), ("rejected", "rejected_ids")):
+        text = row[side][-1]["content"]
+        bare = prompts.without_end(text)
+        if bare != text:
+            say_once(
+                f"{path}: responses end in a special token; it is taken off, as the end of a response is trained anyway"
+            )
+        said = behind_thought(bare) or ""
+        if said != bare:
+            say_once(f"{path}: responses begin with a thought; what stands behind it is taken")
+        row[side] = [Message(role="assistant", content=said)]
+        if said != text:
+            row[ids] = None
+
+
+def _why_not(pair: Pair, prompts: Prompts, max_prompt_tokens: int | None, positions: int | None) -> str | None:
+    """Why this pair can't be tokenised as it is, or is too long; None where it can."""
+    reason = prompts.quarantine_reason(pair.prompt)
+    reason = reason or special_token_reason((pair.chosen.text, pair.rejected.text), prompts)
+    if reason is not None:
+        return reason
+    if max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
+        return "prompt too long"
+    return TOO_LONG if positions is not None and _length(pair, prompts) > positions else None
 
 
 def _checked(side: Side, prompts: Prompts) -> Side:
