@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -147,9 +147,7 @@ def question(judge: RecipeJudge, messages: tuple[Message, ...], attempt: int) ->
         "judge": judge.name,
         "messages": list(messages),
         "prompts": None if judge.prompts is None else judge.prompts.digest,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_new_tokens": sampling.max_new_tokens,
+        **asdict(sampling),
         "top_logps": section.top_logps,
         "attempt": attempt,
     }
