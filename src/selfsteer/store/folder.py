@@ -45,6 +45,7 @@ import pyarrow as pa
 
 from selfsteer import clock
 from selfsteer.clock import Spent, Taken
+from selfsteer.recipe.sections import RUN_NAME
 from selfsteer.records import Dropped
 from selfsteer.store import columns
 from selfsteer.store.durable import (
@@ -122,8 +123,6 @@ def _write_taken(file: Path, taken: Taken) -> None:
 
 SCHEMA_VERSION = 4
 """Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
-
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
 
@@ -233,7 +232,7 @@ class RunFolder:
         self.path = Path(path)
         self._lock: int | None = None
         self._before: dict[str, bytes | None] = {}
-        if not _RUN_NAME.fullmatch(self.path.name):
+        if not RUN_NAME.fullmatch(self.path.name):
             raise ValueError(
                 f"{str(path)!r}: a run folder's name must begin with a letter or digit and hold only letters, digits, '.',"
                 " '_' and '-', at most 64 of them. Choose another with output=runs/NAME."
