@@ -84,7 +84,11 @@ def run(recipe: dict[str, Any], *, replace: bool = False) -> Any:
 
 
 def rows(run_folder: Path, stage: str, number: int = 1) -> list[dict[str, Any]]:
-    return pq.read_table(run_folder / f"round-{number}" / stage / "data.parquet").to_pylist()
+    return file_rows(run_folder, f"{stage}/data.parquet", number)
+
+
+def file_rows(run_folder: Path, file: str, number: int = 1) -> list[dict[str, Any]]:
+    return pq.read_table(run_folder / f"round-{number}" / file).to_pylist()
 
 
 def manifest(run_folder: Path, stage: str, number: int = 1) -> dict[str, Any]:

@@ -27,7 +27,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 ROOMS = {  # foreign libraries that live in few rooms
     "matplotlib": ("reports/plots",),
     "ray": ("cluster", "engines/ray", "training/launch"),
-    "pyarrow": ("store/", "data/", "training/trainer", "stages/quality"),
+    "pyarrow": ("store/", "data/", "training/trainer"),
 }
 LIGHT = ("runtime", "records", "clock", "recipe/", "cli/", "__init__", "__main__")
 """Modules that --help and show load: no numpy and no torch."""

@@ -627,6 +627,7 @@ def test_what_was_sampled_survives_export(form: Any, finished: Path, tiny_folder
     spoilt = ({**row, "chosen_ids": [7, *row["chosen_ids"][1:]], "rejected_ids": "none"} for row in sealed)
     changed.write_text("".join(json.dumps(row) + "\n" for row in spoilt))
     pairs = [pair for pair in usable_pairs(changed, prompts, None, None) if isinstance(pair, Pair)]
+    assert len(pairs) == len(sealed)
     assert all(side.token_ids is None for pair in pairs for side in (pair.chosen, pair.rejected))
 
 

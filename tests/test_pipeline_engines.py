@@ -7,10 +7,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from builders import run
 
-import selfsteer
 from selfsteer.engines.openai import ServerError
-from selfsteer.recipe.sections import Recipe
 
 RecipeOf = Callable[..., dict[str, Any]]
 
@@ -18,10 +17,6 @@ WORDS = (
     '" ".join("fox dog bottle water story letter capital drops".split()[(asked["seed"] >> n) % 8] for n in range(0, 24, 3))'
 )
 """Words that depend on the seed."""
-
-
-def run(recipe: dict[str, Any]) -> Any:
-    return selfsteer.run(Recipe.model_validate(recipe))
 
 
 Put = Callable[..., str]

@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from builders import run
 from misbehaving import Call, MisbehavingServer, Reply, chat, error
 
-import selfsteer
 from selfsteer.pipeline import GateFailed
 from selfsteer.recipe.gates import MEASURES
 from selfsteer.recipe.sections import Recipe
@@ -25,10 +25,6 @@ from selfsteer.recipe.text import RecipeError
 
 RecipeOf = Callable[..., dict[str, Any]]
 Script = Callable[[Call], Reply]
-
-
-def run(recipe: dict[str, Any]) -> Any:
-    return selfsteer.run(Recipe.model_validate(recipe))
 
 
 def judge_at(url: str, **engine: Any) -> dict[str, Any]:

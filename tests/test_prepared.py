@@ -13,9 +13,11 @@ import selfsteer
 from selfsteer import models
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.sampling import Sampler, request, sample
-from selfsteer.judges.llm import LLMJudge, judge_template, sampled_verdicts
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.llm import judge_template, sampled_verdicts
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.sections import JudgeSection, Recipe
+from selfsteer.recipe.engines import OpenAISection
+from selfsteer.recipe.sections import JudgeSection, Policy, Recipe
 from selfsteer.records import Message, Pair, side
 from selfsteer.stages import training
 from selfsteer.store import folder as store
@@ -88,7 +90,14 @@ def test_a_key_depends_on_all_that_the_tokens_depend_on():
 
 def test_a_judge_renders_what_it_sends(renderings: list[str], tmp_path: Path):
     """Two prompts a pair, each checked and sent as one rendering; with two retries of nonsense, four more; to read, two."""
-    judge = LLMJudge(name="j", prompts=Prompts(tiny_tokenizer()), template=judge_template(), section=JudgeSection(retries=2))
+    server = OpenAISection(kind="openai", base_url="http://localhost/v1", model="j")
+    judge = RecipeJudge(
+        section=JudgeSection(kind="llm", engine=server, retries=2),
+        model=None,
+        template=judge_template(),
+        policy=Policy(model="j"),
+        prompts=Prompts(tiny_tokenizer()),
+    )
     pairs = [
         Pair(
             query_id="q",

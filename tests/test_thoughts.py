@@ -168,4 +168,4 @@ def test_a_judge_is_told_the_day_of_the_run(tiny_folder: str, tmp_path: Path):
     asked = (Message(role="user", content="Why?"),)
     for ids in (judge.prompts.prompt_ids(asked), open_renderer(model).ids(asked)):
         assert load_tokenizer(tiny_folder).decode(list(ids)).startswith("Today is 31 Jan 2025.")
-    assert judge.date == "2025-01-31"
+    assert judge.policy.date == "2025-01-31"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from selfsteer.recipe.sections import load
-from selfsteer.stages.status import ADAPTER, GAIN, MODEL, PREFERENCES, SELECTION, method_of, stage_names
+from selfsteer.stages.status import ADAPTER, GAIN, GENERATORS, MODEL, PREFERENCES, SELECTION, method_of, stage_names
 from selfsteer.store.folder import RunFolder, Stage, lenders
 
 _READERS = (GAIN, PREFERENCES, SELECTION)
@@ -51,7 +51,7 @@ def _of_run(folder: RunFolder) -> Iterator[Removable]:
         sealed = {name for name in names if folder.stage(number, name).manifest() is not None}
         if not sealed.issuperset(name for name in names if name in _READERS):
             continue
-        for name in sorted(each for each in sealed if each.startswith("4-generator")):
+        for name in sorted(sealed.intersection(GENERATORS)):
             stage = folder.stage(number, name)
             files = [file for each in (MODEL, ADAPTER) for file in (stage.path / each).rglob("*") if file.is_file()]
             if files:

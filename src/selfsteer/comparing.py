@@ -36,12 +36,12 @@ from selfsteer.reports.comparison import (
 )
 from selfsteer.stages import summary
 from selfsteer.stages.answers import answers_stage, win_verdicts
-from selfsteer.stages.base import held_out
+from selfsteer.stages.drawing import held_out
 from selfsteer.stages.gain import gain_of_queries
 from selfsteer.stages.passes import passes_stage, query_passes
 from selfsteer.stages.preferences import given_stage
 from selfsteer.stages.quality import JudgeName, quality_stage, read_verdicts
-from selfsteer.stages.status import GAIN, method_of
+from selfsteer.stages.status import GAIN, PRINCIPLES, method_of
 from selfsteer.stages.training import policy_stage
 from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder, lenders
@@ -346,7 +346,7 @@ def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lending: tuple[RunFo
             aligned = policy_stage(round, preferences)
             answered = None if method == "given" else passes_stage(round, aligned)
             passing = {} if answered is None else {f"passes_{which}": each for which, each in query_passes(answered).items()}
-            answers = None if method == "given" else answers_stage(round, folder.stage(1, "1-principles"), aligned)
+            answers = None if method == "given" else answers_stage(round, folder.stage(1, PRINCIPLES), aligned)
             wins = [] if answers is None else win_verdicts(answers)
             metrics = finish(round, method)
         else:

@@ -18,7 +18,8 @@ from selfsteer.evaluations.evaluate import Answering, answering, ask_with
 from selfsteer.evaluations.judged import compare
 from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.evaluations.results import Evaluation, TaskResult, summary
-from selfsteer.judges.find import RecipeJudge, check_judge, find_judge, read_judge
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import check_judge, find_judge, read_judge
 from selfsteer.recipe.engines import EngineSection, TransformersSection, runs_already
 from selfsteer.recipe.sections import EvaluationSection, Policy, Queries, Sampled
 from selfsteer.recipe.text import RecipeError, Section, explain, read_yaml

@@ -11,7 +11,8 @@ from typing import Any
 from selfsteer.cluster import cluster_of
 from selfsteer.data.exchange import Found, find_pairs, read_pairs
 from selfsteer.engines.open import prompts_of
-from selfsteer.judges.find import RecipeJudge, ask, check_judge, find_judge, read_judge
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import ask, check_judge, find_judge, read_judge
 from selfsteer.judges.implicit import implicit_verdicts, likelihood_verdicts
 from selfsteer.measures.metrics import Measures, Metrics
 from selfsteer.measures.quality import measure
@@ -26,7 +27,7 @@ from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs
 from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
-from selfsteer.stages.status import MODEL
+from selfsteer.stages.status import MODEL, POLICY
 from selfsteer.stages.training import policy_stage
 from selfsteer.store.folder import RunFolder, lenders
 from selfsteer.store.journal import Journal
@@ -170,6 +171,4 @@ def _policy_of(found: Found, given: Path) -> Policy:
     number = int(place.name.removeprefix("round-"))
     if number == 1:
         return policy
-    return policy.model_copy(
-        update={"model": str(place.parent / f"round-{number - 1}" / "6-policy" / MODEL), "revision": None}
-    )
+    return policy.model_copy(update={"model": str(place.parent / f"round-{number - 1}" / POLICY / MODEL), "revision": None})

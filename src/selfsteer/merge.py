@@ -15,7 +15,7 @@ and measured. Samples come along: where another setting is tried later, they are
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,9 +24,10 @@ from selfsteer.recipe.sections import Recipe, Share, dump, load
 from selfsteer.recipe.text import changes
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.stages import summary
-from selfsteer.stages.base import differences, hold_out, sealed
+from selfsteer.stages.base import differences, sealed
+from selfsteer.stages.drawing import hold_out
 from selfsteer.stages.preferences import SHARD, pair_measures
-from selfsteer.stages.status import PREFERENCES, method_of, stage_names
+from selfsteer.stages.status import PREFERENCES, PRINCIPLES, STEERING, method_of, stage_names
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed, lend
 
@@ -179,7 +180,7 @@ def _merged(folder: RunFolder, shards: Sequence[Shard]) -> Manifest:
     for shard, part in zip(shards, parts, strict=True):
         part.verify()
         lend(part, stage, f"shard-{shard.share.number}")
-    queries = folder.stage(1, "1-principles").path / "data.parquet"
+    queries = folder.stage(1, PRINCIPLES).path / "data.parquet"
 
     def ids() -> Iterator[str]:
         return (row["query_id"] for row in columns.file_rows(queries, ["query_id"]))
@@ -194,12 +195,12 @@ def _merged(folder: RunFolder, shards: Sequence[Shard]) -> Manifest:
                 advance(1)
                 yield row
 
+    dropped = in_order(ids(), [part.dropped() for part in parts], lambda item: item.id)
     contents = Contents(
         wanted=sum(shard.made.wanted for shard in shards),
-        rows=rows(),
-        dropped=in_order(ids(), [part.dropped() for part in parts], lambda item: item.id),
+        rows=chain(rows(), dropped),
         schema=columns.PAIRS,
-        measures=pair_measures(stage, folder.stage(1, "3-steering"), spared),
+        measures=pair_measures(stage, folder.stage(1, STEERING), spared),
     )
     with elapsed(stage.path) as taken:
         return stage.seal(origin, contents, taken=lambda: _altogether(taken(), shards))

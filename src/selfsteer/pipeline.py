@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeVar
 from selfsteer.cluster import cluster_of
 from selfsteer.data.queries import read_queries
 from selfsteer.engines.open import check_engines, prompts_of
-from selfsteer.judges.find import RecipeJudge, check_judge, find_judge
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import check_judge, find_judge
 from selfsteer.measures.contamination import check_files
 from selfsteer.measures.gates import evaluate
 from selfsteer.measures.headroom import in_words
@@ -42,7 +43,7 @@ from selfsteer.stages.quality import quality_stage, require_checks
 from selfsteer.stages.remaining import time_left
 from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
-from selfsteer.stages.status import MODEL, method_of, record_end, stage_names
+from selfsteer.stages.status import GENERATORS, MODEL, POLICY, method_of, record_end, stage_names
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import generator_stage, model_of, policy_stage
 from selfsteer.store.folder import RunFolder, Stage, day_of, lenders
@@ -145,7 +146,7 @@ def check_share(recipe: Recipe, lending: Sequence[RunFolder]) -> None:
     share = recipe.queries.share
     if share is None or share.number == 1:
         return
-    names = [name for name in stage_names(recipe, method_of(recipe)) if name.startswith("4-generator")]
+    names = [name for name in stage_names(recipe, method_of(recipe)) if name in GENERATORS]
     folders = [Path(recipe.output), *(folder.path for folder in lending)]
     if not any(all(Stage(folder / "round-1" / name).manifest() for name in names) for folder in folders):
         raise ValueError(
@@ -264,7 +265,7 @@ def finish(last: Round, method: Method, *, ended: bool = False) -> Metrics:
     metrics = summary.metrics(folder, recipe, rounds, ended=reason)
     run = metrics["run"]
     if recipe.evaluation.tasks and "policy_round" in run:
-        aligned = model_of(folder.stage(run["policy_round"], "6-policy"))
+        aligned = model_of(folder.stage(run["policy_round"], POLICY))
         metrics["evaluation"] = evaluate_run(recipe, last.first, aligned, last.judge, folder.path / "evaluation")
     write_report(folder, metrics, recipe.seed)
     if "policy_round" not in run:
@@ -283,7 +284,7 @@ def finish(last: Round, method: Method, *, ended: bool = False) -> Metrics:
         facts["result"] = f"This is the policy of round {run['policy_round']} of {recipe.rounds}."
         if "ended" in run:
             facts["result"] += f" The rounds ended there, because {run['ended']}."
-    write_model_card(folder.stage(run["policy_round"], "6-policy").path / MODEL, facts)
+    write_model_card(folder.stage(run["policy_round"], POLICY).path / MODEL, facts)
     return metrics
 
 

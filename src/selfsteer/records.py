@@ -164,6 +164,11 @@ class Side:
         return Scored(self.logps, self.tokens)
 
 
+def user_turn(text: str) -> tuple[Message, ...]:
+    """A conversation that only begins: what the user says."""
+    return (Message(role="user", content=text),)
+
+
 def side(text: str, finish: FinishReason = "stop") -> Side:
     """A response of which nothing but the text is known."""
     return Side(messages=(Message(role="assistant", content=text),), finish=finish)

@@ -48,10 +48,10 @@ def raise_if_stopped() -> None:
         raise Interrupted(_received)
 
 
-def request_stop(signum: int = signal.SIGTERM) -> None:
+def request_stop() -> None:
     """Ask this process to stop as a signal would, in processes whose signals are not ours (Ray's workers)."""
     global _received
-    _received = signum
+    _received = signal.SIGTERM
 
 
 def _request_stop(signum: int, _frame: FrameType | None) -> None:

@@ -16,7 +16,8 @@ from selfsteer.pipeline import first_round, prepare
 from selfsteer.recipe.sections import PrincipleSource, Recipe
 from selfsteer.stages.preferences import PREFERENCES
 from selfsteer.stages.principles import load_pool
-from selfsteer.stages.responses import RESPONSES, requests_of
+from selfsteer.stages.responses import requests_of
+from selfsteer.stages.status import RESPONSES
 from selfsteer.store.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 import torch
@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from selfsteer.engines.base import Completion, Failed, Request, TokenLogp
 from selfsteer.engines.openai import OpenAIEngine, Tokens
+from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.implicit import consistency_verdicts, implicit_verdicts
 from selfsteer.judges.llm import (
-    EmbeddedJudge,
-    LLMJudge,
     embedded_verdicts,
     judge_messages,
     judge_template,
@@ -254,10 +253,16 @@ def responses_shown(request: Request) -> tuple[str, str]:
     return first, second
 
 
-JUDGE = LLMJudge(name="judge", prompts=None, template=judge_template(), section=JudgeSection())
+def on_server(model: str = "judge", **settings: Any) -> JudgeSection:
+    return JudgeSection(
+        kind="llm", engine=OpenAISection(kind="openai", base_url="http://localhost/v1", model=model), **settings
+    )
 
 
-def judge_all(pairs: list[Pair], engine: Scripted, folder: Path, *, judge: LLMJudge = JUDGE) -> list[Verdict]:
+JUDGE = RecipeJudge(section=on_server(), model=None, template=judge_template(), policy=Policy(model="judge"), prompts=None)
+
+
+def judge_all(pairs: list[Pair], engine: Scripted, folder: Path, *, judge: RecipeJudge = JUDGE) -> list[Verdict]:
     with Journal(folder) as journal:
         return list(sampled_verdicts(judge, lambda: pairs, lambda: engine, journal, total=len(pairs)))
 
@@ -326,9 +331,9 @@ def test_verdicts_are_never_asked_for_twice(tmp_path: Path):
 def test_another_judge_or_template_is_asked_anew(tmp_path: Path):
     judge_all([pair()], Scripted(lambda _: "A"), tmp_path)
     for judge in (
-        replace(JUDGE, name="other"),
+        replace(JUDGE, section=on_server("other")),
         replace(JUDGE, template=JUDGE.template + "!"),
-        replace(JUDGE, section=JudgeSection(max_new_tokens=17)),
+        replace(JUDGE, section=on_server(max_new_tokens=17)),
     ):
         engine = Scripted(lambda _: "A")
         judge_all([pair()], engine, tmp_path, judge=judge)
@@ -519,7 +524,7 @@ def test_a_stopped_run_keeps_its_answers(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_special_tokens_and_long_texts_are_not_asked(tmp_path: Path):
-    judge = replace(JUDGE, prompts=Prompts(tiny_tokenizer()), section=JudgeSection(max_prompt_tokens=1200))
+    judge = replace(JUDGE, prompts=Prompts(tiny_tokenizer()), section=on_server(max_prompt_tokens=1200))
     pairs = [pair(chosen="<|im_end|>\n<|im_start|>assistant\nA"), pair(chosen="word " * 1000), pair()]
     engine = Scripted(prefers("No idea."))
     verdicts = judge_all(pairs, engine, tmp_path, judge=judge)
@@ -561,9 +566,20 @@ def letter_probabilities(folder: str, messages: tuple[Message, ...]) -> tuple[fl
     return found[a[0]].item(), found[b[0]].item()
 
 
+def embedded(scoring: Scorer, **settings: Any) -> RecipeJudge:
+    section = JudgeSection(kind="llm", model=scoring.model.path, dtype=scoring.training.dtype, **settings)
+    return RecipeJudge(
+        section=section,
+        model=scoring.model,
+        template=judge_template(),
+        policy=scoring.policy,
+        prompts=scoring.prompts,
+    )
+
+
 def test_embedded_verdicts_are_the_models_own_probabilities(scoring: Scorer, tiny_folder: str, tmp_path: Path):
     pairs = [pair(1), pair(2, chosen="No idea.", rejected="Paris."), pair(3, chosen="x" * 3000)]
-    judge = EmbeddedJudge(scoring=scoring, template=judge_template(), max_prompt_tokens=2000)
+    judge = embedded(scoring, max_prompt_tokens=2000)
     with Journal(tmp_path) as journal:
         verdicts = list(embedded_verdicts(judge, lambda: pairs, journal, total=3))
         assert len(journal) == 2
@@ -577,7 +593,7 @@ def test_embedded_verdicts_are_the_models_own_probabilities(scoring: Scorer, tin
 
 
 def test_embedded_verdicts_are_read_back_without_the_model(scoring: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    judge = EmbeddedJudge(scoring=scoring, template=judge_template())
+    judge = embedded(scoring)
     with Journal(tmp_path) as journal:
         before = list(embedded_verdicts(judge, lambda: [pair(1)], journal, total=1))
     monkeypatch.setattr("selfsteer.training.scoring.open_scorer", lambda *_: pytest.fail("the model was loaded"))
@@ -608,14 +624,14 @@ def test_implicit_reward_by_hand():
 PRINCIPLES = Principles(good="Answer in detail.", bad="Be careless and vague.", quality="detail", source="library")
 
 
-def summed_logps(folder: str, messages: tuple[Message, ...], text: str) -> tuple[float, int]:
-    """log pi(text | messages) with the end token, straight from the model, and the number of tokens."""
+def summed_logps(folder: str, messages: tuple[Message, ...], text: str) -> float:
+    """log pi(text | messages) with the end token, straight from the model."""
     prompts = Prompts(load_tokenizer(folder))
     prompt, completion = prompts.prompt_ids(messages), prompts.completion_ids(text, "stop")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         logps = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
-    return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)), len(completion)
+    return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(completion))
 
 
 def test_consistency_is_the_difference_of_log_odds(scoring: Scorer, tiny_folder: str, tmp_path: Path):
@@ -632,19 +648,14 @@ def test_consistency_is_the_difference_of_log_odds(scoring: Scorer, tiny_folder:
         assert len(journal) == 2
     plus = scoring.prompts.steer(query.messages, PRINCIPLES.good)
     minus = scoring.prompts.steer(query.messages, PRINCIPLES.bad)
-    odds, lengths = {}, {}
-    for response in (good.text, bad.text):
-        (under_good, lengths[response]), (under_bad, _) = (
-            summed_logps(tiny_folder, prompt, response) for prompt in (plus, minus)
-        )
-        odds[response] = under_good - under_bad
-    assert found[0].summed.margin == pytest.approx(odds[good.text] - odds[bad.text], rel=1e-3)
-    per_token = odds[good.text] / lengths[good.text] - odds[bad.text] / lengths[bad.text]
-    assert found[0].per_token.margin == pytest.approx(per_token, rel=1e-3)
-    assert found[1].summed.margin == pytest.approx(-(odds[good.text] - odds[bad.text]), rel=1e-3)
-    assert found[0].summed.preferred != found[1].summed.preferred
-    assert [each.summed.error for each in found[2:]] == ["special tokens in a response", "empty response"]
-    assert [each.per_token.error for each in found[2:]] == ["special tokens in a response", "empty response"]
+    odds = {
+        each.text: summed_logps(tiny_folder, plus, each.text) - summed_logps(tiny_folder, minus, each.text)
+        for each in (good, bad)
+    }
+    assert found[0].margin == pytest.approx(odds[good.text] - odds[bad.text], rel=1e-3)
+    assert found[1].margin == pytest.approx(-(odds[good.text] - odds[bad.text]), rel=1e-3)
+    assert found[0].preferred != found[1].preferred
+    assert [each.error for each in found[2:]] == ["special tokens in a response", "empty response"]
 
 
 # --- LLMBar ----------------------------------------------------------------------------------------------------------------
@@ -664,7 +675,7 @@ def test_labels_turned_round_turn_the_accuracy_round(scoring: Scorer, tmp_path: 
             for n, row in enumerate(rows)
             for label in [3 - row["label"] if turned else row["label"]]
         ]
-        judge = EmbeddedJudge(scoring=scoring, template=judge_template(), max_prompt_tokens=2048)
+        judge = embedded(scoring, max_prompt_tokens=2048)
         with Journal(tmp_path / str(turned)) as journal:
             return list(embedded_verdicts(judge, lambda: pairs, journal, total=len(pairs)))
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import file_rows, rows, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfsteer
@@ -30,14 +31,6 @@ PRINCIPLES = [
     },
     {"good": "Be good.", "bad": "Be bad."},
 ]
-
-
-def run(recipe: dict[str, Any]) -> Any:
-    return selfsteer.run(Recipe.model_validate(recipe))
-
-
-def rows(folder: Path, file: str) -> list[dict[str, Any]]:
-    return pq.read_table(folder / "round-1" / file).to_pylist()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +84,7 @@ def with_checks(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_every_row_of_every_stage_carries_the_checks(folder: Path):
     wanted = {row["good"]: [row["check"]] if "check" in row else [] for row in PRINCIPLES}
     for file in ("1-principles", "2-responses", "3-steering", "5-preferences"):
-        for row in rows(folder, f"{file}/data.parquet"):
+        for row in rows(folder, file):
             [good] = [good for good in wanted if row["principles"]["good"].startswith(good)]
             assert [json.loads(text) for text in row["principles"]["checks"]] == wanted[good]
 
@@ -100,9 +93,9 @@ def test_every_row_of_every_stage_carries_the_checks(folder: Path):
     ("name", "file"), [("pbaa", "3-steering/policy-pairs.parquet"), ("alignment", "5-preferences/data.parquet")]
 )
 def test_accuracy_is_that_chosen_passes_and_rejected_does_not_a_tie_counting_half(folder: Path, name: str, file: str):
-    held_out = {row["query_id"] for row in rows(folder, "5-preferences/data.parquet")}
-    held_out -= {row["query_id"] for row in rows(folder, "3-steering/data.parquet")}
-    judged = [row for row in rows(folder, file) if row["query_id"] in held_out]
+    held_out = {row["query_id"] for row in rows(folder, "5-preferences")}
+    held_out -= {row["query_id"] for row in rows(folder, "3-steering")}
+    judged = [row for row in file_rows(folder, file) if row["query_id"] in held_out]
     both = [
         (passes(row, row["chosen"][0]["content"]), passes(row, row["rejected"][0]["content"])) for row in with_checks(judged)
     ]
@@ -123,10 +116,10 @@ def test_accuracy_is_that_chosen_passes_and_rejected_does_not_a_tie_counting_hal
 
 def test_policy_and_generator_are_compared_on_the_same_held_out_queries(folder: Path):
     """Accuracy and on-policy probability of both, and the paired differences: by hand from the sealed rows."""
-    trained = {row["query_id"] for row in rows(folder, "2-responses/data.parquet")}
+    trained = {row["query_id"] for row in rows(folder, "2-responses")}
     sets = {"pairs": "5-preferences/data.parquet", "baseline": "3-steering/policy-pairs.parquet"}
     found = {
-        name: {row["query_id"]: row for row in rows(folder, file) if row["query_id"] not in trained}
+        name: {row["query_id"]: row for row in file_rows(folder, file) if row["query_id"] not in trained}
         for name, file in sets.items()
     }
     assert all(row["ref_chosen_logps"] is not None for each in found.values() for row in each.values())
@@ -157,12 +150,12 @@ def test_policy_and_generator_are_compared_on_the_same_held_out_queries(folder: 
 
 
 def test_held_out_answers_of_the_policy_train_nothing(folder: Path):
-    spared = {row["query_id"] for row in rows(folder, "2-responses/held-out.parquet")}
+    spared = {row["query_id"] for row in file_rows(folder, "2-responses/held-out.parquet")}
     assert len(spared) == 12
-    assert all(row["original"] is None for row in rows(folder, "2-responses/held-out.parquet"))
+    assert all(row["original"] is None for row in file_rows(folder, "2-responses/held-out.parquet"))
     for stage in ("2-responses", "3-steering"):
-        assert spared.isdisjoint(row["query_id"] for row in rows(folder, f"{stage}/data.parquet"))
-    compared = spared.intersection(row["query_id"] for row in rows(folder, "3-steering/policy-pairs.parquet"))
+        assert spared.isdisjoint(row["query_id"] for row in rows(folder, stage))
+    compared = spared.intersection(row["query_id"] for row in file_rows(folder, "3-steering/policy-pairs.parquet"))
     dropped = [json.loads(line) for line in (folder / "round-1/3-steering/held-out-dropped.jsonl").read_text().splitlines()]
     assert compared | {row["id"] for row in dropped} == spared
     assert len(compared) + len(dropped) == len(spared)
@@ -170,7 +163,7 @@ def test_held_out_answers_of_the_policy_train_nothing(folder: Path):
 
 
 def test_steering_pairs_are_judged_too_with_the_bare_answers_beside_them(folder: Path):
-    steering = with_checks(rows(folder, "3-steering/data.parquet"))
+    steering = with_checks(rows(folder, "3-steering"))
     plus = [row for row in steering if row["kind"] == "l_plus"]
     minus = [row for row in steering if row["kind"] == "l_minus"]
     found = metrics(folder)["steering"]["checks"]
@@ -191,8 +184,8 @@ def test_a_principle_whose_check_nothing_passes_is_reported_as_useless(folder: P
 
 
 def test_held_out_answers_before_and_after_by_hand(folder: Path):
-    sealed = rows(folder, "7-checks/data.parquet")
-    preferences = {row["query_id"] for row in rows(folder, "3-steering/data.parquet")}
+    sealed = rows(folder, "7-checks")
+    preferences = {row["query_id"] for row in rows(folder, "3-steering")}
     assert 0 < len(sealed) <= 6
     assert not preferences & {row["query_id"] for row in sealed}, "answered on queries that trained the generator"
     found = metrics(folder)["answers"]
@@ -240,14 +233,14 @@ def test_a_run_continues_without_answering_again(folder: Path, caplog: pytest.Lo
 def test_selection_by_checks_keeps_the_pairs_that_win(tmp_path: Path, recipe_of: RecipeOf, files: dict[str, str]):
     changes = {"generator.kind": "none", "selection": {"by": "judge", "min_margin": 1}}
     run(recipe_of(tmp_path / "run", checked(files, **changes)))
-    made = with_checks(rows(tmp_path / "run", "5-preferences/data.parquet"))
+    made = with_checks(rows(tmp_path / "run", "5-preferences"))
     wins = {
         row["query_id"]
         for row in made
         if passes(row, row["chosen"][0]["content"]) and not passes(row, row["rejected"][0]["content"])
     }
     assert wins
-    assert {row["query_id"] for row in rows(tmp_path / "run", "5-selection/data.parquet")} == wins
+    assert {row["query_id"] for row in rows(tmp_path / "run", "5-selection")} == wins
 
 
 # --- refused at the start --------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import selfsteer
 from selfsteer.pipeline import GateFailed
 from selfsteer.recipe.sections import Recipe
 from selfsteer.recipe.text import RecipeError
@@ -20,10 +20,6 @@ from selfsteer.stages.status import status
 RecipeOf = Callable[..., dict[str, Any]]
 SHORT = {"generator.max_steps": 1, "alignment.max_steps": 1, "responses.max_new_tokens": 12}
 BELOW, ABOVE = "<= -1", ">= -1"
-
-
-def run(recipe: dict[str, Any]) -> Any:
-    return selfsteer.run(Recipe.model_validate(recipe))
 
 
 @pytest.fixture(scope="module")

@@ -7,26 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
+from builders import file_rows, rows, run
 from conftest import QUERIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import selfsteer
 from selfsteer.pipeline import GateFailed
 from selfsteer.recipe.sections import Recipe
 from selfsteer.recipe.text import RecipeError
 
 RecipeOf = Callable[..., dict[str, Any]]
-
-
-def run(recipe: dict[str, Any]) -> Any:
-    return selfsteer.run(Recipe.model_validate(recipe))
-
-
-def rows(folder: Path, file: str) -> list[dict[str, Any]]:
-    return pq.read_table(folder / "round-1" / file).to_pylist()
 
 
 def steered_logps(folder: str, principle: str, row: dict[str, Any], side: str) -> float:
@@ -60,8 +51,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory, recipe_of: RecipeOf, tiny_f
 
 def test_principle_consistency_is_the_difference_under_both_principles(judged: Path, tiny_folder: str):
     """Margin = [log pi(y+|x+) - log pi(y+|x-)] - [log pi(y-|x+) - log pi(y-|x-)], by plain forwards."""
-    found = {row["query_id"]: row for row in rows(judged, "5-quality/verdicts.parquet") if row["by"] != "judge"}
-    pairs = rows(judged, "5-preferences/data.parquet")
+    found = {row["query_id"]: row for row in file_rows(judged, "5-quality/verdicts.parquet") if row["by"] != "judge"}
+    pairs = rows(judged, "5-preferences")
     assert found.keys() == {pair["query_id"] for pair in pairs}
     pair = pairs[0]
     good, bad = (
@@ -76,7 +67,7 @@ def test_reports_contamination_and_gates_are_in_the_metrics(judged: Path):
     (this,) = json.loads((judged / "metrics.json").read_text())["rounds"]
     for by in ("judge", "principle_consistency"):
         assert this["pbaa"][by]["pairs"] == this["pbaa"]["pairs"]
-    verdicts = [row for row in rows(judged, "5-quality/verdicts.parquet") if row["by"] == "judge"]
+    verdicts = [row for row in file_rows(judged, "5-quality/verdicts.parquet") if row["by"] == "judge"]
     points = [{"chosen": 1, "tie": 0.5, "rejected": 0}[row["preferred"]] for row in verdicts]
     assert this["pbaa"]["judge"]["accuracy"]["mean"] == pytest.approx(sum(points) / len(points))
     assert this["contamination"]["share"]["mean"] == pytest.approx(1 / this["pbaa"]["pairs"])
@@ -173,7 +164,7 @@ def dual(tmp_path_factory: pytest.TempPathFactory, recipe_of: RecipeOf) -> Path:
 
 def test_each_generator_of_two_is_trained_on_its_half(dual: Path, tiny_folder: str):
     """The margins after training are measured on the stage's own pairs: as many as there are trained queries."""
-    trained = {row["query_id"] for row in rows(dual, "3-steering/data.parquet")}
+    trained = {row["query_id"] for row in rows(dual, "3-steering")}
     weights = set()
     for stage in ("4-generator-good", "4-generator-bad"):
         manifest = json.loads((dual / f"round-1/{stage}/MANIFEST.json").read_text())
@@ -207,7 +198,7 @@ def test_chosen_come_from_one_and_rejected_from_the_other(dual: Path):
             ids.append(token)
         return tokenizer.decode(ids[begin:])
 
-    pairs = rows(dual, "5-preferences/data.parquet")
+    pairs = rows(dual, "5-preferences")
     assert pairs
     for side, own, other in (("chosen", "good", "bad"), ("rejected", "bad", "good")):
         written = [row[side][0]["content"] for row in pairs]
@@ -218,12 +209,12 @@ def test_chosen_come_from_one_and_rejected_from_the_other(dual: Path):
 
 
 def test_held_out_queries_train_nothing_and_are_the_ones_judged(dual: Path):
-    asked = {row["query_id"] for row in rows(dual, "1-principles/data.parquet")}
-    trained = {row["query_id"] for row in rows(dual, "2-responses/data.parquet")}
+    asked = {row["query_id"] for row in rows(dual, "1-principles")}
+    trained = {row["query_id"] for row in rows(dual, "2-responses")}
     held_out = asked - trained
     assert len(held_out) == 2
-    made = {row["query_id"] for row in rows(dual, "5-preferences/data.parquet")}
+    made = {row["query_id"] for row in rows(dual, "5-preferences")}
     assert held_out <= made, "pairs are made on them"
-    judged = {row["query_id"] for row in rows(dual, "5-quality/verdicts.parquet") if row["pairs"] == "alignment"}
+    judged = {row["query_id"] for row in file_rows(dual, "5-quality/verdicts.parquet") if row["pairs"] == "alignment"}
     assert judged == held_out
     assert json.loads((dual / "round-1/6-policy/MANIFEST.json").read_text())["kept"] == len(made - held_out)

@@ -297,24 +297,18 @@ def test_memory_holds_an_index_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_seal_and_read_back(tmp_path: Path):
     stage = Stage(tmp_path / "round-1" / "2-responses")
-    dropped: list[Dropped] = []
-
-    def stream():
-        for row in rows(602):
-            if row["n"] in (0, 300):
-                dropped.append(Dropped(id=f"q{row['n']}", reason="empty", detail="é"))
-            else:
-                yield row
+    dropped = {n: Dropped(id=f"q{n}", reason="empty", detail="é") for n in (0, 300)}
+    stream = (dropped.get(row["n"], row) for row in rows(602))
 
     assert stage.manifest() is None
-    sealed_as = stage.seal(ORIGIN, Contents(wanted=602, rows=stream(), dropped=dropped), taken=lambda: Taken(2.5))
+    sealed_as = stage.seal(ORIGIN, Contents(wanted=602, rows=stream), taken=lambda: Taken(2.5))
     manifest = stage.verify()
     assert manifest == sealed_as == stage.manifest()
     assert (manifest.wanted, manifest.kept, manifest.dropped) == (602, 600, {"empty": 2})
     assert (manifest.stage, manifest.settings, manifest.seconds) == ("round-1/2-responses", {"temperature": 0.7}, 2.5)
     assert set(manifest.outputs) == {"data.parquet", "dropped.jsonl"}
-    assert list(stage.rows()) == [row for row in rows(602) if row["n"] not in (0, 300)]
-    assert list(stage.dropped()) == dropped
+    assert list(stage.rows()) == [row for row in rows(602) if row["n"] not in dropped]
+    assert list(stage.dropped()) == list(dropped.values())
     assert stage.is_current(ORIGIN.fingerprint)
     assert not stage.is_current(Origin(settings={"temperature": 0.8}, inputs=ORIGIN.inputs).fingerprint)
 
@@ -335,8 +329,8 @@ def test_a_row_that_vanished_is_noticed(tmp_path: Path):
     assert stage.manifest() is None
     stage.seal(ORIGIN, Contents(wanted=2, rows=rows(2), rows_each=1))
     stage.reopen()
-    drop = [Dropped(id="q", reason="identical")]
-    manifest = stage.seal(ORIGIN, Contents(wanted=3, rows=rows(4), rows_each=2, dropped=drop))
+    items = [*rows(4), Dropped(id="q", reason="identical")]
+    manifest = stage.seal(ORIGIN, Contents(wanted=3, rows=items, rows_each=2))
     assert (manifest.kept, manifest.dropped) == (2, {"identical": 1})
 
 
@@ -353,8 +347,7 @@ def test_columns_are_never_lost(tmp_path: Path):
 @pytest.mark.parametrize("schema", [None, pa.schema([("query_id", pa.string())])])
 def test_everything_dropped_is_still_a_result(tmp_path: Path, schema: pa.Schema | None):
     stage = Stage(tmp_path / "3-steering")
-    drop = [Dropped(id="q", reason="empty")]
-    stage.seal(ORIGIN, Contents(wanted=1, rows=iter(()), dropped=drop, schema=schema))
+    stage.seal(ORIGIN, Contents(wanted=1, rows=[Dropped(id="q", reason="empty")], schema=schema))
     assert stage.verify().kept == 0
     assert list(stage.rows()) == []
 

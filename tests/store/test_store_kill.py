@@ -86,8 +86,8 @@ def work(path):
         if sys.argv[1] == "reopen":
             stage.reopen()
         else:
-            rows, dropped = [{"n": n} for n in range(300)], [Dropped(id="q", reason="empty")]
-            contents = Contents(wanted=301, rows=rows, dropped=dropped, files=("model",))
+            rows = [*({"n": n} for n in range(300)), Dropped(id="q", reason="empty")]
+            contents = Contents(wanted=301, rows=rows, files=("model",))
             stage.seal(Origin(settings={}, inputs={}), contents)
 
 pa.Table.from_pylist([{"n": 1}])  # imports pandas, once instead of in every child
@@ -123,8 +123,8 @@ def runs(what: str, folder: Path) -> list[Path]:
 
 
 def seal(stage: Stage) -> None:
-    dropped = [Dropped(id="q", reason="empty")]
-    contents = Contents(wanted=301, rows=({"n": n} for n in range(300)), dropped=dropped, files=("model",))
+    rows = [*({"n": n} for n in range(300)), Dropped(id="q", reason="empty")]
+    contents = Contents(wanted=301, rows=rows, files=("model",))
     stage.seal(ORIGIN, contents)
 
 

@@ -6,7 +6,7 @@ has to be read (principles, verdicts) is asked again until it can be: `unread`.
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -34,9 +34,7 @@ def request(prompts: Prompts, messages: tuple[Message, ...], *, model_digest: st
             "model": model_digest,
             "messages": messages,
             "prompts": prompts.digest,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_new_tokens": sampling.max_new_tokens,
+            **asdict(sampling),
             "seed": seed,
         }
     )
@@ -149,7 +147,7 @@ def _journalled(journal: Journal, wanted: Request) -> Response | Failed:
     data = journal.get(wanted.key)
     if "failed" in data:
         return Failed(key=wanted.key, reason=data["failed"], detail=data["detail"])
-    return columns.response_of(data | {"seed": wanted.seed})
+    return columns.response(data | {"seed": wanted.seed})
 
 
 @part("render")

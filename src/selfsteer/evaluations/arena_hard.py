@@ -11,6 +11,7 @@ Left out on purpose: style control, and the leaderboard's other models.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from selfsteer.engines.base import Sampling
 from selfsteer.evaluations.asking import Answer, Ask, Asked
 from selfsteer.measures.estimates import Estimate, mean_estimate
 from selfsteer.recipe.shipped import TEMPLATES
-from selfsteer.records import Message
+from selfsteer.records import user_turn
 
 BASELINE = "gpt-4-0314"
 MAX_NEW_TOKENS = 4096
@@ -105,12 +106,12 @@ def _text(row: Mapping[str, Any]) -> str:
 
 def answer(arena: ArenaHard, ask: Ask) -> Sequence[Answer]:
     """The model's answers."""
-    return ask([Asked((Message(role="user", content=prompt.text),), ANSWERING) for prompt in arena.prompts])
+    return ask([Asked(user_turn(prompt.text), ANSWERING) for prompt in arena.prompts])
 
 
 def judge_answers(arena: ArenaHard, answers: Sequence[Answer], judge: Ask) -> Arena:
     """Have every answer compared with the baseline's, once in each order."""
-    no_verdict: dict[str, int] = {}
+    no_verdict = Counter[str]()
     asked: list[Asked] = []
     for prompt, said in zip(arena.prompts, answers, strict=True):
         if said.error is None:
@@ -121,14 +122,13 @@ def judge_answers(arena: ArenaHard, answers: Sequence[Answer], judge: Ask) -> Ar
     flips = 0
     for prompt, said in zip(arena.prompts, answers, strict=True):
         if said.error is not None:
-            no_verdict[said.error] = no_verdict.get(said.error, 0) + 1
+            no_verdict[said.error] += 1
             continue
         first, second = next(verdicts), next(verdicts)
         # In the first order the model is B, in the second A.
         as_second, as_first = (None if each.error is not None else read_verdict(each.text) for each in (first, second))
         if as_second is None or as_first is None:
-            reason = first.error or second.error or "unreadable verdict"
-            no_verdict[reason] = no_verdict.get(reason, 0) + 1
+            no_verdict[first.error or second.error or "unreadable verdict"] += 1
             continue
         (lost, won), (won_again, lost_again) = as_second, as_first
         points[prompt.id] = (won + won_again, lost + lost_again)
@@ -155,7 +155,7 @@ def _shares(points: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 def _compare(template: str, question: str, first: str, second: str) -> Asked:
     texts = {"question": question, "answer_1": first, "answer_2": second}
-    return Asked((Message(role="user", content=_PLACE.sub(lambda place: texts[place[1]], template)),), JUDGING)
+    return Asked(user_turn(_PLACE.sub(lambda place: texts[place[1]], template)), JUDGING)
 
 
 def read_verdict(text: str) -> tuple[float, float] | None:

@@ -17,7 +17,7 @@ import difflib
 import json
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -234,9 +234,9 @@ class _Model(LM):
     def __init__(self, ask: Ask, score: Score, max_new_tokens: int | None) -> None:
         super().__init__()
         self._ask, self._score, self._max_new_tokens = ask, score, max_new_tokens
-        self.unanswered: dict[str, dict[str, int]] = {}
+        self.unanswered: defaultdict[str, Counter[str]] = defaultdict(Counter)
         """By task and reason."""
-        self.cut: dict[str, int] = {}
+        self.cut = Counter[str]()
         self.first: dict[str, tuple[Message, ...]] = {}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -266,10 +266,9 @@ class _Model(LM):
         for request, answer, until in zip(requests, self._ask(asked), stops, strict=True):
             task = str(request.task_name)
             if answer.error is not None:
-                reasons = self.unanswered.setdefault(task, {})
-                reasons[answer.error] = reasons.get(answer.error, 0) + 1
+                self.unanswered[task][answer.error] += 1
             text = _until(answer.text, until)
-            self.cut[task] = self.cut.get(task, 0) + (answer.cut and text == answer.text)
+            self.cut[task] += answer.cut and text == answer.text
             texts.append(text)
         return texts
 
@@ -339,8 +338,8 @@ def _task_result(name: str, results: dict[str, Any], model: _Model, loaded: _Loa
         fewshot=results["n-shot"][name],
         version=str(results["versions"][name]),
         data=data,
-        unanswered=model.unanswered.get(name, {}),
-        cut=model.cut.get(name, 0),
+        unanswered=model.unanswered[name],
+        cut=model.cut[name],
         notes=notes,
         first=model.first.get(name),
     )

@@ -5,6 +5,7 @@ who answers; it returns the function that has the answers judged, so that the mo
 on purpose: which judge, and how it is reached.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from selfsteer.evaluations.length_controlled import FOLDS, Gamed, Judged, length
 from selfsteer.evaluations.results import Figure, TaskResult
 from selfsteer.measures.estimates import Estimate, mean_estimate
 from selfsteer.measures.verdicts import Verdict, judge_report, points
-from selfsteer.records import Message, Pair, side
+from selfsteer.records import Message, Pair, side, user_turn
 from selfsteer.store.durable import digest, file_digest
 
 _ALPACA_EVAL = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=2048)
@@ -52,10 +53,6 @@ def _there(estimate: Estimate | None, task: str) -> Estimate:
     return estimate
 
 
-def _user(text: str) -> tuple[Message, ...]:
-    return (Message(role="user", content=text),)
-
-
 def mt_bench_task(folder: Path, judge: Verdicts, limit: int | None) -> JudgedTask:
     """MT-Bench's files in a folder, as a task. Raises ValueError as `read_mt_bench` does."""
     whole, ask_judge = mt_bench.read_mt_bench(folder), _in_words(judge, "mt_bench")
@@ -79,7 +76,7 @@ def mt_bench_task(folder: Path, judge: Verdicts, limit: int | None) -> JudgedTas
             cut=sum(answer.cut for both in answers for answer in both),
             judge=judge.name,
             notes=[prompts, *(f"{name} {category.mean:.2f}" for name, category in found.categories.items())],
-            first=_user(bench.questions[0].turns[0]),
+            first=user_turn(bench.questions[0].turns[0]),
         )
 
     return lambda ask: partial(judged, mt_bench.answer_both_turns(bench, ask))
@@ -105,7 +102,7 @@ def arena_hard_task(folder: Path, judge: Verdicts, limit: int | None) -> JudgedT
             cut=sum(answer.cut for answer in answers),
             judge=judge.name,
             notes=[prompts, f"{found.flips} of {found.prompts} flip with the order"],
-            first=_user(arena.prompts[0].text),
+            first=user_turn(arena.prompts[0].text),
         )
 
     return lambda ask: partial(judged, arena_hard.answer(arena, ask))
@@ -120,7 +117,7 @@ def alpaca_eval_task(folder: Path, judge: Verdicts, limit: int | None) -> Judged
 
     def judged(answers: Sequence[Answer]) -> TaskResult:
         outputs = [Answer(each.output) for each in wanted]
-        compared = compare(judge, [_user(each.instruction) for each in wanted], answers, outputs)
+        compared = compare(judge, [user_turn(each.instruction) for each in wanted], answers, outputs)
         return TaskResult(
             task="alpaca_eval",
             figures=compared.figures("alpaca_eval", gamed),
@@ -132,10 +129,10 @@ def alpaca_eval_task(folder: Path, judge: Verdicts, limit: int | None) -> Judged
             cut=sum(answer.cut for answer in answers),
             judge=judge.name,
             notes=["selfsteer's own prompt in both orders, not the published one in one order", *compared.notes(gamed)],
-            first=_user(wanted[0].instruction),
+            first=user_turn(wanted[0].instruction),
         )
 
-    return lambda ask: partial(judged, ask([Asked(_user(each.instruction), _ALPACA_EVAL) for each in wanted]))
+    return lambda ask: partial(judged, ask([Asked(user_turn(each.instruction), _ALPACA_EVAL) for each in wanted]))
 
 
 JUDGED: Mapping[str, Callable[[Path, Verdicts, int | None], JudgedTask]] = {
@@ -184,20 +181,18 @@ def compare(
     judge: Verdicts, prompts: Sequence[tuple[Message, ...]], ours: Sequence[Answer], theirs: Sequence[Answer]
 ) -> Compared:
     """Have the answers of one model compared with another's, prompt by prompt; what has no answer has no verdict."""
-    unanswered: dict[str, int] = {}
+    unanswered = Counter[str]()
     pairs: dict[int, Pair] = {}
     for place, (prompt, our, their) in enumerate(zip(prompts, ours, theirs, strict=True)):
         error = our.error or their.error
         if error is not None:
-            unanswered[error] = unanswered.get(error, 0) + 1
+            unanswered[error] += 1
             continue
         pairs[place] = Pair(
             query_id=digest(list(prompt))[:16], kind="given", prompt=prompt, chosen=side(our.text), rejected=side(their.text)
         )
     verdicts = dict(zip(pairs, judge.compare(list(pairs.values())), strict=True))
-    for verdict in verdicts.values():
-        if verdict.error is not None:
-            unanswered[verdict.error] = unanswered.get(verdict.error, 0) + 1
+    unanswered.update(verdict.error for verdict in verdicts.values() if verdict.error is not None)
     judged = [
         Judged(
             prompt[-1]["content"],

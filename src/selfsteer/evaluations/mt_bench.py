@@ -13,6 +13,7 @@ Left out on purpose: the pairwise mode.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from selfsteer.engines.base import Sampling
 from selfsteer.evaluations.asking import Answer, Ask, Asked
 from selfsteer.measures.estimates import Estimate, mean_estimate, mean_of
 from selfsteer.recipe.shipped import TEMPLATES
-from selfsteer.records import Message
+from selfsteer.records import Message, side, user_turn
 
 MAX_NEW_TOKENS = 1024
 GRADING = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=2048)
@@ -111,17 +112,10 @@ def _references(folder: Path) -> dict[str, tuple[str, str]]:
 
 def answer_both_turns(bench: MtBench, ask: Ask) -> list[tuple[Answer, Answer]]:
     """The model's answers; the second turn is asked where the first one was answered."""
-    first = [_asked((Message(role="user", content=question.turns[0]),), question) for question in bench.questions]
+    first = [_asked(user_turn(question.turns[0]), question) for question in bench.questions]
     firsts = ask(first)
     second = [
-        _asked(
-            (
-                *asked.messages,
-                Message(role="assistant", content=said.text),
-                Message(role="user", content=question.turns[1]),
-            ),
-            question,
-        )
+        _asked((*asked.messages, *side(said.text).messages, *user_turn(question.turns[1])), question)
         for question, asked, said in zip(bench.questions, first, firsts, strict=True)
         if said.error is None
     ]
@@ -138,12 +132,12 @@ def grade(bench: MtBench, answers: Sequence[tuple[Answer, Answer]], judge: Ask) 
     """Have both turns graded. A grade that can't be read is none, never a zero."""
     wanted: list[tuple[int, int]] = []
     asked: list[Asked] = []
-    ungraded: dict[str, int] = {}
+    ungraded = Counter[str]()
     for place, (question, both) in enumerate(zip(bench.questions, answers, strict=True)):
         for turn in (0, 1):
             error = both[turn].error
             if error is not None:
-                ungraded[error] = ungraded.get(error, 0) + 1
+                ungraded[error] += 1
                 continue
             wanted.append((place, turn))
             asked.append(Asked(_question_to_judge(bench, question, both, turn), GRADING))
@@ -151,8 +145,7 @@ def grade(bench: MtBench, answers: Sequence[tuple[Answer, Answer]], judge: Ask) 
     for key, said in zip(wanted, judge(asked), strict=True):
         mark = None if said.error is not None else read_grade(said.text)
         if mark is None:
-            reason = said.error or "unreadable grade"
-            ungraded[reason] = ungraded.get(reason, 0) + 1
+            ungraded[said.error or "unreadable grade"] += 1
         else:
             found[key] = mark
     places = range(len(bench.questions))
@@ -192,7 +185,7 @@ def _question_to_judge(bench: MtBench, question: Question, answers: tuple[Answer
         texts |= {"ref_answer_1": question.reference[0], "ref_answer_2": question.reference[1]}
     # At once, so that a place named in an answer stays as it is.
     filled = _PLACE.sub(lambda place: texts.get(place[1], place[0]), template)
-    return (Message(role="system", content=system), Message(role="user", content=filled))
+    return (Message(role="system", content=system), *user_turn(filled))
 
 
 def read_grade(text: str) -> float | None:

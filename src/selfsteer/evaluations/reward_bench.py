@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfsteer.measures.estimates import Estimate, mean_estimate, share_estimate
-from selfsteer.records import Message
+from selfsteer.records import Message, user_turn
 
 Format = Literal["rewardbench", "rewardbench2", "llmbar", "pairs"]
 
@@ -167,7 +167,7 @@ def _item(row: Mapping[str, Any], format: Format, where: str, number: int) -> It
 
 def _prompt(prompt: Any) -> tuple[Message, ...]:
     if isinstance(prompt, str):
-        return (Message(role="user", content=prompt),)
+        return user_turn(prompt)
     return tuple(Message(role=each["role"], content=each["content"]) for each in cast(list[dict[str, str]], prompt))
 
 

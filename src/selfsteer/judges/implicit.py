@@ -5,16 +5,15 @@
     principle consistency    log pi(y|x+) - log pi(y|x-): log-odds of y written under p+   (arXiv 2402.11907)
 
 Of both, the margin is that of chosen above rejected. The consistency margin is the log-odds of "y+ under p+ and y- under
-p-" against the exchanged assignment, so sums over the tokens are the right statistic; per token, where a longer response
-weighs no more than a short one, it is reported beside them at no cost. Responses sampled by the same policy under these
-principles are consistent by construction more often than not: the number says how well the principles tell the responses
-apart, not how good those are. To compare data sets, take one policy for all of them.
+p-" against the exchanged assignment, so sums over the tokens are the right statistic. Responses sampled by the same
+policy under these principles are consistent by construction more often than not: the number says how well the principles
+tell the responses apart, not how good those are. To compare data sets, take one policy for all of them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
+from selfsteer.judges.base import Pairs, not_refused, with_refused
 from selfsteer.measures.quality import rewards_of
 from selfsteer.measures.verdicts import Verdict, by_margin, failure
 from selfsteer.pairs import special_token_reason
@@ -44,48 +43,30 @@ def likelihood_verdicts(pairs: Iterable[Pair]) -> Iterator[Verdict]:
         yield by_margin(pair, pair.chosen.score.mean_logps - pair.rejected.score.mean_logps)
 
 
-class Consistency(NamedTuple):
-    """The same margin, summed over the tokens and of the per-token means."""
-
-    summed: Verdict
-    per_token: Verdict
-
-
-def consistency_verdicts(
-    scorer: Scorer, pairs: Callable[[], Iterable[Pair]], journal: Journal, *, total: int
-) -> Iterator[Consistency]:
+def consistency_verdicts(scorer: Scorer, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
     """Does log pi(y|x+) - log pi(y|x-) rank chosen above rejected? One forward pass a query, journalled.
 
-    pairs: with the principles that they were sampled under, each time from the beginning; total, their number, is for the
-    progress bar. Raises Interrupted, with all scores durable, when a signal asked to stop.
+    pairs: with the principles that they were sampled under; total, their number, is for the progress bar. Raises
+    Interrupted, with all scores durable, when a signal asked to stop.
     """
-
     refused: dict[int, str] = {}
 
-    def asked() -> Iterator[Group]:
-        for number, pair in enumerate(pairs()):
-            both = _under_both(pair, scorer.prompts)
-            reason = _refusal(both, scorer.prompts)
-            if reason is None:
-                yield scorer.group(both)
-            else:
-                refused[number] = reason
+    def group(pair: Pair) -> Group:
+        return scorer.group(_under_both(pair, scorer.prompts))
 
-    score_missing(scorer, asked(), journal, description="principle consistency", total=total)
-    for number, pair in enumerate(pairs()):
-        if number in refused:
-            yield Consistency(failure(pair, refused[number]), failure(pair, refused[number]))
-            continue
-        plus, minus = scores(journal, scorer.group(_under_both(pair, scorer.prompts)))
-        sides = ((plus.chosen.score, minus.chosen.score), (plus.rejected.score, minus.rejected.score))
-        summed = [good.logps - bad.logps for good, bad in sides]
-        per_token = [good.mean_logps - bad.mean_logps for good, bad in sides]
-        yield Consistency(by_margin(pair, summed[0] - summed[1]), by_margin(pair, per_token[0] - per_token[1]))
+    def verdict(pair: Pair) -> Verdict:
+        plus, minus = scores(journal, group(pair))
+        chosen = plus.chosen.score.logps - minus.chosen.score.logps
+        return by_margin(pair, chosen - (plus.rejected.score.logps - minus.rejected.score.logps))
+
+    asked = map(group, not_refused(pairs, lambda pair: _refusal(pair, scorer.prompts), refused))
+    score_missing(scorer, asked, journal, description="principle consistency", total=total)
+    yield from with_refused(pairs, refused, verdict)
 
 
-def _refusal(both: tuple[Pair, Pair], prompts: Prompts) -> str | None:
-    """Why these pairs, which differ in their prompts, must not be scored, or None."""
-    plus, minus = both
+def _refusal(pair: Pair, prompts: Prompts) -> str | None:
+    """Why this pair must not be scored under its principles, or None."""
+    plus, minus = _under_both(pair, prompts)
     texts = plus.chosen.text, plus.rejected.text
     reason = prompts.quarantine_reason(plus.prompt) or special_token_reason(texts, prompts)
     if reason is None and not all(text.strip() for text in texts):

@@ -18,18 +18,19 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.engines.sampling import Question, unread
+from selfsteer.judges.base import Pairs, RecipeJudge, not_refused, with_refused
 from selfsteer.measures.verdicts import Orders, Verdict, by_orders, failure, no_answer
 from selfsteer.prompts import THOUGHT_ENDS, Prompts
-from selfsteer.recipe.sections import JudgeSection
+from selfsteer.recipe.sections import Training
 from selfsteer.recipe.shipped import template
-from selfsteer.records import Message, Pair, side
+from selfsteer.records import Message, Pair, side, user_turn
 from selfsteer.runtime import progress, raise_if_stopped
 from selfsteer.store.durable import digest, read_small_text, regular_file
 from selfsteer.store.folder import SCHEMA_VERSION
@@ -69,7 +70,7 @@ def judge_messages(template: str, prompt: Iterable[Message], first: str, second:
     request = _request_text(tuple(prompt))
     texts = {"request": request, "first": first, "second": second}
     filled = texts | {"fence": _fence(request, first, second)}
-    return (Message(role="user", content=_PLACE.sub(lambda place: filled[place[1]], template)),)
+    return user_turn(_PLACE.sub(lambda place: filled[place[1]], template))
 
 
 def _fence(*texts: str) -> str:
@@ -110,8 +111,10 @@ Rendered = tuple[tuple[int, ...], ...]
 """Token ids of the prompts of a `BothOrders`."""
 
 
-def rendered(asked: Sequence[tuple[Message, ...]], prompts: Prompts, limit: int) -> Rendered | str:
-    """The prompts as token ids, or why a judge with this tokenizer must not be asked."""
+def rendered(asked: Sequence[tuple[Message, ...]], prompts: Prompts | None, limit: int) -> Rendered | str:
+    """The prompts as token ids (none for a server that renders them itself), or why the judge must not be asked."""
+    if prompts is None:
+        return ((),) * len(asked)
     found: list[tuple[int, ...]] = []
     for messages in asked:
         ids = prompts.checked_ids(messages)
@@ -125,9 +128,6 @@ def rendered(asked: Sequence[tuple[Message, ...]], prompts: Prompts, limit: int)
 
 log = logging.getLogger(__name__)
 
-Pairs = Callable[[], Iterable[Pair]]
-"""The pairs to be judged, each time from the beginning: once to ask, once to read the verdicts."""
-
 _SPACES = " \t\r\n\u2581\u0120\u010a"
 """White space around a letter in the text of a token; the last three are SentencePiece's and byte-level BPE's."""
 
@@ -137,45 +137,22 @@ _RETRY_TEMPERATURE = 0.7
 # --- an LLM behind an engine -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LLMJudge:
-    """An LLM that is asked for one letter through an engine."""
-
-    name: str
-    """What identifies it, in every key: the digest of its weights, or the model's name on a server. No addresses."""
-    prompts: Prompts | None
-    """Its tokenizer, for engines that take token ids; None for a server that renders messages itself. Only with it can
-    texts that would be read as special tokens be kept from the judge."""
-    template: str
-    """See `judge_template`."""
-    section: JudgeSection
-    """How it is asked: `top_logps`, `max_new_tokens`, `retries`; questions of more than `max_prompt_tokens` are not, where
-    the tokenizer is known."""
-
-    def request(self, messages: tuple[Message, ...], attempt: int) -> Request:
-        """One try of one question, under a key of what determines the answer; not yet rendered."""
-        temperature = _RETRY_TEMPERATURE if attempt else 0.0
-        sampling = Sampling(temperature=temperature, top_p=1.0, max_new_tokens=self.section.max_new_tokens)
-        content = {
-            "schema": SCHEMA_VERSION,
-            "judge": self.name,
-            "messages": list(messages),
-            "prompts": None if self.prompts is None else self.prompts.digest,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_new_tokens": sampling.max_new_tokens,
-            "top_logps": self.section.top_logps,
-            "attempt": attempt,
-        }
-        key = digest(content)
-        seed = int(key[:8], 16)
-        return Request(key=key, messages=messages, sampling=sampling, seed=seed, top_logps=self.section.top_logps)
-
-    def rendered(self, asked: Sequence[tuple[Message, ...]]) -> Rendered | str:
-        """The prompts as token ids (none for a server that renders them itself), or why it must not be asked."""
-        if self.prompts is None:
-            return ((),) * len(asked)
-        return rendered(asked, self.prompts, self.section.max_prompt_tokens)
+def question(judge: RecipeJudge, messages: tuple[Message, ...], attempt: int) -> Request:
+    """One try of one question, under a key of what determines the answer; not yet rendered."""
+    section = judge.section
+    temperature = _RETRY_TEMPERATURE if attempt else 0.0
+    sampling = Sampling(temperature=temperature, top_p=1.0, max_new_tokens=section.max_new_tokens)
+    content = {
+        "schema": SCHEMA_VERSION,
+        "judge": judge.name,
+        "messages": list(messages),
+        "prompts": None if judge.prompts is None else judge.prompts.digest,
+        **asdict(sampling),
+        "top_logps": section.top_logps,
+        "attempt": attempt,
+    }
+    key = digest(content)
+    return Request(key=key, messages=messages, sampling=sampling, seed=int(key[:8], 16), top_logps=section.top_logps)
 
 
 LEAST_MASS = 0.02
@@ -223,7 +200,7 @@ def letter_probability(logps: Mapping[str, float]) -> Answer | None:
 
 
 def sampled_verdicts(
-    judge: LLMJudge, pairs: Pairs, open_engine: Callable[[], Engine], journal: Journal, *, total: int
+    judge: RecipeJudge, pairs: Pairs, open_engine: Callable[[], Engine], journal: Journal, *, total: int
 ) -> Iterator[Verdict]:
     """The verdicts of an LLM that answers with a letter: by the letter's probability where the engine tells it, else by
     the letter. total, the number of pairs, is for the progress bar.
@@ -234,11 +211,12 @@ def sampled_verdicts(
     """
     failures = _Failures()
     refused: dict[int, str] = {}
+    limit = judge.longest_prompt(judge.section.max_new_tokens)
 
     def checked(asked: Iterable[list[Request]]) -> Iterator[Request]:
         """All pairs' at the first try, to be checked; notes why a pair, by its number, must not be asked about."""
         for number, requests in enumerate(asked):
-            found = judge.rendered([request.messages for request in requests])
+            found = rendered([request.messages for request in requests], judge.prompts, limit)
             if isinstance(found, str):
                 refused[number] = found
                 continue
@@ -246,7 +224,7 @@ def sampled_verdicts(
                 yield replace(request, prompt_ids=prompt_ids)
 
     def both_orders() -> Iterator[list[Question]]:
-        return ([partial(judge.request, messages) for messages in questions(judge.template, pair)] for pair in pairs())
+        return ([partial(question, judge, messages) for messages in questions(judge.template, pair)] for pair in pairs())
 
     tries = 1 + judge.section.retries
     for asked in unread(both_orders, journal, lambda key: _read(journal, key) is not None, tries=tries):
@@ -261,11 +239,7 @@ def sampled_verdicts(
             for _ in wanted:  # those that must not be asked are named all the same
                 pass
             break
-    for number, pair in enumerate(pairs()):
-        if number in refused:
-            yield failure(pair, refused[number])
-        else:
-            yield _verdict(judge, pair, journal, failures.reasons)
+    yield from with_refused(pairs, refused, lambda pair: _verdict(judge, pair, journal, failures.reasons))
 
 
 @dataclass(slots=True)
@@ -325,10 +299,10 @@ def _thought_first(tokens: Sequence[tuple[str, float]], text: str, letter: str |
     return THOUGHT_ENDS.search(text) is not None or (letter is not None and likeliest not in (FIRST, SECOND))
 
 
-def _verdict(judge: LLMJudge, pair: Pair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
+def _verdict(judge: RecipeJudge, pair: Pair, journal: Journal, failed: Mapping[str, str]) -> Verdict:
     said: list[Answer] = []
     for messages in questions(judge.template, pair):
-        tries = [judge.request(messages, attempt).key for attempt in range(1 + judge.section.retries)]
+        tries = [question(judge, messages, attempt).key for attempt in range(1 + judge.section.retries)]
         answered = [key for key in tries if key in journal]
         answer = next((answer for key in answered if (answer := _read(journal, key)) is not None), None)
         if answer is None and len(answered) == len(tries):
@@ -350,46 +324,32 @@ def _by_answers(pair: Pair, said: Sequence[Answer]) -> Verdict:
 # --- an LLM in this process: probabilities instead of samples --------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbeddedJudge:
-    """An LLM in this process."""
-
-    scoring: Scorer
-    """The model, and how it computes log-probabilities. A small judge's averaged probabilities lie so close to one half
-    that rounding to bfloat16 turns some of them: take float32 where it can be paid."""
-    template: str
-    """See `judge_template`."""
-    max_prompt_tokens: int = 8192
-    """Longer questions are not asked; nothing is ever cut."""
+_LETTER = 4
+"""Tokens that a letter takes at most, with its end."""
 
 
-def embedded_verdicts(judge: EmbeddedJudge, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
+def embedded_verdicts(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, total: int) -> Iterator[Verdict]:
     """Verdicts from the probabilities of the two letters, renormalised over them, in both orders: nothing is sampled.
 
     Each order is one prompt with two completions behind it, in the packed forward pass that scores pairs. total, the
     number of pairs, is for the progress bar. Raises Interrupted, with all scores durable, when a signal asked to stop.
     """
-    scoring = judge.scoring
+    assert judge.model is not None
+    assert judge.prompts is not None
+    scorer = Scorer(judge.model, judge.policy, judge.prompts, Training(dtype=judge.section.dtype))
+    limit = judge.longest_prompt(_LETTER)
     refused: dict[int, str] = {}
 
-    def group(pair: Pair, both: BothOrders) -> Group:
-        return scoring.group([_letters(pair, messages) for messages in both])
+    def why_not(pair: Pair) -> str | None:
+        found = rendered(questions(judge.template, pair), judge.prompts, limit)
+        return found if isinstance(found, str) else None
 
-    def asked() -> Iterator[Group]:
-        for number, pair in enumerate(pairs()):
-            both = questions(judge.template, pair)
-            found = rendered(both, scoring.prompts, judge.max_prompt_tokens)
-            if isinstance(found, str):
-                refused[number] = found
-            else:
-                yield group(pair, both)
+    def group(pair: Pair) -> Group:
+        return scorer.group([_letters(pair, messages) for messages in questions(judge.template, pair)])
 
-    score_missing(scoring, asked(), journal, description="verdicts", total=total)
-    for number, pair in enumerate(pairs()):
-        if number in refused:
-            yield failure(pair, refused[number])
-        else:
-            yield _embedded_verdict(pair, scores(journal, group(pair, questions(judge.template, pair))))
+    asked = map(group, not_refused(pairs, why_not, refused))
+    score_missing(scorer, asked, journal, description="verdicts", total=total)
+    yield from with_refused(pairs, refused, lambda pair: _embedded_verdict(pair, scores(journal, group(pair))))
 
 
 def _embedded_verdict(pair: Pair, both: Sequence[Pair]) -> Verdict:
@@ -399,7 +359,7 @@ def _embedded_verdict(pair: Pair, both: Sequence[Pair]) -> Verdict:
     return _by_answers(pair, [answer for answer in said if answer is not None])
 
 
-def _letters(pair: Pair, question: tuple[Message, ...]) -> Pair:
+def _letters(pair: Pair, asked: tuple[Message, ...]) -> Pair:
     """The two answers as completions of the judge's prompt, without an end token: their probability is the letters' own."""
     first, second = side(FIRST, "length"), side(SECOND, "length")
-    return Pair(query_id=pair.query_id, kind="given", prompt=question, chosen=first, rejected=second)
+    return Pair(query_id=pair.query_id, kind="given", prompt=asked, chosen=first, rejected=second)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -17,8 +17,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfsteer.judges.llm import Pairs
-from selfsteer.measures.verdicts import Verdict, by_margin, failure
+from selfsteer.judges.base import Pairs, not_refused, with_refused
+from selfsteer.measures.verdicts import Verdict, by_margin
 from selfsteer.models import compute_dtype, load_configuration, load_model, pick_device, tokenizer_of
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import DTypeName
@@ -190,22 +190,16 @@ def reward_verdicts(judge: RewardModel, pairs: Pairs, journal: Journal, *, total
     renderer = open_renderer(judge)
     refused: dict[int, str] = {}
 
-    def wanted() -> Iterator[Conversation]:
-        for number, pair in enumerate(pairs()):
-            both = conversations(pair)
-            reason = next(filter(None, map(renderer.refusal, both)), None)
-            if reason is None:
-                yield from both
-            else:
-                refused[number] = reason
+    def why_not(pair: Pair) -> str | None:
+        return next(filter(None, map(renderer.refusal, conversations(pair))), None)
 
-    score_missing(judge, wanted(), journal, description="rewards", total=2 * total)
-    for number, pair in enumerate(pairs()):
-        if number in refused:
-            yield failure(pair, refused[number])
-            continue
+    def verdict(pair: Pair) -> Verdict:
         chosen, rejected = (reward_of(judge, conversation, journal) for conversation in conversations(pair))
-        yield by_margin(pair, chosen - rejected)
+        return by_margin(pair, chosen - rejected)
+
+    wanted = chain.from_iterable(map(conversations, not_refused(pairs, why_not, refused)))
+    score_missing(judge, wanted, journal, description="rewards", total=2 * total)
+    yield from with_refused(pairs, refused, verdict)
 
 
 def conversations(pair: Pair) -> tuple[Conversation, Conversation]:

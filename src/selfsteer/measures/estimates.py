@@ -65,7 +65,7 @@ def distribution(**sides: ArrayLike) -> Distribution:
     return Distribution(edges=[float(edge) for edge in edges], counts=counts)
 
 
-def mean_estimate(values: ArrayLike, *, seed: int = 0) -> Estimate | None:
+def mean_estimate(values: ArrayLike) -> Estimate | None:
     """The mean of `values`, shape (n,), with its interval; None of no values. ValueError when one is not finite."""
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
@@ -80,7 +80,7 @@ def mean_estimate(values: ArrayLike, *, seed: int = 0) -> Estimate | None:
     if array.size > BOOTSTRAP_ROWS:
         margin = _Z * float(array.std(ddof=1)) / math.sqrt(array.size)
         return Estimate(mean, mean - margin, mean + margin, array.size)
-    low, high = np.quantile(_resampled_means(array, seed), (0.025, 0.975))
+    low, high = np.quantile(_resampled_means(array), (0.025, 0.975))
     return Estimate(mean, float(low), float(high), array.size)
 
 
@@ -116,10 +116,10 @@ def known(found: Mapping[str, Estimate | None]) -> dict[str, Estimate]:
     return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
-def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, seed: int = 0) -> Estimate | None:
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> Estimate | None:
     """The mean of a - b over the queries that both have, the bootstrap drawing queries; None when they share none."""
     shared = [query for query in a if query in b]
-    return mean_estimate([a[query] - b[query] for query in shared], seed=seed)
+    return mean_estimate([a[query] - b[query] for query in shared])
 
 
 def crossed_estimate(seeds: Sequence[Mapping[str, float]]) -> Estimate | None:
@@ -163,9 +163,9 @@ def _t_quantile(freedom: float) -> float:
     return float(np.interp(0.475, below, x))
 
 
-def _resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def _resampled_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Means of RESAMPLES draws with replacement, shape (RESAMPLES,); at most _DRAWN_AT_ONCE values are held."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = max(1, _DRAWN_AT_ONCE // values.size)
     means = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, rows):

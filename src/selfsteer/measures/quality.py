@@ -228,7 +228,7 @@ def implicit_reward(before: Iterable[Pair], after: Iterable[Pair], *, beta: floa
     )
 
 
-def compare(pairs: Iterable[Pair], baseline: Iterable[Pair], *, seed: int = 0) -> Comparison:
+def compare(pairs: Iterable[Pair], baseline: Iterable[Pair]) -> Comparison:
     """How much more on-policy `pairs` are than `baseline` (PBAA, say), query by query; those without scores are left out."""
     first, second = _by_query(pairs), _by_query(baseline)
     comparison = Comparison(queries=len(first.keys() & second.keys()))
@@ -236,7 +236,6 @@ def compare(pairs: Iterable[Pair], baseline: Iterable[Pair], *, seed: int = 0) -
         difference = paired_difference(
             {query: values[index] for query, values in first.items()},
             {query: values[index] for query, values in second.items()},
-            seed=seed,
         )
         if difference is not None:
             comparison[name] = difference

@@ -323,7 +323,8 @@ class Training(Section):
         return self
 
 
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Of a run folder."""
 
 
 class Policy(Section):
@@ -722,7 +723,7 @@ class Recipe(Section):
     @field_validator("output")
     @classmethod
     def _run_name(cls, output: str) -> str:
-        if not _RUN_NAME.fullmatch(Path(output).name):
+        if not RUN_NAME.fullmatch(Path(output).name):
             raise ValueError(
                 f"given {output!r}, expected a folder whose own name has 1 to 64 letters, digits, dots, hyphens or"
                 " underscores and starts with a letter or digit"

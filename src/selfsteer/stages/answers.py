@@ -7,12 +7,14 @@ Left out on purpose: benchmarks; and several answers a query.
 """
 
 from selfsteer.engines.base import Request
-from selfsteer.judges.find import RecipeJudge, ask
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import ask
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, Pair
-from selfsteer.stages.base import Round, Work, held_out, inputs_of, make_stage
+from selfsteer.stages.base import Round, Work, inputs_of, make_stage
+from selfsteer.stages.drawing import held_out
 from selfsteer.stages.quality import read_verdicts, reopen_unanswered, verdict_row, write_verdicts
 from selfsteer.stages.responses import answer_request, answers_to, sample_answers
 from selfsteer.stages.status import ANSWERS
@@ -46,21 +48,21 @@ def _answers(round: Round, work: Work, principles: Stage, policy: Stage, judge: 
     for whose, model in (("aligned", model_of(policy)), ("first", round.policy)):
         asked.append([answer_request(round, model, query) for query in queries])
         sample_answers(round, work, model, asked[-1], whose=whose)
-    dropped: list[Dropped] = []
-    pairs: list[Pair] = []
+    items: list[Pair | Dropped] = []
     for query, after, before in zip(queries, *asked, strict=True):
         answers = answers_to(work.journal, query.id, {"after": after, "before": before})
         if isinstance(answers, Dropped):
-            dropped.append(Dropped(id=query.id, reason="no answer"))
+            items.append(Dropped(id=query.id, reason="no answer"))
         else:
-            pairs.append(answer_pair(query, answers["after"], answers["before"]))
+            items.append(answer_pair(query, answers["after"], answers["before"]))
 
+    pairs = [item for item in items if isinstance(item, Pair)]
     verdicts = ask(judge, lambda: pairs, work.journal, total=len(pairs))
     found = (verdict_row("alignment", "judge", verdict) for verdict in verdicts)
     files = write_verdicts(work.stage, found)
 
-    rows = map(columns.pair_row, pairs)
-    return Contents(wanted=len(queries), rows=rows, dropped=dropped, schema=columns.PAIRS, files=files)
+    rows = (item if isinstance(item, Dropped) else columns.pair_row(item) for item in items)
+    return Contents(wanted=len(queries), rows=rows, schema=columns.PAIRS, files=files)
 
 
 def win_verdicts(stage: Stage) -> list[Verdict]:

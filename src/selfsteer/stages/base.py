@@ -7,14 +7,12 @@ themselves (the other files here) and their order (`pipeline.py`).
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from selfsteer.engines.sampling import seed_for
-from selfsteer.judges.find import RecipeJudge
+from selfsteer.judges.base import RecipeJudge
 from selfsteer.measures.metrics import Measures, from_plain, plain
 from selfsteer.measures.quality import measure
 from selfsteer.prompts import Prompts
@@ -26,11 +24,16 @@ from selfsteer.stages.guard import Attempt, refuse_to_replace
 from selfsteer.stages.status import (
     BAD_GENERATOR,
     GAIN,
+    GENERATOR,
     GOOD_GENERATOR,
     PASSES,
+    POLICY,
     PREFERENCES,
+    PRINCIPLES,
     QUALITY,
+    RESPONSES,
     SELECTION,
+    STEERING,
     method_of,
     stage_names,
 )
@@ -38,7 +41,6 @@ from selfsteer.store import columns
 from selfsteer.store.durable import canonical_json, read_json, write
 from selfsteer.store.folder import MEASURES, Contents, Manifest, Origin, RunFolder, Stage, adopt, borrow, elapsed
 from selfsteer.store.journal import Journal
-from selfsteer.training.displacement import LARGEST
 from selfsteer.training.scoring import Scorer
 
 log = logging.getLogger(__name__)
@@ -174,17 +176,17 @@ TOO_LONG = "too long for the model"
 """Why what exceeds the positions of the policy is dropped."""
 
 _PURPOSES = {
-    "1-principles": "a good and a bad principle for every query",
-    "2-responses": "the policy answers under both, and the bare query",
-    "3-steering": "steering pairs, and what there is to win",
-    "4-generator": "the data generator learns from the steering pairs",
+    PRINCIPLES: "a good and a bad principle for every query",
+    RESPONSES: "the policy answers under both, and the bare query",
+    STEERING: "steering pairs, and what there is to win",
+    GENERATOR: "the data generator learns from the steering pairs",
     GOOD_GENERATOR: "the generator of good responses learns",
     BAD_GENERATOR: "the generator of bad responses learns",
     GAIN: "what that changed, at the same contexts",
     PREFERENCES: "the pairs that the policy will be aligned on",
     QUALITY: "the pairs are judged",
     SELECTION: "which pairs align the policy",
-    "6-policy": "the policy is aligned on the pairs",
+    POLICY: "the policy is aligned on the pairs",
     PASSES: "held-out queries are answered before and after",
 }
 
@@ -269,84 +271,6 @@ def arithmetic(training: Training) -> dict[str, Any]:
 def policy_scorer(round: Round) -> Scorer:
     """What gives the reference log-probabilities: the policy, computing as the trainings will."""
     return Scorer(round.policy, round.recipe.policy, round.prompts, round.recipe.training, round.recipe.launcher)
-
-
-def draw_queries(round: Round, stage: Stage, count: int | None, *, without: Collection[str] = ()) -> set[str] | None:
-    """The ids of `count` of a stage's queries other than those of `without`, drawn with the seed; None for all of them."""
-    if not without and (count is None or count >= kept(stage)):
-        return None
-    return draw(round, set(stage.column("query_id")).difference(without), count)
-
-
-def draw(round: Round, ids: Iterable[str], count: int | None) -> set[str]:
-    """At most `count` of these queries, drawn with the seed; all of them for None."""
-    return _drawn(round.recipe.seed, ids, count)
-
-
-def _drawn(seed: int, ids: Iterable[str], count: int | None) -> set[str]:
-    return set(sorted(ids, key=lambda query_id: seed_for(seed, "drawn", query_id))[:count])
-
-
-def held_out(round: Round) -> frozenset[str]:
-    """The queries that neither training sees: the same ones whatever the seed, so that runs compare on them."""
-    count = round.recipe.queries.holdout
-    if count == 0:
-        return frozenset()
-    begun = round.folder.has_stage(round.number, "1-principles")  # not where the pairs were made elsewhere
-    source = round.folder.stage(round.number, "1-principles" if begun else "5-preferences")
-    return _held_out(source, sealed(source).digest, count)
-
-
-@lru_cache(maxsize=4)
-def _held_out(source: Stage, _digest: str, count: int) -> frozenset[str]:
-    """Of the queries of a stage as it is now: asked for by most stages of a round, and read once."""
-    return hold_out(set(source.column("query_id")), count)
-
-
-def hold_out(ids: Collection[str], count: int) -> frozenset[str]:
-    """`count` of these queries; ValueError where none is left."""
-    if count >= len(ids):
-        raise ValueError(f"queries.holdout: {count} of {len(ids)} queries; leave some to train on.")
-    return frozenset(sorted(ids, key=lambda query_id: seed_for("held out", query_id))[:count])
-
-
-def set_aside(round: Round) -> frozenset[str]:
-    """The queries whose bare answers show what a training does to answers that it is not about: no training sees them.
-
-    Some of those that are held out; where none are, one query of 32, up to 16, that the round could have trained on. Of
-    pairs made elsewhere only those held out.
-    """
-    if round.recipe.training.displacement_steps == 0 or round.held_out_only:
-        return frozenset()
-    if spared := held_out(round):
-        return frozenset(draw(round, spared, LARGEST))
-    if not round.folder.has_stage(round.number, "1-principles"):
-        return frozenset()
-    source = round.folder.stage(round.number, "1-principles")
-    return _set_aside(source, sealed(source).digest, round.recipe.seed)
-
-
-@lru_cache(maxsize=4)
-def _set_aside(source: Stage, _digest: str, seed: int) -> frozenset[str]:
-    """As in `_held_out`."""
-    ids = set(source.column("query_id"))
-    return frozenset(_drawn(seed, ids, min(LARGEST, len(ids) // 32)))
-
-
-def share_of_round(round: Round, ids: Collection[str]) -> frozenset[str]:
-    """Of all queries, this round's where rounds split them: an equal share, drawn with the seed, and the held-out ones.
-
-    Raises ValueError where there are fewer queries than rounds.
-    """
-    count, rounds = round.recipe.queries.holdout, round.recipe.rounds
-    spared = hold_out(ids, count) if count else frozenset[str]()
-    others = sorted(set(ids) - spared, key=lambda query_id: seed_for(round.recipe.seed, "round", query_id))
-    if len(others) < rounds:
-        raise ValueError(f"queries.split_rounds: {len(others)} queries to train on are too few for {rounds} rounds.")
-    return spared | set(others[round.number - 1 :: rounds])
-
-
-# --- measures --------------------------------------------------------------------------------------------------------------
 
 
 def taking(**measures: Callable[[], object]) -> Callable[[], dict[str, Any]]:

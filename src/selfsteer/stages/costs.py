@@ -14,13 +14,17 @@ from typing import NamedTuple, TypedDict
 
 from selfsteer.recipe.sections import Alignment, Generator, Recipe, Share
 from selfsteer.stages.status import (
-    BAD_GENERATOR,
     GAIN,
-    GOOD_GENERATOR,
+    GENERATORS,
     PASSES,
+    POLICY,
     PREFERENCES,
+    PRINCIPLES,
     QUALITY,
+    RESPONSES,
     SELECTION,
+    STEERING,
+    TRAININGS,
     method_of,
     stage_names,
 )
@@ -152,8 +156,6 @@ def stage_costs(recipe: Recipe, counts: Counts, size: Size, rates: Rates, *, hal
     return found
 
 
-TRAININGS = ("4-generator", GOOD_GENERATOR, BAD_GENERATOR, "6-policy")
-
 UNTIMED = (GAIN, QUALITY)
 """Stages of whose work only a part is counted."""
 
@@ -171,7 +173,7 @@ def stage_tokens(recipe: Recipe, counts: Counts, name: str) -> Tokens:
     work = _share_of_work(recipe, counts, name)
     if name not in TRAININGS or not work.queries:
         return Tokens(work.samples * counts.response, work.scored, 0.0)
-    section = recipe.alignment if name == "6-policy" else recipe.generator
+    section = recipe.alignment if name == POLICY else recipe.generator
     trained = _trained(section, work)
     return Tokens(0.0, _passes(recipe, counts, work, trained, section), trained)
 
@@ -196,7 +198,7 @@ def training_queries(recipe: Recipe, queries: int) -> int:
 
 
 def spared_queries(recipe: Recipe, queries: int) -> int:
-    """How many no training sees: those held out, or those set aside for the displacement (`stages.base.set_aside`)."""
+    """How many no training sees: those held out, or those set aside for the displacement (`drawing.set_aside`)."""
     if recipe.queries.holdout:
         return recipe.queries.holdout
     return 0 if recipe.training.displacement_steps == 0 else min(LARGEST, queries // 32)
@@ -235,17 +237,17 @@ def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
     pair = bare + 2 * answer
     lesson = (steered + 2 * answer) * (2 if _both_prompts(recipe) else 1)
     asides = 0 if recipe.training.displacement_steps == 0 else min(LARGEST, spared)
-    if name == "1-principles":
+    if name == PRINCIPLES:
         return _Work(samples=n if recipe.principles.source == "generate" else 0)
-    if name == "2-responses":
+    if name == RESPONSES:
         if recipe.generator.kind == "none":
             return _Work(samples=2 * n + asides)
         return _Work(samples=learned * (3 if recipe.generator.uses_original else 2) + 2 * recipe.queries.holdout + asides)
-    if name == "3-steering":
+    if name == STEERING:
         both_pairs = 2 * (steered + 2 * answer) if recipe.generator.objective in ("sso", "equation_3") else lesson
         originals = min(learned, HEADROOM_QUERIES) * answer if recipe.generator.uses_original else 0
         return _Work(scored=learned * (both_pairs + pair) + originals + recipe.queries.holdout * pair)
-    if name.startswith("4-generator"):
+    if name in GENERATORS:
         return _Work(queries=learned, each=lesson)
     if name == PREFERENCES:
         own = recipe.generator.kind == "none"
@@ -255,7 +257,7 @@ def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
         return _Work(samples=0 if own else 2 * (n + more), scored=(n + more) * pair)
     if name == SELECTION:
         return _Work(scored=n * pair if recipe.selection.by == "generator" else 0)
-    if name == "6-policy":
+    if name == POLICY:
         return _Work(queries=max(0, n - spared), each=pair)
     if name == PASSES:
         answered = recipe.quality.answers
@@ -271,7 +273,7 @@ def _both_prompts(recipe: Recipe) -> bool:
 def longest_query(recipe: Recipe, counts: Counts, name: str) -> float:
     """Tokens of the longest query in the training of this stage, prompts shared: one response is the longest of all."""
     longest, other = counts.longest(recipe.responses.max_new_tokens), counts.response
-    if name == "6-policy":
+    if name == POLICY:
         return counts.bare.most + longest + other
     prompts = 2 if _both_prompts(recipe) else 1
     return prompts * (counts.steered.most + 2 * other) + longest - other

@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from selfsteer.engines.open import open_engine
-from selfsteer.judges.find import RecipeJudge, open_judge
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import open_judge
 from selfsteer.models import available_memory, compute_dtype, load_configuration, pick_device
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Checkpoint
 from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, training_state
-from selfsteer.stages.status import method_of, stage_names
+from selfsteer.stages.status import TRAININGS, method_of, stage_names
 from selfsteer.store.folder import Stage
 
 
@@ -96,7 +97,7 @@ def unsealed_trainings(recipe: Recipe) -> list[str]:
     """The training stages of a run that are still to be made, as round-N/STAGE; shard 1 alone trains the generator."""
     if recipe.queries.share is not None and recipe.queries.share.number > 1:
         return []
-    names = [name for name in stage_names(recipe, method_of(recipe)) if name.startswith("4-generator") or name == "6-policy"]
+    names = [name for name in stage_names(recipe, method_of(recipe)) if name in TRAININGS]
     places = [f"round-{number}/{name}" for number in range(1, recipe.rounds + 1) for name in names]
     return [place for place in places if Stage(Path(recipe.output) / place).manifest() is None]
 

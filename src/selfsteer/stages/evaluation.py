@@ -10,6 +10,7 @@ Not a stage: nothing later is made of it. Left out on purpose: what the tasks ar
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,9 @@ from selfsteer.evaluations.asking import Asked
 from selfsteer.evaluations.evaluate import Answering, Plan, answering, ask_with, gives_scores
 from selfsteer.evaluations.judged import Verdicts
 from selfsteer.evaluations.results import summary
-from selfsteer.judges.find import RecipeJudge, ask, open_judge
+from selfsteer.judges.base import RecipeJudge
+from selfsteer.judges.find import ask, open_judge
+from selfsteer.judges.llm import rendered
 from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import Verdict
 from selfsteer.recipe.engines import EngineSection
@@ -59,21 +62,15 @@ def judge_name(judge: RecipeJudge) -> str:
 
 
 def _request(judge: RecipeJudge, asked: Asked) -> Request | str:
-    prompts = judge.prompts
-    if prompts is not None:
-        found = prompts.checked_ids(asked.messages)
-        if isinstance(found, str):
-            return found
-        if len(found) > judge.section.max_prompt_tokens:
-            return "too long for the judge"
+    found = rendered([asked.messages], judge.prompts, judge.section.max_prompt_tokens)
+    if isinstance(found, str):
+        return found
     content = {
         "schema": SCHEMA,
         "judge": judge.name,
         "messages": list(asked.messages),
-        "prompts": None if prompts is None else prompts.digest,
-        "temperature": asked.sampling.temperature,
-        "top_p": asked.sampling.top_p,
-        "max_new_tokens": asked.sampling.max_new_tokens,
+        "prompts": None if judge.prompts is None else judge.prompts.digest,
+        **asdict(asked.sampling),
         "repeat": asked.repeat,
     }
     key = digest(content)

@@ -6,7 +6,7 @@ The contexts are the policy's own responses under either principle, up to POSITI
 are the same. Left out on purpose: what the numbers mean (`measures/gain.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from selfsteer.pairs import response_side
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Change, Checkpoint, Dropped, Expected
 from selfsteer.runtime import progress, raise_if_stopped, stop_requested
-from selfsteer.stages.base import Round, Work, arithmetic, draw, held_out, inputs_of, make_stage, taking
+from selfsteer.stages.base import Round, Work, arithmetic, inputs_of, make_stage, taking
+from selfsteer.stages.drawing import draw, held_out
 from selfsteer.stages.responses import answers_to, requests_of, sampler_of
 from selfsteer.stages.status import GAIN
 from selfsteer.stages.training import Generators, model_of
@@ -69,8 +70,8 @@ class _Item(NamedTuple):
     contexts: Contexts
 
 
-Items = dict[str, dict[str, _Item]]
-"""By query and role."""
+_Items = dict[str, _Item]
+"""Of one query, by role."""
 
 
 def _gain(round: Round, work: Work, principles: Stage, generators: Generators | None) -> Contents:
@@ -82,34 +83,30 @@ def _gain(round: Round, work: Work, principles: Stage, generators: Generators | 
     sample(sampler_of(round, models), wanted, work.journal, description="contexts", total=len(wanted))
 
     after = {role: round.policy if generators is None else model_of(getattr(generators, role)) for role in ROLES}
-    dropped: list[Dropped] = []
-    items: Items = {}
-    for row in rows:
-        found = _items(round, work, row, requests[row["query_id"]], after)
-        if isinstance(found, Dropped):
-            dropped.append(found)
-        else:
-            items[row["query_id"]] = found
-    _measure_missing(round, work, items, after)
+    found = {row["query_id"]: _items(round, work, row, requests[row["query_id"]], after) for row in rows}
+    _measure_missing(round, work, [items for items in found.values() if not isinstance(items, Dropped)], after)
 
-    def measured() -> Iterator[dict[str, Any]]:
-        for query_id, of_query in items.items():
-            yield {"query_id": query_id} | {role: work.journal.get(item.key) for role, item in of_query.items()}
+    def measured() -> Iterator[dict[str, Any] | Dropped]:
+        for query_id, items in found.items():
+            if isinstance(items, Dropped):
+                yield items
+            else:
+                yield {"query_id": query_id} | {role: work.journal.get(item.key) for role, item in items.items()}
 
     measures = taking(gain=lambda: gain([_responses(row) for row in work.stage.written()]))
-    return Contents(wanted=len(rows), rows=measured(), dropped=dropped, schema=columns.GAIN, measures=measures)
+    return Contents(wanted=len(rows), rows=measured(), schema=columns.GAIN, measures=measures)
 
 
 def _items(
     round: Round, work: Work, row: dict[str, Any], requests: dict[str, Request], after: dict[str, Checkpoint]
-) -> dict[str, _Item] | Dropped:
+) -> _Items | Dropped:
     query, prompts = columns.query(row), round.prompts
     both = {role: prompts.prompt_ids(requests[role].messages) for role in ROLES}
     bare = prompts.prompt_ids(query.messages)
     answers = answers_to(work.journal, query.id, requests)
     if isinstance(answers, Dropped):
         return answers
-    found: dict[str, _Item] = {}
+    found: _Items = {}
     for role, opposite in (ROLES, ROLES[::-1]):
         ids = prompts.response_ids(response_side(answers[role]), requests[role].messages)[:POSITIONS]
         if not ids:
@@ -133,11 +130,11 @@ def _key(round: Round, contexts: Contexts, generator: Checkpoint) -> str:
     )
 
 
-def _measure_missing(round: Round, work: Work, items: Items, after: dict[str, Checkpoint]) -> None:
+def _measure_missing(round: Round, work: Work, queries: Sequence[_Items], after: dict[str, Checkpoint]) -> None:
     """Two models in memory at a time, opened only for what the journal lacks. Raises Interrupted on a signal."""
     recipe = round.recipe
     for model in dict.fromkeys(after.values()):
-        mine = [item for each in items.values() for role, item in each.items() if after[role] == model]
+        mine = [item for items in queries for role, item in items.items() if after[role] == model]
         lacking = list(work.journal.lacking(mine, key=lambda item: item.key) or ())
         if not lacking:
             continue

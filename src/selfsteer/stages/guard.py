@@ -16,20 +16,18 @@ from selfsteer.recipe.sections import Recipe
 from selfsteer.recipe.text import Change, changes
 from selfsteer.stages.status import (
     ANSWERS,
-    BAD_GENERATOR,
     GAIN,
-    GOOD_GENERATOR,
     PASSES,
     PREFERENCES,
+    PRINCIPLES,
     QUALITY,
+    TRAININGS,
     method_of,
     stage_names,
 )
 from selfsteer.store.folder import Manifest, Origin, RunFolder, Stage, WouldReplace
 
 _MEASURES_ONLY = {GAIN, QUALITY, PASSES, ANSWERS}
-
-_TRAININGS = {"4-generator", GOOD_GENERATOR, BAD_GENERATOR, "6-policy"}
 
 _INPUTS = {
     "queries": "the queries: the file is not what it was",
@@ -87,7 +85,7 @@ def refuse_to_replace(attempt: Attempt, name: str, origin: Origin) -> None:
 def _later(attempt: Attempt, name: str) -> Iterator[tuple[str, Stage]]:
     """The stages that follow from one, in its round and in the later ones, as far as there are any."""
     folder, recipe, number, _ = attempt
-    begun = name == "1-principles" or folder.has_stage(number, "1-principles")
+    begun = name == PRINCIPLES or folder.has_stage(number, PRINCIPLES)
     names = stage_names(recipe, method_of(recipe) if begun else "given")
     after = names[names.index(name) + 1 :] if name in names else ()
     for each in after:
@@ -111,7 +109,7 @@ def _loss(stages: list[tuple[str, Stage]], origin: Origin) -> _Loss:
             continue
         again.append(label)
         pairs += manifest.kept if stage.path.name == PREFERENCES else 0
-        models += stage.path.name in _TRAININGS and not manifest.cleaned
+        models += stage.path.name in TRAININGS and not manifest.cleaned
     return _Loss(again, pairs, models, unfinished)
 
 

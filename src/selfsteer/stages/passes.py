@@ -25,19 +25,10 @@ from selfsteer.measures.metrics import CheckedAnswers, ComparedAnswers
 from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Checkpoint, Dropped, Pair, Response
-from selfsteer.stages.base import (
-    Round,
-    Work,
-    arithmetic,
-    draw,
-    held_out,
-    inputs_of,
-    make_stage,
-    policy_scorer,
-    taking,
-)
+from selfsteer.stages.base import Round, Work, arithmetic, inputs_of, make_stage, policy_scorer, taking
+from selfsteer.stages.drawing import draw, held_out
 from selfsteer.stages.responses import answer_request, answers_to, sample_answers
-from selfsteer.stages.status import PASSES
+from selfsteer.stages.status import PASSES, PRINCIPLES
 from selfsteer.stages.training import model_of
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, borrow
@@ -52,7 +43,7 @@ def passes_stage(round: Round, policy: Stage) -> Stage | None:
     recipe = round.recipe
     if recipe.quality.answers == 0:
         return None
-    principles = round.folder.stage(round.number, "1-principles")
+    principles = round.folder.stage(round.number, PRINCIPLES)
     settings = {
         "responses": recipe.responses.steered.model_dump(),
         "answers": recipe.quality.answers,
@@ -74,29 +65,30 @@ def _answers(round: Round, work: Work, principles: Stage, aligned: Checkpoint) -
     first: tuple[Which, ...] = ("before", "prompted")
     sample_answers(round, work, round.first, [each[which] for which in first for each in asked], whose="first")
     sample_answers(round, work, aligned, [each["after"] for each in asked], whose="aligned")
-    dropped: list[Dropped] = []
-    answers: list[tuple[dict[str, Any], dict[str, Response]]] = []
-    for row, requests in zip(rows, asked, strict=True):
-        found = answers_to(work.journal, row["query_id"], requests)
-        if isinstance(found, Dropped):
-            dropped.append(Dropped(id=row["query_id"], reason="no answer"))
-        else:
-            answers.append((row, found))
+    found = {row["query_id"]: answers_to(work.journal, row["query_id"], each) for row, each in zip(rows, asked, strict=True)}
     scorer = policy_scorer(round)._replace(model=round.first)
-    groups = [scorer.group(_told(round, row, found)) for row, found in answers]
-    score_missing(scorer, groups, work.journal, description="log-probabilities of the answers", total=len(groups))
+    groups = {
+        row["query_id"]: scorer.group(_told(round, row, answers))
+        for row in rows
+        if not isinstance(answers := found[row["query_id"]], Dropped)
+    }
+    score_missing(scorer, groups.values(), work.journal, description="log-probabilities of the answers", total=len(groups))
 
-    def answered() -> Iterator[dict[str, Any]]:
-        for (row, found), group in zip(answers, groups, strict=True):
+    def answered() -> Iterator[dict[str, Any] | Dropped]:
+        for row in rows:
+            answers = found[row["query_id"]]
+            if isinstance(answers, Dropped):
+                yield Dropped(id=row["query_id"], reason="no answer")
+                continue
             checks = checks_of(columns.principles(row).checks)
-            why_not = {f"{which}_why_not": [check.why_not(found[which].text) for check in checks] for which in WHICH}
-            after, before = scores(work.journal, group)
+            why_not = {f"{which}_why_not": [check.why_not(answers[which].text) for check in checks] for which in WHICH}
+            after, before = scores(work.journal, groups[row["query_id"]])
             sides = {"before": before.chosen, "after": after.chosen, "prompted": after.rejected}
             told = {f"{which}_told": side.score.mean_logps for which, side in sides.items()}
-            yield {**row, **{which: columns.response_columns(found[which]) for which in WHICH}, **why_not, **told}
+            yield {**row, **{which: columns.response_columns(answers[which]) for which in WHICH}, **why_not, **told}
 
     measures = taking(answers=lambda: _measured(list(work.stage.written())))
-    return Contents(wanted=len(rows), rows=answered(), dropped=dropped, schema=columns.ANSWERS, measures=measures)
+    return Contents(wanted=len(rows), rows=answered(), schema=columns.ANSWERS, measures=measures)
 
 
 def _told(round: Round, row: dict[str, Any], found: Mapping[str, Response]) -> list[Pair]:

@@ -21,13 +21,12 @@ from selfsteer.pairs import alignment_pair, item_key, pair_reject_reason, specia
 from selfsteer.prompts import Prompts, behind_thought
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Share
-from selfsteer.records import Checkpoint, Dropped, Message, Pair, Responses, Side
+from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow, Responses, Side
 from selfsteer.stages.base import (
     TOO_LONG,
     Round,
     Work,
     arithmetic,
-    held_out,
     inputs_of,
     kept,
     make_stage,
@@ -35,6 +34,7 @@ from selfsteer.stages.base import (
     policy_scorer,
     taking,
 )
+from selfsteer.stages.drawing import held_out
 from selfsteer.stages.responses import answers_to, note_texts, requests_of, sampler_of
 from selfsteer.stages.status import PREFERENCES, SELECTION
 from selfsteer.stages.steering import policy_pairs
@@ -163,7 +163,6 @@ def _preference_pairs(
 ) -> Contents:
     """Filtered alignment pairs with their log-probabilities under the policy: reference and on-policy measure in one."""
     scorer = policy_scorer(round)
-    dropped: list[Dropped] = []
     reasons: dict[tuple[str, int], str] = {}
 
     def reason(item: Responses) -> str | None:
@@ -175,24 +174,24 @@ def _preference_pairs(
     every_group = map(group, usable((item for item in answered() if isinstance(item, Responses)), reason, reasons))
     score_missing(scorer, every_group, work.journal, description="log-probabilities of the pairs", total=total)
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         texts = 0
         for item in answered():
             if isinstance(item, Dropped):
-                dropped.append(item)
+                yield item
             elif item_key(item) in reasons:
-                dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
+                yield Dropped(id=item.query.id, reason=reasons[item_key(item)])
             else:
                 texts += item.good.reencoded + item.bad.reencoded
                 yield from map(columns.pair_row, scores(work.journal, group(item)))
         note_texts(log, texts)
 
-    return _pairs(work, wanted=total, rows=rows(), dropped=dropped)
+    return _pairs(work, wanted=total, rows=rows())
 
 
-def _pairs(work: Work, *, wanted: int, rows: Iterator[dict[str, Any]], dropped: list[Dropped]) -> Contents:
+def _pairs(work: Work, *, wanted: int, rows: Iterator[dict[str, Any] | Dropped]) -> Contents:
     measures = taking(pairs=lambda: measured(work.stage.written()))
-    return Contents(wanted=wanted, rows=rows, dropped=dropped, schema=columns.PAIRS, measures=measures)
+    return Contents(wanted=wanted, rows=rows, schema=columns.PAIRS, measures=measures)
 
 
 def given_stage(round: Round, pairs: Path) -> Stage:
@@ -210,7 +209,6 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
     scorer = policy_scorer(round)
     limit = round.recipe.queries.max_prompt_tokens
     positions = positions_of(round.policy.path, trust_remote_code=round.recipe.policy.trust_remote_code)
-    dropped: list[Dropped] = []
 
     def groups() -> Iterator[Group | Dropped]:
         for item in usable_pairs(path, round.prompts, limit, positions):
@@ -220,14 +218,14 @@ def _given(round: Round, work: Work, path: Path) -> Contents:
     to_score = (group for group in groups() if isinstance(group, Group))
     score_missing(scorer, to_score, work.journal, description="log-probabilities of the pairs", total=wanted)
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         for item in groups():
             if isinstance(item, Dropped):
-                dropped.append(item)
+                yield item
             else:
                 yield from map(columns.pair_row, scores(work.journal, item))
 
-    return _pairs(work, wanted=wanted, rows=rows(), dropped=dropped)
+    return _pairs(work, wanted=wanted, rows=rows())
 
 
 def usable_pairs(
@@ -246,37 +244,42 @@ def usable_pairs(
         if isinstance(row, Dropped):
             yield row
             continue
-        for side, ids in (("chosen", "chosen_ids"), ("rejected", "rejected_ids")):
-            text = row[side][-1]["content"]
-            bare = prompts.without_end(text)
-            if bare != text:
-                say_once(
-                    f"{path}: responses end in a special token; it is taken off, as the end of a response is trained anyway"
-                )
-            said = behind_thought(bare) or ""
-            if said != bare:
-                say_once(f"{path}: responses begin with a thought; what stands behind it is taken")
-            row[side] = [Message(role="assistant", content=said)]
-            if said != text:
-                row[ids] = None
+        _take_off(row, prompts, path)
         pair = columns.pair(row)
-        pair = (
-            pair
-            if sampled
-            else replace(pair, chosen=_checked(pair.chosen, prompts), rejected=_checked(pair.rejected, prompts))
-        )
-        reason = (
-            drop_reason(row)
-            or prompts.quarantine_reason(pair.prompt)
-            or special_token_reason((pair.chosen.text, pair.rejected.text), prompts)
-        )
-        if reason is None and max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
-            reason = "prompt too long"
-        if reason is None and positions is not None and _length(pair, prompts) > positions:
-            reason = TOO_LONG
+        if not sampled:
+            pair = replace(pair, chosen=_checked(pair.chosen, prompts), rejected=_checked(pair.rejected, prompts))
+        reason = drop_reason(row) or _why_not(pair, prompts, max_prompt_tokens, positions)
         yield pair if reason is None else Dropped(id=pair.query_id, reason=reason)
     if number == 0:
         raise ValueError(f"{path}: no rows")
+
+
+def _take_off(row: PairRow, prompts: Prompts, path: Path) -> None:
+    """What stands around the responses and is no part of them: an end token behind, a thought before."""
+    for side, ids in (("chosen", "chosen_ids"), ("rejected", "rejected_ids")):
+        text = row[side][-1]["content"]
+        bare = prompts.without_end(text)
+        if bare != text:
+            say_once(
+                f"{path}: responses end in a special token; it is taken off, as the end of a response is trained anyway"
+            )
+        said = behind_thought(bare) or ""
+        if said != bare:
+            say_once(f"{path}: responses begin with a thought; what stands behind it is taken")
+        row[side] = [Message(role="assistant", content=said)]
+        if said != text:
+            row[ids] = None
+
+
+def _why_not(pair: Pair, prompts: Prompts, max_prompt_tokens: int | None, positions: int | None) -> str | None:
+    """Why this pair can't be tokenised as it is, or is too long; None where it can."""
+    reason = prompts.quarantine_reason(pair.prompt)
+    reason = reason or special_token_reason((pair.chosen.text, pair.rejected.text), prompts)
+    if reason is not None:
+        return reason
+    if max_prompt_tokens is not None and len(prompts.prompt_ids(pair.prompt)) > max_prompt_tokens:
+        return "prompt too long"
+    return TOO_LONG if positions is not None and _length(pair, prompts) > positions else None
 
 
 def _checked(side: Side, prompts: Prompts) -> Side:

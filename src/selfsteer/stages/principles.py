@@ -30,7 +30,9 @@ from selfsteer.recipe.engines import context_limit, sampling_identity
 from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.recipe.shipped import located, template
 from selfsteer.records import Checkpoint, Dropped, Message, Principles, Query
-from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, kept, make_stage, share_of_round
+from selfsteer.stages.base import TOO_LONG, Round, Work, inputs_of, kept, make_stage
+from selfsteer.stages.drawing import share_of_round
+from selfsteer.stages.status import PRINCIPLES
 from selfsteer.store import columns
 from selfsteer.store.durable import digest, file_digest, read_small_text, regular_file
 from selfsteer.store.folder import Contents, Origin, Stage
@@ -340,7 +342,7 @@ def principles_stage(round: Round) -> Stage:
     if _splits(round.recipe):
         settings["split"] = {"rounds": round.recipe.rounds, "holdout": round.recipe.queries.holdout}
     origin = Origin(settings=settings, inputs=inputs)
-    stage = make_stage(round, "1-principles", origin, lambda work: _principles(round, work))
+    stage = make_stage(round, PRINCIPLES, origin, lambda work: _principles(round, work))
     share = round.recipe.queries.share
     if share is not None and share.of > kept(stage):
         raise ValueError(f"queries.shard: {share.of} shards of {kept(stage):,} queries; take fewer.")
@@ -355,17 +357,16 @@ def _principles(round: Round, work: Work) -> Contents:
     assign: Callable[[Query], Principles] = partial(choose_principles, pool=pool, seed=round.recipe.seed)
     if section.source == "generate":
         assign = _generated_principles(round, work, pool, queries)
-    dropped: list[Dropped] = []
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         for item in queries:
             if isinstance(item, Dropped):
-                dropped.append(item)
+                yield item
                 continue
             principles = replace(assign(item), wrap=wrap)
             length = _length_beyond(round.prompts, item, principles, _longest_prompt(round, positions))
             if length is not None and (found := _too_long(round, item, length, positions)) is not None:
-                dropped.append(replace(found, detail=f"with its principle, {found.detail}"))
+                yield replace(found, detail=f"with its principle, {found.detail}")
                 continue
             yield {
                 "query_id": item.id,
@@ -373,7 +374,7 @@ def _principles(round: Round, work: Work) -> Contents:
                 "principles": columns.principles_columns(principles),
             }
 
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PRINCIPLES)
+    return Contents(wanted=wanted, rows=rows(), schema=columns.PRINCIPLES)
 
 
 def _splits(recipe: Recipe) -> bool:

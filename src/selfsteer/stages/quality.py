@@ -14,10 +14,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-import pyarrow as pa
-
+from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.checks import checks_of, checks_verdicts
-from selfsteer.judges.find import RecipeJudge, ask
+from selfsteer.judges.find import ask
 from selfsteer.judges.implicit import consistency_verdicts
 from selfsteer.measures.checks import CheckReport, Outcome, Passes, check_report, why_not
 from selfsteer.measures.contamination import contamination, overlaps, read_evaluation
@@ -38,8 +37,6 @@ from selfsteer.stages.base import (
     Round,
     Work,
     arithmetic,
-    draw,
-    held_out,
     inputs_of,
     kept,
     make_stage,
@@ -47,6 +44,7 @@ from selfsteer.stages.base import (
     read_measures,
     write_measures,
 )
+from selfsteer.stages.drawing import draw, held_out
 from selfsteer.stages.principles import concision_pairs, load_pool
 from selfsteer.stages.status import QUALITY, by_checks, is_judged
 from selfsteer.stages.steering import policy_pairs
@@ -66,34 +64,6 @@ Rows = Callable[[], Iterator[dict[str, Any]]]
 
 JudgeName = Literal["judge", "principle_consistency"]
 """As in `Measures`."""
-
-VERDICT_SCHEMA = pa.schema(
-    [
-        ("pairs", pa.string()),
-        ("by", pa.string()),
-        ("query_id", pa.string()),
-        ("preferred", pa.string()),
-        ("longer", pa.string()),
-        ("chosen_first", pa.float64()),
-        ("chosen_second", pa.float64()),
-        ("mass", pa.float64()),
-        ("margin", pa.float64()),
-        ("error", pa.string()),
-    ]
-)
-
-CHECK_SCHEMA = pa.schema(
-    [
-        ("pairs", pa.string()),
-        ("query_id", pa.string()),
-        ("principle", pa.string()),
-        ("checks", pa.list_(pa.string())),
-        ("chosen_why_not", pa.string()),
-        ("rejected_why_not", pa.string()),
-        ("original_passes", pa.bool_()),
-    ]
-)
-"""Why either response does not pass, null where it does; and of a steering pair, whether y_o does."""
 
 
 def require_checks(recipe: Recipe, *, principles: bool) -> None:
@@ -184,7 +154,7 @@ def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Conte
     files: list[str] = []
     if task.checks:
         checked = (check_row(name, row) for name, rows in drawn.items() for row in rows())
-        columns.write_rows(work.stage.path / CHECKS, checked, CHECK_SCHEMA)
+        columns.write_rows(work.stage.path / CHECKS, checked, columns.CHECKS)
         files.append(CHECKS)
     files += write_verdicts(work.stage, found, checks=_checked(work.stage) if task.checks else {})
     if round.recipe.quality.evaluation_files:
@@ -213,14 +183,13 @@ def _judged(
     if task.checks:
         yield "judge", checks_verdicts(pairs())
     if task.consistency and name != "steering":
-        both = consistency_verdicts(policy_scorer(round), pairs, work.journal, total=total)
-        yield "principle_consistency", (each.summed for each in both)
+        yield "principle_consistency", consistency_verdicts(policy_scorer(round), pairs, work.journal, total=total)
     if task.judge is not None:
         yield "judge", ask(task.judge, pairs, work.journal, total=total)
 
 
 def verdict_row(name: DataSet, by: JudgeName, verdict: Verdict) -> dict[str, Any]:
-    """A row of `VERDICT_SCHEMA`."""
+    """A row of `columns.VERDICTS`."""
     orders = verdict.orders
     return {
         "pairs": name,
@@ -238,7 +207,7 @@ def verdict_row(name: DataSet, by: JudgeName, verdict: Verdict) -> dict[str, Any
 
 def write_verdicts(stage: Stage, rows: Iterator[dict[str, Any]], **more: object) -> tuple[str, ...]:
     """The verdicts and what they say, as files to be sealed. more: what else the stage measured, by name."""
-    columns.write_rows(stage.path / VERDICTS, rows, VERDICT_SCHEMA)
+    columns.write_rows(stage.path / VERDICTS, rows, columns.VERDICTS)
     found = read_verdicts(stage)
     reports = {name: {by: judge_report(verdicts) for by, verdicts in judges.items()} for name, judges in found.items()}
     ours, theirs = found.get("alignment", {}), found.get("pbaa", {})
@@ -279,7 +248,7 @@ def _steering_rows(steering: Stage, *, original: bool) -> Iterator[dict[str, Any
 
 
 def check_row(name: DataSet, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `CHECK_SCHEMA`."""
+    """A row of `columns.CHECKS`."""
     pair = columns.pair(row)
     assert pair.principles is not None, "pairs made elsewhere are not checked"
     checks = checks_of(pair.principles.checks)

@@ -9,7 +9,7 @@ from itertools import islice
 from selfsteer.clock import PRODUCTS
 from selfsteer.stages.base import Round, sealed
 from selfsteer.stages.costs import UNTIMED, Counts, Lengths, Tokens, stage_tokens
-from selfsteer.stages.status import method_of, stage_names
+from selfsteer.stages.status import PRINCIPLES, RESPONSES, method_of, stage_names
 from selfsteer.store import columns
 from selfsteer.store.folder import Manifest
 
@@ -27,7 +27,7 @@ def time_left(round: Round, name: str) -> float | None:
     ahead = names[names.index(name) :]
     stages = {each: round.folder.stage(round.number, each) for each in names[: -len(ahead)]}
     done = {each: manifest for each, stage in stages.items() if (manifest := stage.manifest()) is not None}
-    if "2-responses" not in done:
+    if RESPONSES not in done:
         return None
     counts = _counts(round)
     planned = {each: stage_tokens(recipe, counts, each) for each in names if each not in UNTIMED}
@@ -68,7 +68,7 @@ def _spent(manifest: Manifest, *parts: str) -> float:
 
 def _counts(round: Round) -> Counts:
     """From the first queries of the round."""
-    principles, responses = (round.folder.stage(round.number, name) for name in ("1-principles", "2-responses"))
+    principles, responses = (round.folder.stage(round.number, name) for name in (PRINCIPLES, RESPONSES))
     bare: list[int] = []
     steered: list[int] = []
     for row in islice(principles.rows(), _LOOKED_AT):

@@ -21,14 +21,14 @@ from selfsteer.engines.sampling import Sampler, request, response, sample, seed_
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Recipe, Sampled
 from selfsteer.records import Checkpoint, Dropped, Message, Query, Response
-from selfsteer.stages.base import Round, Work, draw_queries, held_out, inputs_of, kept, make_stage, set_aside
+from selfsteer.stages.base import Round, Work, inputs_of, kept, make_stage
+from selfsteer.stages.drawing import draw_queries, held_out, set_aside
+from selfsteer.stages.status import RESPONSES
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage
 from selfsteer.store.journal import Journal
 
 log = logging.getLogger(__name__)
-
-RESPONSES = "2-responses"
 
 HELD_OUT, UNRELATED = "held-out.parquet", "unrelated.parquet"
 
@@ -86,7 +86,6 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         description="responses of the policy",
         total=total * len(models) + len(own) * len(pair) + len(bare),
     )
-    dropped: list[Dropped] = []
     if own:
         rows_own = (_row(row, found) for row, found in _answered(work, own))
         columns.write_rows(work.stage.path / HELD_OUT, rows_own, columns.RESPONSES)
@@ -101,19 +100,19 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         )
         columns.write_rows(work.stage.path / UNRELATED, unrelated, columns.UNRELATED)
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         texts = 0
         for row, requests in asking(models, wanted_ids):
             answers = answers_to(work.journal, row["query_id"], requests)
             if isinstance(answers, Dropped):
-                dropped.append(answers)
+                yield answers
             else:
                 texts += sum(answer.reencoded for answer in answers.values())
                 yield _row(row, answers)
         note_texts(log, texts)
 
     files = tuple(name for name, asked_for in ((HELD_OUT, own), (UNRELATED, bare)) if asked_for)
-    return Contents(wanted=total, rows=rows(), dropped=dropped, schema=columns.RESPONSES, files=files)
+    return Contents(wanted=total, rows=rows(), schema=columns.RESPONSES, files=files)
 
 
 def _row(row: dict[str, Any], answers: Mapping[str, Response]) -> dict[str, Any]:

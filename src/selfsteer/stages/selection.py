@@ -19,7 +19,8 @@ from selfsteer.measures.text import similarity, words
 from selfsteer.measures.verdicts import Verdict, by_margin
 from selfsteer.recipe.sections import Selection
 from selfsteer.records import Dropped, Pair
-from selfsteer.stages.base import Round, Work, arithmetic, held_out, inputs_of, make_stage, measured, policy_scorer, taking
+from selfsteer.stages.base import Round, Work, arithmetic, inputs_of, make_stage, measured, policy_scorer, taking
+from selfsteer.stages.drawing import held_out
 from selfsteer.stages.status import SELECTION, by_checks
 from selfsteer.stages.training import Generators, model_of
 from selfsteer.store import columns
@@ -192,14 +193,13 @@ def _selected(
     if section.top_share is not None:
         margins = [item.margin for item in ranked() if isinstance(item, Ranked) and item.margin is not None]
         bound = top_share(margins, section.top_share) if margins else None
-    dropped: list[Dropped] = []
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         for item in ranked():
             if isinstance(item, Dropped):
-                dropped.append(item)
+                yield item
             elif (reason := reject_reason(item, section, bound)) is not None:
-                dropped.append(Dropped(id=item.pair.query_id, reason=reason))
+                yield Dropped(id=item.pair.query_id, reason=reason)
             elif is_near(item, section):
                 yield columns.pair_row(prefer_shorter(item.pair))
             else:
@@ -207,7 +207,7 @@ def _selected(
 
     wanted = sum(1 for _ in _lessons(candidates.preferences, held_out(round)))
     measures = taking(pairs=lambda: measured(work.stage.written()))
-    return Contents(wanted=wanted, rows=rows(), dropped=dropped, schema=columns.PAIRS, measures=measures)
+    return Contents(wanted=wanted, rows=rows(), schema=columns.PAIRS, measures=measures)
 
 
 def _lessons(preferences: Stage, spared: frozenset[str]) -> Iterator[Pair]:

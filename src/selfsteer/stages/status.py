@@ -12,32 +12,29 @@ from selfsteer.recipe.sections import Recipe, load
 from selfsteer.store.durable import canonical_json, digest, file_digest, write
 from selfsteer.store.folder import RunFolder, Stage
 
+PRINCIPLES, RESPONSES, STEERING, GENERATOR = "1-principles", "2-responses", "3-steering", "4-generator"
+GAIN, PREFERENCES, QUALITY, SELECTION = "4-gain", "5-preferences", "5-quality", "5-selection"
+POLICY, PASSES, ANSWERS = "6-policy", "7-checks", "7-answers"
+
 GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
 """Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
 
-STEERING, GAIN, PREFERENCES, QUALITY = "3-steering", "4-gain", "5-preferences", "5-quality"
-SELECTION, PASSES, ANSWERS = "5-selection", "7-checks", "7-answers"
+GENERATORS = (GENERATOR, GOOD_GENERATOR, BAD_GENERATOR)
+
+TRAININGS = (*GENERATORS, POLICY)
 
 MODEL, ADAPTER = "model", "adapter"
 """What a training seals: a Hugging Face folder, and with training.lora the adapter that is merged into it."""
 
 STAGES: dict[Method, tuple[str, ...]] = {
-    "sso": ("1-principles", "2-responses", "3-steering", "4-generator", "5-preferences", "6-policy"),
-    "dual": (
-        "1-principles",
-        "2-responses",
-        "3-steering",
-        GOOD_GENERATOR,
-        BAD_GENERATOR,
-        "5-preferences",
-        "6-policy",
-    ),
-    "pbaa": ("1-principles", "2-responses", "5-preferences", "6-policy"),
-    "given": ("5-preferences", "6-policy"),
+    "sso": (PRINCIPLES, RESPONSES, STEERING, GENERATOR, PREFERENCES, POLICY),
+    "dual": (PRINCIPLES, RESPONSES, STEERING, GOOD_GENERATOR, BAD_GENERATOR, PREFERENCES, POLICY),
+    "pbaa": (PRINCIPLES, RESPONSES, PREFERENCES, POLICY),
+    "given": (PREFERENCES, POLICY),
 }
 """What a run consists of, by where its pairs come from; `stage_names` adds what measures."""
 
-_ALIGNING = (SELECTION, "6-policy", PASSES)
+_ALIGNING = (SELECTION, POLICY, PASSES)
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -122,7 +119,7 @@ def status(path: Path) -> Status:
 
 def method_in(folder: RunFolder, recipe: Recipe) -> Method:
     """Where the pairs of this run come from; those of `selfsteer train` were made elsewhere."""
-    if not folder.stage(1, "1-principles").path.is_dir() and folder.stage(1, "5-preferences").path.is_dir():
+    if not folder.stage(1, PRINCIPLES).path.is_dir() and folder.stage(1, PREFERENCES).path.is_dir():
         return "given"
     return method_of(recipe)
 

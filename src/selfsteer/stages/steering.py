@@ -27,8 +27,10 @@ from selfsteer.pairs import (
 )
 from selfsteer.records import Dropped, Pair, Responses
 from selfsteer.runtime import counted
-from selfsteer.stages.base import Round, Work, arithmetic, draw, inputs_of, kept, make_stage, measured, policy_scorer, taking
+from selfsteer.stages.base import Round, Work, arithmetic, inputs_of, kept, make_stage, measured, policy_scorer, taking
+from selfsteer.stages.drawing import draw
 from selfsteer.stages.responses import HELD_OUT
+from selfsteer.stages.status import STEERING
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, write_dropped
 from selfsteer.training.scoring import Group, prefixes, score_missing, scores
@@ -65,7 +67,7 @@ def steering_stage(round: Round, responses: Stage) -> Stage:
         **arithmetic(round.recipe.training),
     }
     origin = Origin(settings=settings, inputs=inputs_of(round, responses=responses))
-    return make_stage(round, "3-steering", origin, lambda work: _steering(round, work, responses))
+    return make_stage(round, STEERING, origin, lambda work: _steering(round, work, responses))
 
 
 def _held_out(round: Round, work: Work, responses: Stage) -> list[Responses]:
@@ -87,7 +89,6 @@ def _held_out(round: Round, work: Work, responses: Stage) -> list[Responses]:
 def _steering(round: Round, work: Work, responses: Stage) -> Contents:
     objective, scorer = round.recipe.generator.objective, policy_scorer(round)
     drawn = draw(round, set(responses.column("query_id")), HEADROOM_QUERIES) if round.recipe.generator.uses_original else ()
-    dropped: list[Dropped] = []
     reasons: dict[tuple[str, int], str] = {}
 
     def answered() -> Iterator[Responses]:
@@ -129,17 +130,16 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         columns.write_rows(work.stage.path / HEADROOM, _rows(found), columns.HEADROOM)
         files.append(HEADROOM)
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any] | Dropped]:
         for item in answered():
             if item_key(item) in reasons:
-                dropped.append(Dropped(id=item.query.id, reason=reasons[item_key(item)]))
+                yield Dropped(id=item.query.id, reason=reasons[item_key(item)])
             else:
                 yield from map(columns.pair_row, scores(work.journal, lessons(item)))
 
     return Contents(
         wanted=wanted,
         rows=rows(),
-        dropped=dropped,
         schema=columns.PAIRS,
         rows_each=2 if objective in ("sso", "equation_3") else 1,
         measures=taking(

@@ -26,12 +26,15 @@ from selfsteer.stages.quality import read_checks, read_comparisons, read_contami
 from selfsteer.stages.status import (
     BAD_GENERATOR,
     GAIN,
+    GENERATOR,
     GOOD_GENERATOR,
     MODEL,
     PASSES,
+    POLICY,
     PREFERENCES,
     QUALITY,
     SELECTION,
+    STEERING,
     method_in,
     stage_names,
 )
@@ -62,7 +65,7 @@ def metrics(folder: RunFolder, recipe: Recipe, rounds: list[RoundMetrics], *, en
     facts = _facts(folder, recipe, rounds)
     last = len(rounds) - (ended is not None)
     if last > 0:
-        facts["policy_folder"] = str(folder.stage(last, "6-policy").path / MODEL)
+        facts["policy_folder"] = str(folder.stage(last, POLICY).path / MODEL)
         facts["policy_round"] = last
     if ended is not None:
         facts["ended"] = ended
@@ -151,8 +154,8 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
             for name, each in manifests.items()
         }
     )
-    if "3-steering" in stages:
-        steering = read_measures(stages["3-steering"])
+    if STEERING in stages:
+        steering = read_measures(stages[STEERING])
         found["steering"], found["pbaa"] = steering["pairs"], steering["policy_pairs"]
         if steering["headroom"] is not None:
             found["headroom"] = steering["headroom"]
@@ -176,10 +179,10 @@ def _round(stages: dict[str, Stage], method: Method) -> RoundMetrics:
 
 
 _TRAININGS = (
-    ("generator", "4-generator"),
+    ("generator", GENERATOR),
     ("generator", GOOD_GENERATOR),
     ("bad_generator", BAD_GENERATOR),
-    ("policy", "6-policy"),
+    ("policy", POLICY),
 )
 
 

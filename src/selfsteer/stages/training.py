@@ -19,21 +19,10 @@ from selfsteer.pairs import response_side
 from selfsteer.recipe.engines import takes_adapters
 from selfsteer.recipe.sections import Alignment, Generator
 from selfsteer.records import Checkpoint, Pair
-from selfsteer.stages.base import (
-    Round,
-    Work,
-    draw_queries,
-    held_out,
-    inputs_of,
-    kept,
-    make_stage,
-    policy_scorer,
-    sealed,
-    set_aside,
-    write_measures,
-)
-from selfsteer.stages.responses import RESPONSES, UNRELATED
-from selfsteer.stages.status import ADAPTER, BAD_GENERATOR, GOOD_GENERATOR, MODEL
+from selfsteer.stages.base import Round, Work, inputs_of, kept, make_stage, policy_scorer, sealed, write_measures
+from selfsteer.stages.drawing import draw_queries, held_out, set_aside
+from selfsteer.stages.responses import UNRELATED
+from selfsteer.stages.status import ADAPTER, BAD_GENERATOR, GENERATOR, GOOD_GENERATOR, MODEL, POLICY, PREFERENCES, RESPONSES
 from selfsteer.store import columns
 from selfsteer.store.durable import file_digest, make_folder
 from selfsteer.store.folder import HISTORY, Contents, Origin, Stage
@@ -94,13 +83,13 @@ def generator_stage(round: Round, steering: Stage) -> Generators:
             good=_training_stage(round, GOOD_GENERATOR, steering, section),
             bad=_training_stage(round, BAD_GENERATOR, steering, section),
         )
-    single = _training_stage(round, "4-generator", steering, section)
+    single = _training_stage(round, GENERATOR, steering, section)
     return Generators(good=single, bad=single)
 
 
 def policy_stage(round: Round, preferences: Stage) -> Stage:
     """Step 5: the policy itself trained on the preference data."""
-    return _training_stage(round, "6-policy", preferences, round.recipe.alignment)
+    return _training_stage(round, POLICY, preferences, round.recipe.alignment)
 
 
 def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | Alignment) -> Stage:
@@ -109,9 +98,9 @@ def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | 
         "training": round.recipe.training.model_dump(exclude={"save_steps", "report_to", "gradient_checkpointing"}),
         "seed": round.recipe.seed,
     }
-    if name == "6-policy" and round.recipe.queries.holdout:
+    if name == POLICY and round.recipe.queries.holdout:
         settings["holdout"] = round.recipe.queries.holdout
-    elif name == "6-policy" and (aside := set_aside(round)):
+    elif name == POLICY and (aside := set_aside(round)):
         settings["aside"] = len(aside)
     if name in _HALVES:
         settings |= {"half": _HALVES[name], "adapter": True}  # adapter: not there in folders of earlier versions
@@ -141,7 +130,7 @@ def _lessons(round: Round, work: Work, pairs: Stage, *, of: Collection[str] | No
 
 def _spared(round: Round, work: Work) -> frozenset[str]:
     """The queries that must not align the policy; the generator's pairs are of none of them."""
-    return held_out(round) | set_aside(round) if work.stage.path.name == "6-policy" else frozenset()
+    return held_out(round) | set_aside(round) if work.stage.path.name == POLICY else frozenset()
 
 
 def _unrelated(round: Round) -> tuple[Row, ...]:
@@ -150,14 +139,13 @@ def _unrelated(round: Round) -> tuple[Row, ...]:
     if not aside:
         return ()
     if not round.folder.has_stage(round.number, RESPONSES):
-        preferences = map(columns.pair, round.folder.stage(round.number, "5-preferences").rows())
+        preferences = map(columns.pair, round.folder.stage(round.number, PREFERENCES).rows())
         of_query = {pair.query_id: pair for pair in preferences if pair.query_id in aside}
         tokens = [tokenize(pair, prompts) for pair in of_query.values()]
         return tuple(Row(each.prompt, (each.chosen,)) for each in tokens)
     rows: list[Row] = []
     for row in columns.file_rows(round.folder.stage(round.number, RESPONSES).path / UNRELATED):
         query, answer = columns.query(row), columns.response(row["original"])
-        assert answer is not None
         completion = prompts.response_ids(response_side(answer), query.messages)
         if completion:
             rows.append(Row(prompts.prompt_ids(query.messages), (completion,)))

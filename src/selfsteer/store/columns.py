@@ -96,6 +96,36 @@ PAIRS = pa.schema(
 )
 """Stages 3 and 5: `records.Pair`; ids, principles and seeds are null for pairs made elsewhere."""
 
+VERDICTS = pa.schema(
+    [
+        ("pairs", pa.string()),
+        ("by", pa.string()),
+        ("query_id", pa.string()),
+        ("preferred", pa.string()),
+        ("longer", pa.string()),
+        ("chosen_first", pa.float64()),
+        ("chosen_second", pa.float64()),
+        ("mass", pa.float64()),
+        ("margin", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+"""Stage 5, of the judges: a row a judge and pair."""
+
+CHECKS = pa.schema(
+    [
+        ("pairs", pa.string()),
+        ("query_id", pa.string()),
+        ("principle", pa.string()),
+        ("checks", pa.list_(pa.string())),
+        ("chosen_why_not", pa.string()),
+        ("rejected_why_not", pa.string()),
+        ("original_passes", pa.bool_()),
+    ]
+)
+"""Stage 5, of the checks: why either response of a pair does not pass, null where it does, a row; and of a steering pair,
+whether y_o does."""
+
 
 def query(row: dict[str, Any]) -> Query:
     """The query of a stage-1 or stage-2 row."""
@@ -116,19 +146,17 @@ def principles_columns(item: Principles) -> dict[str, Any]:
 
 def responses(row: dict[str, Any]) -> Responses:
     """The record of a stage-2 row."""
-    good, bad, original = (response(row[role]) for role in ("good", "bad", "original"))
-    assert good is not None
-    assert bad is not None
-    return Responses(query=query(row), principles=principles(row), good=good, bad=bad, original=original)
+    return Responses(
+        query=query(row),
+        principles=principles(row),
+        good=response(row["good"]),
+        bad=response(row["bad"]),
+        original=None if row["original"] is None else response(row["original"]),
+    )
 
 
-def response(fields: dict[str, Any] | None) -> Response | None:
-    """The response in a column of a stage-2 row."""
-    return None if fields is None else response_of(fields)
-
-
-def response_of(fields: Mapping[str, Any]) -> Response:
-    """The same where there is one, also from a record of the journal with its request's seed."""
+def response(fields: Mapping[str, Any]) -> Response:
+    """The response in a column of a stage-2 row, or in a record of the journal with its request's seed."""
     return Response(
         text=fields["text"],
         token_ids=tuple(fields["token_ids"]),

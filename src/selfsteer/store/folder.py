@@ -45,6 +45,7 @@ import pyarrow as pa
 
 from selfsteer import clock
 from selfsteer.clock import Spent, Taken
+from selfsteer.recipe.sections import RUN_NAME
 from selfsteer.records import Dropped
 from selfsteer.store import columns
 from selfsteer.store.durable import (
@@ -123,8 +124,6 @@ def _write_taken(file: Path, taken: Taken) -> None:
 SCHEMA_VERSION = 4
 """Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
 _DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
 
 MEASURES = "measures.json"
@@ -165,14 +164,13 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """What a stage seals. Both iterables are consumed once, rows first, so dropped may be a list that rows fills."""
+    """What a stage seals."""
 
     wanted: int
     """Items the stage set out to make."""
-    rows: Iterable[Row] | None = None
-    """Rows of data.parquet, in the order of the queries; None for stages that make a model."""
-    dropped: Iterable[Dropped] = ()
-    """Items not kept."""
+    rows: Iterable[Row | Dropped] | None = None
+    """Rows of data.parquet in the order of the queries, each item that is not kept in its place; None for stages that make a
+    model. Consumed once."""
     schema: pa.Schema | None = None
     """Columns of the rows, missing values null; inferred from the first 256 rows when absent."""
     rows_each: int = 1
@@ -234,7 +232,7 @@ class RunFolder:
         self.path = Path(path)
         self._lock: int | None = None
         self._before: dict[str, bytes | None] = {}
-        if not _RUN_NAME.fullmatch(self.path.name):
+        if not RUN_NAME.fullmatch(self.path.name):
             raise ValueError(
                 f"{str(path)!r}: a run folder's name must begin with a letter or digit and hold only letters, digits, '.',"
                 " '_' and '-', at most 64 of them. Choose another with output=runs/NAME."
@@ -446,14 +444,15 @@ class Stage:
         make_folder(self.path)
         names = [_DROPPED, *contents.files]
         rows = 0
+        dropped: list[Dropped] = []
         if contents.rows is not None:
             names.append(_DATA)
-            rows = columns.write_rows(self.path / _DATA, contents.rows, contents.schema)
+            rows = columns.write_rows(self.path / _DATA, _without_dropped(contents.rows, dropped), contents.schema)
         if contents.measures is not None:
             names.append(MEASURES)
             with replacing(self.path / MEASURES) as file, clock.part("measure"):
                 file.write(canonical_json(contents.measures()))
-        reasons = write_dropped(self.path / _DROPPED, contents.dropped)
+        reasons = write_dropped(self.path / _DROPPED, dropped)
         lost = reasons.total()
         kept = contents.wanted - lost
         if contents.rows is not None and rows != kept * contents.rows_each:
@@ -595,6 +594,15 @@ def _damage_named(stage: Path) -> Generator[None]:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise StageDamaged(f"{error}. {_way_out(stage / _MANIFEST)}") from error
+
+
+def _without_dropped(items: Iterable[Row | Dropped], dropped: list[Dropped]) -> Iterator[Row]:
+    """The rows; what is none of them goes into the list."""
+    for item in items:
+        if isinstance(item, Dropped):
+            dropped.append(item)
+        else:
+            yield item
 
 
 def write_dropped(path: Path, dropped: Iterable[Dropped]) -> Counter[str]:

@@ -36,7 +36,7 @@ class TokenScores(NamedTuple):
 
     logps: Tensor
     expected: Tensor
-    """See `weighting.expected_logps`; no gradient."""
+    """See `objective.expected_logps`; no gradient."""
 
 
 def teach(model: PreTrainedModel, dtype: torch.dtype, weighting: Weighting = "none") -> None:

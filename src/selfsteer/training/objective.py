@@ -84,7 +84,7 @@ class PairLogps:
     rejected_tokens: Tensor
     """|y_l|, the end token included."""
     weights: Tensor | None = None
-    """What L_base of each pair counts; no gradient (`weighting.pair_weights`). None: each counts alike."""
+    """What L_base of each pair counts; no gradient (`pair_weights`). None: each counts alike."""
 
     @property
     def chosen_ratio(self) -> Tensor:

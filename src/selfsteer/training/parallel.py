@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -56,8 +56,9 @@ def wait_for_group(job: Path) -> None:
 @contextmanager
 def wanted(job: Path) -> Generator[Callable[[], None]]:
     """While the block runs the job is wanted; yields what says earlier that it is not."""
-    with held(job / PARENT) as let_go:
-        yield let_go
+    with (job / PARENT).open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield lambda: fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def run_group(launcher: Launcher, module: str, job: Path) -> int:
@@ -65,10 +66,30 @@ def run_group(launcher: Launcher, module: str, job: Path) -> int:
 
     A signal that asks this process to stop is handed on.
     """
+    command = [*accelerate_command(launcher, module), str(job)]
     with wanted(job) as let_go, (job / GROUP).open("ab") as group:
         # Handed on to the launcher: processes that have not come to take the lock themselves are waited for, too.
         fcntl.flock(group, fcntl.LOCK_SH)
-        return run_processes([*accelerate_command(launcher, module), str(job)], let_go, pass_fds=[group.fileno()])
+        # A session of its own: Ctrl-C in a terminal reaches this process, which asks the group to stop.
+        with subprocess.Popen(command, start_new_session=True, pass_fds=[group.fileno()]) as processes:
+            while processes.poll() is None:
+                if runtime.stop_requested():
+                    let_go()
+                time.sleep(LOOK_SECONDS)
+        return processes.returncode
+
+
+def accelerate_command(launcher: Launcher, module: str) -> list[str]:
+    """What starts a module in the processes that the recipe asks for; its arguments go behind."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    if launcher.config is not None:
+        command += ["--config_file", launcher.config]
+    else:
+        command += ["--multi_gpu", "--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no"]
+    if launcher.processes is not None:
+        command += ["--num_processes", str(launcher.processes)]
+    return [*command, "--module", module]
 
 
 def take_in(job: Path) -> None:
@@ -134,14 +155,6 @@ def taking_part(job: Path) -> Generator[None]:
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def held(path: Path) -> Generator[Callable[[], None]]:
-    """Holds a lock; yields what lets it go early."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield lambda: fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def is_free(path: Path) -> bool:
@@ -229,30 +242,3 @@ def end() -> None:
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
-
-
-# --- starting --------------------------------------------------------------------------------------------------------------
-
-
-def run_processes(command: Sequence[str], let_go: Callable[[], None], *, pass_fds: Sequence[int] = ()) -> int:
-    """Run a command to its end, and call let_go when a signal asks this process to stop; returns its exit status."""
-    # A session of its own: Ctrl-C in a terminal reaches this process, which asks the group to stop.
-    with subprocess.Popen(command, start_new_session=True, pass_fds=pass_fds) as processes:
-        while processes.poll() is None:
-            if runtime.stop_requested():
-                let_go()
-            time.sleep(LOOK_SECONDS)
-    return processes.returncode
-
-
-def accelerate_command(launcher: Launcher, module: str) -> list[str]:
-    """What starts a module in the processes that the recipe asks for; its arguments go behind."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    if launcher.config is not None:
-        command += ["--config_file", launcher.config]
-    else:
-        command += ["--multi_gpu", "--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no"]
-        command += ["--dynamo_backend", "no"]
-    if launcher.processes is not None:
-        command += ["--num_processes", str(launcher.processes)]
-    return [*command, "--module", module]
