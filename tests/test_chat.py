@@ -86,8 +86,8 @@ def test_a_run_folder_stands_for_its_policy(tmp_path: Path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"metrics.json is missing: its run is not finished"):
         model_of(str(tmp_path))
-    (tmp_path / "metrics.json").write_text('{"run": {"policy_folder": "there"}, "rounds": []}')
-    assert model_of(str(tmp_path)) == "there"
-    (tmp_path / "metrics.json").write_text('{"run": {}, "rounds": []}')
+    (tmp_path / "metrics.json").write_text('{"run": {"folder": "old", "policy_folder": "old/model"}, "rounds": []}')
+    assert model_of(str(tmp_path)) == str(tmp_path / "model"), "where the run is now"
+    (tmp_path / "metrics.json").write_text('{"run": {"folder": "old"}, "rounds": []}')
     with pytest.raises(ValueError, match="this run has aligned no policy"):
         model_of(str(tmp_path))

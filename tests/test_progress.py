@@ -2,6 +2,9 @@
 
 import logging
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,15 @@ def test_lines_say_how_long_it_will_still_take(
         assert caplog.messages == [said]
 
 
+def test_the_time_left_of_units_side_by_side_is_a_bound(now: list[float], caplog: pytest.LogCaptureFixture):
+    """8 of 64 that began together are finished after 40 s; the others are nearly so, and the bound counts nothing of it."""
+    caplog.set_level(logging.INFO)
+    with progress("work", 64, unit="rows", side_by_side=True) as advance:
+        now[0] = 40.0
+        advance(8)
+    assert caplog.messages[0] == "work: 8 of 64 rows, 0.2 a second, at most 4 min 40 s left"
+
+
 def test_lines_say_how_many_tokens_were_computed_in_a_second(now: list[float], caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     clock.count("sample", 5)  # before
@@ -81,3 +93,35 @@ def test_every_stage_is_announced_once_by_its_place(
     caplog.clear()
     run(recipe)
     assert not [line for line in caplog.messages if " stage " in line], "nothing is made anew"
+
+
+WORK = """
+import logging
+import torch
+from selfsteer.runtime import graceful_stop
+
+logging.basicConfig()
+with graceful_stop():
+    print("begun", flush=True)
+    while True:
+        torch.ones(NUMBER, NUMBER) @ torch.ones(NUMBER, NUMBER)
+"""
+
+
+@pytest.mark.parametrize("number", [8, 8192], ids=["between calls", "within a call of many seconds"])
+def test_a_second_signal_ends_it_at_once_and_says_what_is_safe(number: int):
+    """Another kind between them is a first one."""
+    command = [sys.executable, "-c", WORK.replace("NUMBER", str(number))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines()[-1].startswith("SIGINT once more: ended at once; finished samples and complete checkpoints")
+    if number == 8:
+        assert "SIGTERM: finishing what is under way; once more ends it at once" in said

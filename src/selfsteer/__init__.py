@@ -4,9 +4,10 @@ import selfsteer
 metrics = selfsteer.run("quickstart", "queries.limit=48")
 print(selfsteer.report("runs/quickstart"))
 
-Each function does what the command of its name does, and returns what that found. All raise ValueError for what the user
-can mend, with the way out; those that take long raise `selfsteer.runtime.Interrupted` after SIGINT or SIGTERM, and are
-called from the main thread. Log records go to the logger "selfsteer", which is silent until it is given a handler.
+Each function does what the command of its name does, and returns what that found. All raise ValueError, or
+FileNotFoundError for a file that is missing, for what the user can mend, with the way out; those that take long raise
+`selfsteer.runtime.Interrupted` after SIGINT or SIGTERM, and are called from the main thread. Log records go to the logger
+"selfsteer", which is silent until it is given a handler.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """What a process hears and says while it works: requests to stop, and progress.
 
 SIGTERM and SIGINT: stop submitting, drain, make durable, exit with 128 + signal number. The first signal only raises a flag
-that long loops look at; a second one of the same kind ends the process at once (what is durable stays durable).
+that long loops look at; a second one of the same kind ends the process at once, and says so (what is durable stays
+durable).
 
 Progress of long work: a bar with count and rate on a terminal, a log line every half minute elsewhere.
 """
 
 import logging
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -56,13 +59,28 @@ def request_stop() -> None:
 
 def _request_stop(signum: int, _frame: FrameType | None) -> None:
     global _received
+    if _received != signum:
+        log.warning("%s: finishing what is under way; once more ends it at once: %s", signal.Signals(signum).name, _SAFE)
     _received = signum
-    signal.signal(signum, signal.SIG_DFL)
-    log.warning(
-        "%s: finishing what is under way; once more ends it at once: finished samples and complete checkpoints are safe,"
-        " and the same command goes on from them",
-        signal.Signals(signum).name,
-    )
+
+
+_SAFE = "finished samples and complete checkpoints are safe, and the same command goes on from them"
+
+
+def _end_at_the_second(signals: int) -> None:
+    """End the process at the second signal of a kind. signals: a pipe of their numbers.
+
+    A thread of its own: the main one may be within one long native call (a backward pass), where Python hears no signal.
+    """
+    heard: set[int] = set()
+    while number := os.read(signals, 1):
+        if (signum := number[0]) in (signal.SIGINT, signal.SIGTERM):
+            if signum in heard:
+                said = f"{signal.Signals(signum).name} once more: ended at once; {_SAFE}\n"
+                os.write(2, said.encode())
+                os._exit(128 + signum)
+            heard.add(signum)
+    os.close(signals)
 
 
 @contextmanager
@@ -70,10 +88,16 @@ def graceful_stop() -> Generator[None]:
     """Turn SIGINT and SIGTERM into a request to stop while the block runs (main thread only)."""
     global _received
     _received = None
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_the_second, args=(heard,), daemon=True).start()
     previous = {signum: signal.signal(signum, _request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        signal.set_wakeup_fd(before)
+        os.close(tell)
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         _received = None
@@ -98,10 +122,12 @@ def counted(reasons: Mapping[str, int]) -> str:
 
 
 @contextmanager
-def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[int], None]]:
+def progress(description: str, total: int, *, unit: str, side_by_side: bool = False) -> Generator[Callable[[int], None]]:
     """Yields `advance(n)`; call it with the number of units finished since the last call.
 
     total: how many are expected at most; one that turns out too small (samples that other runs lent) is not shown.
+    side_by_side: many units are under way at a time. What is done of them is not counted, so that the time left is told as
+    what it is, too long, the more so the earlier.
     """
     started = last = time.monotonic()
     done, computed = 0, clock.tokens()
@@ -132,7 +158,8 @@ def progress(description: str, total: int, *, unit: str) -> Generator[Callable[[
             if now - last >= _LOG_SECONDS:
                 last = now
                 of = f" of {total}" if done <= total else ""
-                left = f", {duration((total - done) * (now - started) / done)} left" if of and done else ""
+                left = duration((total - done) * (now - started) / done) if of and done else ""
+                left = f", {'at most ' * side_by_side}{left} left" if left else ""
                 log.info("%s: %d%s %s, %s%s", description, done, of, unit, speed(), left)
 
         yield advance_log

@@ -48,6 +48,12 @@ def read(path: Path) -> list[PairRow]:
 # ---- writing
 
 
+def test_an_unknown_format_is_refused_with_those_there_are(tmp_path: Path):
+    """Before the pairs are looked for: `selfsteer.export` is called from Python, where no command line checks it."""
+    with pytest.raises(ValueError, match="format: 'csv' is none of trl, llamafactory, parquet, jsonl"):
+        export(tmp_path / "nosuch", tmp_path / "out", "csv")  # pyright: ignore[reportArgumentType]
+
+
 def test_trl_form_loads_as_trl_reads_it(tmp_path: Path):
     assert write_pairs([ROW, ROW], tmp_path / "out", "trl") == 2
     files = str(tmp_path / "out/data/*.parquet")

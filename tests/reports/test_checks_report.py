@@ -82,7 +82,7 @@ def test_shares_of_pairs_and_useless_principles_are_shown():
 def test_answers_are_shown_before_and_after_with_each_check():
     assert line("all checks").startswith("all checks 25.0% [")
     assert " 75.0% [" in line("all checks")
-    assert " +50.0% [" in line("all checks")
+    assert " +50.0 points [" in line("all checks")
     assert line("length_constraints:number_words at most 40").split(" at most 40 ")[1].startswith("50.0% [")
     assert line("cut off").startswith("cut off 0.0% [")
     assert line("log-probability when told to").split()[4::3] == ["-0.900", "-1.375", "-0.475", "-0.750"]

@@ -73,7 +73,9 @@ def test_tables_fit_the_terminal_and_break_neither_a_label_nor_an_interval(width
 
 def test_columns_that_do_not_fit_go_on_in_a_table_below():
     """Three values of 14 characters and their labels: two fit 40 columns, with the intervals below."""
-    wide = Table("Wide", ("a", "b", "c"), (Row("one", (Cell("1", "[10.00, 20.00]"),) * 3),))
+    figures = Cell("1", "[10.00, 20.00]")
+    rows = (Row("one", (figures,) * 3), Row("no"), Row("two", (figures, figures, Cell(""))))
+    wide = Table("Wide", ("a", "b", "c"), rows)
     text = io.StringIO()
     _print(wide, Console(file=text, width=40))
     lines = [line.split() for line in text.getvalue().splitlines() if line.strip() and "─" not in line]
@@ -81,6 +83,9 @@ def test_columns_that_do_not_fit_go_on_in_a_table_below():
         ["Wide"],
         ["a", "b"],
         ["one", "1", "1"],
+        ["[10.00,", "20.00]"] * 2,
+        ["no"],
+        ["two", "1", "1"],
         ["[10.00,", "20.00]"] * 2,
         ["Wide,", "continued"],
         ["c"],
@@ -142,8 +147,24 @@ def test_summary_compares_pbaa_with_the_generator():
     text = printed(found, 120)
     assert re.search(r"PBAA pairs\s+generator pairs\s+difference", text)
     assert f"+{mean:.3f} [+" in text
-    assert "over the queries that both have; the generator was trained on some of them" in " ".join(text.split())
+    assert "over the 20 queries that both have; the generator was trained on some of them" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_funnel_says_why_the_generator_has_fewer_queries():
+    """1,000 queries, of which 2-responses answers 936: 64 are held out."""
+    found = metrics()
+    assert "are there to measure" not in printed(found)
+    found["rounds"][0]["stages"] |= {"2-responses": {"wanted": 936, "kept": 936, "dropped": {}, "seconds": 1.0}}
+    text = " ".join(printed(found).split())
+    assert "2-responses has the 936 queries that the generator is trained on; the 64 others are there to measure" in text
+    assert "936 936 1.0 s none" in text
+
+
+def test_a_judged_number_says_of_how_many_pairs_it_is():
+    found = metrics()
+    found["rounds"][0]["alignment"]["judge"] = {"pairs": 12, "accuracy": Estimate(0.5, 0.3, 0.7, 12)}
+    assert re.search(r"pairs judged\s+12\s+accuracy\s+50\.0%", printed(found))
 
 
 def test_summary_shows_only_what_was_measured():
@@ -445,8 +466,9 @@ def test_displacement_is_said_by_name(tmp_path: Path):
     """0.76 nats over 40 tokens: 0.019 a token."""
     found = displaced_metrics(-0.76)
     text = printed(found)
-    assert re.search(r"unrelated responses\s+-0\.760 \(-0\.01900\)", text)
-    assert "data generator displaced: unrelated answers lost 0.76 nats (0.019 a token)" in " ".join(text.split())
+    assert re.search(r"unrelated responses\s+-0\.760 \(-0\.01900\) \[-0\.860, -0\.660\]", text)
+    assert re.search(r"unrelated ones measured\s+3", text)
+    assert "data generator displaced: unrelated answers lost 0.76 nats (0.019 a token; 3 measured)" in " ".join(text.split())
     write_page(tmp_path / "report.html", found)
     page = (tmp_path / "report.html").read_text()
     assert "displaced: unrelated answers lost 0.76 nats" in page

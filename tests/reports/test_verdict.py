@@ -68,8 +68,8 @@ def metrics(**more: Any) -> Metrics:
 def test_the_verdict_of_a_demo():
     assert verdict(metrics()) == [
         "demo: 64 pairs from 64 queries, policy aligned in 4 min 30 s",
-        "  on-policy probability  PBAA 0.386      generator 0.390            +0.004 [-0.011, +0.019]  no difference shown",
-        "  accuracy (checks)      PBAA 78% of 40  generator 79% of 24 (few)  different queries",
+        "  on-policy probability  PBAA 0.386 of 40  generator 0.390 of 40      +0.004 [-0.011, +0.019]  no difference shown",
+        "  accuracy (checks)      PBAA 78% of 40    generator 79% of 24 (few)  different queries",
         "  24 held-out answers: 0% follow the principle before, 96% after, 33% when told to",
         "    change +96 [+88, +100] points: the policy follows it more",
         "  ! 40% of the rejected responses are cut off: raise responses.max_new_tokens",
@@ -89,6 +89,14 @@ def test_a_difference_of_the_same_queries_is_said_in_words():
     assert " ".join(line.split()) == (
         "accuracy (checks) PBAA 80% of 22 (few) generator 70% of 22 (few) -10 [-18, -2] points less accurate"
     )
+
+
+def test_a_probability_of_few_queries_says_so():
+    few = {"pairs": estimate(0.390, n=24), "baseline": estimate(0.386, n=24)}
+    found = metrics()
+    found["rounds"][0]["comparison"]["both"] = few
+    line = next(line for line in verdict(found) if "on-policy probability" in line)
+    assert "PBAA 0.386 of 24 (few)  generator 0.390 of 24 (few)" in line
 
 
 def test_a_comparison_on_queries_that_were_trained_on_says_so():
@@ -116,7 +124,7 @@ def test_commands_can_be_copied_whatever_the_folder_is_called():
 def test_a_displaced_policy_is_named():
     lost = {"lost": estimate(31.2, 25.0, 37.0), "unrelated": estimate(-31.2), "unrelated_token": estimate(-0.35, -0.4, -0.3)}
     lines = verdict(metrics(policy={"displacement": lost}))
-    assert "  ! policy displaced: unrelated answers lost 31 nats (0.35 a token): read its answers" in lines
+    assert "  ! policy displaced: unrelated answers lost 31 nats (0.35 a token; 40 measured): read its answers" in lines
 
 
 @pytest.mark.parametrize(
@@ -161,6 +169,7 @@ def test_metrics_of_a_folder_are_printed_as_they_were_measured(tmp_path: Path):
     gate = GateResult("accuracy", ">= 0.6", estimate(0.5), False, "0.500 is below 0.6")
     found = metrics(gates=[gate])
     found["rounds"][0]["alignment"].pop("checks")
+    found["run"] |= {"folder": str(tmp_path), "policy_folder": str(tmp_path / "model"), "pairs": str(tmp_path / "pairs")}
     write_metrics(tmp_path / "metrics.json", found)
     texts: list[str] = []
     for each in (found, read_metrics(tmp_path)):
@@ -171,6 +180,16 @@ def test_metrics_of_a_folder_are_printed_as_they_were_measured(tmp_path: Path):
         texts.append(console.file.getvalue())
     assert texts[0] == texts[1]
     assert "FAILED: 0.500 is below 0.6" in texts[0]
+
+
+def test_a_run_that_was_moved_is_found_where_it_is(tmp_path: Path):
+    """Another run may lie in the old place by now; what is elsewhere stays there."""
+    found = metrics()
+    found["run"]["pairs"] = "elsewhere/pairs.parquet"
+    write_metrics(tmp_path / "metrics.json", found)
+    run = read_metrics(tmp_path)["run"]
+    assert (run["folder"], run.get("pairs")) == (str(tmp_path), "elsewhere/pairs.parquet")
+    assert run.get("policy_folder") == str(tmp_path / "round-1/6-policy/model")
 
 
 def test_a_folder_without_metrics_is_named_with_the_way_out(tmp_path: Path):

@@ -206,7 +206,7 @@ def test_each_answer_is_scored_by_the_first_policy_told_to(folder: Path, tiny_fo
     """By one forward an answer, behind the query under its good principle."""
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
     values: dict[str, list[float]] = {"before": [], "after": [], "prompted": []}
-    for row in rows(folder, "7-checks/data.parquet"):
+    for row in rows(folder, "7-checks"):
         told = [{"role": "system", "content": row["principles"]["good"]}, *row["messages"]]
         prompt = tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=False)
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -369,9 +369,11 @@ def export(
     """Write the pairs that a run's policy was aligned on last, or those of a file, into `to`, with a dataset card.
 
     keep_truncated: also pairs of which a response was cut off, in columns that say so; a trainer that is not told would
-    teach the model to stop in the middle. Raises ValueError where no pair is left, FileExistsError where a file would be
-    replaced.
+    teach the model to stop in the middle. Raises ValueError for another format and where no pair is left, FileExistsError
+    where a file would be replaced.
     """
+    if format not in FILES:
+        raise ValueError(f"format: {format!r} is none of {', '.join(FILES)}")
     found = find_pairs(source, round)
     dropped: Counter[str] = Counter()
 

@@ -76,7 +76,10 @@ def sample(
         return 0
     to_send = (_rendered(item, sampler.prompts) for item in lacking)
     left = max(0, total - len(journal))
-    with progress(description, left, unit="responses") as advance, _loaded(sampler.open_engine()) as engine:
+    with (
+        progress(description, left, unit="responses", side_by_side=True) as advance,
+        _loaded(sampler.open_engine()) as engine,
+    ):
         answers = map(_counted, timed("sample", engine.generate(to_send)))
         new = journal.fill(((answer.key, _data(answer)) for answer in answers), advance)
     raise_if_stopped()

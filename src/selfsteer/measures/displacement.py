@@ -30,4 +30,4 @@ def displaced(found: Displacement) -> str | None:
     nats, token = found["unrelated"], found["unrelated_token"]
     if token.mean > -DISPLACED or (token.high is not None and token.high >= 0):
         return None
-    return f"displaced: unrelated answers lost {-nats.mean:.2g} nats ({-token.mean:.2g} a token)"
+    return f"displaced: unrelated answers lost {-nats.mean:.2g} nats ({-token.mean:.2g} a token; {nats.n:,} measured)"

@@ -306,7 +306,7 @@ def _plots(metrics: Metrics) -> Iterator[str]:
         drawn = plots.plots(this, tables.data_sets(this))
         if drawn:
             suffix = f", round {number}" if len(metrics["rounds"]) > 1 else ""
-            yield f"<section><h2>Distributions{suffix}</h2>{''.join(map(_figure, drawn))}</section>"
+            yield f"<section><h2>Training and distributions{suffix}</h2>{''.join(map(_figure, drawn))}</section>"
 
 
 def write_run_figures(metrics: Metrics, folder: Path) -> list[Path]:

@@ -63,7 +63,11 @@ def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
     drawn: list[Plot] = []
     trainings = {name: this[key] for name, key in (("data generator", "generator"), ("policy", "policy")) if key in this}
     for key, file, caption in (
-        ("loss", "loss", "Training loss at each logged optimizer step."),
+        (
+            "loss",
+            "loss",
+            "Training loss of each logged step's own pairs, with what the loss adds to their gap (dpop, the SFT term).",
+        ),
         ("margin", "reward-margin", "Reward margin of each step's pairs: beta * (log-ratio of chosen - of rejected)."),
     ):
         curves = {
@@ -105,7 +109,7 @@ def figure_one(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | None:
     if original is not None:
         caption += " Dashed: the policy's own answers y_o, unsteered."
     shown = [*sets.values(), *filter(None, [original])]
-    low, high = min(each["edges"][0] for each in shown), max(each["edges"][-1] for each in shown)
+    low, high = _room(shown)
     panels: dict[str, Figure] = {}
     for key, found in sets.items():
         title = {PBAA: "before: the policy's pairs", GENERATOR: "after: the generator's pairs"}.get(key, key)
@@ -214,8 +218,7 @@ def _movements(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
 @mpl.rc_context(STYLE)
 def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) -> dict[str, Figure]:
     """One panel a set of pairs, on the same horizontal scale."""
-    low = min(distribution["edges"][0] for distribution in panels.values())
-    high = max(distribution["edges"][-1] for distribution in panels.values())
+    low, high = _room([*panels.values()])
     drawn: dict[str, Figure] = {}
     for name, distribution in panels.items():
         both = len(distribution["counts"]) > 1
@@ -227,6 +230,12 @@ def _histograms(panels: Mapping[str, Distribution], units: Mapping[str, str]) ->
             axes.legend()
         axes.set_xlim(low, high)
     return drawn
+
+
+def _room(shown: Sequence[Distribution]) -> tuple[float, float]:
+    """Of one horizontal axis for all of them, beyond their outermost edges, whose lines would be cut in two."""
+    low, high = min(each["edges"][0] for each in shown), max(each["edges"][-1] for each in shown)
+    return low - (high - low) / 50, high + (high - low) / 50
 
 
 def _panel(title: str, x: str, y: str) -> tuple[Figure, Axes]:

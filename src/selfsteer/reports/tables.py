@@ -79,7 +79,10 @@ class Table(NamedTuple):
 
 
 def cell(value: Estimate | float | None, form: Form, *, signed: bool = False) -> Cell:
-    """An estimate, a number or None as text. The interval has as many decimals as the mean."""
+    """An estimate, a number or None as text. The interval has as many decimals as the mean.
+
+    signed: it is a difference; that of shares is in percentage points.
+    """
     if value is None:
         return Cell("")
     if isinstance(value, int):
@@ -98,7 +101,9 @@ def cell(value: Estimate | float | None, form: Form, *, signed: bool = False) ->
 def _number(value: float, form: Form, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
     decimals = _decimals(value, form)
-    return f"{100 * value:{sign}.{decimals}f}%" if form == "share" else f"{value:{sign},.{decimals}f}"
+    if form == "share":
+        return f"{100 * value:{sign}.{decimals}f}{' points' if signed else '%'}"
+    return f"{value:{sign},.{decimals}f}"
 
 
 def _decimals(value: float, form: Form) -> int:
@@ -112,7 +117,7 @@ DIRT = (
     ("refusal", "refusals"),
     ("leakage", "leakage"),
     ("other script", "language_mismatch"),
-    ("nearly said before,", "near_repeated"),
+    ("near repeat", "near_repeated"),
 )
 """Labels and keys of the measures of dirt that both sides have."""
 
@@ -155,7 +160,7 @@ def write_metrics(path: Path, metrics: Metrics) -> bool:
 
 
 def read_metrics(folder: Path) -> Metrics:
-    """What `write_metrics` wrote into a run folder.
+    """What `write_metrics` wrote into a run folder; what the run has made is where the folder is now.
 
     Raises FileNotFoundError where there is nothing to report, ValueError where the file is damaged.
     """
@@ -175,6 +180,11 @@ def read_metrics(folder: Path) -> Metrics:
         for key in ("gates", "stop_when"):
             if key in this:
                 this[key] = [GateResult(**each) for each in cast("dict[str, list[dict[str, Any]]]", this)[key]]
+    run, before = metrics["run"], Path(metrics["run"]["folder"])
+    run["folder"] = str(folder)
+    for key in ("policy_folder", "pairs"):
+        if (made := run.get(key)) is not None and Path(made).is_relative_to(before):
+            run[key] = str(folder / Path(made).relative_to(before))
     return metrics
 
 
@@ -471,15 +481,26 @@ def measures_table(columns: Mapping[str, Measures], differences: Json | None = N
     if GENERATOR in columns:
         note = f"PBAA: from the policy, steered by principle only; generator: from the policy trained with L_SSO. {note}"
     if differences:
-        trained = "" if differences.get("held_out") else "; the generator was trained on some of them"
-        note += f" Difference: generator - PBAA, per query, over the queries that both have{trained}."
+        said = (
+            "held-out queries that both have"
+            if differences.get("held_out")
+            else ("queries that both have; the generator was trained on some of them")
+        )
+        note += (
+            f" Difference: generator - PBAA, per query, over the {differences['queries']:,} {said}; the columns beside"
+            " it are over all pairs."
+        )
     if SELECTED in columns:
         note += " The policy is aligned on the selected pairs; judges have seen those before the selection."
     return Table(title, (*columns, "difference") if differences is not None else tuple(columns), tuple(rows), note)
 
 
 def _verdicts(line: Callable[[str, str, Form, str], Row], judge: str) -> list[Row]:
-    return [line(label, f"{judge}.{key}", "share", judge if key == "accuracy" else "") for label, key in VERDICTS]
+    counted = line("pairs judged", f"{judge}.pairs", "number", "")
+    return [
+        counted,
+        *(line(label, f"{judge}.{key}", "share", judge if key == "accuracy" else "") for label, key in VERDICTS),
+    ]
 
 
 def _unjudged(sets: Sequence[Measures], judge: str, *, blank: bool) -> list[Row]:
@@ -495,9 +516,24 @@ def _unjudged(sets: Sequence[Measures], judge: str, *, blank: bool) -> list[Row]
 def _stages(this: RoundMetrics, title: str) -> Table:
     rows: list[Row] = []
     for name, stage in this.get("stages", {}).items():
-        texts = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]), counted(stage["dropped"]))
+        dropped = counted(stage["dropped"]) or "none"
+        texts = (f"{stage['wanted']:,}", f"{stage['kept']:,}", duration(stage["seconds"]), dropped)
         rows.append(Row(name, tuple(map(Cell, texts))))
-    return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), left=True, funnel=True)
+    return Table(title, ("wanted", "kept", "time", "dropped"), tuple(rows), _spared(this), left=True, funnel=True)
+
+
+def _spared(this: RoundMetrics) -> str:
+    """Why stage 2 answers fewer queries than there are; "" where it answers all."""
+    stages = this.get("stages", {})
+    if "1-principles" not in stages or "2-responses" not in stages:
+        return ""
+    queries, answered = stages["1-principles"]["kept"], stages["2-responses"]["wanted"]
+    if answered >= queries:
+        return ""
+    return (
+        f"2-responses has the {answered:,} queries that the generator is trained on; the {queries - answered:,} others are"
+        " there to measure (queries.holdout, the displacement meter), or more than generator.queries."
+    )
 
 
 def cost_tables(this: RoundMetrics, suffix: str = "") -> Iterator[Table]:
@@ -698,9 +734,18 @@ def _saved(side: Json) -> str:
     return "" if None in margins else " -> ".join(f"{margin:.3f}" for margin in margins)
 
 
-def _moved(side: Json, name: str) -> str:
+def _moved(side: Json, name: str) -> Cell:
     nats, token = (find(side, f"displacement.{key}") for key in (name, f"{name}_token"))
-    return "" if nats is None else f"{nats.mean:+.3f} ({token.mean:+.5f})"
+    return (
+        Cell("")
+        if nats is None
+        else Cell(f"{nats.mean:+.3f} ({token.mean:+.5f})", cell(nats, "number", signed=True).interval)
+    )
+
+
+def _measured(side: Json) -> str:
+    found = find(side, "displacement.unrelated")
+    return "" if found is None else f"{found.n:,}"
 
 
 def _trainings(this: RoundMetrics, title: str) -> Table:
@@ -744,16 +789,15 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
         line("reward of rejected", "reward.reward.rejected"),
         Row("moved in training, nats (a token)"),
         *(
-            texts(f"{name} responses", (_moved(side, name) for side in sides))
+            Row(f"{name} responses", tuple(_moved(side, name) for side in sides))
             for name in ("chosen", "rejected", "unrelated")
         ),
+        texts("unrelated ones measured", (_measured(side) for side in sides)),
         line("too far at step", "displacement.crossed"),
         Row("as delivered"),
         texts("saved in", (side["saving"]["dtype"] if "saving" in side else "" for side in sides)),
         texts("margin in training -> as saved", (_saved(side) for side in sides)),
     )
-    filled = [row for row in rows if not row.cells or any(cell.value for cell in row.cells)]
-    kept = [row for row, after in zip(filled, [*filled[1:], Row("")], strict=True) if row.cells or after.cells]
     warnings = [
         f"{name} {warning}. "
         for name, summary in names
@@ -761,9 +805,9 @@ def _trainings(this: RoundMetrics, title: str) -> Table:
     ]
     note = "".join(warnings) + (
         "Reward: beta * log(pi / pi_ref), zero before training. "
-        "Accuracy before and after: share of pairs whose chosen response is the more probable one."
+        f"Accuracy before and after: share of pairs whose chosen response is the more probable one. {METHOD}"
     )
-    return Table(title, tuple(name for name, _ in names), tuple(kept), note)
+    return _filled(Table(title, tuple(name for name, _ in names), rows, note))
 
 
 def print_plan(found: Mapping[str, Any]) -> None:
@@ -837,7 +881,7 @@ def _fitting(table: Table, console: Console) -> Iterator[RichTable]:
         count = next((count for count in range(whole - 1, 1, -1) if fits(count, "\n")), 1)
         yield _drawn(_columns(table, slice(count)), "\n")
         if count < whole:
-            rest = _columns(table, slice(count, None))
+            rest = _filled(_columns(table, slice(count, None)))
             yield from _fitting(rest._replace(title=f"{table.title.removesuffix(_MORE)}{_MORE}"), console)
 
 
@@ -847,6 +891,13 @@ _MORE = ", continued"
 def _columns(table: Table, columns: slice) -> Table:
     rows = tuple(Row(row.label, row.cells[columns]) for row in table.rows)
     return table._replace(columns=table.columns[columns], rows=rows)
+
+
+def _filled(table: Table) -> Table:
+    """Without lines that say nothing, and headings without a line."""
+    rows = [row for row in table.rows if not row.cells or any(cell.value for cell in row.cells)]
+    kept = (row for row, below in zip(rows, [*rows[1:], Row("")], strict=True) if row.cells or below.cells)
+    return table._replace(rows=tuple(kept))
 
 
 def _drawn(table: Table, between: str) -> RichTable:

@@ -111,8 +111,8 @@ def measure_rows(this: RoundMetrics) -> list[tuple[str, str, str, str]]:
         rows.append(
             (
                 "on-policy probability",
-                f"PBAA {_mean(both['baseline'])}",
-                f"generator {_mean(both['pairs'])}",
+                f"PBAA {_mean(both['baseline'])} {_of(both['baseline'])}",
+                f"generator {_mean(both['pairs'])} {_of(both['pairs'])}",
                 f"{_signed(difference)}  {said}{'' if compared.get('held_out') else ', on queries trained on'}",
             )
         )
@@ -124,7 +124,8 @@ def measure_rows(this: RoundMetrics) -> list[tuple[str, str, str, str]]:
         room = this["headroom"]
         said = in_words(room["all"], "to win", "nothing to win")
         steered = f"steered {cell((room['good'].mean + room['bad'].mean) / 2, 'number').value}"
-        rows.append(("headroom", f"unsteered {_mean(room['original'])}", steered, f"{_signed(room['all'])}  {said}"))
+        unsteered = f"unsteered {_mean(room['original'])} {_of(room['original'])}"
+        rows.append(("headroom", unsteered, f"{steered} {_of(room['good'])}", f"{_signed(room['all'])}  {said}"))
     if "gain" in this:
         gained = this["gain"]
         parts = f"steering {cell(gained['steering'].mean, 'number', signed=True).value}"
@@ -170,10 +171,7 @@ def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[s
             accuracies |= {PBAA: compared["both"]["baseline"], list(sets)[-1]: compared["both"]["pairs"]}
             difference = compared["difference"]
             said = f"{_signed(difference, share=True)} points  {in_words(difference, 'more accurate', 'less accurate')}"
-        cells = [
-            f"{name.removesuffix(' pairs')} {_share(found)} of {found.n:,}{few(found.n)}"
-            for name, found in accuracies.items()
-        ]
+        cells = [f"{name.removesuffix(' pairs')} {_share(found)} {_of(found)}" for name, found in accuracies.items()]
         first, second, *_ = [*cells, ""]
         yield label, first, second, said
 
@@ -214,6 +212,10 @@ def in_words(difference: Estimate, above: str, below: str) -> str:
 def few(n: int) -> str:
     """A remark behind a measure of so many items."""
     return " (few)" if n < FEW_ITEMS else ""
+
+
+def _of(value: Estimate) -> str:
+    return f"of {value.n:,}{few(value.n)}"
 
 
 def _mean(value: Estimate) -> str:
