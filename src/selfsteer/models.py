@@ -416,7 +416,6 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            **({"attn_implementation": "sdpa"} if kind is AutoModelForCausalLM else {}),
             output_loading_info=True,
             # Not so that they may differ, but so that they are told: `check_fit` refuses them with their names.
             ignore_mismatched_sizes=True,
@@ -425,8 +424,14 @@ def load_model(
     _refuse_untied(path, model)
     model = model.to(device).eval()
     compare = "Compare config.json with the one that belongs to these weights."
-    with _in_words(path, "the model can't be used", compare), torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # some mistakes show only then
+    with _in_words(path, "the model can't be used", compare), torch.no_grad():  # some mistakes show only then
+        first = model(input_ids=torch.tensor([[0, 0], [0, 1]], device=model.device)).logits[:, 0].float()
+    tolerance = torch.finfo(dtype).eps ** 0.5 * first.abs().amax()
+    if kind is AutoModelForCausalLM and (first[0] - first[1]).abs().amax() > tolerance:
+        raise ValueError(
+            f"{path}: {type(model).__name__} is no causal language model as it is configured: what it predicts at a token"
+            " depends on those behind it (BERT and its kin, unless config.json says is_decoder). Take a model that writes"
+        )
     return model
 
 
