@@ -424,10 +424,11 @@ def load_model(
     _refuse_untied(path, model)
     model = model.to(device).eval()
     compare = "Compare config.json with the one that belongs to these weights."
-    with _in_words(path, "the model can't be used", compare), torch.no_grad():  # some mistakes show only then
-        first = model(input_ids=torch.tensor([[0, 0], [0, 1]], device=model.device)).logits[:, 0].float()
-    tolerance = torch.finfo(dtype).eps ** 0.5 * first.abs().amax()
-    if kind is AutoModelForCausalLM and (first[0] - first[1]).abs().amax() > tolerance:
+    causal = kind is AutoModelForCausalLM
+    probe = torch.tensor([[0, 0], [0, 1]] if causal else [[0]], device=model.device)
+    with _in_words(path, "the model can't be used", compare), torch.no_grad():
+        logits = model(input_ids=probe).logits.float()  # some mistakes show only then
+    if causal and (logits[0, 0] - logits[1, 0]).abs().amax() > torch.finfo(dtype).eps ** 0.5 * logits.abs().amax():
         raise ValueError(
             f"{path}: {type(model).__name__} is no causal language model as it is configured: what it predicts at a token"
             " depends on those behind it (BERT and its kin, unless config.json says is_decoder). Take a model that writes"
