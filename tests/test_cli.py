@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -126,6 +127,24 @@ def test_a_missing_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_usage_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]):
     assert command(monkeypatch, *arguments) == 2
     assert "Usage: selfsteer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "says"), [("", "is a folder"), ("nowhere/found.json", "can't be written")])
+def test_where_nothing_can_be_written_is_said_before_the_work(monkeypatch, capsys, tmp_path: Path, name: str, says: str):
+    assert command(monkeypatch, "measure", "runs/none", "--json", str(tmp_path / name)) == 2
+    assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_terminal_obeys_nothing_in_what_is_told(monkeypatch, capsys, tmp_path: Path):
+    """Neither a file's name nor a stranger's words colour, erase or turn round what stands on the screen."""
+    file = tmp_path / "pairs\x1b]0;title\x07\u202e\udc80.jsonl"
+    file.write_text("[]")
+    command(monkeypatch, "measure", str(file))
+    told = capsys.readouterr().err
+    assert "pairs\\x1b]0;title\\x07\\u202e\\udc80.jsonl" in told
+    record = logging.LogRecord("selfsteer", logging.WARNING, __file__, 1, "dropped: %s", ("\x1b[2J\r\x9b1m",), None)
+    assert cli._make_visible(record)
+    assert record.getMessage() == "dropped: \\x1b[2J\\r\\x9b1m"
 
 
 @pytest.mark.parametrize(

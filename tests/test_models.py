@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import other_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.engines.open import open_engine
@@ -85,6 +86,14 @@ def test_a_missing_gguf(tmp_path: Path):
 def test_a_folder_that_holds_no_model(tmp_path: Path):
     with pytest.raises(ValueError, match=r"config\.json"):
         resolve(Policy(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+def test_a_model_that_sees_what_follows_is_refused(kind: str, tmp_path: Path):
+    """It would sample and score: with what it can't know yet in sight."""
+    folder = other_model_dir(tmp_path, kind)
+    with pytest.raises(ValueError, match=rf"{re.escape(folder)}: \w+ is no causal language model.*Take a model that writes"):
+        load_model(folder, dtype=torch.float32)
 
 
 def test_pickled_weights_are_refused(folder: Path):

@@ -295,6 +295,21 @@ def test_a_finished_completion_ends_as_the_template_ends_a_turn(closed: str, end
     assert Prompts(made).completion_ids("Because.", "length") == plain
 
 
+GLM = (  # GLM-4's: nothing closes a turn, and the model stops at what opens the next one
+    "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("stops_at", "end"), [(("<|user|>", "<eos>"), "<|user|>"), (("<eos>",), "<eos>"), ((), "<eos>")])
+def test_what_opens_the_next_turn_ends_an_answer_where_the_model_stops_at_it(stops_at: tuple[str, ...], end: str):
+    made = tokenizer(GLM)
+    made.add_tokens(["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<eos>"], special_tokens=True)
+    made.eos_token = "<eos>"
+    prompts = Prompts(made, ends=[made.convert_tokens_to_ids(token) for token in stops_at])
+    assert made.decode(list(prompts.completion_ids("Because.", "stop", QUERY))) == f"Because.{end}"
+
+
 def test_added_tokens_that_the_template_writes_count_as_special():
     """ChatML's two, added as ordinary tokens: neither a query nor a response may open a turn with them."""
     tokenizer = tiny_tokenizer()
@@ -329,6 +344,26 @@ def test_a_template_that_leaves_the_user_out_is_refused():
     tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'][0]['text'] }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves out or changes what the user says"):
         Prompts(tokenizer).whole()
+
+
+def test_a_template_that_opens_no_answer_is_refused():
+    """It knows no add_generation_prompt: behind the question the model would have to write the header of its own turn."""
+    headless = CHAT_TEMPLATE.partition("{% if add_generation_prompt %}")[0]
+    with pytest.raises(
+        ValueError, match=r"writes '<\|im_start\|>assistant' before what the assistant says.*chat_template: "
+    ):
+        Prompts(tokenizer(headless)).whole()
+    harmony = (  # gpt-oss opens the turn, and leaves it to the model to name the channel
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ '<|channel|>final' if m['role'] == 'assistant' }}<|message|>"
+        "{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"writes '<\|channel\|>final<\|message\|>' before"):
+        Prompts(tokenizer(harmony)).whole()
+    inst = (
+        "{% for m in messages %}{{ '[INST] ' + m['content'] + '[/INST]' if m['role'] == 'user' else ' ' + m['content'] }}"
+        "{% endfor %}"
+    )
+    assert Prompts(tokenizer(inst)).whole(), "Mistral's has no header but the end of the question"
 
 
 @pytest.mark.parametrize("changed", ["[:100]", "|lower", "|e", "|replace('  ', ' ')", ".split('\n')[0]", "|wordwrap(79)"])

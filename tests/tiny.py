@@ -10,10 +10,19 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BloomConfig,
+    Gemma2Config,
     GenerationConfig,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    RwkvConfig,
+    XLNetConfig,
 )
 
 SENTENCES = (
@@ -69,6 +78,41 @@ def tiny_model(*, seed: int = 0, vocab_size: int = 400, max_positions: int = 512
     model = LlamaForCausalLM(config).eval()
     torch.set_rng_state(random_state)
     return model
+
+
+_SMALL = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2}
+
+OTHER_KINDS: dict[str, PreTrainedConfig] = {
+    "bert": BertConfig(**_SMALL, num_attention_heads=4, intermediate_size=64),
+    "bloom": BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4),
+    "gemma2": Gemma2Config(
+        **_SMALL, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16
+    ),
+    "gpt2": GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4),
+    "mamba": MambaConfig(**_SMALL, state_size=8),
+    "rwkv": RwkvConfig(**_SMALL),
+    "xlnet": XLNetConfig(vocab_size=400, d_model=32, n_layer=2, n_head=4, d_inner=64),
+}
+"""Models that attend by other means than Llama's, or not at all, or to both sides."""
+
+
+def other_model(kind: str) -> PreTrainedModel:
+    """One of `OTHER_KINDS` with random weights, large enough to tell tokens apart."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(OTHER_KINDS[kind])
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=0.2)
+    model.generation_config = GenerationConfig(pad_token_id=PAD_ID, bos_token_id=START_ID, eos_token_id=END_ID)
+    return model.eval()
+
+
+def other_model_dir(folder: Path, kind: str) -> str:
+    """Save one of `OTHER_KINDS` with the tiny tokenizer; returns its path."""
+    other_model(kind).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def tiny_adapter(folder: Path, base: str, *, seed: int) -> None:

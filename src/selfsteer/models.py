@@ -416,7 +416,6 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            **({"attn_implementation": "sdpa"} if kind is AutoModelForCausalLM else {}),
             output_loading_info=True,
             # Not so that they may differ, but so that they are told: `check_fit` refuses them with their names.
             ignore_mismatched_sizes=True,
@@ -425,8 +424,15 @@ def load_model(
     _refuse_untied(path, model)
     model = model.to(device).eval()
     compare = "Compare config.json with the one that belongs to these weights."
+    causal = kind is AutoModelForCausalLM
+    probe = torch.tensor([[0, 0], [0, 1]] if causal else [[0]], device=model.device)
     with _in_words(path, "the model can't be used", compare), torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # some mistakes show only then
+        logits = model(input_ids=probe).logits.float()  # some mistakes show only then
+    if causal and (logits[0, 0] - logits[1, 0]).abs().amax() > torch.finfo(dtype).eps ** 0.5 * logits.abs().amax():
+        raise ValueError(
+            f"{path}: {type(model).__name__} is no causal language model as it is configured: what it predicts at a token"
+            " depends on those behind it (BERT and its kin, unless config.json says is_decoder). Take a model that writes"
+        )
     return model
 
 

@@ -11,7 +11,7 @@ is dropped, and of a text made elsewhere what stands behind the thought is taken
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from functools import cached_property
@@ -101,10 +101,13 @@ class AssistantTurn(NamedTuple):
     """That control token; the tokenizer's end token where the template writes none."""
 
 
-def assistant_turn(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> AssistantTurn:
+def assistant_turn(
+    tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None, ends: Collection[int] = ()
+) -> AssistantTurn:
     """How the chat template, given these arguments, closes an assistant's turn.
 
     Gemma's, for one, closes turns with <end_of_turn> while its end token is <eos>, which stands in no conversation.
+    ends: what the model stops at; it may be what opens the next turn, as GLM-4's <|user|>.
     """
     if tokenizer.chat_template is None:
         return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
@@ -119,7 +122,7 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
     start, marker, rest = rendered.rpartition(_MARKER)
     before = start.removeprefix(header) if start.startswith(header) else ""
     before = before if before.isspace() else ""
-    behind = (_up_to_control(tokenizer, rest) if marker else "") or _between_turns(tokenizer, more)
+    behind = (_up_to_control(tokenizer, rest) if marker else "") or _between_turns(tokenizer, more, ends)
     closing = max((text for text in _added(tokenizer) if behind.endswith(text)), key=len, default=None)
     return AssistantTurn(
         before, behind, cast(int, tokenizer.eos_token_id) if closing is None else _added(tokenizer)[closing]
@@ -138,14 +141,18 @@ def _up_to_control(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text[: at - length]
 
 
-def _between_turns(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
-    """What ends an answer where a template ends only those that a turn of the user follows, and does not open that turn."""
+def _between_turns(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], ends: Collection[int]) -> str:
+    """What ends an answer where a template ends only those that a turn of the user follows.
+
+    Not what opens that turn, unless the model stops at it.
+    """
     turns = [{"role": role, "content": _MARKER} for role in ("user", "assistant", "user")]
     with suppress(TemplateError):
         opening, *others = _applied(tokenizer, turns, header=False, **arguments).split(_MARKER)
         if len(others) == len(turns):
             behind = _up_to_control(tokenizer, others[1])
-            return "" if any(token in opening and behind.endswith(token) for token in _added(tokenizer)) else behind
+            opens = (token for token, number in _added(tokenizer).items() if token in opening and number not in ends)
+            return "" if behind.endswith(tuple(opens)) else behind
     return ""
 
 
@@ -159,12 +166,15 @@ class Prompts:
         system_role: Literal["auto", "system", "user"] = "auto",
         arguments: Mapping[str, Any] | None = None,
         day: date | None = None,
+        ends: Collection[int] = (),
     ) -> None:
-        """arguments: of the chat template; day: what it is told of the date, today's when empty."""
+        """arguments: of the chat template; day: what it is told of the date, today's when empty; ends: the tokens that the
+        model folder names as such.
+        """
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
         self._day = day or datetime.now(UTC).date()
-        self._turn = assistant_turn(tokenizer, self._given)
+        self._turn = assistant_turn(tokenizer, self._given, ends)
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
         self.special_ids = frozenset(tokenizer.all_special_ids) | self._controls()
         self._control_text = self._plain_controls()
@@ -172,10 +182,10 @@ class Prompts:
         self._harmless_marks: dict[tuple[str, ...], list[int]] = {}
 
     @classmethod
-    def of(cls, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Self:
+    def of(cls, policy: Policy, tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()) -> Self:
         """As the policy's section of a recipe says."""
         day = None if policy.date is None else date.fromisoformat(policy.date)
-        return cls(tokenizer, system_role=policy.system_role, arguments=policy.template_arguments, day=day)
+        return cls(tokenizer, system_role=policy.system_role, arguments=policy.template_arguments, day=day, ends=ends)
 
     @property
     def end_id(self) -> int:
@@ -396,6 +406,12 @@ class Prompts:
                 "the chat template leaves out or changes what the user says (it may want the content as a list of parts);"
                 " name another with policy.chat_template: FILE.jinja"
             )
+        if opening := self._unasked():
+            raise ValueError(
+                f"the chat template writes {opening!r} before what the assistant says, but no prompt ends with it: the"
+                " model would have to begin its own turn. Write it behind the last turn, in {% if add_generation_prompt %},"
+                " and name that template with policy.chat_template: FILE.jinja"
+            )
         spelled = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids)) if token in asked]
         if spelled and not self._specials(self._ids(asked)):
             raise ValueError(
@@ -403,6 +419,18 @@ class Prompts:
                 "split_special_tokens to false in its tokenizer_config.json"
             )
         return self
+
+    def _unasked(self) -> str:
+        """What stands between a prompt and its answer, but for white space and thoughts (`direct` is about those)."""
+        asked = (Message(role="user", content=_HARMLESS),)
+        header = self._render(asked)
+        try:
+            answered = self._rendered((*asked, Message(role="assistant", content=_MARKER)), self._given, header=False)
+        except TemplateError:  # what it refuses opens nothing
+            return ""
+        opening = answered.rpartition(_MARKER)[0]
+        between = opening.removeprefix(header).strip() if opening.startswith(header) else ""
+        return "" if THOUGHT_ENDS.search(between) else between
 
     def direct(self) -> Self:
         """Itself. Raises ValueError for a template that has the model think before it answers.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import END_ID, PAD_ID, tiny_adapter, tiny_model, tiny_model_dir
+from tiny import END_ID, PAD_ID, other_model_dir, tiny_adapter, tiny_model, tiny_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from selfsteer.engines import decoding
@@ -229,6 +229,17 @@ def test_fallback_samples_the_same(model_dir: str, monkeypatch: pytest.MonkeyPat
         in_batches = answers(model_dir, requests, batch_size=3)
     assert in_batches == in_slots
     assert [record.message.split(": ")[-1] for record in caplog.records] == ["it has windows"]
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gemma2", "gpt2", "mamba", "rwkv"])
+def test_models_of_other_kinds_are_sampled_as_one_prompt_alone(kind: str, tmp_path: Path):
+    """Without an attention that is exchanged, with soft caps and windows, with a state that padding would change."""
+    folder, requests = other_model_dir(tmp_path, kind), ragged_requests(replace(GREEDY, max_new_tokens=8))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found = answers(folder, requests, batch_size=4)
+    for request in requests:
+        said = found[request.key].token_ids
+        assert list(said) == greedy_by_generate(model, request)
 
 
 def test_models_that_the_slots_do_not_hold_for_are_found(model_dir: str):

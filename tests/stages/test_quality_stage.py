@@ -150,6 +150,19 @@ def test_a_missing_judge_or_file_leaves_no_trace(recipe_of: RecipeOf, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "says"), [("\n\n", "no rows"), ('{"q": "one"}\n{"q": ', r"line 2.*JSON"), ("\x00\x01", "zero bytes")]
+)
+def test_a_damaged_evaluation_file_is_found_before_anything_is_sampled(
+    recipe_of: RecipeOf, tmp_path: Path, content: str, says: str
+):
+    file = tmp_path / "evaluation.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=rf"{file}.*{says}"):
+        run(recipe_of(tmp_path / "run", {"quality.evaluation_files": [str(file)]}))
+    assert not (tmp_path / "run").exists()
+
+
 # --- two generators, queries held out --------------------------------------------------------------------------------------
 
 

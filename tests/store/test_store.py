@@ -602,6 +602,14 @@ def test_a_folder_that_can_t_be_made_names_what_stands_in_its_place(tmp_path: Pa
             pass
 
 
+def test_a_model_s_folder_takes_no_run(tmp_path: Path):
+    """The run's own JSON files would be taken for the model's, which then is another one in the next session."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds a model \(config\.json\)\. .*output=DIR"), RunFolder(tmp_path):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_what_is_no_lock_file_is_refused(tmp_path: Path):
     for number, make in enumerate((os.mkfifo, os.mkdir, lambda path: os.symlink("LOCK", path))):
         folder = tmp_path / f"run{number}"

@@ -7,6 +7,7 @@ others answer at once. Results go to stdout, everything else to stderr.
 
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -487,10 +488,26 @@ def _configure_logging(*, verbose: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars for loading and writing weights
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(_make_visible)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
     logging.getLogger("selfsteer").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+_OBEYED = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal would do something at, or could not write; names of files and words of strangers may hold it."""
+
+
+def _visible(text: str) -> str:
+    """With "\\x1b" for the escape character, and so on."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _make_visible(record: logging.LogRecord) -> bool:
+    """A filter that lets all pass."""
+    record.msg, record.args = _visible(record.getMessage()), None
+    return True
 
 
 def main() -> None:
@@ -498,9 +515,9 @@ def main() -> None:
     try:
         app(prog_name="selfsteer")
     except Interrupted as stopped:
-        print(f"{stopped}:\n  {shlex.join(['selfsteer', *sys.argv[1:]])}", file=sys.stderr)
+        print(_visible(f"{stopped}:\n  {shlex.join(['selfsteer', *sys.argv[1:]])}"), file=sys.stderr)
         sys.exit(stopped.exit_status)
     except (ValueError, OSError) as error:
         log.debug("the error in full", exc_info=error)
-        print(f"selfsteer: error: {error}", file=sys.stderr)
+        print(_visible(f"selfsteer: error: {error}"), file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """Arguments and options that several commands take, and what several of them print."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,10 +75,25 @@ JudgeName = Annotated[
 
 Output = Annotated[Path, typer.Option(metavar="DIR", help="Keeps what was answered; the same command goes on from there.")]
 
+
+def _writable(file: Path | None) -> Path | None:
+    """Said before the work that is to be written there."""
+    if file is not None and file != Path("-"):
+        if file.is_dir():
+            raise typer.BadParameter(f"{file} is a folder; name a file in it")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise typer.BadParameter(f"{file} can't be written: {file.parent} is no folder that you may write to")
+    return file
+
+
 Json = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Write everything there, too; - prints it, and nothing else.", show_default=False
+        "--json",
+        metavar="FILE",
+        help="Write everything there, too; - prints it, and nothing else.",
+        show_default=False,
+        callback=_writable,
     ),
 ]
 

@@ -252,10 +252,17 @@ def _sample_in_slots(model: PreTrainedModel, waiting: _Waiting, batch_size: int,
 
 
 def _sample_in_batches(model: PreTrainedModel, waiting: _Waiting, batch_size: int, vocabulary: _Vocabulary) -> _Finished:
-    """Batch after batch through `model.generate`, left-padded; each token is drawn as in the slots."""
+    """Batch after batch through `model.generate`, left-padded; each token is drawn as in the slots.
+
+    A model that does not look past padding (RWKV's state does not) gets prompts of one length together.
+    """
+    request = waiting.peek()
+    padding_holds = request is not None and _looks_past_padding(model, request.prompt_ids)
     while True:
         batch: list[_Sequence] = []
-        while len(batch) < batch_size and waiting.peek() is not None:
+        while len(batch) < batch_size and (request := waiting.peek()) is not None:
+            if batch and not padding_holds and len(request.prompt_ids) != batch[0].length:
+                break
             batch.append(waiting.take())
         if not batch:
             return
@@ -286,6 +293,34 @@ def _sample_in_batches(model: PreTrainedModel, waiting: _Waiting, batch_size: in
                     reason = _extended(sequence, token, vocabulary.ends)
             assert reason is not None
             yield sequence, reason
+
+
+def _looks_past_padding(model: PreTrainedModel, prompt_ids: tuple[int, ...]) -> bool:
+    """Whether the logits behind a prompt are the same with padding before it."""
+    asked, config = list(prompt_ids[:8]), GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=0)
+
+    def logits(padding: int) -> Tensor:
+        found: list[Tensor] = []
+
+        def keep(_: Tensor, logits: Tensor) -> Tensor:
+            found.append(logits)
+            return logits
+
+        model.generate(  # pyright: ignore[reportCallIssue]
+            torch.tensor([[0] * padding + asked], device=model.device),
+            attention_mask=torch.tensor([[0] * padding + [1] * len(asked)], device=model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([keep]),
+        )
+        return found[0][0].float()
+
+    alone, padded = logits(0), logits(2)
+    return bool((padded - alone).abs().max() <= _rounding(alone, model.dtype))
+
+
+def _rounding(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """What comes of rounding alone: a few hundred units in the last place of the largest logit, at any precision."""
+    return torch.finfo(dtype).eps ** 0.5 * (logits - logits.mean()).abs().max()
 
 
 def _extended(sequence: _Sequence, token: int, ends: frozenset[int]) -> FinishReason | None:
@@ -374,10 +409,8 @@ def why_not_slots(model: PreTrainedModel, prompt_ids: tuple[int, ...]) -> str | 
     except UnsupportedAttentionError as error:
         model.set_attn_implementation(plain_attention)
         return str(error)
-    # Rounding alone: a few hundred units in the last place of the largest logit, at any precision.
-    tolerance = torch.finfo(model.dtype).eps ** 0.5 * (plain - plain.mean()).abs().max()
     difference = (in_slots - plain).abs().max()
-    if difference <= tolerance:
+    if difference <= _rounding(plain, model.dtype):
         return None
     model.set_attn_implementation(plain_attention)
     return f"the logits of a first prompt differ by {difference.item():.2g} from the plain forward pass"

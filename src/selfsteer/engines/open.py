@@ -82,7 +82,8 @@ def open_engine(
 
 def prompts_of(policy: Policy, model: Checkpoint) -> Prompts:
     """How a model is asked that answers as it is. Raises ValueError for a template that fails, or has the model think."""
-    return Prompts.of(policy, tokenizer_of(policy, model.path)).whole().direct()
+    tokenizer = tokenizer_of(policy, model.path)
+    return Prompts.of(policy, tokenizer, end_ids(model.path, tokenizer)).whole().direct()
 
 
 def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:

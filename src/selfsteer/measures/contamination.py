@@ -51,11 +51,22 @@ class Evaluation(NamedTuple):
 
 
 def check_files(paths: Sequence[Path]) -> None:
-    """Raises ValueError for files that are missing or of a kind that can't be read."""
+    """Raises ValueError as `read_evaluation`, in the time of reading alone: before a run, not at the end of its round."""
+    for path in _checked(paths):
+        if sum(1 for _ in all_rows(path)) == 0:
+            raise ValueError(_no_rows(path))
+
+
+def _checked(paths: Sequence[Path]) -> Sequence[Path]:
     for path in paths:
         if str(path).startswith(HUB):
             raise ValueError(f"{path}: quality.evaluation_files takes files; save the data set as one")
         check_source(path, "quality.evaluation_files")
+    return paths
+
+
+def _no_rows(path: Path) -> str:
+    return f"{path}: no rows; name another evaluation file"
 
 
 def read_evaluation(paths: Sequence[Path]) -> Evaluation:
@@ -64,11 +75,10 @@ def read_evaluation(paths: Sequence[Path]) -> Evaluation:
     Of a CSV file the first line counts as well: it may have no header. Raises ValueError, naming file and place, for files
     that are missing, of another kind, malformed or without rows.
     """
-    check_files(paths)
     hashes, owners = array("Q"), array("i")
     places: list[str] = []
     files: list[str] = []
-    for path in paths:
+    for path in _checked(paths):
         for row in all_rows(path):
             found = _ngrams(_strings(row.fields))
             hashes.frombytes(found.tobytes())
@@ -76,7 +86,7 @@ def read_evaluation(paths: Sequence[Path]) -> Evaluation:
             places.append(row.place)
             files.append(str(path))
         if not files or files[-1] != str(path):
-            raise ValueError(f"{path}: no rows; name another evaluation file")
+            raise ValueError(_no_rows(path))
     unsorted = np.frombuffer(hashes, np.uint64)
     order = np.argsort(unsorted, kind="stable")
     return Evaluation(unsorted[order], np.frombuffer(owners, np.int32)[order], places, files)

@@ -261,6 +261,8 @@ class RunFolder:
         standing = next((each for each in (self.path, *self.path.parents) if os.path.lexists(each)), self.path)
         if not standing.is_dir():
             raise ValueError(f"{self.path} can't be made: {standing} is no folder. Name another one with output=DIR.")
+        if (self.path / "config.json").exists():  # the run's own files would be taken for the model's
+            raise ValueError(f"{self.path} holds a model (config.json). Name a folder for the run with output=DIR.")
         make_folder(self.path)
         lock_file = self.path / "LOCK"
         if os.path.lexists(lock_file):  # what is no file can't be locked, and reading the holder out of a pipe would wait

@@ -71,23 +71,22 @@ def choose_packing(model: PreTrainedModel, rows: Sequence[Row], *, sharing: bool
     """
     if not sharing:
         return pad
-    before = cast(str, model.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
-    model.set_attn_implementation(ATTENTION)
-    difference = _sharing_error(model, rows)
-    if difference <= TOLERANCE:
+    reason = _why_not_shared(model, rows)
+    if reason is None:
         return pack
-    model.set_attn_implementation(before)
     log.warning(
-        "%s does not allow prefix sharing (relative difference %.1g, allowed %.1g): every completion is computed behind its"
-        " own prompt, which is slower",
+        "%s does not allow prefix sharing (%s): every completion is computed behind its own prompt, which is slower",
         type(model).__name__,
-        difference,
-        TOLERANCE,
+        reason,
     )
     return pad
 
 
-def _sharing_error(model: PreTrainedModel, rows: Sequence[Row]) -> float:
+def _why_not_shared(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
+    """Why packing does not hold, or None where it does; then the model's attention is `ATTENTION`."""
+    if not model._supports_attention_backend:  # pyright: ignore[reportPrivateUsage]
+        return "it takes no attention function"
+    before = cast(str, model.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
     training = model.training
     model.eval()
     try:
@@ -97,14 +96,20 @@ def _sharing_error(model: PreTrainedModel, rows: Sequence[Row]) -> float:
                 to_device(pad([Row(prompt, (one,))]), model.device) for prompt, completions in rows for one in completions
             ]
             plain = torch.stack([_plain_scores(model.forward, batch, "none").logps.sum() for batch in alone])
+            model.set_attn_implementation(ATTENTION)
             together = to_device(pack(rows), model.device)
             shared = _sums(_shared_scores(model, together, "none").logps, together["layout"])
-    except (NotImplementedError, TypeError) as reason:  # a model's own code that takes no layout, or attention we don't redo
-        log.info("prefix sharing: %s", reason)
-        return float("inf")
+    except (NotImplementedError, TypeError) as error:  # a model's own code that takes no layout, or attention we don't redo
+        reason = str(error)
+    else:
+        difference = ((shared - plain).abs() / plain.abs().clamp(min=1)).nan_to_num(nan=float("inf")).max().item()
+        if difference <= TOLERANCE:
+            return None
+        reason = f"relative difference {difference:.1g}, allowed {TOLERANCE:.1g}"
     finally:
         model.train(training)
-    return ((shared - plain).abs() / plain.abs().clamp(min=1)).nan_to_num(nan=float("inf")).max().item()
+    model.set_attn_implementation(before)
+    return reason
 
 
 def _sums(tokens: Tensor, layout: Layout) -> Tensor:

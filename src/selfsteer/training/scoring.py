@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from selfsteer import runtime
 from selfsteer.clock import count, part, timed
-from selfsteer.models import compute_dtype, load_model, pick_device, position_limit, tokenizer_of
+from selfsteer.models import compute_dtype, end_ids, load_model, pick_device, position_limit, tokenizer_of
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy, Training
 from selfsteer.records import Checkpoint, Pair, Scored
@@ -159,7 +159,7 @@ def open_scorer(policy: Policy, training: Training) -> Generator[OpenScorer]:
     # Master weights in float32 and autocast, as in training: weights rounded beforehand would give other numbers.
     model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=policy.trust_remote_code)
     teach(model, compute_dtype(training.dtype, device))
-    yield OpenScorer(model, Prompts.of(policy, tokenizer), training)
+    yield OpenScorer(model, Prompts.of(policy, tokenizer, end_ids(policy.model, tokenizer)), training)
 
 
 @part("render")

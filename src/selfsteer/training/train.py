@@ -31,7 +31,16 @@ from transformers.training_args import OptimizerNames
 
 from selfsteer import runtime
 from selfsteer.clock import part
-from selfsteer.models import compute_dtype, let_go, load_configuration, load_model, pick_device, positions_of, tokenizer_of
+from selfsteer.models import (
+    compute_dtype,
+    end_ids,
+    let_go,
+    load_configuration,
+    load_model,
+    pick_device,
+    positions_of,
+    tokenizer_of,
+)
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Lora, LossName, Policy, Training, Weighting
 from selfsteer.runtime import progress
@@ -182,7 +191,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
     if crossed is not None:
         args.max_steps = done
     tokenizer = tokenizer_of(job.policy)
-    prompts = Prompts.of(job.policy, tokenizer)
+    prompts = Prompts.of(job.policy, tokenizer, end_ids(job.policy.model, tokenizer))
     needs_reference = job.loss not in REFERENCE_FREE
     positions = positions_of(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     data = token_groups(Path(job.pairs), prompts, output / ".tokens", needs_reference=needs_reference, positions=positions)
