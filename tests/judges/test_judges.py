@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from selfsteer.engines.base import Completion, Failed, Request, TokenLogp
 from selfsteer.engines.openai import OpenAIEngine, Tokens
+from selfsteer.judges import llm
 from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.implicit import consistency_verdicts, implicit_verdicts
 from selfsteer.judges.llm import (
@@ -575,6 +576,20 @@ def embedded(scoring: Scorer, **settings: Any) -> RecipeJudge:
         policy=scoring.policy,
         prompts=scoring.prompts,
     )
+
+
+def test_letters_that_a_judge_in_this_process_would_hardly_say_are_no_answer(
+    scoring: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of this random model they are as likely as any other two tokens: the bound is put just above."""
+    judge = embedded(scoring)
+    with Journal(tmp_path) as journal:
+        [verdict] = embedded_verdicts(judge, lambda: [pair(1)], journal, total=1)
+        assert verdict.mass is not None
+        assert llm.TAILS < verdict.mass < llm.LEAST_MASS
+        monkeypatch.setattr(llm, "TAILS", 1.01 * verdict.mass)
+        [verdict] = embedded_verdicts(judge, lambda: [pair(1)], journal, total=1)
+    assert (verdict.preferred, verdict.error) == (None, "no letter among what the judge would likely say")
 
 
 def test_embedded_verdicts_are_the_models_own_probabilities(scoring: Scorer, tiny_folder: str, tmp_path: Path):

@@ -159,6 +159,10 @@ LEAST_MASS = 0.02
 """Of the two letters among the likely first tokens, below which they are the tails of something else that the judge is
 about to write, such as a thought: nothing is read from their ratio then, but from what it wrote."""
 
+TAILS = 1e-4
+"""The same of a judge in this process, which writes nothing that could be read instead: only what is certainly a tail costs
+its row. (A judge that thinks first gives its letters 1e-6; of SmolLM2-135M, which hardly judges, they hold a third.)"""
+
 
 class Answer(NamedTuple):
     """What one answer says."""
@@ -354,9 +358,10 @@ def embedded_verdicts(judge: RecipeJudge, pairs: Pairs, journal: Journal, *, tot
 
 def _embedded_verdict(pair: Pair, both: Sequence[Pair]) -> Verdict:
     said = [letter_probability({FIRST: one.chosen.score.logps, SECOND: one.rejected.score.logps}) for one in both]
-    if None in said:
-        return failure(pair, "unreadable answer")
-    return _by_answers(pair, [answer for answer in said if answer is not None])
+    likely = [answer for answer in said if answer is not None and answer.mass is not None and answer.mass >= TAILS]
+    if len(likely) < len(said):
+        return failure(pair, "no letter among what the judge would likely say")
+    return _by_answers(pair, likely)
 
 
 def _letters(pair: Pair, asked: tuple[Message, ...]) -> Pair:
