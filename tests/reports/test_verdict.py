@@ -128,19 +128,19 @@ def test_a_displaced_policy_is_named():
 
 
 @pytest.mark.parametrize(
-    ("gap", "said", "warned"),
+    ("gap", "warned"),
     [
-        (estimate(0.56, 0.31, 0.83), "less likely", True),
-        (estimate(0.3, 0.1, 0.5), "less likely", False),
-        (estimate(0.6, -0.1, 1.3), "no difference shown", False),
-        (estimate(-0.2, -0.3, -0.1), "more likely", False),
+        (estimate(0.56, 0.31, 0.83), True),
+        (estimate(0.29, 0.1, 0.5), False),
+        (estimate(0.6, -0.1, 1.3), False),
+        (estimate(-0.4, -0.5, -0.3), False),
     ],
 )
-def test_answers_that_keep_to_the_form_only_are_told_by_the_policy_told_to(gap: Estimate, said: str, warned: bool):
+def test_answers_that_keep_to_the_form_only_are_told_by_the_policy_told_to(gap: Estimate, warned: bool):
     found = metrics()
     found["rounds"][0]["answers"]["told"] = {"after": estimate(-1.37), "prompted": estimate(-0.81), "gap": gap}
     lines = verdict(found)
-    assert f"      for the policy told to -1.370 nats a token, its own -0.810: {said}" in lines
+    assert "      likely for the policy told to: -1.370 nats a token, its own answers -0.810" in lines
     assert any("answers unlike the policy's own when told to" in line for line in lines) == warned
 
 

@@ -28,7 +28,7 @@ FEW_PAIRS = 200
 CUT_OFF = 1 / 3
 """Share of cut-off responses above which a run says so."""
 
-UNLIKELY = 0.5
+UNLIKELY = 0.3
 """Nats a token by which answers are less likely than the policy's own when told to, above which a run says so."""
 
 
@@ -149,9 +149,7 @@ def answer_lines(this: RoundMetrics) -> Iterator[str]:
     yield f"  change {_signed(change, share=True)} points: {said}"
     if "told" in found:
         told = cast("dict[str, Estimate]", found["told"])
-        less = told["gap"]
-        said = in_words(less, "less likely", "more likely")
-        yield f"    for the policy told to {_mean(told['after'])} nats a token, its own {_mean(told['prompted'])}: {said}"
+        yield f"    likely for the policy told to: {_mean(told['after'])} nats a token, its own answers {_mean(told['prompted'])}"
 
 
 def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[str, str, str, str]]:
