@@ -356,7 +356,7 @@ def test_evaluate_passes_on_what_it_is_given(monkeypatch, capsys, pipeline, tmp_
     assert (engine, judge, output) == (None, None, Path("o"))
     shown = capsys.readouterr().out
     assert "8 of 541" in shown
-    assert "+25.0%" in shown
+    assert "+25.0 points" in shown
     assert json.loads(out.read_text())["rows"][0]["after"] == {"mean": 0.25, "low": 0.1, "high": 0.5, "n": 8}
 
 

@@ -79,8 +79,10 @@ def run(undisturbed: Path, tmp_path: Path, recipe: dict[str, Any], monkeypatch: 
 
 
 def keys(run_folder: Path, stage: str) -> list[str]:
+    """Of what a stage sampled, not of what it scored."""
     parts = sorted((run_folder / "round-1" / stage / "parts").glob("*.jsonl"))
-    return [json.loads(line)["key"] for part in parts for line in part.read_text().splitlines() if line.endswith("}")]
+    entries = (json.loads(line) for part in parts for line in part.read_text().splitlines() if line.endswith("}"))
+    return [entry["key"] for entry in entries if "scores" not in entry["data"]]
 
 
 def digests(run_folder: Path) -> dict[str, str]:

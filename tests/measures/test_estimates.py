@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from selfsteer.measures.estimates import crossed_estimate, mean_estimate
+from selfsteer.measures.estimates import SHARE, crossed_estimate, mean_estimate, paired_difference, share_estimate
+
+Z = 1.959964
+"""The 97.5% quantile of the normal distribution."""
 
 T = {1: 12.706, 2: 4.303, 10: 2.228, 30: 2.042}
 """97.5% quantiles of Student's t, from any table."""
@@ -69,3 +72,21 @@ def test_it_covers_what_it_says():
         assert found.high is not None
         hits += found.low <= 0 <= found.high
     assert 0.93 <= hits / 500 <= 0.99
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(1.0, 24 / (24 + Z**2), 1.0), (0.0, 0.0, Z**2 / (24 + Z**2))])
+def test_values_that_are_all_the_same_leave_room_for_others_as_shares_do(value: float, low: float, high: float):
+    """Wilson's interval of 24 of 24, or of none: the bootstrap, which only draws what is there, would say [1, 1]."""
+    found = mean_estimate([value] * 24, within=SHARE)
+    assert found == pytest.approx((value, low, high, 24))
+    assert found == pytest.approx(share_estimate(int(24 * value), 24))
+    assert mean_estimate([value] * 24) == (value, value, value, 24), "nothing is known of what has no bounds"
+
+
+def test_so_do_differences_of_shares():
+    """Each of 24 queries is won: as many as z^2 / (24 + z^2) others may go to the other side."""
+    won, lost = {str(n): 1.0 for n in range(24)}, {str(n): 0.0 for n in range(24)}
+    others = Z**2 / (24 + Z**2)
+    assert paired_difference(won, lost, shares=True) == pytest.approx((1.0, 1 - 2 * others, 1.0, 24))
+    assert paired_difference(won, won, shares=True) == pytest.approx((0.0, -others, others, 24))
+    assert paired_difference(won, {**lost, "0": 1.0}, shares=True) == paired_difference(won, {**lost, "0": 1.0})

@@ -140,7 +140,8 @@ def test_answers_that_keep_to_the_form_only_are_told_by_the_policy_told_to(gap: 
     found = metrics()
     found["rounds"][0]["answers"]["told"] = {"after": estimate(-1.37), "prompted": estimate(-0.81), "gap": gap}
     lines = verdict(found)
-    assert "      likely for the policy told to: -1.370 nats a token, its own answers -0.810" in lines
+    said = "    how likely the first policy, told to, finds them: -1.370 nats a token, its own answers -0.810"
+    assert said in lines
     assert any("answers unlike the policy's own when told to" in line for line in lines) == warned
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 from selfsteer.data.files import rows_with, told_by
 from selfsteer.engines.base import Sampling
 from selfsteer.evaluations.asking import Answer, Ask, Asked
-from selfsteer.measures.estimates import Estimate, mean_estimate
+from selfsteer.measures.estimates import SHARE, Estimate, mean_estimate
 from selfsteer.recipe.shipped import TEMPLATES
 from selfsteer.records import user_turn
 
@@ -135,7 +135,7 @@ def judge_answers(arena: ArenaHard, answers: Sequence[Answer], judge: Ask) -> Ar
         flips += (won - lost) * (won_again - lost_again) < 0
     by_prompt = _shares(points)
     return Arena(
-        win_rate=mean_estimate(list(by_prompt.values())),
+        win_rate=mean_estimate(list(by_prompt.values()), within=SHARE),
         by_prompt=by_prompt,
         prompts=len(arena.prompts),
         flips=flips,

@@ -18,7 +18,7 @@ from selfsteer.evaluations.alpaca_eval import gamed_of, read_baseline
 from selfsteer.evaluations.asking import Answer, Ask, Asked
 from selfsteer.evaluations.length_controlled import FOLDS, Gamed, Judged, length_controlled
 from selfsteer.evaluations.results import Figure, TaskResult
-from selfsteer.measures.estimates import Estimate, mean_estimate
+from selfsteer.measures.estimates import SHARE, Estimate, mean_estimate
 from selfsteer.measures.verdicts import Verdict, judge_report, points
 from selfsteer.records import Message, Pair, side, user_turn
 from selfsteer.store.durable import digest, file_digest
@@ -157,7 +157,7 @@ class Compared(NamedTuple):
     def figures(self, task: str, gamed: Gamed | None) -> list[Figure]:
         """Win rate, length-controlled win rate, ties and flips, as shares."""
         preferences = {str(place): each.preference for place, each in enumerate(self.judged) if each.preference is not None}
-        rate = _there(mean_estimate(list(preferences.values())), task)
+        rate = _there(mean_estimate(list(preferences.values()), within=SHARE), task)
         figures = [_figure(task, "win rate", rate, preferences)]
         if len(preferences) >= FOLDS:
             controlled = length_controlled(self.judged, gamed=gamed).length_controlled

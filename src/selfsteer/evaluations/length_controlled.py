@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selfsteer.measures.estimates import Estimate, mean_of
+from selfsteer.measures.estimates import SHARE, Estimate, mean_of
 
 Floats = NDArray[np.float64]
 Formula = Literal["length_controlled_v1", "length_controlled_minimal"]
@@ -146,7 +146,7 @@ def length_controlled(
     preferred = said[with_verdict]
     names = ("length", "difficulty", "model") if difficulty is not None else ("length", "model")
     return WinRate(
-        win_rate=mean_of(preferred),
+        win_rate=mean_of(preferred, within=SHARE),
         length_controlled=Estimate(float(predicted.mean()), *interval, len(preferred)),
         published_error=float(predicted.std(ddof=1)) / math.sqrt(len(predicted)),
         wins=int((preferred > 0.5).sum()),

@@ -140,7 +140,7 @@ def _rows(after: TaskResult, before: TaskResult | None) -> list[Row]:
 def _difference(after: Figure, before: Figure | None) -> Estimate | None:
     if before is None or before.by_item is None or after.by_item is None:
         return None
-    return paired_difference(after.by_item, before.by_item)
+    return paired_difference(after.by_item, before.by_item, shares=after.form == "share")
 
 
 def _value(figure: Figure) -> Estimate:

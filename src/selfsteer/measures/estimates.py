@@ -65,8 +65,16 @@ def distribution(**sides: ArrayLike) -> Distribution:
     return Distribution(edges=[float(edge) for edge in edges], counts=counts)
 
 
-def mean_estimate(values: ArrayLike) -> Estimate | None:
-    """The mean of `values`, shape (n,), with its interval; None of no values. ValueError when one is not finite."""
+SHARE = (0.0, 1.0)
+"""Within which a value lies that is 1, 0 or one half."""
+
+
+def mean_estimate(values: ArrayLike, *, within: tuple[float, float] | None = None) -> Estimate | None:
+    """The mean of `values`, shape (n,), with its interval; None of no values. ValueError when one is not finite.
+
+    within: the least and the largest that a value can be. Of values that are all the same the bootstrap knows of no others:
+    then as large a share of others as Wilson's interval allows of n hits in n is taken to lie at either end.
+    """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         return None
@@ -77,6 +85,9 @@ def mean_estimate(values: ArrayLike) -> Estimate | None:
     mean = float(array.mean())
     if array.size == 1:
         return Estimate(mean, None, None, 1)
+    if within is not None and (array == array[0]).all():
+        others = _Z**2 / (array.size + _Z**2)
+        return Estimate(mean, mean - others * (mean - within[0]), mean + others * (within[1] - mean), array.size)
     if array.size > BOOTSTRAP_ROWS:
         margin = _Z * float(array.std(ddof=1)) / math.sqrt(array.size)
         return Estimate(mean, mean - margin, mean + margin, array.size)
@@ -97,9 +108,9 @@ def share_estimate(hits: int, n: int) -> Estimate | None:
     return Estimate(share, low, high, n)
 
 
-def mean_of(values: ArrayLike) -> Estimate:
+def mean_of(values: ArrayLike, *, within: tuple[float, float] | None = None) -> Estimate:
     """`mean_estimate` of values of which there are some."""
-    found = mean_estimate(values)
+    found = mean_estimate(values, within=within)
     assert found is not None, "no values"
     return found
 
@@ -116,10 +127,13 @@ def known(found: Mapping[str, Estimate | None]) -> dict[str, Estimate]:
     return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
-def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> Estimate | None:
-    """The mean of a - b over the queries that both have, the bootstrap drawing queries; None when they share none."""
-    shared = [query for query in a if query in b]
-    return mean_estimate([a[query] - b[query] for query in shared])
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, shares: bool = False) -> Estimate | None:
+    """The mean of a - b over the queries that both have, the bootstrap drawing queries; None when they share none.
+
+    shares: all values are within `SHARE`.
+    """
+    differences = [a[query] - b[query] for query in a if query in b]
+    return mean_estimate(differences, within=(-1.0, 1.0) if shares else None)
 
 
 def crossed_estimate(seeds: Sequence[Mapping[str, float]]) -> Estimate | None:

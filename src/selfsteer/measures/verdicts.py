@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict, cast
 
-from selfsteer.measures.estimates import Estimate, known, mean_estimate, mean_of, paired_difference, share_estimate
+from selfsteer.measures.estimates import SHARE, Estimate, known, mean_estimate, mean_of, paired_difference, share_estimate
 from selfsteer.records import Pair
 
 Name = Literal["chosen", "rejected"]
@@ -129,14 +129,14 @@ def judge_report(verdicts: Iterable[Verdict]) -> JudgeReport:
     probabilities = [verdict.probability for verdict in judged if verdict.probability is not None]
     found: dict[str, Estimate | None] = {
         "judged": share_estimate(len(judged), len(every)),
-        "accuracy": mean_estimate([points(verdict) for verdict in judged]),
+        "accuracy": mean_estimate([points(verdict) for verdict in judged], within=SHARE),
         "ties": share_estimate(sum(verdict.preferred == "tie" for verdict in judged), len(judged)),
         "flips": share_estimate(sum(_flips(both) for both in orders), len(orders)),
-        "prefers_first": mean_estimate([_above_half(value) for value in firsts]),
+        "prefers_first": mean_estimate([_above_half(value) for value in firsts], within=SHARE),
         "longer_wins": share_estimate(sum(verdict.preferred == verdict.longer for verdict in decided), len(decided)),
         "chosen_longer": share_estimate(sum(verdict.longer == "chosen" for verdict in decided), len(decided)),
         "probability": mean_estimate(probabilities),
-        "averaged_accuracy": mean_estimate([_above_half(value) for value in probabilities]),
+        "averaged_accuracy": mean_estimate([_above_half(value) for value in probabilities], within=SHARE),
         "mass": mean_estimate(_present([verdict.mass for verdict in judged])),
         "margin": mean_estimate(_present([verdict.margin for verdict in judged])),
     }
@@ -158,11 +158,11 @@ def judged_comparison(verdicts: Iterable[Verdict], baseline: Iterable[Verdict]) 
         name: {verdict.query_id: points(verdict) for verdict in side if verdict.preferred is not None}
         for name, side in (("pairs", verdicts), ("baseline", baseline))
     }
-    difference = paired_difference(sides["pairs"], sides["baseline"])
+    difference = paired_difference(sides["pairs"], sides["baseline"], shares=True)
     if difference is None:
         return None
     shared = sorted(sides["pairs"].keys() & sides["baseline"].keys())
-    both = {name: mean_of([side[query] for query in shared]) for name, side in sides.items()}
+    both = {name: mean_of([side[query] for query in shared], within=SHARE) for name, side in sides.items()}
     return JudgedComparison(difference=difference, both=both)
 
 

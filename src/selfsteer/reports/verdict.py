@@ -149,7 +149,10 @@ def answer_lines(this: RoundMetrics) -> Iterator[str]:
     yield f"  change {_signed(change, share=True)} points: {said}"
     if "told" in found:
         told = cast("dict[str, Estimate]", found["told"])
-        yield f"    likely for the policy told to: {_mean(told['after'])} nats a token, its own answers {_mean(told['prompted'])}"
+        yield (
+            f"  how likely the first policy, told to, finds them: {_mean(told['after'])} nats a token, its own answers"
+            f" {_mean(told['prompted'])}"
+        )
 
 
 def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[str, str, str, str]]:

@@ -156,18 +156,20 @@ def _why_not(row: Mapping[str, Any], which: Which) -> str | None:
 
 
 def _shares(rows: list[dict[str, Any]], holds: Callable[[Mapping[str, Any], Which], bool]) -> ComparedAnswers:
-    return _compared(rows, holds, lambda values: share_estimate(int(sum(values)), len(values)))
+    return _compared(rows, holds, lambda values: share_estimate(int(sum(values)), len(values)), shares=True)
 
 
 def _compared(
     rows: list[dict[str, Any]],
     value: Callable[[Mapping[str, Any], Which], float],
     estimate: Callable[[list[float]], Estimate | None],
+    *,
+    shares: bool = False,
 ) -> ComparedAnswers:
     values = {which: {row["query_id"]: float(value(row, which)) for row in rows} for which in WHICH}
     found = {
         **{which: estimate(list(each.values())) for which, each in values.items()},
-        "change": paired_difference(values["after"], values["before"]),
-        "gap": paired_difference(values["prompted"], values["after"]),
+        "change": paired_difference(values["after"], values["before"], shares=shares),
+        "gap": paired_difference(values["prompted"], values["after"], shares=shares),
     }
     return cast(ComparedAnswers, known(found))
