@@ -559,14 +559,24 @@ def test_they_come_from_the_recipe():
 
 
 def test_a_template_that_has_the_model_think_is_refused():
-    for template in (ALWAYS, UNLESS_TOLD):
-        with pytest.raises(
-            ValueError, match=r"think before it answers.*policy\.template_arguments=\{enable_thinking: false\}"
-        ):
-            Prompts(tokenizer(template)).direct()
+    with pytest.raises(ValueError, match=r"think before it answers.*policy\.template_arguments=\{enable_thinking: false\}"):
+        Prompts(tokenizer(UNLESS_TOLD)).direct()
     assert Prompts(tokenizer(UNLESS_TOLD), arguments={"enable_thinking": False}).direct()
     assert Prompts(tokenizer(UNLESS_TOLD), arguments={"enable_thinking": True}).direct(), "said is said"
     assert Prompts(tokenizer()).direct()
+
+
+def test_the_way_out_is_one_that_leads_out():
+    """An argument that the template heeds; of one that heeds none, as that of the distilled R1, another template."""
+    with pytest.raises(ValueError, match=r"ends in '.*<think>.*It heeds no argument.*policy\.chat_template") as refused:
+        Prompts(tokenizer(ALWAYS)).direct()
+    assert "template_arguments" not in str(refused.value)
+    for switch in ("enable_thinking", "thinking"):
+        opens = ALWAYS.replace("<think>\n", f"{{% if {switch} is not defined or {switch} %}}<think>\n{{% endif %}}")
+        assert opens != ALWAYS
+        with pytest.raises(ValueError, match=rf"Set policy\.template_arguments={{{switch}: false}}"):
+            Prompts(tokenizer(opens)).direct()
+        assert Prompts(tokenizer(opens), arguments={switch: False}).direct()
 
 
 @pytest.mark.parametrize(

@@ -440,20 +440,33 @@ class Prompts:
         """
         asked = (Message(role="user", content=_MARKER),)
         header = self._render(asked).rpartition(_MARKER)[2]
-        way_out = (
-            "Set policy.template_arguments={enable_thinking: false}, or name a template without it (policy.chat_template)"
-        )
-        begun = [found.end() for found in _THOUGHT_BEGINS.finditer(header)]
-        if begun and THOUGHT_ENDS.search(header, begun[-1]) is None:
-            raise ValueError(
-                f"the chat template has the model think before it answers (a prompt ends in {header!r}). {way_out}"
-            )
+        if _opens_thought(header):
+            thinks = f"the chat template has the model think before it answers (a prompt ends in {header!r})"
+            raise ValueError(f"{thinks}. {self._not_to_think()}")
         switch = "enable_thinking"
         if switch in self.arguments:
             return self
         if self._rendered(asked, {**self._given, switch: False}) != self._render(asked):
-            raise ValueError(f"the chat template lets the model think before it answers unless it is told not to. {way_out}")
+            raise ValueError(
+                "the chat template lets the model think before it answers unless it is told not to. Set"
+                f" policy.template_arguments={{{switch}: false}}, or name a template without it (policy.chat_template)"
+            )
         return self
+
+    def _not_to_think(self) -> str:
+        """What keeps this template from opening a thought: an argument that it heeds, else only another template."""
+        asked = (Message(role="user", content=_MARKER),)
+        for switch in ("enable_thinking", "thinking"):
+            with suppress(TemplateError):
+                if not _opens_thought(self._rendered(asked, {**self._given, switch: False}).rpartition(_MARKER)[2]):
+                    return (
+                        f"Set policy.template_arguments={{{switch}: false}}, or name a template without it"
+                        " (policy.chat_template)"
+                    )
+        return (
+            "It heeds no argument against that: write a copy of the template that ends at the header of the answer, and name"
+            " it with policy.chat_template: FILE.jinja"
+        )
 
     def _written(self) -> Iterator[str]:
         """A few conversations as the template writes them, each with the header of an answer behind it."""
@@ -502,6 +515,12 @@ class Prompts:
             return "system"
         log.warning("the chat template knows no system role: principles go before the user's first turn")
         return "user"
+
+
+def _opens_thought(header: str) -> bool:
+    """Whether what a prompt ends in begins a thought and does not end it."""
+    begun = [found.end() for found in _THOUGHT_BEGINS.finditer(header)]
+    return bool(begun) and THOUGHT_ENDS.search(header, begun[-1]) is None
 
 
 _TAG = re.compile(r"<\|[^<>|\s]+\|>|<</?\w+>>|</?\w+>|\[/?\w+\]")
