@@ -1,5 +1,6 @@
 """x, x+ and x- as the exact text that a model sees, with and without a system role; what users type is never a command."""
 
+import signal
 from datetime import date
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from selfsteer import prompts
 from selfsteer.prompts import Prompts, assistant_turn, behind_thought
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Message
@@ -564,6 +566,15 @@ def test_a_template_that_has_the_model_think_is_refused():
     assert Prompts(tokenizer(UNLESS_TOLD), arguments={"enable_thinking": False}).direct()
     assert Prompts(tokenizer(UNLESS_TOLD), arguments={"enable_thinking": True}).direct(), "said is said"
     assert Prompts(tokenizer()).direct()
+
+
+def test_a_template_without_an_end_is_told(monkeypatch: pytest.MonkeyPatch):
+    """Loops within loops, of as many turns as jinja2's sandbox allows each: a quarter of an hour."""
+    monkeypatch.setattr(prompts, "_SECONDS", 0.2)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"writes for more than .* at one conversation; mend it"):
+        Prompts(tokenizer(loops))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_the_way_out_is_one_that_leads_out():

@@ -11,8 +11,10 @@ is dropped, and of a text made elsewhere what stands behind the thought is taken
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from functools import cached_property
 from string import ascii_letters
@@ -81,10 +83,46 @@ def _dated(template: str, day: date) -> str:
 _IN_TEMPLATES = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
-def _applied(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], *, header: bool, **given: Any) -> str:
-    """The conversation as the chat template writes it. Raises jinja2's TemplateError where it does not."""
+_SECONDS = 20.0
+"""What a template may take for one conversation; those of models take milliseconds."""
+
+
+class _TooLong(Exception):
+    """The time of a template is over."""
+
+
+@contextmanager
+def _in_time() -> Generator[None]:
+    """Raises _TooLong in the block after `_SECONDS`; in the main thread alone, which hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
     try:
-        written = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], *, header: bool, **given: Any) -> str:
+    """The conversation as the chat template writes it. Raises jinja2's TemplateError where it does not.
+
+    Raises ValueError where the template takes longer than any would that ends.
+    """
+    try:
+        with _in_time():
+            written = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
+    except _TooLong:
+        raise ValueError(
+            f"the chat template writes for more than {_SECONDS:.0f} seconds at one conversation; mend it (loops within"
+            " loops?), or name another with policy.chat_template: FILE.jinja"
+        ) from None
     except _IN_TEMPLATES as error:
         raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
     return cast(str, written)
