@@ -189,6 +189,18 @@ def test_no_chat_template(refused: Callable[..., str], tiny_folder: str, tmp_pat
     assert nothing_made(tmp_path / "run")
 
 
+def test_a_generation_configuration_that_asks_for_more_is_told(
+    command: Callable[..., Any], recipe_of: RecipeOf, tiny_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Once, when the run begins; the run goes on."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.1}))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(tmp_path / "run", {"policy.model": str(folder)})))
+    assert command("run", str(tmp_path / "recipe.yaml")).status == 0
+    assert caplog.text.count("asks for repetition_penalty=1.1, which is left out") == 1
+
+
 def test_a_chat_template_with_a_mistake(refused: Callable[..., str], tmp_path: Path):
     (tmp_path / "own.jinja").write_text("{% for message in messages %}{{ message['content'] }}")
     message = refused({"policy.chat_template": str(tmp_path / "own.jinja")})

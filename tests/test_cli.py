@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 import selfsteer
+from selfsteer import __main__ as entry
 from selfsteer import cli, runtime
 from selfsteer.data.exchange import Exported
 from selfsteer.measures.estimates import Estimate
@@ -474,3 +475,15 @@ def test_every_command_shows_an_example(monkeypatch, capsys):
         assert examples or f"selfsteer {name}" in shown, name
         for arguments in examples:
             found.make_context(name, arguments)
+
+
+def test_an_interrupt_while_the_command_is_loaded_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "stopped by SIGINT before anything began\n")

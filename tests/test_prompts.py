@@ -1,5 +1,6 @@
 """x, x+ and x- as the exact text that a model sees, with and without a system role; what users type is never a command."""
 
+import signal
 from datetime import date
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from selfsteer import prompts
 from selfsteer.prompts import Prompts, assistant_turn, behind_thought
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Message
@@ -559,14 +561,33 @@ def test_they_come_from_the_recipe():
 
 
 def test_a_template_that_has_the_model_think_is_refused():
-    for template in (ALWAYS, UNLESS_TOLD):
-        with pytest.raises(
-            ValueError, match=r"think before it answers.*policy\.template_arguments=\{enable_thinking: false\}"
-        ):
-            Prompts(tokenizer(template)).direct()
+    with pytest.raises(ValueError, match=r"think before it answers.*policy\.template_arguments=\{enable_thinking: false\}"):
+        Prompts(tokenizer(UNLESS_TOLD)).direct()
     assert Prompts(tokenizer(UNLESS_TOLD), arguments={"enable_thinking": False}).direct()
     assert Prompts(tokenizer(UNLESS_TOLD), arguments={"enable_thinking": True}).direct(), "said is said"
     assert Prompts(tokenizer()).direct()
+
+
+def test_a_template_without_an_end_is_told(monkeypatch: pytest.MonkeyPatch):
+    """Loops within loops, of as many turns as jinja2's sandbox allows each: a quarter of an hour."""
+    monkeypatch.setattr(prompts, "_SECONDS", 0.2)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"writes for more than .* at one conversation; mend it"):
+        Prompts(tokenizer(loops))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_the_way_out_is_one_that_leads_out():
+    """An argument that the template heeds; of one that heeds none, as that of the distilled R1, another template."""
+    with pytest.raises(ValueError, match=r"ends in '.*<think>.*It heeds no argument.*policy\.chat_template") as refused:
+        Prompts(tokenizer(ALWAYS)).direct()
+    assert "template_arguments" not in str(refused.value)
+    for switch in ("enable_thinking", "thinking"):
+        opens = ALWAYS.replace("<think>\n", f"{{% if {switch} is not defined or {switch} %}}<think>\n{{% endif %}}")
+        assert opens != ALWAYS
+        with pytest.raises(ValueError, match=rf"Set policy\.template_arguments={{{switch}: false}}"):
+            Prompts(tokenizer(opens)).direct()
+        assert Prompts(tokenizer(opens), arguments={switch: False}).direct()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_adapter, tiny_model, tiny_tokenizer
+from tiny import other_model_dir, tiny_adapter, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AddedToken, AutoConfig, AutoTokenizer, GPT2Config
 
@@ -100,6 +100,28 @@ def test_weights_under_other_names(change: Callable[[dict[str, Tensor]], dict[st
     reweigh(folder, change)
     with pytest.raises(ValueError, match=why):
         use(folder)
+
+
+LEFTOVERS = {
+    "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64).tril().bool(),
+    "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    "transformer.h.0.attn.attention.masked_bias": torch.tensor(-1e9),
+    "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64).tril(),
+    "transformer.h.0.attn.causal_mask": torch.ones(1, 1, 64, 64).tril(),
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    "model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 64, 8),
+    "transformer.position_ids": torch.arange(64)[None],
+}
+
+
+def test_constants_that_older_versions_kept_are_no_weights(tmp_path: Path):
+    """Every old file of GPT-2 has its causal masks, some old Llama its frequencies."""
+    folder = Path(other_model_dir(tmp_path / "gpt2", "gpt2"))
+    reweigh(folder, lambda weights: weights | LEFTOVERS)
+    load_model(str(folder), dtype=torch.float32)
+    reweigh(folder, lambda weights: weights | {"transformer.h.0.attn.weight": torch.ones(32, 32)})
+    with pytest.raises(ValueError, match=r"\. 1 not of this model: transformer\.h\.0\.attn\.weight\. Save"):
+        load_model(str(folder), dtype=torch.float32)
 
 
 def test_a_head_that_is_missing(folder: Path):

@@ -389,6 +389,26 @@ def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset([*several, *([] if own is None else [own])])
 
 
+_OTHER_SAMPLING = (
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "stop_strings"),
+    *("min_length", "min_new_tokens", "num_beams", "penalty_alpha", "guidance_scale", "watermarking_config"),
+)
+"""What a generation configuration may ask for that is no matter of temperature, top-p and length, which a recipe says."""
+
+
+def tell_of_other_sampling(path: str) -> None:
+    """Say what a model folder's generation configuration asks for and engines here leave out."""
+    file = Path(path) / "generation_config.json"
+    asked = read_object(file) if file.is_file() else {}
+    nothing: tuple[object, ...] = (None, 0, 1, [], {})  # no beams, no penalty
+    if found := {name: asked[name] for name in _OTHER_SAMPLING if asked.get(name) not in nothing}:
+        log.warning(
+            "%s asks for %s, which is left out: responses are sampled as the recipe says, by temperature and top_p alone",
+            *(file, ", ".join(f"{name}={value!r:.40}" for name, value in found.items())),
+        )
+
+
 @part("load")
 def load_model(
     path: str,
@@ -407,7 +427,8 @@ def load_model(
     _trim()  # of the model before
     stored = check_files(Path(path))
     configuration = load_configuration(path, trust_remote_code=trust_remote_code)
-    with _in_words(path, "the model can't be loaded", "Compare config.json with the one that belongs to these weights."):
+    compare = "Compare config.json and generation_config.json with those that belong to these weights."
+    with _in_words(path, "the model can't be loaded", compare):
         if not configuration.to_dict().get("quantization_config"):
             _refuse_larger(kind, configuration, stored, trust_remote_code=trust_remote_code)
         model, information = kind.from_pretrained(
@@ -423,7 +444,6 @@ def load_model(
     check_fit(path, information)
     _refuse_untied(path, model)
     model = model.to(device).eval()
-    compare = "Compare config.json with the one that belongs to these weights."
     causal = kind is AutoModelForCausalLM
     probe = torch.tensor([[0, 0], [0, 1]] if causal else [[0]], device=model.device)
     with _in_words(path, "the model can't be used", compare), torch.no_grad():

@@ -11,8 +11,10 @@ is dropped, and of a text made elsewhere what stands behind the thought is taken
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from functools import cached_property
 from string import ascii_letters
@@ -81,10 +83,46 @@ def _dated(template: str, day: date) -> str:
 _IN_TEMPLATES = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
-def _applied(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], *, header: bool, **given: Any) -> str:
-    """The conversation as the chat template writes it. Raises jinja2's TemplateError where it does not."""
+_SECONDS = 20.0
+"""What a template may take for one conversation; those of models take milliseconds."""
+
+
+class _TooLong(Exception):
+    """The time of a template is over."""
+
+
+@contextmanager
+def _in_time() -> Generator[None]:
+    """Raises _TooLong in the block after `_SECONDS`; in the main thread alone, which hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
     try:
-        written = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], *, header: bool, **given: Any) -> str:
+    """The conversation as the chat template writes it. Raises jinja2's TemplateError where it does not.
+
+    Raises ValueError where the template takes longer than any would that ends.
+    """
+    try:
+        with _in_time():
+            written = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header, **given)
+    except _TooLong:
+        raise ValueError(
+            f"the chat template writes for more than {_SECONDS:.0f} seconds at one conversation; mend it (loops within"
+            " loops?), or name another with policy.chat_template: FILE.jinja"
+        ) from None
     except _IN_TEMPLATES as error:
         raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
     return cast(str, written)
@@ -440,20 +478,33 @@ class Prompts:
         """
         asked = (Message(role="user", content=_MARKER),)
         header = self._render(asked).rpartition(_MARKER)[2]
-        way_out = (
-            "Set policy.template_arguments={enable_thinking: false}, or name a template without it (policy.chat_template)"
-        )
-        begun = [found.end() for found in _THOUGHT_BEGINS.finditer(header)]
-        if begun and THOUGHT_ENDS.search(header, begun[-1]) is None:
-            raise ValueError(
-                f"the chat template has the model think before it answers (a prompt ends in {header!r}). {way_out}"
-            )
+        if _opens_thought(header):
+            thinks = f"the chat template has the model think before it answers (a prompt ends in {header!r})"
+            raise ValueError(f"{thinks}. {self._not_to_think()}")
         switch = "enable_thinking"
         if switch in self.arguments:
             return self
         if self._rendered(asked, {**self._given, switch: False}) != self._render(asked):
-            raise ValueError(f"the chat template lets the model think before it answers unless it is told not to. {way_out}")
+            raise ValueError(
+                "the chat template lets the model think before it answers unless it is told not to. Set"
+                f" policy.template_arguments={{{switch}: false}}, or name a template without it (policy.chat_template)"
+            )
         return self
+
+    def _not_to_think(self) -> str:
+        """What keeps this template from opening a thought: an argument that it heeds, else only another template."""
+        asked = (Message(role="user", content=_MARKER),)
+        for switch in ("enable_thinking", "thinking"):
+            with suppress(TemplateError):
+                if not _opens_thought(self._rendered(asked, {**self._given, switch: False}).rpartition(_MARKER)[2]):
+                    return (
+                        f"Set policy.template_arguments={{{switch}: false}}, or name a template without it"
+                        " (policy.chat_template)"
+                    )
+        return (
+            "It heeds no argument against that: write a copy of the template that ends at the header of the answer, and name"
+            " it with policy.chat_template: FILE.jinja"
+        )
 
     def _written(self) -> Iterator[str]:
         """A few conversations as the template writes them, each with the header of an answer behind it."""
@@ -502,6 +553,12 @@ class Prompts:
             return "system"
         log.warning("the chat template knows no system role: principles go before the user's first turn")
         return "user"
+
+
+def _opens_thought(header: str) -> bool:
+    """Whether what a prompt ends in begins a thought and does not end it."""
+    begun = [found.end() for found in _THOUGHT_BEGINS.finditer(header)]
+    return bool(begun) and THOUGHT_ENDS.search(header, begun[-1]) is None
 
 
 _TAG = re.compile(r"<\|[^<>|\s]+\|>|<</?\w+>>|</?\w+>|\[/?\w+\]")

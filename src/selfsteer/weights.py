@@ -5,6 +5,7 @@ shape is refused with its name. Headers only: the weights themselves are not rea
 """
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -53,15 +54,25 @@ def refuse_pointer(file: Path) -> None:
             raise ValueError(f"{file}: only a Git LFS pointer to the file; fetch the file itself (git lfs pull)")
 
 
+_LEFTOVERS = re.compile(
+    r"\.(?:(?:attn|attention)\.(?:bias|masked_bias|causal_mask)|rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|position_ids)$"
+)
+"""Names of constants that earlier versions of transformers kept beside the weights (old files of GPT-2 have causal masks).
+
+A model makes them from its configuration. A layer of such a name would have a weight as well, which is told.
+"""
+
+
 def check_fit(path: str, information: Mapping[str, Any], *, said_by: str = "config.json") -> None:
     """What transformers tells about loading: raises ValueError with the names that do not fit what `said_by` says."""
     shapes = [
         f"{name} ({_shape(file)} in the file, {_shape(said)} by {said_by})"
         for name, file, said in cast("Collection[tuple[str, Any, Any]]", information["mismatched_keys"])
     ]
+    unexpected = [name for name in cast("Collection[str]", information["unexpected_keys"]) if not _LEFTOVERS.search(name)]
     found = [
         _named("missing", cast("Collection[str]", information["missing_keys"])),
-        _named("not of this model", cast("Collection[str]", information["unexpected_keys"])),
+        _named("not of this model", unexpected),
         _named("of another shape", shapes),
     ]
     if any(found):

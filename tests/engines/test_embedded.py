@@ -15,6 +15,7 @@ from selfsteer.engines import decoding
 from selfsteer.engines import embedded as engine_module
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.embedded import TransformersEngine, why_not_slots
+from selfsteer.models import tell_of_other_sampling
 from selfsteer.records import Adapter
 
 LENGTHS = (3, 40, 1, 17, 5, 29, 2, 11, 33, 8)
@@ -124,6 +125,38 @@ def test_end_tokens_come_from_the_generation_configuration_the_tokenizer_and_its
     tokenizer.save_pretrained(folder)
     with TransformersEngine(folder, batch_size=1, dtype=torch.float32) as engine:
         assert engine._vocabulary.ends == {7, 9, PAD_ID, END_ID}
+
+
+OTHER_SAMPLING: dict[str, object] = {
+    "repetition_penalty": 1.5,
+    "num_beams": 4,
+    "min_new_tokens": 15,
+    "stop_strings": ["a", "e"],
+    "forced_bos_token_id": 7,
+    "suppress_tokens": list(range(8, 300)),
+    "bad_words_ids": [[token] for token in range(3, 300)],
+}
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_a_model_s_own_sampling_is_left_out_and_told(
+    slots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Each entry would change what is said; the tokens are those of the folder without them, and the entries are named."""
+    if not slots:
+        monkeypatch.setattr(engine_module, "why_not_slots", lambda *_: "a test")
+    folder = tiny_model_dir(tmp_path)
+    requests = ragged_requests(NUCLEUS)
+    plain = answers(folder, requests, batch_size=4)
+    caplog.clear()
+    tell_of_other_sampling(folder)
+    assert not caplog.records
+    GenerationConfig(eos_token_id=END_ID, pad_token_id=PAD_ID, do_sample=True, **OTHER_SAMPLING).save_pretrained(folder)
+    assert answers(folder, requests, batch_size=4) == plain
+    caplog.clear()
+    tell_of_other_sampling(folder)
+    (record,) = caplog.records
+    assert all(f"{name}=" in record.getMessage() for name in OTHER_SAMPLING)
 
 
 @pytest.mark.parametrize("slots", [True, False])

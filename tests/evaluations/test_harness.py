@@ -81,7 +81,8 @@ def test_ifeval_by_hand(tmp_path: Path):
         (({"role": "user", "content": "Say hello."},), 0.0, 1280)
     ]
     assert (found.items, found.of, found.fewshot) == (3, 3, 0)
-    (note,) = found.notes
+    note, short = found.notes
+    assert short == "the files hold 3 items; 541 are published"
     assert note.startswith("sentences: Punkt of nltk")
     assert "; 2 checks" in note, "sentences and capital words"
     instructions = next(figure for figure in found.figures if figure.metric == "inst_level_strict_acc")
@@ -144,7 +145,9 @@ def test_mmlu_compares_the_letters(tmp_path: Path):
     """Two questions, right are B and D; the scores prefer B and A."""
     (tmp_path / "mmlu").mkdir()
     with zipfile.ZipFile(tmp_path / "mmlu" / "mmlu.zip", "w") as archive:
-        archive.writestr("data/test/anatomy_test.csv", '"Which, of these?",a,b,c,d,B\nAnd now?,e,f,g,h,D\n')
+        # A byte order mark, and what macOS puts beside a file, are no part of it.
+        archive.writestr("data/test/anatomy_test.csv", '\ufeff"Which, of these?",a,b,c,d,B\r\nAnd now?,e,f,g,h,D\r\n')
+        archive.writestr("__MACOSX/data/test/._anatomy_test.csv", b"\x00\x05\x16\x07\xff")
         archive.writestr("data/dev/anatomy_dev.csv", "Before?,a,b,c,d,A\n")
     seen: list[Choices] = []
 
@@ -159,6 +162,76 @@ def test_mmlu_compares_the_letters(tmp_path: Path):
     assert seen[0].messages[-1]["content"] == "Which, of these?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
     with pytest.raises(ValueError, match="mmlu_anatomy compares the log-probabilities"):
         Harness(settings, tmp_path / "out", scores=False)
+
+
+MATH = [{"problem": "1 + 1?", "solution": "It is \\boxed{2}.", "answer": "2"}]
+ROWS = {
+    "ifeval": ("ifeval/input_data.jsonl", IFEVAL),
+    "gsm8k_cot": ("gsm8k/test.jsonl", GSM8K),
+    "hendrycks_math500": ("math500/test.jsonl", MATH),
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "why"),
+    [
+        ("ifeval", {"prompt": " "}, r"item 1 has no text in 'prompt'"),
+        ("ifeval", {"instruction_id_list": [], "kwargs": []}, "item 1 has no instructions"),
+        ("ifeval", {"kwargs": [{}, {}]}, "item 1 has no instructions, each with its kwargs"),
+        ("ifeval", {"kwargs": [None]}, "item 1 has kwargs that are no object"),
+        ("ifeval", {"instruction_id_list": ["no:such"]}, r"item 1 of ifeval .*\(KeyError: 'no:such'\); fetch it again"),
+        ("ifeval", {"kwargs": [{"zz": 1}]}, "item 1 of ifeval .*unexpected keyword argument 'zz'"),
+        ("gsm8k_cot", {"question": None}, "item 1 has no text in 'question' but None"),
+        ("gsm8k_cot", {"answer": ""}, "item 1 has no text in 'answer' but ''"),
+        ("gsm8k_cot", {"answer": "Two."}, "item 1 has an answer without '#### number'"),
+        ("hendrycks_math500", {"answer": 2}, "item 1 has no text in 'answer' but 2"),
+        ("hendrycks_math500", {"solution": "It is 2."}, r"item 1 has a solution without \\boxed"),
+    ],
+)
+def test_an_item_that_can_t_be_asked_or_scored_is_named(task: str, changes: dict[str, object], why: str, tmp_path: Path):
+    """An empty answer would be right, an unknown check end in a traceback when all answers have been paid for."""
+    file, rows = ROWS[task]
+    folder, _, name = file.partition("/")
+    write(tmp_path, folder, name, [rows[0] | changes, *rows[1:]])
+    with pytest.raises(ValueError, match=why):
+        Harness(EvaluationSection(tasks=[task], data=str(tmp_path)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("task", sorted(ROWS))
+def test_an_item_that_is_there_twice_is_refused(task: str, tmp_path: Path):
+    file, rows = ROWS[task]
+    folder, _, name = file.partition("/")
+    write(tmp_path, folder, name, [*rows, rows[0]])
+    with pytest.raises(ValueError, match=rf"{name}: items 1 and {len(rows) + 1} are the same"):
+        Harness(EvaluationSection(tasks=[task], data=str(tmp_path)), tmp_path / "out")
+
+
+QUESTION = "Which?,a,b,c,d,B\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        (
+            {"data/test/anatomy_test.csv": "Which?,a,b,c,d,\n"},
+            r"mmlu\.zip: data/test/anatomy_test\.csv: row 1 is not question",
+        ),
+        ({"data/test/anatomy_test.csv": "Which?,a,b,c,d,BC\n"}, "row 1 is not question, four choices and a letter"),
+        ({"data/test/anatomy_test.csv": ",a,b,c,d,B\n"}, "row 1 is not question, four choices and a letter"),
+        ({"data/test/anatomy_test.csv": ""}, r"has no questions of test/anatomy_test\.csv"),
+        ({"data/dev/anatomy_dev.csv": QUESTION}, r"has no questions of test/anatomy_test\.csv"),
+        ({"a/anatomy_test.csv": QUESTION, "b/anatomy_test.csv": QUESTION}, r"anatomy_test\.csv is there twice"),
+        ({"data/test/virology_test.csv": QUESTION}, "the items of mmlu_anatomy in .* can't be read.*fetch it again"),
+    ],
+    ids=["no letter", "two letters", "no question", "empty", "missing", "twice", "no such subject"],
+)
+def test_damaged_archives_of_mmlu_are_named(files: dict[str, str], why: str, tmp_path: Path):
+    (tmp_path / "mmlu").mkdir()
+    with zipfile.ZipFile(tmp_path / "mmlu" / "mmlu.zip", "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    with pytest.raises(ValueError, match=why):
+        Harness(EvaluationSection(tasks=["mmlu_anatomy"], data=str(tmp_path)), tmp_path / "out")
 
 
 def test_what_is_refused_at_the_start(tmp_path: Path):

@@ -3,8 +3,11 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +19,19 @@ from hypothesis import strategies as st
 
 from selfsteer.clock import Spent, Taken, count, part
 from selfsteer.records import Dropped
+from selfsteer.store import folder
 from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder
-from selfsteer.store.folder import SCHEMA_VERSION, Contents, Origin, RunFolder, RunFolderBusy, Stage, StageDamaged, elapsed
+from selfsteer.store.folder import (
+    SCHEMA_VERSION,
+    Contents,
+    Origin,
+    RunFolder,
+    RunFolderBusy,
+    RunFolderGone,
+    Stage,
+    StageDamaged,
+    elapsed,
+)
 from selfsteer.store.journal import Journal
 
 ORIGIN = Origin(settings={"temperature": 0.7}, inputs={"queries": "ab" * 32})
@@ -703,3 +717,49 @@ def test_what_a_stage_took_is_in_its_manifest(tmp_path: Path):
         sealed = stage.seal(ORIGIN, Contents(wanted=1, rows=rows(1)), taken=lambda: taken)
         assert stage.verify() == sealed
     assert (sealed.parts, sealed.memory, sealed.cleaned, sealed.seconds) == ({"sample": [3.0, 50]}, {}, [], 7.0)
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted", "replaced"])
+def test_a_folder_that_goes_away_under_its_owner_is_told(how: str, tmp_path: Path):
+    """Where the next stage begins, and whatever fails in between; nothing is begun in its place."""
+
+    def take_away() -> None:
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        if how == "deleted":
+            shutil.rmtree(tmp_path / "elsewhere")
+        if how == "replaced":
+            shutil.copytree(tmp_path / "elsewhere", tmp_path / "run")
+
+    def next_stage() -> None:
+        with RunFolder(tmp_path / "run") as run:
+            run.stage(1, "1-principles")
+            take_away()
+            run.stage(1, "2-responses")
+
+    def within_a_stage() -> None:
+        with RunFolder(tmp_path / "run") as run, elapsed(run.stage(1, "1-principles").path):
+            take_away()
+            raise OSError("some file is not there")
+
+    for work in (next_stage, within_a_stage):
+        with pytest.raises(RunFolderGone, match="moved, deleted or replaced while"):
+            work()
+        assert not (tmp_path / "run" / "round-1" / "2-responses").exists()
+        for left in ("elsewhere", "run"):
+            shutil.rmtree(tmp_path / left, ignore_errors=True)
+
+
+def test_the_clock_s_thread_says_nothing_of_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It would be a traceback; whoever works in the folder says it."""
+    said: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    monkeypatch.setattr(folder, "_EVERY_SECONDS", 0.01)
+
+    def work() -> None:
+        with elapsed(tmp_path):
+            shutil.rmtree(tmp_path)
+            time.sleep(0.2)
+
+    with pytest.raises(FileNotFoundError):
+        work()
+    assert said == []

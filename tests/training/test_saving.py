@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from selfsteer import runtime
 from selfsteer.models import EXACT, load_model
 from selfsteer.recipe.sections import Lora, Policy, Training
-from selfsteer.training import checkpoints
+from selfsteer.records import Saving
+from selfsteer.training import checkpoints, export
 from selfsteer.training.export import Delivery, deliver
 from selfsteer.training.scoring import open_scorer, score
 from selfsteer.training.train import TrainingJob, train
@@ -173,6 +174,27 @@ def test_the_policy_s_own_dtype_is_kept_where_it_holds_the_update(bfloat16: Path
     assert saving["delivered"] != saving["trained"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "merged", "ways"),
+    [
+        ("bfloat16", False, "Raise the learning rate, or set training.save_dtype: float32"),
+        (
+            "bfloat16",
+            True,
+            "Raise the learning rate, or set training.save_dtype: float32, or use the adapter as it was trained",
+        ),
+        ("float32", True, "Raise the learning rate, or use the adapter as it was trained"),
+    ],
+)
+def test_the_advice_is_what_was_not_done(dtype: str, merged: bool, ways: str, caplog: pytest.LogCaptureFixture):
+    """An adapter merged after a step of 5e-7: float32 can lose it as well, and is then no way out."""
+    saving = Saving(dtype=dtype, trained=3e-5, delivered=1e-5, rounded=None)
+    export._tell(saving, torch.bfloat16, merged=merged)
+    assert caplog.messages == [
+        f"update lost in saving: the margin is 3e-05 in training and 1e-05 in the model as it is delivered ({dtype}). {ways}"
+    ]
+
+
 def test_what_was_asked_for_is_kept_and_the_loss_is_told(bfloat16: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     job = replace(job_of(bfloat16, tmp_path, save_dtype="policy"), learning_rate=5e-7, epochs=5)
     with caplog.at_level(logging.WARNING, "selfsteer"):
@@ -181,7 +203,7 @@ def test_what_was_asked_for_is_kept_and_the_loss_is_told(bfloat16: Path, tmp_pat
     assert saving is not None
     assert saving["dtype"] == "bfloat16"
     assert margin(job, result.model) == pytest.approx(saving["delivered"], abs=1e-6)
-    said = f"margin is {saving['trained']:.3f} in training and {saving['delivered']:.3f} in the model as it is delivered"
+    said = f"margin is {saving['trained']:.3g} in training and {saving['delivered']:.3g} in the model as it is delivered"
     assert "update lost in saving" in caplog.text
     assert said in caplog.text
     always = job.training.model_copy(update={"save_dtype": "float32"})

@@ -23,7 +23,16 @@ from selfsteer.engines.serving import (
     find_vllm,
     vllm_command,
 )
-from selfsteer.models import end_ids, is_exact, load_configuration, pick_device, sampling_dtype, tokenizer_of, untrained_ids
+from selfsteer.models import (
+    end_ids,
+    is_exact,
+    load_configuration,
+    pick_device,
+    sampling_dtype,
+    tell_of_other_sampling,
+    tokenizer_of,
+    untrained_ids,
+)
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import (
     EngineSection,
@@ -92,8 +101,13 @@ def _ends(model: Checkpoint, prompts: Prompts) -> frozenset[int]:
 
 
 def check_engines(recipe: Recipe, policy: Checkpoint, prompts: Prompts) -> None:
-    """Raise ValueError when an engine of the recipe lacks something that can be seen before it is started."""
+    """Raise ValueError when an engine of the recipe lacks something that can be seen before it is started.
+
+    What the policy would have engines do beside what the recipe says is told.
+    """
     principles = recipe.principles.engine
+    if not runs_already(recipe.engine):
+        tell_of_other_sampling(policy.path)
     _check_room(recipe.engine, prompts, ("responses.max_new_tokens", recipe.responses.max_new_tokens))
     if recipe.principles.source == "generate":
         _check_room(principles or recipe.engine, prompts, ("principles.max_new_tokens", recipe.principles.max_new_tokens))

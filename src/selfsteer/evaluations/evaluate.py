@@ -21,7 +21,7 @@ from selfsteer.engines.sampling import Sampler, kept_open, request, sample, seed
 from selfsteer.evaluations.asking import Answer, Ask, Asked, Choices, Score
 from selfsteer.evaluations.judged import JUDGED, JudgedTask, Verdicts
 from selfsteer.evaluations.results import Evaluation, TaskResult
-from selfsteer.models import end_ids, positions_of, resolve
+from selfsteer.models import end_ids, positions_of, resolve, tell_of_other_sampling
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import DTypeName, EngineSection, runs_already
 from selfsteer.recipe.sections import EvaluationSection, Policy, Training
@@ -84,6 +84,8 @@ def answering(policy: Policy, engine: EngineSection, *, name: str | None = None)
         context=positions_of(model.path, trust_remote_code=policy.trust_remote_code),
     )
     found.open()  # and never entered
+    if not runs_already(engine):
+        tell_of_other_sampling(model.path)
     return found
 
 

@@ -18,13 +18,15 @@ import json
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import lm_eval
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
@@ -86,9 +88,11 @@ class Harness:
         self._loaded = _load(section, scratch)
         for name, task in self._load()["tasks"].items():
             _refuse(name, task, scores=scores)
+            _try(name, task, section.data)
 
     def _load(self) -> dict[str, Any]:
-        found = cast(dict[str, Any], self._loaded.manager.load(list(self._loaded.names)))
+        with _in_words(f"the items of {', '.join(self._loaded.names)}", self.section.data):
+            found = cast(dict[str, Any], self._loaded.manager.load(list(self._loaded.names)))
         for task in found["tasks"].values():
             if self.section.fewshot is not None or task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", self.section.fewshot or 0)
@@ -109,6 +113,27 @@ class Harness:
         )
         assert results is not None
         return _read(cast(dict[str, Any], results), model, self._loaded)
+
+
+@contextmanager
+def _in_words(what: str, data: str | None) -> Generator[None]:
+    """What the harness and `datasets` raise for data that is not as they expect, as one line with the way out."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        where = "the hub" if data is None else data
+        raise ValueError(f"evaluation.data: {what} in {where} can't be read or scored ({said}); fetch it again") from error
+
+
+def _try(name: str, task: Any, data: str | None) -> None:
+    """Every item as it is asked, and IFEval's as they are scored: what is wrong with one is known before a model answers."""
+    for number, item in enumerate(task.eval_docs, start=1):
+        with _in_words(f"item {number} of {name}", data):
+            task.doc_to_text(item)
+            task.doc_to_target(item)
+            if "ifeval" in name:
+                task.process_results(item, [""])
 
 
 def _known_as(names: Sequence[str]) -> list[str]:
@@ -307,6 +332,9 @@ def _read(results: dict[str, Any], model: _Model, loaded: _Loaded) -> list[TaskR
     by_name = {each.task: each for each in found}
     for group in results.get("groups", {}):
         by_name[group] = _group_result(group, _leaves(group, results["group_subtasks"]), by_name, results)
+    for root, local in loaded.local.items():
+        if local.note is not None:
+            by_name[root] = replace(by_name[root], notes=[*by_name[root].notes, local.note])
     # What was named, each with its parts behind it.
     return [
         by_name[name] if name == root or root not in by_name else replace(by_name[name], part_of=root)

@@ -35,7 +35,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -86,7 +86,8 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
 
     def keep() -> None:
         while not finished.wait(_EVERY_SECONDS):
-            _write_taken(file, taken())
+            with suppress(OSError):  # the last time it is told
+                _write_taken(file, taken())
 
     keeper = threading.Thread(target=keep, daemon=True, name="selfsteer-clock")
     keeper.start()
@@ -137,6 +138,10 @@ Row = Mapping[str, Any]
 
 class RunFolderBusy(ValueError):
     """Another process owns the run folder."""
+
+
+class RunFolderGone(ValueError):
+    """The run folder is no longer where it was when this process became its owner."""
 
 
 class WouldReplace(ValueError):
@@ -283,14 +288,31 @@ class RunFolder:
         self._lock = lock
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, WouldReplace):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        gone = self._is_gone()
+        if not gone and kind is not None and issubclass(kind, WouldReplace):
             self._describe_as_before()
         # The file stays: removing it would let two processes hold locks on two files of the same name.
         assert self._lock is not None
         os.ftruncate(self._lock, 0)
         os.close(self._lock)
         self._lock = None
+        if gone and isinstance(error, Exception):  # whatever it says: it is about a file that is no longer there
+            raise self._gone() from error
+
+    def _is_gone(self) -> bool:
+        """Whether the file that this process has locked lies elsewhere, or nowhere."""
+        assert self._lock is not None
+        try:
+            return not os.path.samestat(os.fstat(self._lock), (self.path / "LOCK").stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+
+    def _gone(self) -> RunFolderGone:
+        return RunFolderGone(
+            f"{self.path}: the run folder was moved, deleted or replaced while this process worked in it. What was finished"
+            " is where the folder is now: run the same command again with output=DIR naming that."
+        )
 
     def describe(self, recipe_yaml: str, run_info: Mapping[str, Any]) -> None:
         """Write recipe.yaml; add this session to run.json: its start, the recipe's digest, and run_info (JSON values)."""
@@ -339,9 +361,14 @@ class RunFolder:
         return found
 
     def stage(self, round: int, name: str) -> "Stage":
-        """A stage such as (1, "2-responses"). The owner gets it ready for use: created, a broken-off reopening finished."""
+        """A stage such as (1, "2-responses"). The owner gets it ready for use: created, a broken-off reopening finished.
+
+        Raises RunFolderGone where the owner's folder lies elsewhere by now.
+        """
         stage = Stage(self._place(round, name))
         if self._lock is not None:
+            if self._is_gone():  # else half a run would begin in its place
+                raise self._gone()
             make_folder(stage.path)
             stage.finish_reopening()
         return stage

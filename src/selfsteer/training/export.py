@@ -96,7 +96,7 @@ def _in_its_dtype(
             rounded = None
     cast(torch.nn.Module, plain).to(dtype)
     saving = Saving(dtype=str(dtype).removeprefix("torch."), trained=trained, delivered=delivered, rounded=rounded)
-    _tell(saving, own)
+    _tell(saving, own, merged=merged)
     return saving
 
 
@@ -121,7 +121,7 @@ def lost(trained: float, delivered: float) -> float:
     return 0.0 if trained == delivered else abs(trained - delivered) / max(abs(trained), 1e-12)
 
 
-def _tell(saving: Saving, own: torch.dtype) -> None:
+def _tell(saving: Saving, own: torch.dtype, *, merged: bool) -> None:
     trained, delivered, rounded = saving["trained"], saving["delivered"], saving["rounded"]
     policy = str(own).removeprefix("torch.")
     if trained is None or delivered is None:
@@ -133,15 +133,19 @@ def _tell(saving: Saving, own: torch.dtype) -> None:
         return
     if rounded is not None and lost(trained, rounded) > LOST:
         log.info(
-            "the model is saved in %s, and sampled by engine.dtype: auto in float32: in bfloat16 its margin would be %.3f,"
-            " not %.3f",
+            "the model is saved in %s, and sampled by engine.dtype: auto in float32: in bfloat16 its margin would be %.3g,"
+            " not %.3g",
             *(saving["dtype"], rounded, trained),
         )
     if lost(trained, delivered) > LOST:
+        ways = "Raise the learning rate"
+        if saving["dtype"] != "float32":
+            ways += ", or set training.save_dtype: float32"
+        if merged:
+            ways += ", or use the adapter as it was trained"
         log.warning(
-            "update lost in saving: the margin is %.3f in training and %.3f in the model as it is delivered (%s). Raise the"
-            " learning rate, set training.save_dtype: float32, compute in float32 (training.dtype), or use the adapter",
-            *(trained, delivered, saving["dtype"]),
+            "update lost in saving: the margin is %.3g in training and %.3g in the model as it is delivered (%s). %s",
+            *(trained, delivered, saving["dtype"], ways),
         )
 
 
