@@ -102,11 +102,11 @@ def _in_time() -> Generator[None]:
         raise _TooLong
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    others = signal.setitimer(signal.ITIMER_REAL, _SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, *others)
         signal.signal(signal.SIGALRM, before)
 
 
