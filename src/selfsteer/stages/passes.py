@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 
 from selfsteer.engines.base import Request
 from selfsteer.judges.checks import checks_of
-from selfsteer.measures.estimates import Estimate, known, mean_estimate, paired_difference, share_estimate
+from selfsteer.measures.estimates import known, mean_estimate, paired_difference, share_estimate
 from selfsteer.measures.metrics import CheckedAnswers, ComparedAnswers
 from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity
@@ -137,13 +137,13 @@ def _measured(rows: list[dict[str, Any]]) -> CheckedAnswers:
     frequent = Counter({check: len(found) for check, found in by_check.items()}).most_common()
     return CheckedAnswers(
         queries=len(rows),
-        passing=_shares(rows, lambda row, which: _passes(row[f"{which}_why_not"])),
-        told=_compared(rows, lambda row, which: row[f"{which}_told"], mean_estimate),
+        passing=_compared(rows, lambda row, which: _passes(row[f"{which}_why_not"])),
+        told=_compared(rows, lambda row, which: row[f"{which}_told"], shares=False),
         checks=[
-            {"check": check, **_shares(by_check[check], lambda row, which: _why_not(row, which) is None)}
+            {"check": check, **_compared(by_check[check], lambda row, which: _why_not(row, which) is None)}
             for check, _ in sorted(frequent, key=lambda item: (-item[1], item[0]))
         ],
-        truncated=_shares(rows, lambda row, which: row[which]["finish_reason"] == "length"),
+        truncated=_compared(rows, lambda row, which: row[which]["finish_reason"] == "length"),
     )
 
 
@@ -155,20 +155,14 @@ def _why_not(row: Mapping[str, Any], which: Which) -> str | None:
     return row[f"{which}_why_not"][row["place"]]
 
 
-def _shares(rows: list[dict[str, Any]], holds: Callable[[Mapping[str, Any], Which], bool]) -> ComparedAnswers:
-    return _compared(rows, holds, lambda values: share_estimate(int(sum(values)), len(values)), shares=True)
-
-
 def _compared(
-    rows: list[dict[str, Any]],
-    value: Callable[[Mapping[str, Any], Which], float],
-    estimate: Callable[[list[float]], Estimate | None],
-    *,
-    shares: bool = False,
+    rows: list[dict[str, Any]], value: Callable[[Mapping[str, Any], Which], float], *, shares: bool = True
 ) -> ComparedAnswers:
+    """shares: each value is 1 or 0."""
     values = {which: {row["query_id"]: float(value(row, which)) for row in rows} for which in WHICH}
+    each = {which: list(found.values()) for which, found in values.items()}
     found = {
-        **{which: estimate(list(each.values())) for which, each in values.items()},
+        **{which: share_estimate(int(sum(own)), len(own)) if shares else mean_estimate(own) for which, own in each.items()},
         "change": paired_difference(values["after"], values["before"], shares=shares),
         "gap": paired_difference(values["prompted"], values["after"], shares=shares),
     }
