@@ -152,6 +152,17 @@ def test_what_does_not_fit_is_said_and_refused(recipe_of: RecipeOf, tmp_path: Pa
         run(recipe)
 
 
+@pytest.mark.parametrize(("holdout", "said"), [(5, []), (6, ["queries.holdout: 6 of 6 queries; leave some to train on."])])
+def test_what_leaves_nothing_to_train_on_is_said_as_the_run_says_it(
+    recipe_of: RecipeOf, tmp_path: Path, holdout: int, said: list[str]
+):
+    recipe = recipe_of(tmp_path / "run", {"queries.holdout": holdout})
+    assert planned(recipe, calibrate=False)["problems"] == said
+    if said:
+        with pytest.raises(ValueError, match=r"queries\.holdout: 6 of 6 queries; leave some to train on"):
+            run(recipe)
+
+
 @pytest.mark.parametrize(
     ("free", "refused", "warned"),
     [(1.1, False, False), (0.9, False, True), (0.45, False, True), (0.3, True, False)],

@@ -29,6 +29,7 @@ from selfsteer.pipeline import Prepared, prepare
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Message, Query
 from selfsteer.stages.costs import Counts, Lengths, Rates, StageCost, run_disk, stage_costs
+from selfsteer.stages.drawing import none_left
 from selfsteer.stages.essentials import check_essentials, device_memory, existing, size_of
 from selfsteer.stages.principles import choose_principles, load_pool
 from selfsteer.training.logps import choose_packing, to_device
@@ -92,6 +93,8 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
     if not used:
         problems.append("no query fits queries.max_prompt_tokens with its principle; raise it")
         used = prompts
+    elif recipe.queries.holdout and (reason := none_left(recipe.queries.holdout, count)):
+        problems.append(reason)
     here = recipe.engine.kind == "transformers"
     size, device = size_of(prepared.policy, recipe), pick_device()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -37,7 +37,7 @@ def read_queries(section: sections.Queries) -> Iterator[Query | Dropped]:
         if section.column not in row.fields:
             raise ValueError(
                 f"{row.place} has no {section.column!r}; found {keys_in_words(row.columns)}. Rename the column or set "
-                "queries.column in the recipe"
+                "queries.column in the recipe (where a command has no recipe: --column)"
             )
         query = _query(row, section.column, section.max_prompt_tokens * CHARACTERS_PER_TOKEN)
         if isinstance(query, Query):

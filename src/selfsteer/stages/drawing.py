@@ -47,9 +47,14 @@ def _held_out(source: Stage, _digest: str, count: int) -> frozenset[str]:
 
 def hold_out(ids: Collection[str], count: int) -> frozenset[str]:
     """`count` of these queries; ValueError where none is left."""
-    if count >= len(ids):
-        raise ValueError(f"queries.holdout: {count} of {len(ids)} queries; leave some to train on.")
+    if reason := none_left(count, len(ids)):
+        raise ValueError(reason)
     return frozenset(sorted(ids, key=lambda query_id: seed_for("held out", query_id))[:count])
+
+
+def none_left(held_out: int, queries: int) -> str | None:
+    """Why so many of the queries can't be held out; None where some are left."""
+    return f"queries.holdout: {held_out} of {queries} queries; leave some to train on." if held_out >= queries else None
 
 
 def set_aside(round: Round) -> frozenset[str]:
