@@ -11,7 +11,7 @@ FLOORS = (
     {"clock"},
     {"runtime", "records", "recipe"},
     {"store", "cluster", "llamacpp"},
-    {"weights"},
+    {"weights", "threads"},
     {"data", "models", "prompts"},
     {"engines", "training", "measures"},
     {"pairs"},

@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from selfsteer import llamacpp
+from selfsteer import llamacpp, threads
 from selfsteer.clock import part
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.references import PACKAGE, check_model
@@ -453,6 +453,7 @@ def load_model(
             f"{path}: {type(model).__name__} is no causal language model as it is configured: what it predicts at a token"
             " depends on those behind it (BERT and its kin, unless config.json says is_decoder). Take a model that writes"
         )
+    threads.follow(model)
     return model
 
 

@@ -28,6 +28,7 @@ from selfsteer.models import compute_dtype, pick_device
 from selfsteer.pipeline import Prepared, prepare
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Message, Query
+from selfsteer.runtime import raise_if_stopped
 from selfsteer.stages.costs import Counts, Lengths, Rates, StageCost, run_disk, stage_costs
 from selfsteer.stages.drawing import none_left
 from selfsteer.stages.essentials import check_essentials, device_memory, existing, size_of
@@ -215,6 +216,7 @@ def _calibrated(recipe: Recipe, prepared: Prepared, prompts: Sequence[_Prompts])
         loaded = time.perf_counter()
         answers = [answer for answer in engine.generate(requests) if isinstance(answer, Completion)]
         sampled = sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - loaded)
+    raise_if_stopped()
     if not answers:
         return _Calibration(Rates(loading=loaded - began), None)
     forward, backward, kept = _passes(recipe, prepared, [ids for ids, _ in asked], answers)
@@ -252,6 +254,7 @@ def _passes(
         def run(*, train: bool) -> float:
             began = time.perf_counter()
             for batch in batches:
+                raise_if_stopped()
                 with torch.set_grad_enabled(train):
                     logps = model(**cast("dict[str, Any]", batch))
                 if train:

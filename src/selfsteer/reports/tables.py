@@ -827,6 +827,7 @@ def print_plan(found: Mapping[str, Any]) -> None:
     free = "not known" if found["memory_free"] is None else f"{found['memory_free'] / 1e9:.1f}"
     shard = "" if found["shard"] is None else f"shard {found['shard']} of "
     note = (
+        "Responses; tokens sampled, scored and trained on; memory and disk in GB.\n"
         f"{shard}{found['queries']:,} queries, responses of {found['response']:.0f} tokens; tokens a second:"
         f" {rates or 'not measured'}. Memory at the peak {found['memory'] / 1e9:.1f} GB"
         f" ({found['memory_most'] / 1e9:.1f} GB if every response is as long as it may be) of {free} free, disk"
@@ -834,7 +835,7 @@ def print_plan(found: Mapping[str, Any]) -> None:
         " on this machine as busy as it was while these rates were measured; judges, benchmarks, 4-gain and 5-quality are"
         " not in it."
     )
-    columns = ("samples", "tokens sampled", "scored", "trained", "memory GB", "disk GB", "time")
+    columns = ("responses", "sampled", "scored", "trained", "memory", "disk", "time")
     console = console_of()
     _print(Table(f"Plan for {found['model']}", columns, tuple(map(row, found["stages"])), note), console)
     for warning in found["warnings"]:
