@@ -61,11 +61,12 @@ def _threads_end() -> Iterator[None]:
     """In Ray their processes are killed."""
     before = set(threading.enumerate())
     yield
+    started = set(threading.enumerate()) - before
     with runtime.graceful_stop():
         runtime.request_stop()
         for found in REPLICAS:
             found._mail.put(None)
-        for thread in set(threading.enumerate()) - before:
+        for thread in started:
             assert thread.daemon, "Python, which Ray lets end the process, would wait for it"
             thread.join(timeout=10)
     REPLICAS.clear()
