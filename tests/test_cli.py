@@ -443,7 +443,7 @@ def test_reward_bench_prints_every_subset(monkeypatch, capsys):
         (["train", "no.jsonl", QUICKSTART], "no.jsonl: no such file"),
         (
             ["train", QUICKSTART, "pairs.jsonl"],
-            "quickstart is a recipe, and the pairs come first: selfsteer train pairs.jsonl",
+            "quickstart is a recipe, and the pairs come first: pairs.jsonl, then",
         ),
         (["evaluate", "./no", "--tasks", "ifeval"], "MODEL: './no': there is no such folder"),
         (["compare-answers", "a/a", "b/b", "--queries", "no.csv", "--judge", "j/j"], "no.csv: no such file; --queries"),

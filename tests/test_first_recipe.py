@@ -52,13 +52,30 @@ def test_what_is_not_given_is_asked_for(
     """A person answers; where nobody does, the option is named."""
     file = tmp_path / "mine.yaml"
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{tiny_folder}\n{queries}\n"))
-    assert command(monkeypatch, str(file), "--column", "prompt") == 0
+    assert command(monkeypatch, str(file)) == 0
+    assert load(file).queries.column == "prompt"
     assert load(file).policy.model == tiny_folder
     for answers, option in (("", "--model"), (f"{tiny_folder}\n", "--queries")):
         monkeypatch.setattr(sys, "stdin", io.StringIO(answers))
         assert command(monkeypatch, str(tmp_path / "other.yaml")) == 2
         assert f"nobody answers: give it with {option}" in capsys.readouterr().err
     assert not (tmp_path / "other.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "taken"),
+    [
+        ({"id": 1, "prompt": "Who?"}, "prompt"),
+        ({"prompt": "Who?", "query": "Why?"}, "query"),
+        ({"source": "x", "instruction": "Tell."}, "instruction"),
+        ({"messages": [{"role": "user", "content": "Who?"}]}, "messages"),
+    ],
+)
+def test_the_column_is_known_by_its_name(tiny_folder: str, tmp_path: Path, row: dict[str, object], taken: str):
+    path = tmp_path / "queries.jsonl"
+    path.write_text(8 * f"{json.dumps(row)}\n")
+    text = first_recipe.first_recipe(tiny_folder, str(path), None, "runs/first")
+    assert f"column: {taken}\n" in text
 
 
 def test_adapters_where_all_weights_do_not_fit(tiny_folder: str, queries: Path, monkeypatch: pytest.MonkeyPatch):

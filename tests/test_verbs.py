@@ -74,6 +74,13 @@ def test_pairs_are_exported_and_trained_on(folder: Path, tmp_path: Path):
         for each in (folder, tmp_path / "trained")
     ]
     assert ids[0] == ids[1], "trained on what was sampled, not on what its text would be"
+    exported = selfsteer.measure(tmp_path / "pairs", selfsteer.load(folder / "recipe.yaml").policy.model)
+    assert exported["pairs"] == found.written, "the folder that export wrote, as well as the file in it"
+
+
+def test_pairs_and_recipe_in_the_wrong_order_are_named(folder: Path):
+    with pytest.raises(ValueError, match=r"recipe\.yaml is a recipe, and the pairs come first"):
+        selfsteer.train(folder / "recipe.yaml", folder)
 
 
 def test_arms_are_compared(tmp_path: Path, recipe_of: RecipeOf):

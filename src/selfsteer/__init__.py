@@ -66,9 +66,12 @@ def train(
     borrow: Sequence[Path | str] = (),
 ) -> Metrics:
     """Align a model on a preference dataset made elsewhere; as `run`, without making the data."""
+    from selfsteer.data.named import check_order
     from selfsteer.given import train_pairs
     from selfsteer.runtime import graceful_stop
 
+    if isinstance(recipe, (Path, str)):
+        check_order(Path(pairs), Path(recipe))
     resolved = _recipe(recipe, overrides)
     with graceful_stop():
         return train_pairs(Path(pairs), resolved, replace=replace, borrow=_paths(borrow))

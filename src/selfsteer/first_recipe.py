@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import yaml
 
+from selfsteer.data.files import source_rows
 from selfsteer.data.queries import read_queries
 from selfsteer.engines.serving import find_vllm
 from selfsteer.models import compute_dtype, pick_device, resolve
@@ -33,8 +34,16 @@ class Chosen(NamedTuple):
     because: str
 
 
-def first_recipe(model: str, queries: str, column: str, output: str) -> str:
-    """The recipe as YAML. Raises ValueError for a model or queries that are not there."""
+_COLUMNS = ("query", "prompt", "instruction", "question", "messages", "conversations")
+"""Names under which queries are published, the first that a file has is taken."""
+
+
+def first_recipe(model: str, queries: str, column: str | None, output: str) -> str:
+    """The recipe as YAML. column: of the queries; by its name when None.
+
+    Raises ValueError for a model or queries that are not there.
+    """
+    column = column or _column(queries)
     policy, source = Policy(model=model), Queries(path=queries, column=column)
     usable = sum(isinstance(item, Query) for item in read_queries(source))
     if usable == 0:
@@ -79,6 +88,11 @@ def first_recipe(model: str, queries: str, column: str, output: str) -> str:
     text = "\n".join(lines)
     Recipe.model_validate(yaml.safe_load(text))
     return text
+
+
+def _column(queries: str) -> str:
+    first = next(source_rows(queries, _COLUMNS), None)
+    return next((name for name in _COLUMNS if first is not None and name in first.fields), _COLUMNS[0])
 
 
 def _text(value: str) -> str:

@@ -180,7 +180,9 @@ def init(
     queries: Annotated[
         str | None, typer.Option(help="As queries.path in a recipe: a file, or hub:NAME.", show_default=False)
     ] = None,
-    column: Annotated[str, typer.Option(help="The column that holds them.")] = "query",
+    column: Annotated[
+        str | None, typer.Option(help="The column that holds them; by its name when left out.", show_default=False)
+    ] = None,
     output: Annotated[str, typer.Option(metavar="DIR", help="The run folder.")] = "runs/first",
 ) -> None:
     """Write a short recipe for your model, queries and this machine; what is not given is asked for."""

@@ -263,7 +263,7 @@ class Found(NamedTuple):
 
 
 def find_pairs(source: Path, round: int | None = None) -> Found:
-    """The pairs of a run folder that its policy was aligned on last (or those of one round), or of a file.
+    """The pairs of a run folder that its policy was aligned on last (or those of one round), of an export, or of a file.
 
     Raises ValueError where there are none. A round that was stopped by a gate or by `stop_when` is passed over: its pairs
     have aligned nothing; a round that has not got to its alignment yet is taken, with a warning.
@@ -277,6 +277,9 @@ def find_pairs(source: Path, round: int | None = None) -> Found:
         return Found(source)
     numbers = {int(match[1]) for path in source.iterdir() if (match := _ROUND.fullmatch(path.name)) and path.is_dir()}
     if not numbers and not (source / "run.json").is_file():
+        exported = [file for names in FILES.values() if (file := source / names[0]).is_file()]
+        if len(exported) == 1:
+            return find_pairs(exported[0], round)
         raise ValueError(f"{source}: no run here (no run.json); name the folder that the recipe's output gave, or a file")
     ended = _ended(source)
     skipped: list[str] = []

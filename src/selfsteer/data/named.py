@@ -83,4 +83,4 @@ def check_order(pairs: Path, recipe: Path) -> None:
     """Raises ValueError where a recipe stands in the place of the pairs, and something else in that of the recipe."""
     first, second = (each.suffix in _RECIPES or str(each) in names() for each in (pairs, recipe))
     if first and not second:
-        raise ValueError(f"{pairs} is a recipe, and the pairs come first: selfsteer train {recipe} {pairs}")
+        raise ValueError(f"{pairs} is a recipe, and the pairs come first: {recipe}, then {pairs}")
