@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import other_model_dir
+from tiny import gapped_tokenizer, other_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.engines.open import open_engine
@@ -18,6 +18,7 @@ from selfsteer.models import (
     checkpoint,
     compute_dtype,
     cpu_products,
+    end_ids,
     hardware,
     load_model,
     load_tokenizer,
@@ -27,6 +28,7 @@ from selfsteer.models import (
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import OpenAISection
 from selfsteer.recipe.sections import Policy
+from selfsteer.records import side
 
 
 @pytest.fixture
@@ -238,3 +240,19 @@ def test_a_served_model_that_must_not_be_rounded(
     section = OpenAISection(kind="openai", serve=serve)
     open_engine(section, checkpoint(folder), Prompts(load_tokenizer(str(folder))), trust_remote_code=False)
     assert ("half precision would undo what was trained" in caplog.text) == warned
+
+
+def test_ids_of_a_vocabulary_with_gaps(tmp_path: Path):
+    """400 tokens, the last of which has the id 509: it ends answers, and 450 is no token."""
+    tokenizer = gapped_tokenizer()
+    assert (len(tokenizer), tokenizer.eos_token_id) == (400, 509)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 509}')
+    assert end_ids(str(tmp_path), tokenizer) == {509}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 450}')
+    with pytest.raises(ValueError, match="eos_token_id 450 is no token"):
+        end_ids(str(tmp_path), tokenizer)
+    prompts = Prompts(tokenizer)
+    said = side("A fox.", "stop")
+    fox = prompts.completion_ids(said.text, "length")
+    assert prompts.spells((*fox, 509), said)
+    assert not prompts.spells((*fox, 450, 509), said)
