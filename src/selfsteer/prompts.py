@@ -151,12 +151,10 @@ def assistant_turn(
         return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     asked = [{"role": "user", "content": _HARMLESS}]
     answered = [*asked, {"role": "assistant", "content": _MARKER}]
-    try:
-        more = arguments or {}
+    header, rendered, more = "", "", arguments or {}
+    with suppress(TemplateError):  # that an assistant has the last word; what else is wrong is told where it is first used
         header = _applied(tokenizer, asked, header=True, **more)
         rendered = _applied(tokenizer, answered, header=False, **more)
-    except TemplateError:  # what is wrong with it is told where it is first used
-        return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     start, marker, rest = rendered.rpartition(_MARKER)
     before = start.removeprefix(header) if start.startswith(header) else ""
     before = before if before.isspace() else ""
@@ -586,7 +584,7 @@ def _control_patterns(written: str, *, last: bool) -> set[str]:
     if re.fullmatch(r"[\w\s]*|[\W_]*", text) or len(text.split()) > _CONTROL_WORDS:
         return found
     inline = not last and "\n" not in written.partition(text)[0]  # behind what was said, in its line
-    name = re.fullmatch(r"[\w\s]+:", text) is not None
+    name = re.fullmatch(r"[\w\s]+[:：]", text) is not None  # the second is the colon of Chinese and Japanese
     return found | {(r"(?:^|\s)" if inline else r"^") * name + re.escape(text)}
 
 
