@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from selfsteer import prompts
 from selfsteer.prompts import Prompts, assistant_turn, behind_thought
 from selfsteer.recipe.sections import Policy
-from selfsteer.records import Message
+from selfsteer.records import Message, side
 
 REFUSES_SYSTEM = (  # as Gemma's
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -314,6 +314,15 @@ def test_what_opens_the_next_turn_ends_an_answer_where_the_model_stops_at_it(sto
     made.eos_token = "<eos>"
     prompts = Prompts(made, ends=[made.convert_tokens_to_ids(token) for token in stops_at])
     assert made.decode(list(prompts.completion_ids("Because.", "stop", QUERY))) == f"Because.{end}"
+
+
+def test_ids_may_end_in_whatever_the_model_stops_at():
+    """Also in a token that is none of the special ones, such as the two line ends of a base model."""
+    made = tokenizer()
+    (full_stop,) = made(".", add_special_tokens=False)["input_ids"]
+    ids = (*made("Because", add_special_tokens=False)["input_ids"], full_stop)
+    assert Prompts(made, ends=[full_stop]).spells(ids, side("Because", "stop"))
+    assert not Prompts(made).spells(ids, side("Because", "stop"))
 
 
 def test_added_tokens_that_the_template_writes_count_as_special():

@@ -211,6 +211,7 @@ class Prompts:
         self.arguments = dict(arguments or {})
         self._day = day or datetime.now(UTC).date()
         self._turn = assistant_turn(tokenizer, self._given, ends)
+        self._ends = frozenset((self._turn.end_id, *ends))
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
         self.special_ids = frozenset(tokenizer.all_special_ids) | self._controls()
         self._control_text = self._plain_controls()
@@ -308,7 +309,7 @@ class Prompts:
     def spells(self, ids: Sequence[int], said: Side) -> bool:
         """Whether these ids, of a file made elsewhere, are this response as it could have been sampled."""
         body = ids[:-1] if said.finish == "stop" else ids
-        ended = said.finish == "length" or ids[-1] in self.special_ids | {self.end_id}
+        ended = said.finish == "length" or ids[-1] in self.special_ids | self._ends
         if not ended or not self._known_ids.issuperset(ids) or not self.special_ids.isdisjoint(body):
             return False
         return self.tokenizer.decode(list(body), clean_up_tokenization_spaces=False) == said.text
