@@ -152,6 +152,7 @@ def test_a_head_that_is_missing(folder: Path):
         ({"sliding_window": "wide"}, r"the model can't be used \(TypeError"),
         ({"quantization_config": {"quant_method": "martian"}}, r"quantization_config is of a method .*martian"),
         ({"quantization_config": {"bits": 4}}, r"config\.json can't be used .*quant_method"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"are quantized; name the model that they were made"),
     ],
 )
 def test_a_configuration_of_another_model(changes: dict[str, object], why: str, folder: Path):

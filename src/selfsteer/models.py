@@ -437,9 +437,12 @@ def load_model(
     _trim()  # of the model before
     stored = check_files(Path(path))
     configuration = load_configuration(path, trust_remote_code=trust_remote_code)
-    compare = "Compare config.json and generation_config.json with those that belong to these weights."
-    with _in_words(path, "the model can't be loaded", compare):
-        if not configuration.to_dict().get("quantization_config"):
+    quantized = configuration.to_dict().get("quantization_config")
+    way_out = "Compare config.json and generation_config.json with those that belong to these weights."
+    if quantized:
+        way_out = "Its weights are quantized; name the model that they were made from, or install what they need."
+    with _in_words(path, "the model can't be loaded", way_out):
+        if not quantized:
             _refuse_larger(kind, configuration, stored, trust_remote_code=trust_remote_code)
         model, information = kind.from_pretrained(
             path,
@@ -456,7 +459,7 @@ def load_model(
     model = model.to(device).eval()
     causal = kind is AutoModelForCausalLM
     probe = torch.tensor([[0, 0], [0, 1]] if causal else [[0]], device=model.device)
-    with _in_words(path, "the model can't be used", compare), torch.no_grad():
+    with _in_words(path, "the model can't be used", way_out), torch.no_grad():
         logits = model(input_ids=probe).logits.float()  # some mistakes show only then
     if causal and (logits[0, 0] - logits[1, 0]).abs().amax() > torch.finfo(dtype).eps ** 0.5 * logits.abs().amax():
         raise ValueError(
