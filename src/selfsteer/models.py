@@ -328,7 +328,7 @@ def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         assert isinstance(found, PreTrainedTokenizerBase)
         found.decode(found("a word")["input_ids"])  # some mistakes show only then
     rows = configuration.get_text_config().to_dict().get("vocab_size")
-    largest = max(found.get_vocab().values(), default=-1)
+    largest = max(known_ids(found), default=-1)
     if isinstance(rows, int) and largest >= rows:
         last = found.convert_ids_to_tokens(largest)
         raise ValueError(
@@ -375,9 +375,17 @@ def positions_of(path: str, *, trust_remote_code: bool = False) -> int | None:
     return position_limit(load_configuration(path, trust_remote_code=trust_remote_code))
 
 
+def known_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of all tokens. There may be gaps between them, so that the last one is beyond their number.
+
+    Tokenizers with code of their own (Qwen's first) leave the special ones out of their vocabulary.
+    """
+    return frozenset(tokenizer.get_vocab().values()).union(tokenizer.all_special_ids)
+
+
 def untrained_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
     """Of the ids that a model's `rows` logits stand for, those that no token has: a model must never say them."""
-    return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
+    return sorted(set(range(rows)) - known_ids(tokenizer))
 
 
 def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -391,7 +399,7 @@ def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         raise ValueError(f"{file}: eos_token_id is {ends!r}; expected a token id or a list of them")
     own = tokenizer.eos_token_id
     assert own is None or isinstance(own, int)
-    if unknown := sorted(set(several).difference(tokenizer.get_vocab().values())):
+    if unknown := sorted(set(several) - known_ids(tokenizer)):
         raise ValueError(
             f"{file}: eos_token_id {unknown[0]} is no token of its tokenizer, which has {len(tokenizer):,}; write the one"
             " that ends an answer"

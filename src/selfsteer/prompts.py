@@ -232,18 +232,19 @@ class Prompts:
     @cached_property
     def digest(self) -> str:
         """Digest of what determines the token ids of messages: with theirs, that of the ids."""
-        size, some = 1 + max(self._known_ids), 4096
+        size, some = 1 + max(self.known_ids), 4096
         parts = (range(start, min(start + some, size)) for start in range(0, size, some))
-        vocabulary = [digest(self.tokenizer.convert_ids_to_tokens(list(ids))) for ids in parts]
+        # Those of tiktoken's kin, which come with code of their own, are bytes.
+        vocabulary = [digest([*map(str, self.tokenizer.convert_ids_to_tokens(list(ids)))]) for ids in parts]
         template: dict[str, Any] = {"chat_template": self.tokenizer.chat_template, "system_role": self.system_role}
         template |= {"arguments": self.arguments} if self.arguments else {}
         template |= {"date": self._day.isoformat()} if self._asks_for_the_date() else {}
         return digest({**template, "vocabulary": vocabulary})
 
     @cached_property
-    def _known_ids(self) -> frozenset[int]:
-        """The ids of all tokens; there may be gaps between them, so that the last is beyond their number."""
-        return frozenset(self.tokenizer.get_vocab().values())
+    def known_ids(self) -> frozenset[int]:
+        """The ids of all tokens (`models.known_ids`)."""
+        return frozenset(self.tokenizer.get_vocab().values()).union(self.tokenizer.all_special_ids)
 
     def fold(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """The query as this template can render it: without a system role, its system message begins the user's turn."""
@@ -310,7 +311,7 @@ class Prompts:
         """Whether these ids, of a file made elsewhere, are this response as it could have been sampled."""
         body = ids[:-1] if said.finish == "stop" else ids
         ended = said.finish == "length" or ids[-1] in self.special_ids | self._ends
-        if not ended or not self._known_ids.issuperset(ids) or not self.special_ids.isdisjoint(body):
+        if not ended or not self.known_ids.issuperset(ids) or not self.special_ids.isdisjoint(body):
             return False
         return self.tokenizer.decode(list(body), clean_up_tokenization_spaces=False) == said.text
 
