@@ -5,11 +5,12 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import other_model_dir
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import END_ID, gapped_tokenizer, other_model_dir, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from selfsteer.engines.open import open_engine
 from selfsteer.models import (
@@ -18,15 +19,18 @@ from selfsteer.models import (
     checkpoint,
     compute_dtype,
     cpu_products,
+    end_ids,
     hardware,
     load_model,
     load_tokenizer,
     resolve,
     sampling_dtype,
+    untrained_ids,
 )
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import OpenAISection
 from selfsteer.recipe.sections import Policy
+from selfsteer.records import side
 
 
 @pytest.fixture
@@ -238,3 +242,47 @@ def test_a_served_model_that_must_not_be_rounded(
     section = OpenAISection(kind="openai", serve=serve)
     open_engine(section, checkpoint(folder), Prompts(load_tokenizer(str(folder))), trust_remote_code=False)
     assert ("half precision would undo what was trained" in caplog.text) == warned
+
+
+def test_ids_of_a_vocabulary_with_gaps(tmp_path: Path):
+    """400 tokens, the last of which has the id 509: it ends answers, and 450 is no token."""
+    tokenizer = gapped_tokenizer()
+    assert (len(tokenizer), tokenizer.eos_token_id) == (400, 509)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 509}')
+    assert end_ids(str(tmp_path), tokenizer) == {509}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 450}')
+    with pytest.raises(ValueError, match="eos_token_id 450 is no token"):
+        end_ids(str(tmp_path), tokenizer)
+    prompts = Prompts(tokenizer)
+    said = side("A fox.", "stop")
+    fox = prompts.completion_ids(said.text, "length")
+    assert prompts.spells((*fox, 509), said)
+    assert not prompts.spells((*fox, 450, 509), said)
+
+
+class RanksAlone(PreTrainedTokenizerFast):
+    """As the code that comes with Qwen's first models: its vocabulary is without the special tokens, and of bytes."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {token: number for token, number in super().get_vocab().items() if number > END_ID}
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        found = super().convert_ids_to_tokens(ids, skip_special_tokens)
+        return [token.encode() for token in found] if isinstance(found, list) else found
+
+
+def test_special_tokens_beside_the_vocabulary_are_tokens(tmp_path: Path):
+    """Else an answer could never end."""
+    plain = tiny_tokenizer()
+    made = RanksAlone(
+        tokenizer_object=plain.backend_tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=plain.chat_template,
+    )
+    assert untrained_ids(made, 402) == [400, 401]
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {END_ID}}}')
+    assert end_ids(str(tmp_path), made) == {END_ID}
+    assert Prompts(made).known_ids == frozenset(range(400))
+    assert Prompts(made).digest != Prompts(plain).digest

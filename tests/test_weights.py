@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import other_model_dir, tiny_adapter, tiny_model, tiny_tokenizer
 from torch import Tensor
-from transformers import AddedToken, AutoConfig, AutoTokenizer, GPT2Config
+from transformers import AddedToken, AutoConfig, AutoTokenizer, GPT2Config, Phi3Config
 
 from selfsteer.models import (
     checkpoint,
@@ -152,6 +152,7 @@ def test_a_head_that_is_missing(folder: Path):
         ({"sliding_window": "wide"}, r"the model can't be used \(TypeError"),
         ({"quantization_config": {"quant_method": "martian"}}, r"quantization_config is of a method .*martian"),
         ({"quantization_config": {"bits": 4}}, r"config\.json can't be used .*quant_method"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"are quantized; name the model that they were made"),
     ],
 )
 def test_a_configuration_of_another_model(changes: dict[str, object], why: str, folder: Path):
@@ -311,12 +312,20 @@ def test_contents_of_another_shape(name: str, content: str, folder: Path):
     assert "\n" not in str(error.value)
 
 
+def test_an_adapter_without_its_base(folder: Path, tmp_path: Path):
+    tiny_adapter(tmp_path, str(folder), seed=1)
+    with pytest.raises(ValueError, match=r"a LoRA adapter alone, without its model.*merge_and_unload.*name the folder"):
+        checkpoint(tmp_path / "adapter")
+
+
 def test_an_adapter_beside_its_base(folder: Path, tmp_path: Path):
     """transformers would put it on without being asked."""
     tiny_adapter(tmp_path / "trained", str(folder), seed=1)
     for file in (tmp_path / "trained" / "adapter").iterdir():
         shutil.copy(file, folder)
-    with pytest.raises(ValueError, match=r"adapter lies beside the model.*merge_and_unload.*take the adapter's files away"):
+    with pytest.raises(
+        ValueError, match=r"adapter lies beside the model.*merge_and_unload.*take the files of the adapter away"
+    ):
         use(folder)
 
 
@@ -360,6 +369,20 @@ def test_the_positions_of_a_model(folder: Path):
     assert position_limit(AutoConfig.from_pretrained(folder)) == 2048
     assert position_limit(GPT2Config(n_positions=64)) == 64
     assert position_limit(AutoConfig.for_model("bloom")) is None
+
+
+def test_rotations_that_depend_on_the_length_end_the_positions():
+    """Of Phi-3's 131,072 positions 4,096: beyond, a sequence turns its first tokens otherwise than those were sampled."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = Phi3Config(
+        hidden_size=32, num_attention_heads=4, max_position_embeddings=131072, original_max_position_embeddings=4096
+    )
+    config.rope_parameters = {**rope, "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+    assert position_limit(config) == 4096
+    config.rope_parameters = {"full_attention": config.rope_parameters}
+    assert position_limit(config) == 4096
+    config.rope_parameters = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
+    assert position_limit(config) == 131072
 
 
 def test_ids_that_no_token_has():

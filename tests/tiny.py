@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from gguf import GGUFWriter
 from peft import LoraConfig, get_peft_model
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -49,6 +49,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )
+
+
+def gapped_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with 110 ids that no token has before the last one, that of <|im_end|>: 509."""
+    tokenizer = tiny_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["<|im_end|>"] = 509
+    state["added_tokens"] = [each | {"id": 509} if each["id"] == END_ID else each for each in state["added_tokens"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         pad_token="<|pad|>",
         eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],

@@ -210,13 +210,15 @@ def checkpoint(folder: Path, known: Mapping[str, str] | None = None) -> Checkpoi
     known: digests of its files, by name, where they were taken already: weights take minutes to read. Raises ValueError for
     a folder that holds no model, a damaged one, or an adapter beside it.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json; expected a model folder in Hugging Face format")
+    whole = (folder / "config.json").is_file()
     if (folder / "adapter_config.json").exists():
+        found = "lies beside the model, and nothing says which one is meant" if whole else "alone, without its model"
         raise ValueError(
-            f"{folder}: a LoRA adapter lies beside the model (adapter_config.json), and nothing says which one is meant. "
-            "Merge it into the model (peft's merge_and_unload, then save_pretrained), or take the adapter's files away."
+            f"{folder}: a LoRA adapter {found} (adapter_config.json). Merge it into its model (peft's merge_and_unload, then"
+            f" save_pretrained), or {'take the files of the adapter away' if whole else 'name the folder of that model'}."
         )
+    if not whole:
+        raise ValueError(f"{folder}: no config.json; expected a model folder in Hugging Face format")
     check_files(folder)
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in _IDENTITY_SUFFIXES)
     contents = {f.name: _content_digest(f, known or {}) for f in files}
@@ -326,7 +328,7 @@ def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         assert isinstance(found, PreTrainedTokenizerBase)
         found.decode(found("a word")["input_ids"])  # some mistakes show only then
     rows = configuration.get_text_config().to_dict().get("vocab_size")
-    largest = max(found.get_vocab().values(), default=-1)
+    largest = max(known_ids(found), default=-1)
     if isinstance(rows, int) and largest >= rows:
         last = found.convert_ids_to_tokens(largest)
         raise ValueError(
@@ -353,11 +355,19 @@ def load_configuration(path: str, *, trust_remote_code: bool = False) -> PreTrai
 
 
 def position_limit(configuration: PreTrainedConfig) -> int | None:
-    """The most tokens of a prompt and its completion together; None for a model without such a limit."""
+    """The most tokens of a prompt and its completion together; None for a model without such a limit.
+
+    LongRoPE (Phi-3 and 4 with 128k) turns all positions otherwise once a sequence is longer than the original ones: what was
+    sampled before would be scored as another model's, so its limit is that length.
+    """
     text = configuration.get_text_config()
-    name = text.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    limit = text.to_dict().get(name)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    content = text.to_dict()
+    limits = [content.get(text.attribute_map.get("max_position_embeddings", "max_position_embeddings"))]
+    rope = cast("dict[str, Any]", content.get("rope_parameters") or {})
+    for each in (rope, *rope.values()):  # one for all layers, or one a kind of layer
+        if isinstance(each, dict) and "longrope" in (each := cast("dict[str, Any]", each)).values():
+            limits.append(each.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def positions_of(path: str, *, trust_remote_code: bool = False) -> int | None:
@@ -365,9 +375,17 @@ def positions_of(path: str, *, trust_remote_code: bool = False) -> int | None:
     return position_limit(load_configuration(path, trust_remote_code=trust_remote_code))
 
 
+def known_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of all tokens. There may be gaps between them, so that the last one is beyond their number.
+
+    Tokenizers with code of their own (Qwen's first) leave the special ones out of their vocabulary.
+    """
+    return frozenset(tokenizer.get_vocab().values()).union(tokenizer.all_special_ids)
+
+
 def untrained_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
     """Of the ids that a model's `rows` logits stand for, those that no token has: a model must never say them."""
-    return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
+    return sorted(set(range(rows)) - known_ids(tokenizer))
 
 
 def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -381,7 +399,7 @@ def end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         raise ValueError(f"{file}: eos_token_id is {ends!r}; expected a token id or a list of them")
     own = tokenizer.eos_token_id
     assert own is None or isinstance(own, int)
-    if unknown := [end for end in several if not 0 <= end < len(tokenizer)]:
+    if unknown := sorted(set(several) - known_ids(tokenizer)):
         raise ValueError(
             f"{file}: eos_token_id {unknown[0]} is no token of its tokenizer, which has {len(tokenizer):,}; write the one"
             " that ends an answer"
@@ -427,9 +445,12 @@ def load_model(
     _trim()  # of the model before
     stored = check_files(Path(path))
     configuration = load_configuration(path, trust_remote_code=trust_remote_code)
-    compare = "Compare config.json and generation_config.json with those that belong to these weights."
-    with _in_words(path, "the model can't be loaded", compare):
-        if not configuration.to_dict().get("quantization_config"):
+    quantized = configuration.to_dict().get("quantization_config")
+    way_out = "Compare config.json and generation_config.json with those that belong to these weights."
+    if quantized:
+        way_out = "Its weights are quantized; name the model that they were made from, or install what they need."
+    with _in_words(path, "the model can't be loaded", way_out):
+        if not quantized:
             _refuse_larger(kind, configuration, stored, trust_remote_code=trust_remote_code)
         model, information = kind.from_pretrained(
             path,
@@ -446,7 +467,7 @@ def load_model(
     model = model.to(device).eval()
     causal = kind is AutoModelForCausalLM
     probe = torch.tensor([[0, 0], [0, 1]] if causal else [[0]], device=model.device)
-    with _in_words(path, "the model can't be used", compare), torch.no_grad():
+    with _in_words(path, "the model can't be used", way_out), torch.no_grad():
         logits = model(input_ids=probe).logits.float()  # some mistakes show only then
     if causal and (logits[0, 0] - logits[1, 0]).abs().amax() > torch.finfo(dtype).eps ** 0.5 * logits.abs().amax():
         raise ValueError(

@@ -151,12 +151,10 @@ def assistant_turn(
         return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     asked = [{"role": "user", "content": _HARMLESS}]
     answered = [*asked, {"role": "assistant", "content": _MARKER}]
-    try:
-        more = arguments or {}
+    header, rendered, more = "", "", arguments or {}
+    with suppress(TemplateError):  # that an assistant has the last word; what else is wrong is told where it is first used
         header = _applied(tokenizer, asked, header=True, **more)
         rendered = _applied(tokenizer, answered, header=False, **more)
-    except TemplateError:  # what is wrong with it is told where it is first used
-        return AssistantTurn("", "", cast(int, tokenizer.eos_token_id))
     start, marker, rest = rendered.rpartition(_MARKER)
     before = start.removeprefix(header) if start.startswith(header) else ""
     before = before if before.isspace() else ""
@@ -213,6 +211,7 @@ class Prompts:
         self.arguments = dict(arguments or {})
         self._day = day or datetime.now(UTC).date()
         self._turn = assistant_turn(tokenizer, self._given, ends)
+        self._ends = frozenset((self._turn.end_id, *ends))
         self.system_role = self._detect_system_role() if system_role == "auto" else system_role
         self.special_ids = frozenset(tokenizer.all_special_ids) | self._controls()
         self._control_text = self._plain_controls()
@@ -233,13 +232,19 @@ class Prompts:
     @cached_property
     def digest(self) -> str:
         """Digest of what determines the token ids of messages: with theirs, that of the ids."""
-        size, some = len(self.tokenizer), 4096
+        size, some = 1 + max(self.known_ids), 4096
         parts = (range(start, min(start + some, size)) for start in range(0, size, some))
-        vocabulary = [digest(self.tokenizer.convert_ids_to_tokens(list(ids))) for ids in parts]
+        # Those of tiktoken's kin, which come with code of their own, are bytes.
+        vocabulary = [digest([*map(str, self.tokenizer.convert_ids_to_tokens(list(ids)))]) for ids in parts]
         template: dict[str, Any] = {"chat_template": self.tokenizer.chat_template, "system_role": self.system_role}
         template |= {"arguments": self.arguments} if self.arguments else {}
         template |= {"date": self._day.isoformat()} if self._asks_for_the_date() else {}
         return digest({**template, "vocabulary": vocabulary})
+
+    @cached_property
+    def known_ids(self) -> frozenset[int]:
+        """The ids of all tokens (`models.known_ids`)."""
+        return frozenset(self.tokenizer.get_vocab().values()).union(self.tokenizer.all_special_ids)
 
     def fold(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """The query as this template can render it: without a system role, its system message begins the user's turn."""
@@ -305,8 +310,8 @@ class Prompts:
     def spells(self, ids: Sequence[int], said: Side) -> bool:
         """Whether these ids, of a file made elsewhere, are this response as it could have been sampled."""
         body = ids[:-1] if said.finish == "stop" else ids
-        ended = said.finish == "length" or ids[-1] in self.special_ids | {self.end_id}
-        if not ended or max(ids) >= len(self.tokenizer) or not self.special_ids.isdisjoint(body):
+        ended = said.finish == "length" or ids[-1] in self.special_ids | self._ends
+        if not ended or not self.known_ids.issuperset(ids) or not self.special_ids.isdisjoint(body):
             return False
         return self.tokenizer.decode(list(body), clean_up_tokenization_spaces=False) == said.text
 
@@ -581,7 +586,7 @@ def _control_patterns(written: str, *, last: bool) -> set[str]:
     if re.fullmatch(r"[\w\s]*|[\W_]*", text) or len(text.split()) > _CONTROL_WORDS:
         return found
     inline = not last and "\n" not in written.partition(text)[0]  # behind what was said, in its line
-    name = re.fullmatch(r"[\w\s]+:", text) is not None
+    name = re.fullmatch(r"[\w\s]+[:：]", text) is not None  # the second is the colon of Chinese and Japanese
     return found | {(r"(?:^|\s)" if inline else r"^") * name + re.escape(text)}
 
 

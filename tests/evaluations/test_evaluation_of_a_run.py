@@ -11,10 +11,14 @@ from tiny import tiny_model_dir
 
 from selfsteer import pipeline
 from selfsteer.engines import open as opening
-from selfsteer.engines.base import Completion, Request
+from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.evaluating import evaluate_models
+from selfsteer.evaluations.asking import Asked
+from selfsteer.judges.find import find_judge
 from selfsteer.recipe.engines import TransformersSection
-from selfsteer.recipe.sections import EvaluationSection, Policy, Recipe
+from selfsteer.recipe.sections import EvaluationSection, JudgeSection, Policy, Recipe
+from selfsteer.stages.evaluation import verdicts_of
+from selfsteer.store.journal import Journal
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and its libraries warn of themselves
 
@@ -132,6 +136,22 @@ def test_alpaca_eval_through_a_real_judge(data: Path, tiny_folder: str, tmp_path
     assert found["rows"][0]["after"].n == 6
     (task,) = found["models"]["after"]["tasks"]
     assert "length-controlled by the formula without difficulty: not the leaderboard's" in task["notes"]
+
+
+def test_a_judge_in_words_is_asked_what_its_context_holds(tmp_path: Path):
+    """64 positions: what leaves no room is not asked, and no answer is longer than the room."""
+    judge = find_judge(
+        JudgeSection(kind="llm", model=tiny_model_dir(tmp_path / "judge", max_positions=64)), Policy(model="-")
+    )
+    assert judge is not None
+    short, long = (({"role": "user", "content": "Write. " * words},) for words in (1, 40))
+    asked = [Asked(messages, Sampling(temperature=0.0, max_new_tokens=2048)) for messages in (short, long)]
+    with Journal(tmp_path / "parts") as journal:
+        in_words = verdicts_of(judge, journal).ask
+        assert in_words is not None
+        answered, refused = in_words(asked)
+    assert answered.error is None
+    assert refused.error == "too long for the judge"
 
 
 def test_a_reward_model_grades_nothing(data: Path, tiny_folder: str, tmp_path: Path):

@@ -197,6 +197,14 @@ def test_an_item_that_can_t_be_asked_or_scored_is_named(task: str, changes: dict
         Harness(EvaluationSection(tasks=[task], data=str(tmp_path)), tmp_path / "out")
 
 
+def test_of_a_limited_run_the_items_are_tried_that_will_be_asked(tmp_path: Path):
+    """All of MMLU's 14,042 take ten seconds."""
+    write(tmp_path, "ifeval", "input_data.jsonl", [*IFEVAL[:2], IFEVAL[2] | {"instruction_id_list": ["no:such"]}])
+    Harness(EvaluationSection(tasks=["ifeval"], data=str(tmp_path), limit=2), tmp_path / "out")
+    with pytest.raises(ValueError, match="item 3 of ifeval"):
+        Harness(EvaluationSection(tasks=["ifeval"], data=str(tmp_path), limit=3), tmp_path / "out")
+
+
 @pytest.mark.parametrize("task", sorted(ROWS))
 def test_an_item_that_is_there_twice_is_refused(task: str, tmp_path: Path):
     file, rows = ROWS[task]

@@ -367,7 +367,7 @@ def _drawn(logits: Tensor, sequences: list[_Sequence], known: _Vocabulary, *, at
         asked = sequences[int((~finite).nonzero()[0])].request.messages[-1]["content"]
         raise ValueError(
             f"{known.model}: the logits are not finite numbers, first after the prompt that ends in {asked[-80:]!r}. Look at"
-            " the model's weights, or set engine.dtype=float32"
+            " the model's weights; in half precision, set engine.dtype=float32"
         )
     if known.never:
         logits = logits.index_fill(-1, torch.tensor(known.never, device=logits.device), -torch.inf)

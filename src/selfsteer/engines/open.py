@@ -150,7 +150,7 @@ def _vllm_engine(
         decode=partial(_decode, prompts),
         piece=partial(_piece, prompts),
         end_ids=ends,
-        known_ids=_known(prompts),
+        known_ids=prompts.known_ids,
         ids_needed=True,
     )
 
@@ -184,7 +184,7 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, 
         piece=partial(_piece, prompts),
         end_ids=_ends(model, prompts),
         special_ids=prompts.special_ids,
-        known_ids=_known(prompts),
+        known_ids=prompts.known_ids,
         template_arguments=prompts.arguments,
     )
     if section.serve is None:
@@ -222,10 +222,6 @@ def _piece(prompts: Prompts, token_id: int) -> str:
     """As vLLM writes it: the decoded text, and where that is none (a part of a character) the name in the vocabulary."""
     text = cast(str, prompts.tokenizer.decode([token_id]))
     return cast(str, prompts.tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in text else text
-
-
-def _known(prompts: Prompts) -> frozenset[int]:
-    return frozenset(prompts.tokenizer.get_vocab().values())
 
 
 def _decode(prompts: Prompts, token_ids: Iterable[int]) -> str:

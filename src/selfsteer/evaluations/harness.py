@@ -22,6 +22,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,7 +89,7 @@ class Harness:
         self._loaded = _load(section, scratch)
         for name, task in self._load()["tasks"].items():
             _refuse(name, task, scores=scores)
-            _try(name, task, section.data)
+            _try(name, task, section)
 
     def _load(self) -> dict[str, Any]:
         with _in_words(f"the items of {', '.join(self._loaded.names)}", self.section.data):
@@ -126,10 +127,10 @@ def _in_words(what: str, data: str | None) -> Generator[None]:
         raise ValueError(f"evaluation.data: {what} in {where} can't be read or scored ({said}); fetch it again") from error
 
 
-def _try(name: str, task: Any, data: str | None) -> None:
-    """Every item as it is asked, and IFEval's as they are scored: what is wrong with one is known before a model answers."""
-    for number, item in enumerate(task.eval_docs, start=1):
-        with _in_words(f"item {number} of {name}", data):
+def _try(name: str, task: Any, section: EvaluationSection) -> None:
+    """Each item that will be asked as it is asked, and IFEval's as scored: what is wrong is known before a model answers."""
+    for number, item in enumerate(islice(task.eval_docs, section.limit), start=1):
+        with _in_words(f"item {number} of {name}", section.data):
             task.doc_to_text(item)
             task.doc_to_target(item)
             if "ifeval" in name:

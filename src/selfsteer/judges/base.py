@@ -57,14 +57,17 @@ class RecipeJudge:
         template = self.section.chat_template
         return {"judge": self.name} | ({} if template is None else {"judge's chat template": file_digest(Path(template))})
 
+    def context(self) -> int | None:
+        """Tokens that its model holds, prompt and answer; None where nobody says."""
+        if self.model is None:
+            return None
+        positions = positions_of(self.model.path, trust_remote_code=self.policy.trust_remote_code)
+        return min(filter(None, (positions, context_limit(self.section.engine))), default=None)
+
     def longest_prompt(self, more: int) -> int:
         """The longest that it is asked, in tokens: what the section says, or what leaves its model room for `more`."""
-        limit = self.section.max_prompt_tokens
-        if self.model is None:
-            return limit
-        positions = positions_of(self.model.path, trust_remote_code=self.policy.trust_remote_code)
-        room = min(filter(None, (positions, context_limit(self.section.engine))), default=None)
-        return limit if room is None else min(limit, room - more)
+        limit, context = self.section.max_prompt_tokens, self.context()
+        return limit if context is None else min(limit, context - more)
 
 
 def not_refused(pairs: Pairs, why_not: Callable[[Pair], str | None], refused: dict[int, str]) -> Iterator[Pair]:

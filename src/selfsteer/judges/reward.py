@@ -174,7 +174,8 @@ def _scored(model: PreTrainedModel, batch: Sequence[tuple[TokenIds, str]]) -> It
     scores = score_batch(model, [ids for ids, _ in batch])
     if not all(map(math.isfinite, scores)):
         raise ValueError(
-            f"{model.config.name_or_path}: rewards that are not finite. Look at the model's weights, or set dtype=float32"
+            f"{model.config.name_or_path}: rewards that are not finite. Look at the model's weights; in half precision, set"
+            " dtype=float32"
         )
     return ((key, {"reward": score}) for (_, key), score in zip(batch, scores, strict=True))
 

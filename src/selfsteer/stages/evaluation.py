@@ -10,7 +10,7 @@ Not a stage: nothing later is made of it. Left out on purpose: what the tasks ar
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,7 +47,7 @@ def verdicts_of(judge: RecipeJudge, journal: Journal) -> Verdicts:
         return list(ask(judge, lambda: pairs, journal, total=len(pairs)))
 
     sampler = Sampler(lambda: open_judge(judge), judge.prompts)
-    in_words = ask_with(sampler, partial(_request, judge), journal, "verdicts in words")
+    in_words = ask_with(sampler, partial(_request, judge, judge.context()), journal, "verdicts in words")
     return Verdicts(judge_name(judge), in_words if judge.section.kind == "llm" else None, compare)
 
 
@@ -61,20 +61,24 @@ def judge_name(judge: RecipeJudge) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _request(judge: RecipeJudge, asked: Asked) -> Request | str:
-    found = rendered([asked.messages], judge.prompts, judge.section.max_prompt_tokens)
+def _request(judge: RecipeJudge, context: int | None, asked: Asked) -> Request | str:
+    """The judge's request for an item, of no more words than fit behind it, or why it must not be asked."""
+    limit, sampling = judge.section.max_prompt_tokens, asked.sampling
+    found = rendered([asked.messages], judge.prompts, limit if context is None else min(limit, context - 1))
     if isinstance(found, str):
         return found
+    if context is not None:
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(found[0])))
     content = {
         "schema": SCHEMA,
         "judge": judge.name,
         "messages": list(asked.messages),
         "prompts": None if judge.prompts is None else judge.prompts.digest,
-        **asdict(asked.sampling),
+        **asdict(sampling),
         "repeat": asked.repeat,
     }
     key = digest(content)
-    return Request(key=key, messages=asked.messages, sampling=asked.sampling, seed=int(key[:8], 16))
+    return Request(key=key, messages=asked.messages, sampling=sampling, seed=int(key[:8], 16))
 
 
 def evaluate(

@@ -73,8 +73,8 @@ def _measured(policy: Sampler, generator: Sampler, contexts: Contexts) -> Change
     )
     if not torch.tensor([*found.before, *found.after]).isfinite().all():
         raise ValueError(
-            f"{generator.scorer.model.config.name_or_path}: expectations that are not finite. Look at the model's weights,"
-            " or set training.dtype=float32"
+            f"{generator.scorer.model.config.name_or_path}: expectations that are not finite. Look at the model's weights;"
+            " in half precision, set training.dtype=float32"
         )
     return found
 

@@ -231,7 +231,8 @@ def _score_batch(
     if not all(map(math.isfinite, logps)):
         raise ValueError(
             f"{model.config.name_or_path}: log-probabilities that are not finite, at query"
-            f" {groups[0][0].pairs[0].query_id} or next to it. Look at the model's weights, or set training.dtype=float32"
+            f" {groups[0][0].pairs[0].query_id} or next to it. Look at the model's weights; in half precision, set"
+            " training.dtype=float32"
         )
     summed = iter(logps)
     numbers = [tuple(map(Scored, accumulate(islice(summed, len(ends))), ends)) for ends in lengths]
