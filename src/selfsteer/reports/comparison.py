@@ -12,8 +12,8 @@ from typing import Any, Literal, TypedDict, cast
 from selfsteer.measures.estimates import METHOD, Estimate, known
 from selfsteer.measures.metrics import from_plain, plain
 from selfsteer.measures.verdicts import JudgeReport
+from selfsteer.reports.drawing import Cell, Form, Row, Table, cell, markdown
 from selfsteer.reports.page import NO_PLOTS, frame, table_html, write_html
-from selfsteer.reports.tables import Cell, Form, Row, Table, cell, markdown
 from selfsteer.runtime import duration
 from selfsteer.store.durable import read_json, write
 

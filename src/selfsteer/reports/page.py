@@ -22,10 +22,10 @@ import yaml
 
 from selfsteer.measures.metrics import Metrics, RoundMetrics
 from selfsteer.recipe.shipped import template
-from selfsteer.reports import tables
+from selfsteer.reports import costs, tables
+from selfsteer.reports.drawing import Table
 from selfsteer.reports.reading import Entry, PairSet, Reading, SideEntry, pick_examples
-from selfsteer.reports.tables import Table
-from selfsteer.reports.verdict import answer_lines, headline, measure_rows, places, warnings
+from selfsteer.reports.verdict import answer_lines, headline, measure_rows, places, result_of, warnings
 from selfsteer.store.durable import write
 
 NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
@@ -117,7 +117,7 @@ def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
     answers = "".join(f"<p>{escape(line.strip())}</p>" for line in answer_lines(this))
     warned = [*warnings(this)]
     if "ended" in run:
-        warned += [f"ended early: {run['ended']}", tables.result_of(run)]
+        warned += [f"ended early: {run['ended']}", result_of(run)]
     listed = "".join(f"<li>{escape(line)}</li>" for line in warned)
     commands = "".join(
         f'<div><span>{name}</span><code id="copied-{number}">{escape(text)}</code>'
@@ -138,8 +138,8 @@ def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
 
 def _costs(metrics: Metrics) -> str:
     """What the run took in a line, and by stage when opened."""
-    said = tables.cost_line(metrics)
-    listed = "".join(map(_table, (table for table in tables.costs(metrics) if table.title.startswith(tables.BY_STAGE))))
+    said = costs.cost_line(metrics)
+    listed = "".join(map(_table, (table for table in costs.costs(metrics) if table.title.startswith(costs.BY_STAGE))))
     return f"<details><summary>{escape(said)}</summary>{listed}</details>" if listed else ""
 
 
@@ -329,7 +329,7 @@ def _tables(metrics: Metrics) -> str:
     folded = "\n".join(
         f"<details><summary>{escape(table.title)}</summary>{_table(table)}</details>"
         for table in tables.run_tables(metrics)
-        if not table.funnel and not table.title.startswith(tables.BY_STAGE)
+        if not table.funnel and not table.title.startswith(costs.BY_STAGE)
     )
     return f"<section><h2>All numbers</h2>{folded}</section>" if folded else ""
 

@@ -16,7 +16,8 @@ from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.reports.tables import GENERATOR, PBAA, cell, console_of, data_sets, last_round, print_tables, result_of
+from selfsteer.reports.drawing import cell, console_of, print_table
+from selfsteer.reports.tables import GENERATOR, PBAA, data_sets, last_round, run_tables
 from selfsteer.runtime import duration
 
 FEW_ITEMS = 30
@@ -32,9 +33,9 @@ UNLIKELY = 0.3
 """Nats a token by which answers are less likely than the policy's own when told to, above which a run says so."""
 
 
-def print_verdict(metrics: Metrics, console: Console | None = None) -> None:
+def print_verdict(metrics: Metrics) -> None:
     """Print the verdict on a run."""
-    console = console or console_of()
+    console = console_of()
     for line in verdict(metrics):
         console.print(Text(line), soft_wrap=True)
 
@@ -42,7 +43,8 @@ def print_verdict(metrics: Metrics, console: Console | None = None) -> None:
 def print_run(metrics: Metrics, console: Console | None = None) -> None:
     """Print all tables of a run, what was made, and where it is. 100 columns where the output is no terminal."""
     console = console or console_of()
-    print_tables(metrics, console)
+    for table in run_tables(metrics):
+        print_table(table, console)
     for line in (f"{headline(metrics)}, seed {metrics['run']['seed']}", *closing_lines(metrics["run"])):
         console.print(Text(line), soft_wrap=True)
 
@@ -67,6 +69,13 @@ def closing_lines(run: RunFacts) -> list[str]:
     found = places(run)
     found["report"] = f"{run['folder']}/report.html, or: {found['report']}"
     return ended + [f"{name:6}  {place}" for name, place in found.items()]
+
+
+def result_of(run: RunFacts) -> str:
+    """Whose policy the result of a run is that ended early."""
+    return (
+        f"the result is the policy of round {run['policy_round']}" if "policy_round" in run else "there is no aligned policy"
+    )
 
 
 def places(run: RunFacts) -> dict[str, str]:
