@@ -294,5 +294,5 @@ def why_not_aligned(metrics: RoundMetrics, *, number: int, gates_stop: bool) -> 
 
 
 def _shown(result: GateResult) -> str:
-    shown = cell(result.value, "number")
-    return " ".join((*filter(None, shown), "")) if shown.value else ""
+    shown = cell(result.value, "number").text
+    return f"{shown} " if shown else ""

@@ -47,10 +47,9 @@ def find_judge(section: JudgeSection, policy: Policy, known: Mapping[str, Checkp
             )
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(str(error).replace("policy.model", "judge.model")) from error
-    on_server = section.engine.model if section.engine is not None and section.engine.kind == "openai" else None
     tokenizer = section.model if model is None else model.path
     asked = Policy(
-        model=tokenizer or str(on_server),
+        model=tokenizer or str(section.served),
         chat_template=section.chat_template,
         template_arguments=section.template_arguments,
         date=policy.date,

@@ -26,6 +26,11 @@ class Cell(NamedTuple):
     value: str
     interval: str = ""
 
+    @property
+    def text(self) -> str:
+        """Both."""
+        return " ".join(filter(None, self))
+
 
 class Row(NamedTuple):
     """A line of a table; without cells, a heading of the lines below."""
@@ -105,7 +110,7 @@ def markdown(table: Table) -> str:
     lines = [cells(iter(("", *table.columns))), cells(iter((":---", *alignments)))]
     for row in table.rows:
         if row.cells:
-            lines.append(cells(iter((row.label, *(" ".join(filter(None, cell)) for cell in row.cells)))))
+            lines.append(cells(iter((row.label, *(cell.text for cell in row.cells)))))
         else:
             lines.append(cells(iter((f"**{row.label}**", *[""] * len(table.columns)))))
     note = f"\n\n{table.note}" if table.note else ""

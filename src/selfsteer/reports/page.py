@@ -26,6 +26,7 @@ from selfsteer.reports import costs, tables
 from selfsteer.reports.drawing import Table
 from selfsteer.reports.reading import Entry, PairSet, Reading, SideEntry, pick_examples
 from selfsteer.reports.verdict import answer_lines, headline, measure_rows, places, result_of, warnings
+from selfsteer.stages.status import PRINCIPLES
 from selfsteer.store.durable import write
 
 NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
@@ -305,7 +306,7 @@ def _plots(metrics: Metrics) -> Iterator[str]:
     for number, this in enumerate(metrics["rounds"], 1):
         drawn = plots.plots(this, tables.data_sets(this))
         if drawn:
-            suffix = f", round {number}" if len(metrics["rounds"]) > 1 else ""
+            suffix = costs.round_suffix(number, metrics["rounds"])
             yield f"<section><h2>Training and distributions{suffix}</h2>{''.join(map(_figure, drawn))}</section>"
 
 
@@ -390,10 +391,7 @@ def _made_with(metrics: Metrics, reading: Reading) -> str:
         summary = "Recipe: what differs from the defaults"
         recipe = f'<details><summary>{summary}</summary><pre tabindex="0">{escape(reading.recipe)}</pre></details>'
     again = f"selfsteer run {shlex.quote(metrics['run']['folder'] + '/recipe.yaml')} output=NEW"
-    command = f"<p>The same again: <code>{escape(again)}</code></p>" if _sampled(metrics) else ""
+    # One that trained on given pairs has another command.
+    sampled = any(PRINCIPLES in this.get("stages", {}) for this in metrics["rounds"])
+    command = f"<p>The same again: <code>{escape(again)}</code></p>" if sampled else ""
     return f'<section><h2>Made with</h2><p class="facts">{listed}</p>{command}{recipe}</section>'
-
-
-def _sampled(metrics: Metrics) -> bool:
-    """Whether the run made its pairs; one that trained on given ones has another command."""
-    return any("1-principles" in this.get("stages", {}) for this in metrics["rounds"])

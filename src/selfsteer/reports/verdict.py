@@ -19,6 +19,7 @@ from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.reports.drawing import cell, console_of, print_table
 from selfsteer.reports.tables import GENERATOR, PBAA, data_sets, last_round, run_tables
 from selfsteer.runtime import duration
+from selfsteer.stages.status import PRINCIPLES
 
 FEW_ITEMS = 30
 """A measure of fewer items is named as such."""
@@ -95,8 +96,8 @@ def headline(metrics: Metrics) -> str:
     sets = list(data_sets(this).values())
     made = f"{sets[-1]['pairs']:,} pairs" if sets and "pairs" in sets[-1] else "no pairs"
     stages = this.get("stages", {})
-    if "1-principles" in stages:
-        made += f" from {stages['1-principles']['kept']:,} queries"
+    if PRINCIPLES in stages:
+        made += f" from {stages[PRINCIPLES]['kept']:,} queries"
     if rounds > 1:
         made += f" in the last of {rounds} rounds"
     done = "policy aligned" if "policy_folder" in run else "no policy aligned"
@@ -128,7 +129,9 @@ def measure_rows(this: RoundMetrics) -> list[tuple[str, str, str, str]]:
     elif sets:
         name, measures = list(sets.items())[-1]
         if "on_policy" in measures and "all" in measures["on_policy"]:
-            rows.append(("on-policy probability", f"{names[name]} {_with_interval(measures['on_policy']['all'])}", "", ""))
+            rows.append(
+                ("on-policy probability", f"{names[name]} {cell(measures['on_policy']['all'], 'number').text}", "", "")
+            )
     if "headroom" in this:
         room = this["headroom"]
         said = in_words(room["all"], "to win", "nothing to win")
@@ -219,21 +222,12 @@ def in_words(difference: Estimate, above: str, below: str) -> str:
     return below if difference.below_zero else "no difference shown"
 
 
-def few(n: int) -> str:
-    """A remark behind a measure of so many items."""
-    return " (few)" if n < FEW_ITEMS else ""
-
-
 def _of(value: Estimate) -> str:
-    return f"of {value.n:,}{few(value.n)}"
+    return f"of {value.n:,}{' (few)' if value.n < FEW_ITEMS else ''}"
 
 
 def _mean(value: Estimate) -> str:
     return cell(value.mean, "number").value
-
-
-def _with_interval(value: Estimate) -> str:
-    return " ".join(filter(None, cell(value, "number")))
 
 
 def _share(value: Estimate) -> str:
@@ -242,6 +236,6 @@ def _share(value: Estimate) -> str:
 
 def _signed(value: Estimate, *, share: bool = False) -> str:
     if not share:
-        return " ".join(filter(None, cell(value, "number", signed=True)))
+        return cell(value, "number", signed=True).text
     interval = "" if value.low is None or value.high is None else f" [{100 * value.low:+.0f}, {100 * value.high:+.0f}]"
     return f"{100 * value.mean:+.0f}{interval}"

@@ -125,7 +125,10 @@ def _write_taken(file: Path, taken: Taken) -> None:
 SCHEMA_VERSION = 4
 """Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
-_DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
+DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
+
+PREFERENCES, SELECTION, POLICY = "5-preferences", "5-selection", "6-policy"
+"""The stages that hold pairs, and what is aligned on them; of the others `stages/status.py` knows."""
 
 MEASURES = "measures.json"
 """What a stage seals beside its rows or its model: numbers about them."""
@@ -475,8 +478,8 @@ class Stage:
         rows = 0
         dropped: list[Dropped] = []
         if contents.rows is not None:
-            names.append(_DATA)
-            rows = columns.write_rows(self.path / _DATA, _without_dropped(contents.rows, dropped), contents.schema)
+            names.append(DATA)
+            rows = columns.write_rows(self.path / DATA, _without_dropped(contents.rows, dropped), contents.schema)
         if contents.measures is not None:
             names.append(MEASURES)
             with replacing(self.path / MEASURES) as file, clock.part("measure"):
@@ -518,19 +521,19 @@ class Stage:
     def written(self, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """The same rows for `Contents.measures`, just before the stage is sealed."""
         with _damage_named(self.path):
-            yield from columns.file_rows(self.path / _DATA, of=of)
+            yield from columns.file_rows(self.path / DATA, of=of)
 
     def column(self, name: str) -> list[Any]:
         """One column of the rows of a sealed stage; nothing else is read."""
         self._sealed()
         with _damage_named(self.path):
-            return columns.column(self.path / _DATA, name)
+            return columns.column(self.path / DATA, name)
 
     def picked(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
         """The rows with these numbers, which ascend; row groups without one are not read."""
         self._sealed()
         with _damage_named(self.path):
-            yield from columns.picked(self.path / _DATA, numbers)
+            yield from columns.picked(self.path / DATA, numbers)
 
     def dropped(self) -> Iterator[Dropped]:
         """The items that a sealed stage did not keep."""

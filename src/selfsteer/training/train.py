@@ -21,11 +21,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
@@ -102,8 +103,7 @@ class TrainingJob:
 
     def as_json(self) -> dict[str, Any]:
         """The job as JSON values."""
-        sections = {"policy": self.policy.model_dump(mode="json"), "training": self.training.model_dump(mode="json")}
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | sections
+        return _JSON.dump_python(self, mode="json")
 
     @property
     def needs_reference(self) -> bool:
@@ -111,12 +111,9 @@ class TrainingJob:
         return self.loss not in REFERENCE_FREE
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
+    def from_json(cls, values: dict[str, Any]) -> "TrainingJob":
         """The job that `as_json` gave."""
-        policy, training = Policy.model_validate(values["policy"]), Training.model_validate(values["training"])
-        unrelated = tuple(Row(tuple(prompt), tuple(map(tuple, completions))) for prompt, completions in values["unrelated"])
-        fields: dict[str, Any] = {**values, "policy": policy, "training": training, "unrelated": unrelated}
-        return cls(**fields)
+        return _JSON.validate_python(values)
 
     def digest(self) -> str:
         """sha256 of everything that determines the result; no paths."""
@@ -126,6 +123,9 @@ class TrainingJob:
         pairs = file_digest(Path(self.pairs))
         del content["output"]
         return digest(content | {"policy": policy, "pairs": pairs, "training": settings})
+
+
+_JSON = TypeAdapter(TrainingJob)
 
 
 class TrainingResult(NamedTuple):
