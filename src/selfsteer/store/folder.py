@@ -75,7 +75,7 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
     The sum is kept in elapsed.json every five seconds: a kill loses at most that much.
     """
     file = folder / _ELAPSED
-    earlier, before = _read_taken(file), clock.spent()
+    earlier, before = read_taken(file, "counting from zero"), clock.spent()
     fresh = clock.begin_peaks()
     started = time.monotonic()
     finished = threading.Event()
@@ -87,7 +87,7 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
     def keep() -> None:
         while not finished.wait(_EVERY_SECONDS):
             with suppress(OSError):  # the last time it is told
-                _write_taken(file, taken())
+                write_taken(file, taken())
 
     keeper = threading.Thread(target=keep, daemon=True, name="selfsteer-clock")
     keeper.start()
@@ -96,27 +96,31 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
     finally:
         finished.set()
         keeper.join()
-        _write_taken(file, taken())
+        write_taken(file, taken())
 
 
-def _read_taken(file: Path) -> Taken:
+def read_taken(file: Path, otherwise: str) -> Taken:
+    """What was written down as taken; nothing where there is no such file, or, with a warning, a damaged one.
+
+    otherwise: what happens then, for the warning.
+    """
     if not file.exists():
         return Taken()
-    way_out = "counting from zero"
     try:
-        found = read_json(file, {"seconds": (int, float)}, way_out=way_out)
+        found = read_json(file, {"seconds": (int, float)}, way_out=otherwise)
         seconds = float(found["seconds"])
         if not 0 <= seconds < math.inf:
-            raise ValueError(f"{file}: damaged, {seconds} seconds are no time; {way_out}")
+            raise ValueError(f"{file}: damaged, {seconds} seconds are no time; {otherwise}")
         parts = {name: Spent(float(took), int(tokens)) for name, (took, tokens) in found.get("parts", {}).items()}
         memory = {name: int(held) for name, held in found.get("memory", {}).items()}
     except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
-        log.warning("%s", error)
+        log.warning("%s", error if str(file) in str(error) else f"{file}: damaged ({error}); {otherwise}")
         return Taken()
     return Taken(seconds, parts, memory)
 
 
-def _write_taken(file: Path, taken: Taken) -> None:
+def write_taken(file: Path, taken: Taken) -> None:
+    """Write it down, whole or not at all."""
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps({**taken._asdict(), "seconds": round(taken.seconds, 3)}))
     unfinished.replace(file)
