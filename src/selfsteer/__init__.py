@@ -161,8 +161,9 @@ def report(folder: Path | str) -> str:
     """All tables of a run, or of a comparison, as text of 100 columns."""
     from rich.console import Console
 
+    from selfsteer.measures.metrics import read_metrics
     from selfsteer.reports.comparison import comparison_tables, read_comparison
-    from selfsteer.reports.tables import read_metrics, table_text
+    from selfsteer.reports.drawing import table_text
     from selfsteer.reports.verdict import print_run
 
     if (Path(folder) / "comparison.json").exists():

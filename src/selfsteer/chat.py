@@ -11,12 +11,12 @@ from pathlib import Path
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
 from selfsteer.engines.open import open_engine, prompts_of
 from selfsteer.engines.sampling import seed_for
+from selfsteer.measures.metrics import read_metrics
 from selfsteer.models import resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import EngineSection
 from selfsteer.recipe.sections import Policy, Sampled
 from selfsteer.records import Message
-from selfsteer.reports.tables import read_metrics
 from selfsteer.runtime import raise_if_stopped
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 from selfsteer.cluster import cluster_of
 from selfsteer.engines.open import check_engines
 from selfsteer.measures.estimates import Estimate, crossed_estimate, known, mean_estimate
-from selfsteer.measures.metrics import RoundMetrics, TrainingSummary
+from selfsteer.measures.metrics import Method, RoundMetrics, TrainingSummary
 from selfsteer.measures.text import repetition, similarity, words
 from selfsteer.measures.verdicts import Verdict, judge_report, points
 from selfsteer.pipeline import Prepared, dated, finish, first_round, make_data, prepare, write_report
@@ -35,7 +35,8 @@ from selfsteer.reports.comparison import (
     write_comparison_page,
 )
 from selfsteer.stages import summary
-from selfsteer.stages.answers import answers_stage, win_verdicts
+from selfsteer.stages.answers import answers_stage
+from selfsteer.stages.base import Round
 from selfsteer.stages.drawing import held_out
 from selfsteer.stages.gain import gain_of_queries
 from selfsteer.stages.passes import passes_stage, query_passes
@@ -44,7 +45,7 @@ from selfsteer.stages.quality import JudgeName, quality_stage, read_verdicts
 from selfsteer.stages.status import GAIN, PRINCIPLES, method_of
 from selfsteer.stages.training import policy_stage
 from selfsteer.store import columns
-from selfsteer.store.folder import RunFolder, lenders
+from selfsteer.store.folder import RunFolder, Stage, lenders
 
 log = logging.getLogger(__name__)
 
@@ -324,30 +325,25 @@ def compare(
 
 def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lending: tuple[RunFolder, ...], *, replace: bool) -> ArmRun:
     """The data of one arm and, where the recipe says so, a policy aligned on it; its measures on the held-out queries."""
+    align, method = recipe.compare.align, "given" if name == "given" else method_of(recipe)
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
-        first = first_round(folder, recipe, prepared)
-        held_out_only = not recipe.compare.align
         round = dataclasses.replace(
-            first, lenders=lending, held_out_only=held_out_only, replace=replace, within=folder.path.parent
+            first_round(folder, recipe, prepared),
+            lenders=lending,
+            held_out_only=not align,
+            replace=replace,
+            within=folder.path.parent,
         )
-        method = "given" if name == "given" else method_of(recipe)
         if method == "given":
             preferences = given_stage(round, Path(cast(str, recipe.compare.given)))
             quality = quality_stage(round, preferences, principles=False)
         else:
             preferences, quality, _ = make_data(round)
-        wins: list[Verdict] = []
-        passing: Values = {}
-        changes: Values = {}
-        if folder.has_stage(1, GAIN):
-            changes = {GAINS[name]: each for name, each in gain_of_queries(folder.stage(1, GAIN)).items()}
-        if recipe.compare.align:
-            aligned = policy_stage(round, preferences)
-            answered = None if method == "given" else passes_stage(round, aligned)
-            passing = {} if answered is None else {f"passes_{which}": each for which, each in query_passes(answered).items()}
-            answers = None if method == "given" else answers_stage(round, folder.stage(1, PRINCIPLES), aligned)
-            wins = [] if answers is None else win_verdicts(answers)
+        more: Values = {}
+        wins: Sequence[Verdict] = ()
+        if align:
+            more, wins = _answered(round, policy_stage(round, preferences), method)
             metrics = finish(round, method)
         else:
             metrics = summary.unaligned(folder, recipe, method)
@@ -355,4 +351,16 @@ def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lending: tuple[RunFo
         pairs = map(columns.pair, preferences.rows())
         verdicts = {} if quality is None else read_verdicts(quality)
         values = query_values(pairs, verdicts.get("pbaa" if method == "pbaa" else "alignment", {}), held_out(round))
-        return ArmRun(values | passing | changes, metrics["rounds"][0], wins)
+        if folder.has_stage(1, GAIN):
+            more |= {GAINS[change]: each for change, each in gain_of_queries(folder.stage(1, GAIN)).items()}
+        return ArmRun(values | more, metrics["rounds"][0], wins)
+
+
+def _answered(round: Round, aligned: Stage, method: Method) -> tuple[Values, Sequence[Verdict]]:
+    """Which held-out answers pass their checks, and what the judge says of them; nothing of pairs made elsewhere."""
+    if method == "given":
+        return {}, ()
+    checked = passes_stage(round, aligned)
+    passing: Values = {} if checked is None else {f"passes_{which}": each for which, each in query_passes(checked).items()}
+    answers = answers_stage(round, round.folder.stage(1, PRINCIPLES), aligned)
+    return passing, () if answers is None else read_verdicts(answers)["alignment"]["judge"]

@@ -40,7 +40,8 @@ class Finding(NamedTuple):
 
 def examine(engine_python: str | None = None) -> list[Finding]:
     """Everything, in the order of what a run needs first. engine_python: the interpreter of vLLM's environment."""
-    findings = [_interpreter(), *_libraries(), *_devices()]
+    interpreter = Finding("Python", "ok", f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.prefix}")
+    findings = [interpreter, *_libraries(), *_devices()]
     if broken(findings):
         return [*findings, _disk("disk, here", Path())]  # what comes now imports what is broken
     return [*findings, _disk("disk, here", Path()), _cache(), *_extras(), _vllm(engine_python), _ray()]
@@ -49,10 +50,6 @@ def examine(engine_python: str | None = None) -> list[Finding]:
 def broken(findings: list[Finding]) -> bool:
     """Whether a run as it comes would fail."""
     return any(each.state == "broken" for each in findings)
-
-
-def _interpreter() -> Finding:
-    return Finding("Python", "ok", f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.prefix}")
 
 
 def _libraries() -> Iterator[Finding]:

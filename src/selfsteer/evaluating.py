@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from selfsteer.data.queries import read_queries
 from selfsteer.engines.base import Sampling
 from selfsteer.engines.sampling import Sampler, kept_open
-from selfsteer.evaluations.alpaca_eval import annotated_win_rate, gamed_of, read_annotations
+from selfsteer.evaluations.alpaca_eval import annotated_win_rate, read_annotations
 from selfsteer.evaluations.asking import Answer, Asked
 from selfsteer.evaluations.evaluate import Answering, answering, ask_with
 from selfsteer.evaluations.judged import compare
@@ -96,7 +96,6 @@ def annotated(file: Path, data: Path | None) -> tuple[WinRate, str]:
     """
     annotations = read_annotations(file)
     folder = data if data is None or not (data / "alpaca_eval").is_dir() else data / "alpaca_eval"
-    gamed_of(folder)
     who = f"{annotations.model} against {annotations.baseline}, judged by {annotations.annotator}"
     return annotated_win_rate(annotations, folder), who
 

@@ -21,16 +21,17 @@ from selfsteer.judges.find import check_judge, find_judge
 from selfsteer.measures.contamination import check_files
 from selfsteer.measures.gates import evaluate
 from selfsteer.measures.headroom import in_words
-from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics
+from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics, write_metrics
 from selfsteer.models import compute_dtype, pick_device, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.gates import before_generator, parse
 from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.records import Checkpoint, Query
-from selfsteer.reports.card import CardFacts, judged, write_model_card
+from selfsteer.reports.card import write_model_card
+from selfsteer.reports.drawing import cell, table_text
 from selfsteer.reports.page import write_page
 from selfsteer.reports.reading import reading_of
-from selfsteer.reports.tables import cell, gates_table, table_text, write_metrics
+from selfsteer.reports.tables import gates_table
 from selfsteer.stages import summary
 from selfsteer.stages.base import ModelCleaned, Round, read_measures
 from selfsteer.stages.essentials import check_essentials
@@ -268,23 +269,8 @@ def finish(last: Round, method: Method, *, ended: bool = False) -> Metrics:
         aligned = model_of(folder.stage(run["policy_round"], POLICY))
         metrics["evaluation"] = evaluate_run(recipe, last.first, aligned, last.judge, folder.path / "evaluation")
     write_report(folder, metrics, recipe.seed)
-    if "policy_round" not in run:
-        return metrics
-    facts = CardFacts(
-        name=folder.path.name,
-        base_model=recipe.policy.model,
-        method=method,
-        recipe=dump(recipe),
-        judged=judged(recipe, method),
-        rounds=metrics["rounds"],
-    )
-    if "evaluation" in metrics:
-        facts["evaluation"] = metrics["evaluation"]
-    if recipe.rounds > 1:
-        facts["result"] = f"This is the policy of round {run['policy_round']} of {recipe.rounds}."
-        if "ended" in run:
-            facts["result"] += f" The rounds ended there, because {run['ended']}."
-    write_model_card(folder.stage(run["policy_round"], POLICY).path / MODEL, facts)
+    if "policy_round" in run:
+        write_model_card(folder.stage(run["policy_round"], POLICY).path / MODEL, metrics, recipe, method)
     return metrics
 
 
@@ -308,5 +294,5 @@ def why_not_aligned(metrics: RoundMetrics, *, number: int, gates_stop: bool) -> 
 
 
 def _shown(result: GateResult) -> str:
-    shown = cell(result.value, "number")
-    return " ".join((*filter(None, shown), "")) if shown.value else ""
+    shown = cell(result.value, "number").text
+    return f"{shown} " if shown else ""

@@ -105,7 +105,7 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
     found = _calibrated(recipe, prepared, used) if calibrate and here and not problems else _Calibration(Rates(), None)
     response = found.response or float(recipe.responses.max_new_tokens)
     half = compute_dtype(recipe.training.dtype, device) != torch.float32
-    counts = Counts(count, _lengths([each.bare for each in used]), _lengths([each.good for each in used]), response)
+    counts = Counts(count, Lengths.of(each.bare for each in used), Lengths.of(each.good for each in used), response)
     stages = stage_costs(recipe, counts, size, found.rates._replace(libraries=libraries), half=half)
     seconds = [stage["seconds"] for stage in stages if stage["samples"] or stage["scored"] or stage["trained"]]
     memory, most = (max(stage[key] for stage in stages) for key in ("memory", "memory_most"))
@@ -172,11 +172,6 @@ def _prompts(recipe: Recipe, prepared: Prepared, queries: Sequence[Query]) -> It
         messages = (query.messages, *steered)
         bare, good, bad = (tuple(prepared.prompts.prompt_ids(each)) for each in messages)
         yield _Prompts(bare, good, bad, messages)
-
-
-def _lengths(prompts: Sequence[tuple[int, ...]]) -> Lengths:
-    lengths = [len(each) for each in prompts]
-    return Lengths(sum(lengths) / len(lengths), max(lengths))
 
 
 def _problems(recipe: Recipe, prepared: Prepared) -> Iterator[str]:

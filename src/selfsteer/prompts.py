@@ -315,6 +315,15 @@ class Prompts:
             return False
         return self.tokenizer.decode(list(body), clean_up_tokenization_spaces=False) == said.text
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What sampled ids say, without special tokens."""
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def piece(self, token_id: int) -> str:
+        """A token as vLLM writes it: its text, and where that is none (a part of a character) its name in the vocabulary."""
+        text = cast(str, self.tokenizer.decode([token_id]))
+        return cast(str, self.tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in text else text
+
     def checked_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...] | str:
         """`prompt_ids`, or why this conversation must not be rendered (its text contains what opens or closes turns)."""
         if any(self._spells_control(message["content"]) for message in messages):

@@ -29,7 +29,7 @@ from selfsteer.judges.reward import (
     score_missing,
 )
 from selfsteer.measures.estimates import METHOD
-from selfsteer.measures.metrics import plain
+from selfsteer.measures.metrics import find, plain
 from selfsteer.measures.verdicts import judge_report
 from selfsteer.models import checkpoint, resolve
 from selfsteer.recipe.engines import DTypeName
@@ -190,17 +190,10 @@ def _copies(query_id: str, weight: float) -> int:
 
 def _margin(raw: Mapping[str, Any], where: str) -> float:
     for names in MARGINS:
-        values = [_at(raw, name) for name in names]
+        values = [find(raw, name) for name in names]
         if all(isinstance(value, int | float) for value in values):
             return float(values[0]) if len(values) == 1 else float(values[0]) - float(values[1])
     raise ValueError(f"{where}: --margin needs one of {[' and '.join(names) for names in MARGINS]}; found {sorted(raw)}")
-
-
-def _at(raw: Mapping[str, Any], path: str) -> Any:
-    found: Any = raw
-    for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
 
 
 # --- measured --------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,14 +23,12 @@ from selfsteer.engines.openai import (
     OpenAIEngine,
     RefusedError,
     ServerError,
-    Tokens,
     TryError,
-    excerpt,
     read_answer,
     read_error,
     read_retry_after,
-    reveals,
 )
+from selfsteer.engines.secrets import excerpt, reveals
 from selfsteer.recipe.engines import OpenAISection
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, max_new_tokens=64)
@@ -39,8 +37,23 @@ PROBE = "Hello"
 """What a one-token request of the engine asks."""
 
 
-TOKENS = Tokens(encode=lambda text: tuple(ord(c) for c in text), end_ids={2}, special_ids={ord("\u00a7")})
-"""A tokenizer of letters, in which the section sign is a special token."""
+@dataclass(frozen=True)
+class Letters:
+    """What the engine asks of `Prompts`, of a tokenizer of letters, in which the section sign is a special token."""
+
+    special_ids: frozenset[int] = frozenset({ord("\u00a7")})
+    known_ids: frozenset[int] = frozenset(range(2**16))
+    arguments: dict[str, object] = field(default_factory=dict)
+
+    def completion_ids(self, text: str, finish: str) -> tuple[int, ...]:
+        assert finish == "length"
+        return tuple(map(ord, text))
+
+    def text(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def piece(self, token_id: int) -> str:
+        return chr(token_id % 256)
 
 
 def requests(*prompts: str) -> list[Request]:
@@ -63,7 +76,7 @@ def many(count: int) -> list[Request]:
 def engine_for(server: MisbehavingServer, **settings: Any) -> OpenAIEngine:
     quick = {"concurrency": 4, "tries": 3, "first_pause": 0.01, "total_seconds": 5.0, "idle_seconds": 2.0}
     section = OpenAISection(kind="openai", model="m", **({"base_url": server.base_url} | quick | settings))
-    return OpenAIEngine(section, TOKENS)
+    return OpenAIEngine(section, Letters(), ends={2})
 
 
 def answered(server: MisbehavingServer, wanted: list[Request], **settings: Any) -> dict[str, Completion | Failed]:
@@ -750,7 +763,7 @@ def test_no_malformed_answer_tells_the_key(
     quick = {"tries": 1, "first_pause": 0.01, "total_seconds": 5.0, "idle_seconds": 2.0, "concurrency": 1}
     for base_url in malformed(KEY_IN[place] % spellings(SECRET)[form].encode()):
         section = OpenAISection(kind="openai", base_url=base_url, model="m", api_key_env="TEST_KEY", **quick)  # type: ignore[arg-type]
-        with OpenAIEngine(section, TOKENS) as engine, pytest.raises(ServerError) as raised:
+        with OpenAIEngine(section, Letters()) as engine, pytest.raises(ServerError) as raised:
             list(engine.generate(many(1)))
     assert not reveals(str(raised.value), SECRET)
     assert not reveals(caplog.text, SECRET)
@@ -776,7 +789,7 @@ def test_an_answer_may_hold_words_that_somebody_took_for_a_key():
 def test_an_answer_with_special_tokens_does_not_tell_the_key(monkeypatch: pytest.MonkeyPatch):
     """Twenty of its characters, which are not all of it: the answer is dropped for its special token, and shown."""
     monkeypatch.setenv("TEST_KEY", SECRET)
-    special = replace(TOKENS, special_ids={ord("|")})
+    special = Letters(special_ids=frozenset({ord("|")}))
     with MisbehavingServer(lambda call: chat(f"{SECRET[:20]}|")) as server:
         section = OpenAISection(kind="openai", base_url=server.base_url, model="m", api_key_env="TEST_KEY")
         with OpenAIEngine(section, special) as engine:
@@ -809,7 +822,7 @@ def test_an_unusable_key_is_refused_without_being_shown(value: str | None, monke
     else:
         monkeypatch.setenv("TEST_KEY", value)
     with pytest.raises(ValueError, match=r"variable TEST_KEY,.* holds no usable key") as raised:
-        OpenAIEngine(OpenAISection(kind="openai", base_url="http://h/v1", model="m", api_key_env="TEST_KEY"), TOKENS)
+        OpenAIEngine(OpenAISection(kind="openai", base_url="http://h/v1", model="m", api_key_env="TEST_KEY"), Letters())
     assert value is None or not value.strip() or value not in str(raised.value)
 
 
@@ -961,8 +974,8 @@ def completion(**choice: Any) -> Reply:
     return Reply(body=json.dumps({"choices": [{"text": "AB", "finish_reason": "stop", **choice}]}).encode())
 
 
-def with_tokens(server: MisbehavingServer, **more: Any) -> OpenAIEngine:
-    return OpenAIEngine(engine_for(server, send="token_ids").server, replace(TOKENS, **more))
+def with_tokens(server: MisbehavingServer, *, exact: bool = False, **more: Any) -> OpenAIEngine:
+    return OpenAIEngine(engine_for(server, send="token_ids").server, Letters(**more), ends={2}, exact=exact)
 
 
 def test_ids_that_no_token_has_are_no_answer():
@@ -987,7 +1000,7 @@ def test_a_server_that_returns_no_ids_is_named_once(caplog: pytest.LogCaptureFix
 
 
 def test_where_ids_are_needed_such_a_server_ends_the_run():
-    with MisbehavingServer(lambda _: completion()) as server, with_tokens(server, ids_needed=True) as engine:
+    with MisbehavingServer(lambda _: completion()) as server, with_tokens(server, exact=True) as engine:
         outcomes, error = until_error(engine, many(3))
     assert outcomes == []
     assert "returns no token ids" in str(error)
@@ -998,7 +1011,7 @@ def test_likely_tokens_are_named_by_their_ids():
     top = {"token_id:65": -0.1, "token_id:321": -3.0, "B": -4.0}
     with (
         MisbehavingServer(lambda _: completion(logprobs={"top_logprobs": [top]}, token_ids=[65])) as server,
-        with_tokens(server, piece=lambda token_id: chr(token_id % 256)) as engine,
+        with_tokens(server) as engine,
     ):
         (answer,) = engine.generate([replace(many(1)[0], top_logps=5)])
         list(engine.generate(many(1)))
@@ -1010,7 +1023,7 @@ def test_likely_tokens_are_named_by_their_ids():
 
 
 def test_arguments_of_the_template_go_to_a_server_that_renders():
-    told = replace(TOKENS, template_arguments={"enable_thinking": False})
+    told = Letters(arguments={"enable_thinking": False})
     with MisbehavingServer(echo) as server:
         with OpenAIEngine(engine_for(server).server, told) as engine:
             list(engine.generate(many(1)))

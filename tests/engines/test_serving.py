@@ -12,7 +12,7 @@ import pytest
 from waiting import alive, until
 
 from selfsteer.engines.base import Completion, Request, Sampling
-from selfsteer.engines.openai import OpenAIEngine, ServerError, Tokens
+from selfsteer.engines.openai import OpenAIEngine, ServerError
 from selfsteer.engines.serving import KEEPER, Address, Serve, ServedEngine
 from selfsteer.recipe.engines import OpenAISection
 from selfsteer.records import Adapter
@@ -25,7 +25,7 @@ NAME = '"served " + os.path.basename(model)'
 
 def connect(address: Address) -> OpenAIEngine:
     section = OpenAISection(kind="openai", base_url=address.base_url, model=address.model)
-    return OpenAIEngine(section, Tokens(encode=lambda text: (len(text),)))
+    return OpenAIEngine(section, None)
 
 
 @pytest.fixture

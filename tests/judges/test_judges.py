@@ -16,7 +16,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from selfsteer.engines.base import Completion, Failed, Request, TokenLogp
-from selfsteer.engines.openai import OpenAIEngine, Tokens
+from selfsteer.engines.openai import OpenAIEngine
 from selfsteer.judges import llm
 from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.implicit import consistency_verdicts, implicit_verdicts
@@ -498,7 +498,7 @@ def test_a_judge_on_a_server(tmp_path: Path):
     def judged(pairs: list[Pair], server: MisbehavingServer) -> list[Verdict]:
         settings = OpenAISection(kind="openai", base_url=server.base_url, model="m", tries=2, first_pause=0.01)
         with Journal(tmp_path) as journal:
-            engine = OpenAIEngine(settings, Tokens(encode=lambda _: ()))
+            engine = OpenAIEngine(settings, None)
             return list(sampled_verdicts(JUDGE, lambda: pairs, lambda: engine, journal, total=len(pairs)))
 
     with MisbehavingServer(answer) as server:

@@ -5,10 +5,10 @@ import pytest
 
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.gates import difference, drift, evaluate
-from selfsteer.measures.metrics import GateResult, RoundMetrics, find
+from selfsteer.measures.metrics import GateResult, RoundMetrics, find, write_metrics
 from selfsteer.pipeline import complaint
 from selfsteer.recipe.gates import MEASURES, parse
-from selfsteer.reports.tables import tables, write_metrics
+from selfsteer.reports.tables import tables
 
 
 def share(mean: float, width: float = 0.05, n: int = 100) -> Estimate:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from selfsteer import cli
+from selfsteer.measures.metrics import read_metrics
 from selfsteer.pipeline import run
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Message, Pair, side
 from selfsteer.reports import reading
 from selfsteer.reports.reading import Draw, entry, reading_of
-from selfsteer.reports.tables import read_metrics
 from selfsteer.store.columns import file_rows
 from selfsteer.store.folder import RunFolder
 

@@ -16,13 +16,15 @@ from rich.console import Console
 from selfsteer.measures.displacement import displaced, displacement
 from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.headroom import Answers, headroom
-from selfsteer.measures.metrics import Metrics
+from selfsteer.measures.metrics import Measures, Metrics, write_metrics
 from selfsteer.measures.quality import measure
 from selfsteer.records import Pair, Principles, Scored
 from selfsteer.reports import reading
+from selfsteer.reports.costs import cost_line
+from selfsteer.reports.drawing import Cell, Row, Table, console_of, print_table
 from selfsteer.reports.page import table_html, write_page
 from selfsteer.reports.reading import PairSet, Reading, pick_examples
-from selfsteer.reports.tables import Cell, Row, Table, _print, console_of, cost_line, print_measures, write_metrics
+from selfsteer.reports.tables import measures_table
 from selfsteer.reports.verdict import print_run
 from selfsteer.runtime import duration
 
@@ -77,7 +79,7 @@ def test_columns_that_do_not_fit_go_on_in_a_table_below():
     rows = (Row("one", (figures,) * 3), Row("no"), Row("two", (figures, figures, Cell(""))))
     wide = Table("Wide", ("a", "b", "c"), rows)
     text = io.StringIO()
-    _print(wide, Console(file=text, width=40))
+    print_table(wide, Console(file=text, width=40))
     lines = [line.split() for line in text.getvalue().splitlines() if line.strip() and "─" not in line]
     assert lines == [
         ["Wide"],
@@ -188,7 +190,7 @@ def test_rounds_are_numbered_when_there_are_several():
 
 def test_measures_of_one_data_set():
     console = Console(file=io.StringIO(), width=100)
-    print_measures(measure(pairs(-6.0)), console)
+    print_table(measures_table({"pairs": measure(pairs(-6.0))}), console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert re.search(r"chosen longer\s+0\.0% \[0\.0, 16\.1\]", text)
@@ -198,7 +200,8 @@ def test_measures_of_one_data_set():
 def test_what_judges_say_is_shown_where_they_were_asked():
     share = Estimate(0.625, 0.5, 0.75, 40)
     console = Console(file=io.StringIO(), width=100)
-    print_measures({"pairs": 40, "judge": {"accuracy": share}, "principle_consistency": {"accuracy": share}}, console)
+    found: Measures = {"pairs": 40, "judge": {"accuracy": share}, "principle_consistency": {"accuracy": share}}
+    print_table(measures_table({"pairs": found}), console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert re.search(r"judged by the judge\s+accuracy\s+62\.5% \[50\.0, 75\.0\]", text)
@@ -208,7 +211,7 @@ def test_what_judges_say_is_shown_where_they_were_asked():
 
 def test_one_row_has_no_interval():
     console = Console(file=io.StringIO(), width=100)
-    print_measures({"pairs": 1, "overlap": Estimate(0.25, None, None, 1)}, console)
+    print_table(measures_table({"pairs": {"pairs": 1, "overlap": Estimate(0.25, None, None, 1)}}), console)
     assert isinstance(console.file, io.StringIO)
     assert re.search(r"overlap in a pair\s+25\.0%\s*\n", console.file.getvalue())
 
@@ -325,7 +328,9 @@ def test_below_each_table_stands_what_its_lines_say(tmp_path: Path):
 
 def test_every_explained_line_is_one_of_some_table():
     terms = yaml.safe_load((files("selfsteer") / "templates" / "report_terms.yaml").read_text("utf-8"))
-    source = "".join((files("selfsteer") / file).read_text("utf-8") for file in ("reports/tables.py", "clock.py"))
+    source = "".join(
+        (files("selfsteer") / file).read_text("utf-8") for file in ("reports/tables.py", "reports/costs.py", "clock.py")
+    )
     assert [label for label in terms if label not in source] == []
 
 

@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from selfsteer.measures.estimates import Estimate
-from selfsteer.measures.metrics import GateResult, Metrics
-from selfsteer.reports.tables import read_metrics, write_metrics
-from selfsteer.reports.verdict import in_words, print_run, print_verdict, verdict
+from selfsteer.measures.metrics import GateResult, Metrics, read_metrics, write_metrics
+from selfsteer.reports.verdict import in_words, print_run, verdict
 
 
 def estimate(mean: float, low: float | None = None, high: float | None = None, n: int = 40) -> Estimate:
@@ -176,7 +175,7 @@ def test_metrics_of_a_folder_are_printed_as_they_were_measured(tmp_path: Path):
     for each in (found, read_metrics(tmp_path)):
         console = Console(file=io.StringIO(), width=100)
         print_run(each, console)
-        print_verdict(each, console)
+        console.print(*verdict(each))
         assert isinstance(console.file, io.StringIO)
         texts.append(console.file.getvalue())
     assert texts[0] == texts[1]

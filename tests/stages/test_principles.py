@@ -23,7 +23,6 @@ from selfsteer.recipe.shipped import located
 from selfsteer.records import Principles, Query
 from selfsteer.stages.principles import (
     PrinciplePair,
-    Unparsed,
     Writer,
     choose_principles,
     concision_pairs,
@@ -226,8 +225,8 @@ def test_other_scripts_end_their_sentences_too(text: str):
 )
 def test_anything_else_is_refused_with_the_reason(text: str, reason: str):
     parsed = parse_principles(text)
-    assert isinstance(parsed, Unparsed)
-    assert parsed.reason.startswith(reason)
+    assert isinstance(parsed, str)
+    assert parsed.startswith(reason)
 
 
 def test_the_prompt_shows_parseable_examples_and_ends_with_the_query():
@@ -238,8 +237,8 @@ def test_the_prompt_shows_parseable_examples_and_ends_with_the_query():
     for shot in messages[1::2]:
         bad, good = shot["content"].splitlines()
         assert isinstance(parse_principles(f"{bad} Be vague.\n{good} Be exact."), PrinciplePair), shot["content"]
-        assert parse_principles(shot["content"]) == Unparsed("repeats an example of the prompt")
-        assert parse_principles(f"{bad}\n{good} Be exact.") == Unparsed("repeats an example of the prompt")
+        assert parse_principles(shot["content"]) == "repeats an example of the prompt"
+        assert parse_principles(f"{bad}\n{good} Be exact.") == "repeats an example of the prompt"
     assert principle_messages(make("other"))[:-1] == messages[:-1]
 
 

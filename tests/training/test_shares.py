@@ -141,14 +141,14 @@ def test_a_signal_stops_the_group_and_keeps_what_is_finished(scorer: Scorer, tmp
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "null", "[]", "{}", '{"spent": {"a": 3}, "held": {}}', '{"spent": {}, "held": []}']
+    "content", ["", "{", "null", "[]", "{}", '{"seconds": 0, "parts": {"a": 3}}', '{"seconds": 0, "memory": []}']
 )
 def test_what_a_process_spent_is_not_counted_where_it_can_t_be_read(
     content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     counted: list[object] = []
     monkeypatch.setattr(clock, "take_in", lambda *spent: counted.append(spent))
-    (tmp_path / "spent-0.json").write_text('{"spent": {"load": [1.5, 7]}, "held": {"load": 9}}')
+    (tmp_path / "spent-0.json").write_text('{"seconds": 0, "parts": {"load": [1.5, 7]}, "memory": {"load": 9}}')
     (tmp_path / "spent-10.json").write_text(content)
     take_in(tmp_path)
     assert counted == [({"load": 1.5}, {"load": 7}, {"load": 9})]

@@ -106,7 +106,7 @@ def run(
             found = pipeline.run(resolved, replace=replace, borrow=borrow or ())
         print_verdict(found)
         if profile:
-            from selfsteer.reports.tables import print_costs
+            from selfsteer.reports.costs import print_costs
 
             print_costs(found, session=time.monotonic() - started)
 
@@ -234,7 +234,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, json: Json = None) -> 
     resolved = _there(_read(recipe, overrides))
     with graceful_stop():
         from selfsteer import plan as planning
-        from selfsteer.reports.tables import print_plan
+        from selfsteer.reports.costs import print_plan
 
         found = planning.plan(resolved)
         tell(found, json, lambda: print_plan(found))
@@ -296,7 +296,7 @@ def compare(
     with graceful_stop():
         from selfsteer import comparing
         from selfsteer.reports.comparison import comparison_tables
-        from selfsteer.reports.tables import table_text
+        from selfsteer.reports.drawing import table_text
 
         result = comparing.compare(
             resolved, [name.strip() for name in arms.split(",")], numbers, replace=replace, borrow=borrow or ()
@@ -325,7 +325,7 @@ def print_report(
         write_comparison_page(folder)
         typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
         return
-    from selfsteer.reports.tables import read_metrics
+    from selfsteer.measures.metrics import read_metrics
     from selfsteer.reports.verdict import print_run
 
     metrics = read_metrics(folder)

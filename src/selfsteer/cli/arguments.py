@@ -58,6 +58,8 @@ TemplateArguments = Annotated[
         show_default=False,
     ),
 ]
+ChatTemplate = Annotated[str | None, typer.Option(metavar="FILE", help="A Jinja chat template, for a model without.")]
+
 ModelName = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file or package:NAME, as policy.model in a recipe."),

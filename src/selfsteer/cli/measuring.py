@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from selfsteer.cli.arguments import (
+    ChatTemplate,
     EngineFile,
     Json,
     JudgeName,
@@ -88,9 +89,7 @@ def evaluate(
             metavar="FILE", help="Recorded judgements in AlpacaEval's format, in place of a judge; MODEL is a name."
         ),
     ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A Jinja chat template, for a model without.")
-    ] = None,
+    chat_template: ChatTemplate = None,
     template_arguments: TemplateArguments = None,
     output: Output = Path("evaluations"),
     json: Json = None,
@@ -188,9 +187,7 @@ def reward(
     margin: Annotated[bool, typer.Option("--margin", help="Take each pair's own margin from its row.")] = False,
     center: Annotated[float | None, typer.Option(help="Pull rewards to a mean of zero, such as 0.01.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longer conversations are dropped.", min=1)] = 2048,
-    chat_template: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A Jinja chat template, for a model without.")
-    ] = None,
+    chat_template: ChatTemplate = None,
     dtype: Annotated[DTypeName, typer.Option(help="Arithmetic of the forward pass.")] = "auto",
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Of the head and of the order.", min=0)] = 0,

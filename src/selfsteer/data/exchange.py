@@ -54,7 +54,7 @@ from selfsteer.records import Dropped, Message, PairRow
 from selfsteer.runtime import counted
 from selfsteer.store.columns import PAIRS, write_rows
 from selfsteer.store.durable import digest, make_folder, read_json, replacing, write
-from selfsteer.store.folder import Stage
+from selfsteer.store.folder import DATA, POLICY, PREFERENCES, SELECTION, Stage
 
 log = logging.getLogger(__name__)
 
@@ -287,24 +287,22 @@ def find_pairs(source: Path, round: int | None = None) -> Found:
         stage = _finished(source, number)
         if stage is None:
             continue
-        if Stage(source / f"round-{number}" / "6-policy").manifest() is not None:
-            return Found(stage.path / _DATA, stage, "; ".join(skipped) or None)
+        if Stage(source / f"round-{number}" / POLICY).manifest() is not None:
+            return Found(stage.path / DATA, stage, "; ".join(skipped) or None)
         if ended is None or ended[0] != number:
             said = f"{source}: round {number} has not aligned the policy on these pairs (yet)"
-            return Found(stage.path / _DATA, stage, "; ".join([*skipped, said]))
+            return Found(stage.path / DATA, stage, "; ".join([*skipped, said]))
         said = f"{source}: round {number} ended without alignment, because {ended[1]}"
         if round is not None:
-            return Found(stage.path / _DATA, stage, said)
+            return Found(stage.path / DATA, stage, said)
         skipped.append(f"{said}; its pairs are left out (--round {number} takes them)")
     if skipped:
         raise ValueError(f"{'; '.join(skipped)}. No earlier round has aligned the policy.")
     which = "round-*" if round is None else f"round-{round}"
     raise ValueError(
-        f"{source} has no finished preference data (no sealed {which}/5-preferences). Let `selfsteer run` get there."
+        f"{source} has no finished preference data (no sealed {which}/{PREFERENCES}). Let `selfsteer run` get there."
     )
 
-
-_DATA = "data.parquet"
 
 _ROUND = re.compile(r"round-([1-9][0-9]{0,5})")
 
@@ -312,8 +310,8 @@ _ROUND = re.compile(r"round-([1-9][0-9]{0,5})")
 def _finished(run: Path, number: int) -> Stage | None:
     """The sealed stage that holds what a round would align its policy on."""
     recipe = run / "recipe.yaml"
-    selects = load(recipe).selection.active if recipe.exists() else (run / f"round-{number}" / "5-selection").is_dir()
-    names = ("5-selection", "5-preferences") if selects else ("5-preferences",)
+    selects = load(recipe).selection.active if recipe.exists() else (run / f"round-{number}" / SELECTION).is_dir()
+    names = (SELECTION, PREFERENCES) if selects else (PREFERENCES,)
     stages = (Stage(run / f"round-{number}" / name) for name in names)
     return next((stage for stage in stages if stage.manifest() is not None), None)
 

@@ -401,7 +401,8 @@ def why_not_slots(model: PreTrainedModel, prompt_ids: tuple[int, ...]) -> str | 
         plain = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
     model.set_attn_implementation(ATTENTION_NAME)
     cache = SlotCache(2)
-    shorter, whole = (_Sequence(request=_probe(prompt), uniforms=[]) for prompt in (ids[:-1], ids))
+    probes = (Request(key="probe", messages=(), prompt_ids=each, sampling=Sampling(), seed=0) for each in (ids[:-1], ids))
+    shorter, whole = (_Sequence(request=request, uniforms=[]) for request in probes)
     try:
         _forward(model, cache, [shorter], 0)
         shorter.tokens.append(ids[-1])
@@ -414,7 +415,3 @@ def why_not_slots(model: PreTrainedModel, prompt_ids: tuple[int, ...]) -> str | 
         return None
     model.set_attn_implementation(plain_attention)
     return f"the logits of a first prompt differ by {difference.item():.2g} from the plain forward pass"
-
-
-def _probe(prompt_ids: tuple[int, ...]) -> Request:
-    return Request(key="probe", messages=(), prompt_ids=prompt_ids, sampling=Sampling(), seed=0)

@@ -3,14 +3,13 @@
 import logging
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 from selfsteer.engines.base import Engine
 from selfsteer.engines.embedded import TransformersEngine
-from selfsteer.engines.openai import OpenAIEngine, Tokens
+from selfsteer.engines.openai import OpenAIEngine
 from selfsteer.engines.ray import RayEngine
 from selfsteer.engines.serving import (
     VLLM_ENVIRONMENT,
@@ -145,14 +144,6 @@ def _vllm_engine(
     rows = load_configuration(model.path, trust_remote_code="trust_remote_code" in arguments).get_text_config().vocab_size
     if never := untrained_ids(prompts.tokenizer, rows):
         extra["logit_bias"] = {str(token_id): -100 for token_id in never}
-    tokens = Tokens(
-        encode=partial(_encode, prompts),
-        decode=partial(_decode, prompts),
-        piece=partial(_piece, prompts),
-        end_ids=ends,
-        known_ids=prompts.known_ids,
-        ids_needed=True,
-    )
 
     def connect(address: Address) -> OpenAIEngine:
         client = OpenAISection(
@@ -165,7 +156,7 @@ def _vllm_engine(
             total_seconds=_NO_LIMIT,
             extra=extra,
         )
-        return OpenAIEngine(client, tokens, key=address.key)
+        return OpenAIEngine(client, prompts, ends=ends, exact=True, key=address.key)
 
     serve = Serve(
         command=command,
@@ -179,16 +170,9 @@ def _vllm_engine(
 
 
 def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, adapters: Sequence[Adapter]) -> Engine:
-    tokens = Tokens(
-        encode=partial(_encode, prompts),
-        piece=partial(_piece, prompts),
-        end_ids=_ends(model, prompts),
-        special_ids=prompts.special_ids,
-        known_ids=prompts.known_ids,
-        template_arguments=prompts.arguments,
-    )
+    ends = _ends(model, prompts)
     if section.serve is None:
-        return OpenAIEngine(section, tokens)
+        return OpenAIEngine(section, prompts, ends=ends)
     if is_exact(model.path) and "float32" not in section.serve:
         log.warning(
             "%s: half precision would undo what was trained; have engine.serve hold it in float32 (vLLM: --dtype float32)",
@@ -202,7 +186,7 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, 
             "base_url": address.base_url,
             "model": section.model or address.model,
         }
-        return OpenAIEngine(section.model_copy(update=there), tokens)
+        return OpenAIEngine(section.model_copy(update=there), prompts, ends=ends)
 
     command = f"{section.serve} {section.serve_adapters}" if adapters else section.serve
     serve = Serve(
@@ -212,21 +196,6 @@ def _openai_engine(section: OpenAISection, model: Checkpoint, prompts: Prompts, 
         adapters=tuple(adapters),
     )
     return ServedEngine(serve, connect)
-
-
-def _encode(prompts: Prompts, text: str) -> tuple[int, ...]:
-    return prompts.completion_ids(text, "length")
-
-
-def _piece(prompts: Prompts, token_id: int) -> str:
-    """As vLLM writes it: the decoded text, and where that is none (a part of a character) the name in the vocabulary."""
-    text = cast(str, prompts.tokenizer.decode([token_id]))
-    return cast(str, prompts.tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in text else text
-
-
-def _decode(prompts: Prompts, token_ids: Iterable[int]) -> str:
-    text = prompts.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return cast(str, text)
 
 
 def sampler_digest(section: EngineSection, model: Checkpoint) -> str:

@@ -13,14 +13,12 @@ because servers put a second BOS before it.
 A server may apply sampling defaults of its own to what a request leaves open (vLLM takes top_k and a repetition penalty
 from the model's generation_config.json): start it without them (vLLM: --generation-config vllm), or set them in `extra`.
 
-What a server says gets into a message of ours through `excerpt` alone, which cuts it and keeps the API key out of it.
+What a server says gets into a message of ours through `secrets.excerpt` alone, which keeps the API key out of it.
 
 Left out on purpose: streaming of single answers, several answers a request, starting or stopping servers.
 """
 
-import base64
 import codecs
-import html
 import ipaddress
 import json
 import logging
@@ -28,17 +26,15 @@ import math
 import os
 import random
 import re
-import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from queue import SimpleQueue
 from typing import Annotated, NamedTuple, Self
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import urlsplit
 
 import anyio
 import httpx2
@@ -46,12 +42,11 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from selfsteer.engines.base import Completion, Failed, Request, TokenLogp
+from selfsteer.engines.secrets import excerpt, repeats
+from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import OpenAISection
 from selfsteer.records import FinishReason
 from selfsteer.runtime import stop_requested
-
-EXCERPT = 300
-"""Characters of a server's own words in a message of ours."""
 
 REQUEST_REFUSED = frozenset({400, 413, 422})
 """Statuses that say: this request, and no other, is wrong (OpenAI and vLLM; too large; TGI)."""
@@ -308,87 +303,6 @@ def read_retry_after(headers: Mapping[str, str], *, now: datetime | None = None)
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?")
 
 
-def excerpt(said: bytes, secret: str | None = None, *, limit: int = EXCERPT) -> str:
-    """The beginning of a server's own words in one printable line, without the secret should the server repeat it.
-
-    Everything from a server that gets into a message of ours comes through here.
-    """
-    text = said[: 16 * EXCERPT].decode("utf-8", "replace")
-    if secret:
-        text = text.replace(secret, "[key]")
-        if reveals(text, secret):
-            return "[withheld: it repeats the API key, or a part of it]"
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= limit else text[:limit] + " ..."
-
-
-_PART = 8
-"""Letters and digits of a key in a row that are a part of it; fewer may stand anywhere."""
-
-_ESCAPES = re.compile(r"\\+(?:u\{?|x)0*([0-9a-fA-F]{2,4})\}?|\\+([0-7]{3})")
-"""Of JSON, of Python's bytes (so do the errors of HTTP libraries quote them) and of other languages."""
-
-
-def reveals(text: str, secret: str) -> bool:
-    """Whether a part of the secret stands in the text: plainly, broken by spaces and marks, backwards, escaped (percent,
-    JSON, HTML, Python), in base64, base32, base85, ROT13, or the numbers of its characters in any base that people print."""
-    return _contains(text, _parts(secret))
-
-
-def repeats(text: str, secret: str) -> bool:
-    """Whether all of the secret does; one that may be a word ("not-needed") only as it is: texts are full of words."""
-    return secret in text or (len(_squeezed(secret)) >= _NO_WORD and _contains(text, frozenset(_forms(secret))))
-
-
-_NO_WORD = 16
-"""Letters and digits of a key that is no word."""
-
-
-def _contains(text: str, parts: Collection[str]) -> bool:
-    return any(part in plain for plain in map(_squeezed, dict.fromkeys(_unescaped(text))) for part in parts)
-
-
-@lru_cache(maxsize=8)
-def _parts(secret: str) -> frozenset[str]:
-    """What must not be seen: all runs of `_PART` of the secret's letters and digits, as they are and as they are encoded; a
-    short one is looked for as a whole."""
-    if len(_squeezed(secret)) < _PART:
-        raw = secret.encode()
-        whole = {_squeezed(secret), raw.hex(), _squeezed(base64.b64encode(raw).decode())}
-        return frozenset(form for form in whole if len(form) >= _PART // 2)
-    return frozenset(form[i : i + _PART] for form in _forms(secret) for i in range(len(form) - _PART + 1))
-
-
-@lru_cache(maxsize=8)
-def _forms(secret: str) -> tuple[str, ...]:
-    """The secret's letters and digits, as they are and as they are encoded."""
-    raw, plain = secret.encode(), _squeezed(secret)
-    numbers = ("{}", "{:03}", "{:x}", "0x{:x}", "{:o}", "{:03o}", "0o{:o}", "{:b}", "{:07b}", "{:08b}", "0b{:b}")
-    forms = [plain, codecs.encode(plain, "rot13"), *("".join(map(number.format, raw)) for number in numbers)]
-    # base64 of three bytes is four characters, base32 of five is eight, base85 of four is five: by where it begins in what
-    # was encoded, a secret has three forms, or five, or four.
-    encodings = ((base64.b64encode, 3, 4), (base64.b32encode, 5, 8), (base64.b85encode, 4, 5), (base64.a85encode, 4, 5))
-    for encode, bytes_, characters in encodings:
-        for before in range(bytes_):
-            encoded = encode(b"\0" * before + raw + b"\0" * bytes_).decode()
-            forms.append(_squeezed(encoded[characters if before else 0 : -2 * characters]))
-    return (*forms, *(form[::-1] for form in forms))
-
-
-def _squeezed(text: str) -> str:
-    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-
-
-def _unescaped(text: str) -> Iterator[str]:
-    """The text, and what is left of it when each kind of escape is undone, twice over: a proxy may have quoted a server."""
-    yield text
-    for _ in range(2):
-        text = _ESCAPES.sub(lambda found: chr(int(found[1], 16) if found[1] else int(found[2], 8)), html.unescape(text))
-        yield text
-        text = unquote_plus(text)
-        yield text
-
-
 log = logging.getLogger(__name__)
 
 # They log status lines and headers as servers send them, perhaps with our key in them.
@@ -421,44 +335,32 @@ class ServerError(OSError):
     """The server cannot be used, by any request; the message says what to do."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """What the model's tokenizer says of the texts that a server answers with."""
-
-    encode: Callable[[str], tuple[int, ...]]
-    """The token ids of a text, for servers that do not return them; the same text, not always the same tokens as those
-    sampled."""
-    decode: Callable[[Iterable[int]], str] | None = None
-    """The text of token ids, for servers that return them; None takes the server's text."""
-    ids_needed: bool = False
-    """A server that returns no token ids, though it was asked for them, ends the run; else its text is encoded."""
-    end_ids: Collection[int] = frozenset()
-    """The model's end tokens, taken off returned token ids."""
-    piece: Callable[[int], str] | None = None
-    """The text of one token, as it stands among others; None leaves a server's names of tokens as they are."""
-    special_ids: Collection[int] = frozenset()
-    """What a text must not spell: encoded, it would be other tokens than were sampled, and end a turn or open one."""
-    known_ids: Collection[int] | None = None
-    """The ids that have a token: an embedding may have more rows, which nobody trained. None where that is not known."""
-    template_arguments: Mapping[str, object] = field(default_factory=dict[str, object])
-    """Of the chat template, for servers that render messages."""
-
-
 class OpenAIEngine:
     """Implements `Engine` over HTTP; opens its connections on entry and closes them on exit.
 
     server: of one that runs already; for one that we have started, with its address and model filled in, and key.
+    prompts: has the tokenizer of its answers; None leaves out the ids of those that come without. ends: the model's end
+    tokens, taken off the ids that a server returns. exact: these have to come, else the run ends, and the text is theirs;
+    otherwise the text is the server's, encoded where it returns no ids.
     Proxies come from the usual environment variables, but none stands between us and this machine.
     Raises ValueError when the named key is not in the environment.
     """
 
-    def __init__(self, server: OpenAISection, tokens: Tokens, *, key: str | None = None) -> None:
+    def __init__(
+        self,
+        server: OpenAISection,
+        prompts: Prompts | None,
+        *,
+        ends: Collection[int] = (),
+        exact: bool = False,
+        key: str | None = None,
+    ) -> None:
         assert server.base_url is not None
         assert server.model is not None
         self.server = server
         self.model = server.model
         self.url = server.base_url.rstrip("/") + ("/chat/completions" if server.send == "messages" else "/completions")
-        self._tokens = tokens
+        self._prompts, self._ends, self._exact = prompts, ends, exact
         self._key = _api_key(server.api_key_env) if key is None else key
         self._exit = ExitStack()
         self._portal: BlockingPortal | None = None
@@ -550,25 +452,22 @@ class OpenAIEngine:
             yield outcome
             return
         # Here and not in the loop's thread: tokenizers must not be used by two threads at once.
-        text, ids, end_id = outcome.text, outcome.token_ids, None
-        if ids is None:
+        text, ids, end_id = outcome.text, outcome.token_ids or (), None
+        wrong = None
+        if outcome.token_ids is None:
             if self.server.send == "token_ids":
                 self._note_no_ids()
-            ids = self._tokens.encode(text)
-            if not frozenset(ids).isdisjoint(self._tokens.special_ids):
-                yield Failed(
-                    key=key, reason="special tokens in the server's answer", detail=excerpt(text.encode(), self._key)
-                )
-                return
-        else:
-            if outcome.finish_reason == "stop" and ids and ids[-1] in self._tokens.end_ids:
+            if self._prompts is not None:
+                ids = self._prompts.completion_ids(text, "length")
+                wrong = None if self._prompts.special_ids.isdisjoint(ids) else "special tokens in the server's answer"
+        elif self._prompts is not None:
+            if outcome.finish_reason == "stop" and ids and ids[-1] in self._ends:
                 ids, end_id = ids[:-1], ids[-1]
-            if self._tokens.known_ids is not None and not frozenset(ids).issubset(self._tokens.known_ids):
-                yield Failed(
-                    key=key, reason="ids without a token in the server's answer", detail=excerpt(text.encode(), self._key)
-                )
-                return
-            text = text if self._tokens.decode is None else self._tokens.decode(ids)
+            wrong = None if self._prompts.known_ids.issuperset(ids) else "ids without a token in the server's answer"
+            text = self._prompts.text(ids) if self._exact and wrong is None else text
+        if wrong is not None:
+            yield Failed(key=key, reason=wrong, detail=excerpt(text.encode(), self._key))
+            return
         yield Completion(
             key=key,
             text=text,
@@ -582,14 +481,14 @@ class OpenAIEngine:
     def _named(self, token: TokenLogp) -> TokenLogp:
         """With its text, where the server named it by its id."""
         found = _TOKEN_ID.fullmatch(token.text)
-        if found is None or self._tokens.piece is None:
+        if found is None or self._prompts is None:
             return token
-        return TokenLogp(self._tokens.piece(int(found[1])), token.logp)
+        return TokenLogp(self._prompts.piece(int(found[1])), token.logp)
 
     def _note_no_ids(self) -> None:
         """Once: that the server does not say what was sampled."""
         said = "returns no token ids (return_token_ids: vLLM from 0.10.2 on)"
-        if self._tokens.ids_needed:
+        if self._exact:
             raise self._unusable(f"{said}, so nobody knows what was sampled. Take a newer vLLM")
         if not self._said_no_ids:
             self._said_no_ids = True
@@ -719,11 +618,11 @@ class OpenAIEngine:
         }
         if self.server.send == "messages":
             body |= {"messages": request.messages, "logprobs": top and True, "top_logprobs": top}
-            body |= {"chat_template_kwargs": self._tokens.template_arguments or None}
+            body |= {"chat_template_kwargs": (self._prompts and self._prompts.arguments) or None}
         else:
             body |= {"prompt": request.prompt_ids, "return_token_ids": True, "logprobs": top}
             # By their texts, which key the answer, several tokens would be one (vLLM).
-            body |= {"return_tokens_as_token_ids": top and self._tokens.piece and True}
+            body |= {"return_tokens_as_token_ids": top and self._prompts and True}
         body |= self.server.extra
         return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
 

@@ -57,23 +57,15 @@ def kept_open(open_engine: Callable[[], Engine]) -> Generator[Callable[[], Abstr
         yield lambda: nullcontext(opened())
 
 
-def sample(
-    sampler: Sampler,
-    wanted: Iterable[Request],
-    journal: Journal,
-    *,
-    description: str,
-    total: int,
-) -> int:
+def sample(sampler: Sampler, wanted: Iterable[Request], journal: Journal, *, description: str, total: int) -> None:
     """Answer every wanted request that the journal lacks; the engine is opened only when there is one.
 
     wanted is read lazily, once; what is sent is rendered here, and nothing else is. total, the number of wanted requests, is
-    for the progress bar.
-    Returns the number of new samples. Raises Interrupted, with all finished samples durable, when a signal asked to stop.
+    for the progress bar. Raises Interrupted, with all finished samples durable, when a signal asked to stop.
     """
     lacking = journal.lacking(wanted, key=lambda item: item.key)
     if lacking is None:
-        return 0
+        return
     to_send = (_rendered(item, sampler.prompts) for item in lacking)
     left = max(0, total - len(journal))
     with (
@@ -81,9 +73,8 @@ def sample(
         _loaded(sampler.open_engine()) as engine,
     ):
         answers = map(_counted, timed("sample", engine.generate(to_send)))
-        new = journal.fill(((answer.key, _data(answer)) for answer in answers), advance)
+        journal.fill(((answer.key, _data(answer)) for answer in answers), advance)
     raise_if_stopped()
-    return new
 
 
 Question = Callable[[int], Request]

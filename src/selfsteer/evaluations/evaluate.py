@@ -233,8 +233,3 @@ def _harness(section: EvaluationSection, scratch: Path, *, scores: bool) -> Call
             " installed: pip install 'selfsteer[evaluate]'"
         ) from error
     return Harness(section, scratch, scores=scores).evaluate
-
-
-def gives_scores(engine: EngineSection) -> bool:
-    """Whether the model behind an engine can be scored here: not one of which only a server's name is known."""
-    return not runs_already(engine)

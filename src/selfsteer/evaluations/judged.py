@@ -64,7 +64,7 @@ def mt_bench_task(folder: Path, judge: Verdicts, limit: int | None) -> JudgedTas
         figures = [_figure("mt_bench", "grade (1 to 10)", score, found.by_question)]
         for name, turn in zip(("grade, first turn", "grade, second turn"), found.turns, strict=True):
             figures += [] if turn is None else [_figure("mt_bench", name, turn, None)]
-        prompts = "the published prompts" if found.published_prompts else "selfsteer's own prompts, not the published ones"
+        prompts = "the published prompts" if bench.published_prompts else "selfsteer's own prompts, not the published ones"
         return TaskResult(
             task="mt_bench",
             figures=figures,

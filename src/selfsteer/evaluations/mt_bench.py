@@ -66,7 +66,6 @@ class Grades:
     questions: int
     ungraded: Mapping[str, int]
     """Answers without a grade, by reason."""
-    published_prompts: bool
 
 
 def read_mt_bench(folder: Path) -> MtBench:
@@ -166,7 +165,6 @@ def grade(bench: MtBench, answers: Sequence[tuple[Answer, Answer]], judge: Ask) 
         categories={name: mean_of(own) for name, own in categories.items()},
         questions=len(bench.questions),
         ungraded=ungraded,
-        published_prompts=bench.published_prompts,
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from selfsteer.engines import open as opening
 from selfsteer.engines.base import Engine
-from selfsteer.engines.openai import OpenAIEngine, Tokens
+from selfsteer.engines.openai import OpenAIEngine
 from selfsteer.judges.base import Pairs, RecipeJudge
 from selfsteer.judges.llm import embedded_verdicts, judge_template, sampled_verdicts
 from selfsteer.judges.reward import RewardModel, reward_verdicts
@@ -47,10 +47,9 @@ def find_judge(section: JudgeSection, policy: Policy, known: Mapping[str, Checkp
             )
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(str(error).replace("policy.model", "judge.model")) from error
-    on_server = section.engine.model if section.engine is not None and section.engine.kind == "openai" else None
     tokenizer = section.model if model is None else model.path
     asked = Policy(
-        model=tokenizer or str(on_server),
+        model=tokenizer or str(section.served),
         chat_template=section.chat_template,
         template_arguments=section.template_arguments,
         date=policy.date,
@@ -87,8 +86,10 @@ def open_judge(judge: RecipeJudge) -> Engine:
         trust = judge.policy.trust_remote_code
         return opening.open_engine(engine, judge.model, judge.prompts, trust_remote_code=trust)
     assert engine.kind == "openai"
+    asked = section.template_arguments if engine.send == "messages" else {}
+    told = {"chat_template_kwargs": asked} if asked else {}
     # Nobody looks at the token ids of a verdict.
-    return OpenAIEngine(engine, Tokens(encode=lambda _text: (), template_arguments=section.template_arguments))
+    return OpenAIEngine(engine.model_copy(update={"extra": told | engine.extra}), None)
 
 
 def check_judge(judge: RecipeJudge) -> None:

@@ -142,17 +142,21 @@ def question(judge: RecipeJudge, messages: tuple[Message, ...], attempt: int) ->
     section = judge.section
     temperature = _RETRY_TEMPERATURE if attempt else 0.0
     sampling = Sampling(temperature=temperature, top_p=1.0, max_new_tokens=section.max_new_tokens)
+    return keyed(judge, messages, sampling, schema=SCHEMA_VERSION, top_logps=section.top_logps, attempt=attempt)
+
+
+def keyed(judge: RecipeJudge, messages: tuple[Message, ...], sampling: Sampling, **more: int) -> Request:
+    """A question under a key of what determines the answer, `more` beside judge, prompt and sampling; not yet rendered."""
     content = {
-        "schema": SCHEMA_VERSION,
         "judge": judge.name,
         "messages": list(messages),
         "prompts": None if judge.prompts is None else judge.prompts.digest,
         **asdict(sampling),
-        "top_logps": section.top_logps,
-        "attempt": attempt,
+        **more,
     }
     key = digest(content)
-    return Request(key=key, messages=messages, sampling=sampling, seed=int(key[:8], 16), top_logps=section.top_logps)
+    top_logps = more.get("top_logps", 0)
+    return Request(key=key, messages=messages, sampling=sampling, seed=int(key[:8], 16), top_logps=top_logps)
 
 
 LEAST_MASS = 0.02

@@ -19,6 +19,7 @@ policy samples. Left out on purpose: the forward passes (`training/gain.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from selfsteer.measures.estimates import mean_of
 from selfsteer.measures.metrics import Gain
@@ -47,17 +48,8 @@ def gain(queries: Sequence[Sequence[Change]]) -> Gain | None:
         return None
     before = [sum(each.before.following for each in responses) / len(responses) for responses in queries]
     found = {name: mean_of([each[name] for each in changes]) for name in VALUES}
-    return Gain(
-        queries=len(queries),
-        contexts=sum(each.tokens for responses in queries for each in responses),
-        gain=found["gain"],
-        same_prompt=found["same_prompt"],
-        steering=found["steering"],
-        following=found["following"],
-        following_before=mean_of(before),
-        entropy=found["entropy"],
-        displacement=found["displacement"],
-    )
+    contexts = sum(each.tokens for responses in queries for each in responses)
+    return cast(Gain, {"queries": len(queries), "contexts": contexts, **found, "following_before": mean_of(before)})
 
 
 def in_words(found: Gain) -> str:

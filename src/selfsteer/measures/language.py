@@ -57,7 +57,7 @@ def sentences(text: str) -> list[str]:
     """
     small = text == text.lower()
     found = (sentence for block in _BLOCK.split(text) for sentence in _sentences_of(block.strip(), small))
-    return [sentence for sentence in found if _says_something(sentence)]
+    return [sentence for sentence in found if any(map(str.isalnum, sentence))]
 
 
 def _sentences_of(block: str, small: bool) -> Iterator[str]:
@@ -96,10 +96,6 @@ def _belongs_to(before: str, after: str, around: str) -> bool:
     if folded in _SOMETIMES_LAST or initial:
         return re.split(r"[^\w']", after, maxsplit=1)[0].lower() not in _FIRST
     return False
-
-
-def _says_something(text: str) -> bool:
-    return any(character.isalnum() for character in text)
 
 
 # --- scripts and languages -------------------------------------------------------------------------------------------------

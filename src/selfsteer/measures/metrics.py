@@ -1,15 +1,18 @@
-"""The shape of metrics.json: what a run measures, and what `reports/` reads.
+"""metrics.json and its shape: what a run measures, and what `reports/` reads.
 
 A key whose inputs were missing is absent. On disk an `Estimate` is {"mean", "low", "high", "n"}.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 from selfsteer.measures.checks import CheckReport
 from selfsteer.measures.estimates import Distribution, Estimate
 from selfsteer.measures.verdicts import JudgedComparison, JudgeReport
 from selfsteer.records import Saving
+from selfsteer.store.durable import read_object, write
 
 Method = Literal["sso", "dual", "pbaa", "given"]
 """Pairs from a data generator, from two (generator.kind dual), from the policy itself (none), or made elsewhere."""
@@ -447,3 +450,44 @@ def find(node: Json, path: str) -> Any:
             return None
         found = cast(Json, found)[key]
     return found
+
+
+def write_metrics(path: Path, metrics: Metrics) -> bool:
+    """Write metrics.json, whole or not at all. Returns whether it says something new.
+
+    Raises ValueError where a number is not finite.
+    """
+    content = json.dumps(plain(metrics), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    if path.is_file() and path.read_bytes() == content:
+        return False
+    write(path, content)
+    return True
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """What `write_metrics` wrote into a run folder; what the run has made is where the folder is now.
+
+    Raises FileNotFoundError where there is nothing to report, ValueError where the file is damaged.
+    """
+    path = folder / "metrics.json"
+    if not path.exists():
+        what = (
+            "its run is not finished: selfsteer status shows where it is"
+            if (folder / "run.json").exists()
+            else "neither a run nor a comparison is there"
+        )
+        raise FileNotFoundError(f"{path} is missing: {what}")
+    found = read_object(path)
+    if any(not isinstance(found.get(key), kind) for key, kind in (("run", dict), ("rounds", list))):
+        raise ValueError(f"{path}: not the metrics of a run; delete it and run the same command again")
+    metrics = cast(Metrics, from_plain(found))
+    for this in metrics["rounds"]:
+        for key in ("gates", "stop_when"):
+            if key in this:
+                this[key] = [GateResult(**each) for each in cast("dict[str, list[dict[str, Any]]]", this)[key]]
+    run, before = metrics["run"], Path(metrics["run"]["folder"])
+    run["folder"] = str(folder)
+    for key in ("policy_folder", "pairs"):
+        if (made := run.get(key)) is not None and Path(made).is_relative_to(before):
+            run[key] = str(folder / Path(made).relative_to(before))
+    return metrics

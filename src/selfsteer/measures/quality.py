@@ -12,7 +12,7 @@ import json
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -147,6 +147,9 @@ def measure(pairs: Iterable[Pair]) -> Measures:
     if not digests:
         return Measures(pairs=0)
 
+    def both(share: Callable[[_Responses], Estimate]) -> Both:
+        return Both(chosen=share(chosen), rejected=share(rejected))
+
     n = len(digests)
     length, lengths = _length(chosen, rejected)
     varieties, counted = _variety(chosen, rejected)
@@ -161,19 +164,15 @@ def measure(pairs: Iterable[Pair]) -> Measures:
         repeated_pairs=_repeats(digests),
         repeated_chosen=_repeats(chosen.digests),
         repeated_rejected=_repeats(rejected.digests),
-        near_repeated=Both(chosen=_near_repeats(chosen), rejected=_near_repeats(rejected)),
-        refusals=Both(chosen=share_of(chosen.refusals, n), rejected=share_of(rejected.refusals, n)),
-        leakage=Both(chosen=share_of(chosen.leaks, n), rejected=share_of(rejected.leaks, n)),
+        near_repeated=both(_near_repeats),
+        refusals=both(lambda side: share_of(side.refusals, n)),
+        leakage=both(lambda side: share_of(side.leaks, n)),
         distributions=distributions,
     )
     if chosen.scripts and rejected.scripts:
-        measures["language_mismatch"] = Both(
-            chosen=share_of(chosen.mismatches, chosen.scripts), rejected=share_of(rejected.mismatches, rejected.scripts)
-        )
+        measures["language_mismatch"] = both(lambda side: share_of(side.mismatches, side.scripts))
     if sampled:
-        measures["truncated"] = Both(
-            chosen=share_of(chosen.truncated, sampled), rejected=share_of(rejected.truncated, sampled)
-        )
+        measures["truncated"] = both(lambda side: share_of(side.truncated, sampled))
     if scores.margin:
         measures["on_policy"] = _on_policy(scores)
         measures["margin"] = _margin(scores)

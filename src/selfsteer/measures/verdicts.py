@@ -131,7 +131,7 @@ def judge_report(verdicts: Iterable[Verdict]) -> JudgeReport:
         "judged": share_estimate(len(judged), len(every)),
         "accuracy": mean_estimate([points(verdict) for verdict in judged], within=SHARE),
         "ties": share_estimate(sum(verdict.preferred == "tie" for verdict in judged), len(judged)),
-        "flips": share_estimate(sum(_flips(both) for both in orders), len(orders)),
+        "flips": share_estimate(sum(min(both) < 0.5 < max(both) for both in orders), len(orders)),
         "prefers_first": mean_estimate([_above_half(value) for value in firsts], within=SHARE),
         "longer_wins": share_estimate(sum(verdict.preferred == verdict.longer for verdict in decided), len(decided)),
         "chosen_longer": share_estimate(sum(verdict.longer == "chosen" for verdict in decided), len(decided)),
@@ -173,10 +173,6 @@ def points(verdict: Verdict) -> float:
 
 def _above_half(value: float) -> float:
     return 0.5 if value == 0.5 else float(value > 0.5)
-
-
-def _flips(orders: Orders) -> bool:
-    return min(orders) < 0.5 < max(orders)
 
 
 def _present(values: Sequence[float | None]) -> list[float]:

@@ -73,6 +73,11 @@ class JudgeSection(Section):
     retries: int = Field(default=2, ge=0)
     """With an engine, further tries of an answer that can't be read."""
 
+    @property
+    def served(self) -> str | None:
+        """The name of the model on a server that judges."""
+        return self.engine.model if self.engine is not None and self.engine.kind == "openai" else None
+
     @model_validator(mode="after")
     def _used_settings(self) -> Self:
         if self.kind in ("llm", "reward_model") and not self.model and not runs_already(self.engine):
@@ -681,28 +686,32 @@ class Recipe(Section):
 
     def _not_measured(self) -> dict[str, str]:
         """Measures that this recipe does not take, by the beginning of their path, with the way to have them."""
-        missing = {
-            "pairs.judge": "" if self.judge.kind != "none" else "a judge; set judge.kind and judge.model (or judge.engine)",
-            "pairs.checks": "" if self.judge.kind == "checks" else "checks; set judge.kind=checks",
-            **{
-                f"pairs.judge.{key}": "an LLM judge; set judge.kind=llm" if self.judge.kind == "checks" else ""
-                for key in ("flips", "probability", "mass")
-            },
-            "pairs.principle_consistency": ""
-            if self.quality.principle_consistency
-            else "quality.principle_consistency; set it to true",
-            "contamination": "" if self.quality.evaluation_files else "files to compare with; set quality.evaluation_files",
-            "headroom": ""
-            if self.generator.uses_original
-            else "a generator that trains on y_o; set generator.kind=single and generator.objective=sso",
-            "comparison": "" if self.generator.kind != "none" else "a generator; set generator.kind",
-            "generator.displacement": ""
-            if self.generator.kind != "none" and self.training.displacement_steps != 0
-            else "a generator and readings; set generator.kind, training.displacement_steps=null",
-            "gain": "" if self.measures_gain else "a generator and held-out queries; set quality.gain=40, generator.kind",
-            "bad_generator": "" if self.generator.kind == "dual" else "two generators; set generator.kind=dual",
-        }
-        return {path: way for path, way in missing.items() if way}
+        judge, generates = self.judge.kind, self.generator.kind != "none"
+        measures = (
+            ("pairs.judge", judge != "none", "a judge; set judge.kind and judge.model (or judge.engine)"),
+            ("pairs.checks", judge == "checks", "checks; set judge.kind=checks"),
+            ("pairs.judge.flips", judge != "checks", "an LLM judge; set judge.kind=llm"),
+            (
+                "pairs.principle_consistency",
+                self.quality.principle_consistency,
+                "quality.principle_consistency; set it to true",
+            ),
+            ("contamination", self.quality.evaluation_files, "files to compare with; set quality.evaluation_files"),
+            (
+                "headroom",
+                self.generator.uses_original,
+                "a generator that trains on y_o; set generator.kind=single and generator.objective=sso",
+            ),
+            ("comparison", generates, "a generator; set generator.kind"),
+            (
+                "generator.displacement",
+                generates and self.training.displacement_steps != 0,
+                "a generator and readings; set generator.kind, training.displacement_steps=null",
+            ),
+            ("gain", self.measures_gain, "a generator and held-out queries; set quality.gain=40, generator.kind"),
+            ("bad_generator", self.generator.kind == "dual", "two generators; set generator.kind=dual"),
+        )
+        return {path: way for path, taken, way in measures if not taken}
 
     @model_validator(mode="after")
     def _engine_can_hold_what_is_trained(self) -> Self:

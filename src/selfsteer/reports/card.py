@@ -4,19 +4,18 @@ The frame is `templates/model_card.md`. Left out on purpose: claims about qualit
 """
 
 import re
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
-from typing import Any, NotRequired, TypedDict
 
 import yaml
 
-from selfsteer.measures.metrics import Method, RoundMetrics
+from selfsteer.measures.metrics import Method, Metrics, RunFacts
 from selfsteer.recipe.references import is_hub_id
-from selfsteer.recipe.sections import Recipe
+from selfsteer.recipe.sections import Recipe, dump
 from selfsteer.recipe.shipped import template
-from selfsteer.reports import tables
+from selfsteer.reports.drawing import markdown
+from selfsteer.reports.tables import run_tables
 from selfsteer.store.durable import write
 
 _HOW: dict[Method, str] = {
@@ -62,26 +61,6 @@ _LIMITS: dict[Method, str] = {
 }
 
 
-class CardFacts(TypedDict):
-    """What a card says."""
-
-    name: str
-    """Of the run."""
-    base_model: str
-    """The policy the run started from, as the recipe names it."""
-    method: Method
-    recipe: str
-    """The resolved recipe, YAML."""
-    judged: str
-    """Who judged the pairs, and what came of it; see `judged`."""
-    rounds: list[RoundMetrics]
-    """As in metrics.json; what is missing is left out of the card."""
-    evaluation: NotRequired[dict[str, Any]]
-    """As in metrics.json."""
-    result: NotRequired[str]
-    """Which of several rounds this policy comes from, and why."""
-
-
 def judged(recipe: Recipe, method: Method) -> str:
     """Who judged the pairs that a recipe makes or is given, and which of them align the policy."""
     judges = {"none": "", "llm": "an LLM", "reward_model": "a reward model", "checks": "code"}
@@ -95,23 +74,33 @@ def judged(recipe: Recipe, method: Method) -> str:
     return f"{said}{made}".rstrip()
 
 
-def write_model_card(folder: Path, facts: CardFacts) -> Path:
+def write_model_card(folder: Path, metrics: Metrics, recipe: Recipe, method: Method) -> Path:
     """Write README.md into the model's folder, in place of one that is there; returns its path."""
+    run, resolved = metrics["run"], dump(recipe)
+    how = (_HOW[method], judged(recipe, method), _result(run, recipe.rounds))
     text = Template(template("model_card.md")).substitute(
-        front_matter=yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True).rstrip(),
-        name=facts["name"],
-        base_model=_base_model(facts["base_model"]),
+        front_matter=yaml.safe_dump(_front_matter(run["model"]), sort_keys=False, allow_unicode=True).rstrip(),
+        name=run["name"],
+        base_model=_base_model(run["model"]),
         version=version("selfsteer"),
-        how="\n\n".join(filter(None, (_HOW[facts["method"]], facts["judged"], facts.get("result")))),
-        limits=_LIMITS[facts["method"]],
-        measured=_MEASURED if "evaluation" not in facts else _EVALUATED,
-        tables="\n\n".join(map(tables.markdown, _tables(facts))),
-        fence=_fence(facts["recipe"]),
-        recipe=facts["recipe"].rstrip(),
+        how="\n\n".join(filter(None, how)),
+        limits=_LIMITS[method],
+        measured=_MEASURED if "evaluation" not in metrics else _EVALUATED,
+        tables="\n\n".join(map(markdown, run_tables(metrics))),
+        fence=_fence(resolved),
+        recipe=resolved.rstrip(),
     )
     path = folder / "README.md"
     write(path, text.encode())
     return path
+
+
+def _result(run: RunFacts, rounds: int) -> str:
+    """Which of several rounds this policy comes from, and why."""
+    if rounds == 1 or "policy_round" not in run:
+        return ""
+    ended = f" The rounds ended there, because {run['ended']}." if "ended" in run else ""
+    return f"This is the policy of round {run['policy_round']} of {rounds}.{ended}"
 
 
 _MEASURED = (
@@ -120,18 +109,11 @@ _MEASURED = (
 _EVALUATED = "These numbers describe the training data and the training; the last table has benchmarks before and after."
 
 
-def _tables(facts: CardFacts) -> Iterator[tables.Table]:
-    yield from tables.tables(facts["rounds"])
-    if "evaluation" in facts:
-        yield tables.evaluation_table(facts["evaluation"])
-
-
-def _front_matter(facts: CardFacts) -> dict[str, object]:
-    matter: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+def _front_matter(model: str) -> dict[str, object]:
     # The hub takes only ids of its own models.
-    if is_hub_id(facts["base_model"]):
-        matter["base_model"] = facts["base_model"]
-    return {**matter, "tags": ["selfsteer", "preference", "dpo", "alignment"]}
+    base = {"base_model": model} if is_hub_id(model) else {}
+    named: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", **base}
+    return {**named, "tags": ["selfsteer", "preference", "dpo", "alignment"]}
 
 
 def _base_model(model: str) -> str:

@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 from selfsteer.measures.estimates import METHOD, Estimate, known
 from selfsteer.measures.metrics import from_plain, plain
 from selfsteer.measures.verdicts import JudgeReport
+from selfsteer.reports.drawing import Cell, Form, Row, Table, cell, markdown
 from selfsteer.reports.page import NO_PLOTS, frame, table_html, write_html
-from selfsteer.reports.tables import Cell, Form, Row, Table, cell, markdown
 from selfsteer.runtime import duration
 from selfsteer.store.durable import read_json, write
 
@@ -113,48 +113,54 @@ def comparison_tables(result: ComparisonResult) -> Iterator[Table]:
     crossed = len(result["seeds"]) > 1
     method = "95% intervals: queries and seeds as crossed random effects (Satterthwaite)." if crossed else METHOD
     about = f"On {result['holdout']:,} held-out queries, seeds {', '.join(map(str, result['seeds']))}. {method}"
-    for title, columns in _GROUPS:
-        if any(measure in cast(Any, arm)["measures"] for measure in columns.values() for arm in arms.values()):
-            yield _measures(title, arms, columns, "measures", about)
+    yield from _measures(arms, "measures", "", about)
     compared = {name: arm for name, arm in arms.items() if "difference" in arm}
-    if compared:
-        about = f"Per query, over the held-out queries that both arms have. {method}"
-        for title, columns in _GROUPS:
-            if any(measure in cast(Any, arm)["difference"] for measure in columns.values() for arm in compared.values()):
-                yield _measures(f"{title}: difference from {BASELINE}", compared, columns, "difference", about)
-        yield from _seed_tables(compared, result["seeds"])
+    about = f"Per query, over the held-out queries that both arms have. {method}"
+    yield from _measures(compared, "difference", f": difference from {BASELINE}", about)
+    yield from _seed_tables(compared, result["seeds"])
     yield _trainings(arms)
 
 
-def _measures(title: str, arms: Mapping[str, ArmResult], columns: Mapping[str, str], key: str, note: str) -> Table:
-    shown = {heading: name for heading, name in columns.items() if any(name in cast(Any, arm)[key] for arm in arms.values())}
-    rows = [
-        Row(
-            name,
-            (
-                Cell(f"{arm.get('queries', 0):,}"),
-                *(cell(cast(Any, arm)[key].get(name), _form(name), signed=key == "difference") for name in shown.values()),
-            ),
+def _measures(arms: Mapping[str, ArmResult], key: Literal["measures", "difference"], of: str, note: str) -> Iterator[Table]:
+    """A table for each group of which some arm has a measure."""
+    found = {name: arm.get(key, {}) for name, arm in arms.items()}
+    for title, columns in _GROUPS:
+        shown = {heading: name for heading, name in columns.items() if any(name in each for each in found.values())}
+        rows = (
+            Row(
+                name,
+                (
+                    Cell(f"{arms[name].get('queries', 0):,}"),
+                    *(cell(each.get(measure), _form(measure), signed=key == "difference") for measure in shown.values()),
+                ),
+            )
+            for name, each in found.items()
         )
-        for name, arm in arms.items()
-    ]
-    return Table(title, ("queries", *shown), tuple(rows), note)
+        if shown:
+            yield Table(f"{title}{of}", ("queries", *shown), tuple(rows), note)
 
 
 def _seed_tables(arms: Mapping[str, ArmResult], seeds: Sequence[int]) -> Iterator[Table]:
     """Each seed by itself: how much of a difference is the training seed's."""
     note = f"Arm - {BASELINE}, per query; what differs between the columns of a row is the seed's doing."
     for heading, measure in (("on-policy probability, all", "on_policy_all"), *_JUDGED.items()):
-        found = {
-            name: [cast(Any, arm["by_seed"][str(seed)]).get("difference", {}).get(measure) for seed in seeds]
-            for name, arm in arms.items()
-            if "by_seed" in arm
-        }
+        found = _by_seed(arms, measure)
         if any(each is not None for of_arm in found.values() for each in of_arm):
-            cells = {name: (cell(each, _form(measure), signed=True) for each in of_arm) for name, of_arm in found.items()}
-            rows = [Row(name, tuple(each)) for name, each in cells.items()]
+            rows = (
+                Row(name, tuple(cell(each, _form(measure), signed=True) for each in of_arm))
+                for name, of_arm in found.items()
+            )
             columns = tuple(f"seed {seed}" for seed in seeds)
             yield Table(f"Seed by seed: {heading}, difference from {BASELINE}", columns, tuple(rows), note)
+
+
+def _by_seed(arms: Mapping[str, ArmResult], measure: str) -> dict[str, list[Estimate | None]]:
+    """The difference of every arm with several seeds, under each of them in their order."""
+    return {
+        name: [seed.get("difference", {}).get(measure) for seed in arm["by_seed"].values()]
+        for name, arm in arms.items()
+        if "by_seed" in arm
+    }
 
 
 def _trainings(arms: Mapping[str, ArmResult]) -> Table:
@@ -293,16 +299,6 @@ def _of(result: ComparisonResult, key: Literal["measures", "difference"], measur
     return known({name: arm.get(key, {}).get(measure) for name, arm in result["arms"].items()})
 
 
-def _seeds(result: ComparisonResult, measure: str) -> dict[str, list[float]]:
-    """The differences of every arm, seed by seed."""
-    found = {
-        name: [seed.get("difference", {}).get(measure) for seed in arm["by_seed"].values()]
-        for name, arm in result["arms"].items()
-        if "by_seed" in arm
-    }
-    return {name: [each.mean for each in seeds if each is not None] for name, seeds in found.items()}
-
-
 def _plots(result: ComparisonResult) -> Iterator[str]:
     try:
         from selfsteer.reports import plots
@@ -311,7 +307,14 @@ def _plots(result: ComparisonResult) -> Iterator[str]:
         return
     for measures in _FORESTS:
         panels = [
-            plots.Forest(title, found, _seeds(result, measure))
+            plots.Forest(
+                title,
+                found,
+                {
+                    arm: [each.mean for each in seeds if each is not None]
+                    for arm, seeds in _by_seed(result["arms"], measure).items()
+                },
+            )
             for measure, title in measures
             if (found := _of(result, "difference", measure))
         ]

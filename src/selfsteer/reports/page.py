@@ -22,10 +22,11 @@ import yaml
 
 from selfsteer.measures.metrics import Metrics, RoundMetrics
 from selfsteer.recipe.shipped import template
-from selfsteer.reports import tables
+from selfsteer.reports import costs, tables
+from selfsteer.reports.drawing import Table
 from selfsteer.reports.reading import Entry, PairSet, Reading, SideEntry, pick_examples
-from selfsteer.reports.tables import Table
-from selfsteer.reports.verdict import answer_lines, headline, measure_rows, places, warnings
+from selfsteer.reports.verdict import answer_lines, headline, measure_rows, places, result_of, warnings
+from selfsteer.stages.status import PRINCIPLES
 from selfsteer.store.durable import write
 
 NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
@@ -117,7 +118,7 @@ def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
     answers = "".join(f"<p>{escape(line.strip())}</p>" for line in answer_lines(this))
     warned = [*warnings(this)]
     if "ended" in run:
-        warned += [f"ended early: {run['ended']}", tables.result_of(run)]
+        warned += [f"ended early: {run['ended']}", result_of(run)]
     listed = "".join(f"<li>{escape(line)}</li>" for line in warned)
     commands = "".join(
         f'<div><span>{name}</span><code id="copied-{number}">{escape(text)}</code>'
@@ -138,8 +139,8 @@ def _verdict(metrics: Metrics, this: RoundMetrics) -> str:
 
 def _costs(metrics: Metrics) -> str:
     """What the run took in a line, and by stage when opened."""
-    said = tables.cost_line(metrics)
-    listed = "".join(map(_table, (table for table in tables.costs(metrics) if table.title.startswith(tables.BY_STAGE))))
+    said = costs.cost_line(metrics)
+    listed = "".join(map(_table, (table for table in costs.costs(metrics) if table.title.startswith(costs.BY_STAGE))))
     return f"<details><summary>{escape(said)}</summary>{listed}</details>" if listed else ""
 
 
@@ -305,7 +306,7 @@ def _plots(metrics: Metrics) -> Iterator[str]:
     for number, this in enumerate(metrics["rounds"], 1):
         drawn = plots.plots(this, tables.data_sets(this))
         if drawn:
-            suffix = f", round {number}" if len(metrics["rounds"]) > 1 else ""
+            suffix = costs.round_suffix(number, metrics["rounds"])
             yield f"<section><h2>Training and distributions{suffix}</h2>{''.join(map(_figure, drawn))}</section>"
 
 
@@ -329,7 +330,7 @@ def _tables(metrics: Metrics) -> str:
     folded = "\n".join(
         f"<details><summary>{escape(table.title)}</summary>{_table(table)}</details>"
         for table in tables.run_tables(metrics)
-        if not table.funnel and not table.title.startswith(tables.BY_STAGE)
+        if not table.funnel and not table.title.startswith(costs.BY_STAGE)
     )
     return f"<section><h2>All numbers</h2>{folded}</section>" if folded else ""
 
@@ -390,10 +391,7 @@ def _made_with(metrics: Metrics, reading: Reading) -> str:
         summary = "Recipe: what differs from the defaults"
         recipe = f'<details><summary>{summary}</summary><pre tabindex="0">{escape(reading.recipe)}</pre></details>'
     again = f"selfsteer run {shlex.quote(metrics['run']['folder'] + '/recipe.yaml')} output=NEW"
-    command = f"<p>The same again: <code>{escape(again)}</code></p>" if _sampled(metrics) else ""
+    # One that trained on given pairs has another command.
+    sampled = any(PRINCIPLES in this.get("stages", {}) for this in metrics["rounds"])
+    command = f"<p>The same again: <code>{escape(again)}</code></p>" if sampled else ""
     return f'<section><h2>Made with</h2><p class="facts">{listed}</p>{command}{recipe}</section>'
-
-
-def _sampled(metrics: Metrics) -> bool:
-    """Whether the run made its pairs; one that trained on given ones has another command."""
-    return any("1-principles" in this.get("stages", {}) for this in metrics["rounds"])

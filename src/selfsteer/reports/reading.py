@@ -23,7 +23,7 @@ from selfsteer.records import Pair, Side
 from selfsteer.reports.tables import ALIGNMENT, GENERATOR, PBAA
 from selfsteer.stages.base import kept
 from selfsteer.stages.quality import CHECKS, VERDICTS
-from selfsteer.stages.status import PASSES, QUALITY
+from selfsteer.stages.status import PASSES, PREFERENCES, PRINCIPLES, QUALITY, STEERING
 from selfsteer.stages.steering import POLICY_PAIRS
 from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder, Stage
@@ -133,10 +133,10 @@ def reading_of(folder: RunFolder, metrics: Metrics, seed: int) -> Reading:
     this = metrics["rounds"][-1]
     stages = {name: folder.stage(number, name) for name in this.get("stages", {})}
     files: dict[str, Path] = {}
-    if "5-preferences" in stages:  # not where a gate on headroom ended the round before
-        files["alignment" if "alignment" in this else "pbaa"] = stages["5-preferences"].path / "data.parquet"
-    if "3-steering" in stages:
-        files["pbaa"] = stages["3-steering"].path / POLICY_PAIRS
+    if PREFERENCES in stages:  # not where a gate on headroom ended the round before
+        files["alignment" if "alignment" in this else "pbaa"] = stages[PREFERENCES].path / "data.parquet"
+    if STEERING in stages:
+        files["pbaa"] = stages[STEERING].path / POLICY_PAIRS
     names = {"alignment": GENERATOR if "generator" in this else ALIGNMENT, "pbaa": PBAA}
     draw = Draw(seed)
     for name, file in files.items():
@@ -145,14 +145,14 @@ def reading_of(folder: RunFolder, metrics: Metrics, seed: int) -> Reading:
     if QUALITY in stages:
         _add_verdicts(draw, stages[QUALITY].path)
     prefixes = dict(zip(files, ("pair", "pbaa"), strict=False))
-    dropped = list(_dropped(stages, seed))
+    dropped, passes = list(_dropped(stages, seed)), stages.get(PASSES)
     recipe = load(folder.path / "recipe.yaml").model_dump(mode="json", exclude_defaults=True)
     return Reading(
         sets=[PairSet(names[name], prefixes[name], draw.seen[name], draw.entries(name)) for name in files],
         dropped=_with_queries(dropped, stages),
         dropped_of=sum(sum(stage["dropped"].values()) for stage in this.get("stages", {}).values()),
-        answers=list(_examples(stages[PASSES], seed)) if PASSES in stages else [],
-        turned=_turned(stages[PASSES]) if PASSES in stages else None,
+        answers=list(passes.picked(pick_examples(range(kept(passes)), seed=seed))) if passes else [],
+        turned=_turned(passes) if passes else None,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         commit=folder.sessions()[-1].get("commit"),
     )
@@ -279,9 +279,9 @@ def _dropped(stages: Mapping[str, Stage], seed: int) -> Iterator[DroppedEntry]:
 
 def _with_queries(dropped: Sequence[DroppedEntry], stages: Mapping[str, Stage]) -> Sequence[DroppedEntry]:
     """With the user's last turn, of those whose query was read."""
-    if dropped and "1-principles" in stages:
+    if dropped and PRINCIPLES in stages:
         wanted = {row["id"] for row in dropped}
-        rows = columns.file_rows(stages["1-principles"].path / "data.parquet", ["query_id", "messages"])
+        rows = columns.file_rows(stages[PRINCIPLES].path / "data.parquet", ["query_id", "messages"])
         queries = {row["query_id"]: _cut(row["messages"][-1]["content"]) for row in rows if row["query_id"] in wanted}
         for row in dropped:
             row["query"] = queries.get(row["id"], "")
@@ -290,10 +290,6 @@ def _with_queries(dropped: Sequence[DroppedEntry], stages: Mapping[str, Stage]) 
 
 def _cut(text: str) -> str:
     return text if len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
-
-
-def _examples(stage: Stage, seed: int) -> Iterator[dict[str, Any]]:
-    return stage.picked(pick_examples(range(kept(stage)), seed=seed))
 
 
 def _turned(stage: Stage) -> tuple[int, int]:

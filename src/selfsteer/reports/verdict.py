@@ -16,8 +16,10 @@ from selfsteer.measures.estimates import Estimate
 from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
 from selfsteer.measures.verdicts import JudgeReport
-from selfsteer.reports.tables import GENERATOR, PBAA, cell, console_of, data_sets, last_round, print_tables, result_of
+from selfsteer.reports.drawing import cell, console_of, print_table
+from selfsteer.reports.tables import GENERATOR, PBAA, data_sets, last_round, run_tables
 from selfsteer.runtime import duration
+from selfsteer.stages.status import PRINCIPLES
 
 FEW_ITEMS = 30
 """A measure of fewer items is named as such."""
@@ -32,9 +34,9 @@ UNLIKELY = 0.3
 """Nats a token by which answers are less likely than the policy's own when told to, above which a run says so."""
 
 
-def print_verdict(metrics: Metrics, console: Console | None = None) -> None:
+def print_verdict(metrics: Metrics) -> None:
     """Print the verdict on a run."""
-    console = console or console_of()
+    console = console_of()
     for line in verdict(metrics):
         console.print(Text(line), soft_wrap=True)
 
@@ -42,7 +44,8 @@ def print_verdict(metrics: Metrics, console: Console | None = None) -> None:
 def print_run(metrics: Metrics, console: Console | None = None) -> None:
     """Print all tables of a run, what was made, and where it is. 100 columns where the output is no terminal."""
     console = console or console_of()
-    print_tables(metrics, console)
+    for table in run_tables(metrics):
+        print_table(table, console)
     for line in (f"{headline(metrics)}, seed {metrics['run']['seed']}", *closing_lines(metrics["run"])):
         console.print(Text(line), soft_wrap=True)
 
@@ -69,6 +72,13 @@ def closing_lines(run: RunFacts) -> list[str]:
     return ended + [f"{name:6}  {place}" for name, place in found.items()]
 
 
+def result_of(run: RunFacts) -> str:
+    """Whose policy the result of a run is that ended early."""
+    return (
+        f"the result is the policy of round {run['policy_round']}" if "policy_round" in run else "there is no aligned policy"
+    )
+
+
 def places(run: RunFacts) -> dict[str, str]:
     """Where the results are, and the commands that go on from them, to be copied."""
     folder = shlex.quote(run["folder"])
@@ -86,8 +96,8 @@ def headline(metrics: Metrics) -> str:
     sets = list(data_sets(this).values())
     made = f"{sets[-1]['pairs']:,} pairs" if sets and "pairs" in sets[-1] else "no pairs"
     stages = this.get("stages", {})
-    if "1-principles" in stages:
-        made += f" from {stages['1-principles']['kept']:,} queries"
+    if PRINCIPLES in stages:
+        made += f" from {stages[PRINCIPLES]['kept']:,} queries"
     if rounds > 1:
         made += f" in the last of {rounds} rounds"
     done = "policy aligned" if "policy_folder" in run else "no policy aligned"
@@ -119,7 +129,9 @@ def measure_rows(this: RoundMetrics) -> list[tuple[str, str, str, str]]:
     elif sets:
         name, measures = list(sets.items())[-1]
         if "on_policy" in measures and "all" in measures["on_policy"]:
-            rows.append(("on-policy probability", f"{names[name]} {_with_interval(measures['on_policy']['all'])}", "", ""))
+            rows.append(
+                ("on-policy probability", f"{names[name]} {cell(measures['on_policy']['all'], 'number').text}", "", "")
+            )
     if "headroom" in this:
         room = this["headroom"]
         said = in_words(room["all"], "to win", "nothing to win")
@@ -210,21 +222,12 @@ def in_words(difference: Estimate, above: str, below: str) -> str:
     return below if difference.below_zero else "no difference shown"
 
 
-def few(n: int) -> str:
-    """A remark behind a measure of so many items."""
-    return " (few)" if n < FEW_ITEMS else ""
-
-
 def _of(value: Estimate) -> str:
-    return f"of {value.n:,}{few(value.n)}"
+    return f"of {value.n:,}{' (few)' if value.n < FEW_ITEMS else ''}"
 
 
 def _mean(value: Estimate) -> str:
     return cell(value.mean, "number").value
-
-
-def _with_interval(value: Estimate) -> str:
-    return " ".join(filter(None, cell(value, "number")))
 
 
 def _share(value: Estimate) -> str:
@@ -233,6 +236,6 @@ def _share(value: Estimate) -> str:
 
 def _signed(value: Estimate, *, share: bool = False) -> str:
     if not share:
-        return " ".join(filter(None, cell(value, "number", signed=True)))
+        return cell(value, "number", signed=True).text
     interval = "" if value.low is None or value.high is None else f" [{100 * value.low:+.0f}, {100 * value.high:+.0f}]"
     return f"{100 * value.mean:+.0f}{interval}"

@@ -18,9 +18,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from selfsteer.reports.drawing import Cell, Row, Table
 from selfsteer.reports.page import frame, page, table_html
 from selfsteer.reports.reading import Reading, reading_of
-from selfsteer.reports.tables import Cell, Row, Table
 from selfsteer.runtime import counted, duration
 from selfsteer.stages.status import Status, status
 from selfsteer.store.folder import RunFolder

@@ -9,13 +9,12 @@ Left out on purpose: benchmarks; and several answers a query.
 from selfsteer.engines.base import Request
 from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.find import ask
-from selfsteer.measures.verdicts import Verdict
 from selfsteer.pairs import answer_pair
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Dropped, Pair
 from selfsteer.stages.base import Round, Work, inputs_of, make_stage
 from selfsteer.stages.drawing import held_out
-from selfsteer.stages.quality import read_verdicts, reopen_unanswered, verdict_row, write_verdicts
+from selfsteer.stages.quality import reopen_unanswered, verdict_row, write_verdicts
 from selfsteer.stages.responses import answer_request, answers_to, sample_answers
 from selfsteer.stages.status import ANSWERS
 from selfsteer.stages.training import model_of
@@ -63,8 +62,3 @@ def _answers(round: Round, work: Work, principles: Stage, policy: Stage, judge: 
 
     rows = (item if isinstance(item, Dropped) else columns.pair_row(item) for item in items)
     return Contents(wanted=len(queries), rows=rows, schema=columns.PAIRS, files=files)
-
-
-def win_verdicts(stage: Stage) -> list[Verdict]:
-    """The sealed verdicts: "chosen" is the aligned policy."""
-    return read_verdicts(stage)["alignment"]["judge"]

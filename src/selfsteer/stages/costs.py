@@ -9,8 +9,8 @@ which are counted as far as they ask something and not timed.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from collections.abc import Iterable, Sequence, Sized
+from typing import NamedTuple, Self, TypedDict
 
 from selfsteer.recipe.sections import Alignment, Generator, Recipe, Share
 from selfsteer.stages.status import (
@@ -70,6 +70,12 @@ class Lengths(NamedTuple):
 
     mean: float
     most: int
+
+    @classmethod
+    def of(cls, texts: Iterable[Sized]) -> Self:
+        """Of some texts as token ids."""
+        lengths = list(map(len, texts))
+        return cls(sum(lengths) / len(lengths), max(lengths))
 
 
 class Counts(NamedTuple):

@@ -10,7 +10,7 @@ Not a stage: nothing later is made of it. Left out on purpose: what the tasks ar
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,15 +20,15 @@ from typing import Any
 from selfsteer.engines.base import Request
 from selfsteer.engines.sampling import Sampler
 from selfsteer.evaluations.asking import Asked
-from selfsteer.evaluations.evaluate import Answering, Plan, answering, ask_with, gives_scores
+from selfsteer.evaluations.evaluate import Answering, Plan, answering, ask_with
 from selfsteer.evaluations.judged import Verdicts
 from selfsteer.evaluations.results import summary
 from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.find import ask, open_judge
-from selfsteer.judges.llm import rendered
+from selfsteer.judges.llm import keyed, rendered
 from selfsteer.measures.metrics import plain
 from selfsteer.measures.verdicts import Verdict
-from selfsteer.recipe.engines import EngineSection
+from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import EvaluationSection, Recipe
 from selfsteer.records import Checkpoint, Pair
 from selfsteer.store.durable import canonical_json, digest, read_json, write
@@ -53,11 +53,7 @@ def verdicts_of(judge: RecipeJudge, journal: Journal) -> Verdicts:
 
 def judge_name(judge: RecipeJudge) -> str:
     """What people call it: its model's name, no folder of this machine."""
-    section = judge.section
-    model = section.model or (
-        section.engine.model if section.engine is not None and section.engine.kind == "openai" else None
-    )
-    name = str(model)
+    name = judge.section.model or str(judge.section.served)
     return Path(name).name if Path(name).exists() else name
 
 
@@ -69,16 +65,7 @@ def _request(judge: RecipeJudge, context: int | None, asked: Asked) -> Request |
         return found
     if context is not None:
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(found[0])))
-    content = {
-        "schema": SCHEMA,
-        "judge": judge.name,
-        "messages": list(asked.messages),
-        "prompts": None if judge.prompts is None else judge.prompts.digest,
-        **asdict(sampling),
-        "repeat": asked.repeat,
-    }
-    key = digest(content)
-    return Request(key=key, messages=asked.messages, sampling=sampling, seed=int(key[:8], 16))
+    return keyed(judge, asked.messages, sampling, schema=SCHEMA, repeat=asked.repeat)
 
 
 def evaluate(
@@ -90,7 +77,7 @@ def evaluate(
     """
     with Journal(folder / "parts") as journal:
         verdicts = None if judge is None else verdicts_of(judge, journal)
-        scores = all(gives_scores(model.engine) for model in models)
+        scores = not any(runs_already(model.engine) for model in models)
         plan = Plan(section, folder, verdicts, scores=scores)
         found = [plan.evaluate(model, journal) for model in models]
     settings = {
@@ -109,7 +96,7 @@ def check_evaluation(recipe: Recipe, judge: RecipeJudge | None) -> None:
         return
     with TemporaryDirectory() as scratch, Journal(Path(scratch) / "parts") as journal:
         verdicts = None if judge is None else verdicts_of(judge, journal)
-        Plan(section, Path(scratch), verdicts, scores=gives_scores(recipe.engine))
+        Plan(section, Path(scratch), verdicts, scores=not runs_already(recipe.engine))
 
 
 def evaluate_run(
@@ -139,8 +126,8 @@ def evaluate_run(
 
 
 def _named(recipe: Recipe, model: Checkpoint, name: str) -> Answering:
-    engine: EngineSection = recipe.engine
-    return answering(recipe.policy.model_copy(update={"model": model.path, "revision": None}), engine, name=name)
+    policy = recipe.policy.model_copy(update={"model": model.path, "revision": None})
+    return answering(policy, recipe.engine, name=name)
 
 
 def _versions() -> dict[str, str]:

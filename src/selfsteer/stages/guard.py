@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from selfsteer.recipe.sections import Recipe
-from selfsteer.recipe.text import Change, changes
+from selfsteer.recipe.text import changes
 from selfsteer.stages.status import (
     ANSWERS,
     GAIN,
@@ -136,7 +136,9 @@ def _reasons(attempt: Attempt, sealed: Manifest | None, origin: Origin) -> Itera
         return
     if not said:
         yield from map(str, changes(sealed.settings, _plain(origin.settings)))
-    explained = {each.key.partition(".")[0] for each in said} | ({"prompts"} if _of_prompts(said) else set[str]())
+    explained = {each.key.partition(".")[0] for each in said}
+    if "policy" in explained:
+        explained.add("prompts")
     for name in sorted(sealed.inputs.keys() | origin.inputs.keys()):
         if sealed.inputs.get(name) == origin.inputs.get(name) or name in explained:
             continue
@@ -144,10 +146,6 @@ def _reasons(attempt: Attempt, sealed: Manifest | None, origin: Origin) -> Itera
             yield _INPUTS[name]
         elif not said:
             yield f"what the stage before handed on ({name})"
-
-
-def _of_prompts(said: list[Change]) -> bool:
-    return any(each.key.startswith("policy.") for each in said)
 
 
 def _plain(value: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -65,12 +65,6 @@ class Pool:
     """Share of the queries that get a concision pair added."""
 
 
-class Unparsed(NamedTuple):
-    """A model's answer that is no pair of principles."""
-
-    reason: str
-
-
 # --- assignment ------------------------------------------------------------------------------------------------------------
 
 
@@ -222,23 +216,23 @@ def _example_lines() -> frozenset[str]:
     return frozenset(line for shot in _few_shot() if shot["role"] == "assistant" for line in shot["content"].splitlines())
 
 
-def parse_principles(text: str) -> PrinciplePair | Unparsed:
+def parse_principles(text: str) -> PrinciplePair | str:
     """The pair in a model's answer of exactly two lines, "Bad: ..." and then "Good: ...", or why it is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) != 2:
-        return Unparsed(f"{len(lines)} lines instead of two")
+        return f"{len(lines)} lines instead of two"
     if not lines[0].startswith("Bad:") or not lines[1].startswith("Good:"):
-        return Unparsed("the lines do not start with Bad: and Good:")
+        return "the lines do not start with Bad: and Good:"
     bad, good = lines[0].removeprefix("Bad:").strip(), lines[1].removeprefix("Good:").strip()
     for name, principle in (("bad", bad), ("good", good)):
         if reason := _unfit(principle):
-            return Unparsed(f"the {name} principle {reason}")
+            return f"the {name} principle {reason}"
     if fold(bad).casefold() == fold(good).casefold():
-        return Unparsed("both principles are the same")
+        return "both principles are the same"
     if not _example_lines().isdisjoint(lines):  # small models copy; the example is about another request
-        return Unparsed("repeats an example of the prompt")
+        return "repeats an example of the prompt"
     if max(len(bad), len(good)) > _MOST_UNLIKE * min(len(bad), len(good)):
-        return Unparsed("the principles differ too much in length")
+        return "the principles differ too much in length"
     return PrinciplePair(good, bad, "generated")
 
 
@@ -277,8 +271,8 @@ class Writer:
         messages = principle_messages(query)
         return request(self.prompts, messages, model_digest=self.model_digest, sampling=self.sampling, seed=seed)
 
-    def read(self, key: str) -> PrinciplePair | Unparsed:
-        """What an answered request says."""
+    def read(self, key: str) -> PrinciplePair | str:
+        """What an answered request says, or why that is no pair."""
         text = self.journal.get(key).get("text", "")  # of one that failed there is none
         return parse_principles(behind_thought(text) or "")
 
@@ -308,7 +302,7 @@ def written_principles(query: Query, writer: Writer, pool: Pool) -> Principles:
         if isinstance(pair, PrinciplePair):
             principles = Principles(good=pair.good, bad=pair.bad, quality=pair.quality, source="generated")
             return _with_concision(principles, query, pool.concision, writer.seed)
-        reason = pair.reason
+        reason = pair
     fallback = f"{reason} (try {writer.tries} of {writer.tries})"
     return replace(choose_principles(query, pool, writer.seed), fallback=fallback)
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.checks import checks_of, checks_verdicts
@@ -59,11 +59,22 @@ VERDICTS, CHECKS, _CONTAMINATION = "verdicts.parquet", "checks.parquet", "contam
 DataSet = Literal["pbaa", "steering", "alignment"]
 """As in `RoundMetrics`."""
 
-Rows = Callable[[], Iterator[dict[str, Any]]]
-"""The rows of a set of pairs, each time from the beginning."""
-
 JudgeName = Literal["judge", "principle_consistency"]
 """As in `Measures`."""
+
+
+class Reports(TypedDict):
+    """What the stage has measured."""
+
+    reports: dict[DataSet, dict[JudgeName, JudgeReport]]
+    comparisons: dict[JudgeName, JudgedComparison | None]
+    """The alignment pairs' verdicts against PBAA's; None where they have no query in common."""
+    checks: dict[DataSet, CheckReport]
+    """Empty where the recipe's judge is another."""
+
+
+Rows = Callable[[], Iterator[dict[str, Any]]]
+"""The rows of a set of pairs, each time from the beginning."""
 
 
 def require_checks(recipe: Recipe, *, principles: bool) -> None:
@@ -122,7 +133,7 @@ def quality_stage(
     reopen_unanswered(round.folder.stage(round.number, QUALITY), origin)
     stage = make_stage(round, QUALITY, origin, lambda work: _quality(round, work, preferences, task))
     if task.checks:
-        _warn_of_useless(read_checks(stage))
+        _warn_of_useless(read_reports(stage)["checks"])
     return stage
 
 
@@ -131,7 +142,7 @@ def reopen_unanswered(stage: Stage, origin: Origin) -> None:
     if not stage.is_current(origin.fingerprint):
         return
     stage.verify()
-    if any(unanswered(report) for judges in read_reports(stage).values() for report in judges.values()):
+    if any(unanswered(report) for judges in read_reports(stage)["reports"].values() for report in judges.values()):
         log.info("%s: the judge left pairs unanswered; it is asked again for those", stage.path.name)
         stage.reopen()
 
@@ -226,14 +237,9 @@ def read_verdicts(stage: Stage) -> dict[DataSet, dict[JudgeName, list[Verdict]]]
     return {name: dict(judges) for name, judges in found.items()}
 
 
-def read_reports(stage: Stage) -> dict[DataSet, dict[JudgeName, JudgeReport]]:
-    """What the sealed verdicts say."""
-    return read_measures(stage)["reports"]
-
-
-def read_comparisons(stage: Stage) -> dict[JudgeName, JudgedComparison]:
-    """The alignment pairs' verdicts against PBAA's, where both have the same queries."""
-    return {by: found for by, found in read_measures(stage)["comparisons"].items() if found is not None}
+def read_reports(stage: Stage) -> Reports:
+    """What the sealed verdicts and checks say."""
+    return cast(Reports, read_measures(stage))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------------
@@ -267,11 +273,6 @@ def _without_concision(principles: Principles) -> str:
     """The good principle as its file has it."""
     added = [pair.good for pair in concision_pairs() if principles.concision and principles.good.endswith(pair.good)]
     return principles.good.removesuffix(added[0]).rstrip() if added else principles.good
-
-
-def read_checks(stage: Stage) -> dict[DataSet, CheckReport]:
-    """What the checks say of each set of pairs; empty where the recipe's judge is another."""
-    return read_measures(stage)["checks"]
 
 
 def _checked(stage: Stage) -> dict[DataSet, CheckReport]:

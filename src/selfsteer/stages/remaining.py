@@ -69,17 +69,13 @@ def _spent(manifest: Manifest, *parts: str) -> float:
 def _counts(round: Round) -> Counts:
     """From the first queries of the round."""
     principles, responses = (round.folder.stage(round.number, name) for name in (PRINCIPLES, RESPONSES))
-    bare: list[int] = []
-    steered: list[int] = []
+    bare: list[tuple[int, ...]] = []
+    steered: list[tuple[int, ...]] = []
     for row in islice(principles.rows(), _LOOKED_AT):
         query = columns.query(row)
         steering = columns.principles(row)
-        bare.append(len(round.prompts.prompt_ids(query.messages)))
+        bare.append(round.prompts.prompt_ids(query.messages))
         for principle in (steering.good_message, steering.bad_message):
-            steered.append(len(round.prompts.prompt_ids(round.prompts.steer(query.messages, principle))))
-    said = [len(row[role]["token_ids"]) for row in islice(responses.rows(), _LOOKED_AT) for role in ("good", "bad")]
-    return Counts(sealed(principles).kept, _lengths(bare), _lengths(steered), sum(said) / len(said))
-
-
-def _lengths(found: list[int]) -> Lengths:
-    return Lengths(sum(found) / len(found), max(found))
+            steered.append(round.prompts.prompt_ids(round.prompts.steer(query.messages, principle)))
+    said = Lengths.of(row[role]["token_ids"] for row in islice(responses.rows(), _LOOKED_AT) for role in ("good", "bad"))
+    return Counts(sealed(principles).kept, Lengths.of(bare), Lengths.of(steered), said.mean)

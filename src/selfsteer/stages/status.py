@@ -10,11 +10,10 @@ from typing import Literal, NamedTuple, TypedDict
 from selfsteer.measures.metrics import Method
 from selfsteer.recipe.sections import Recipe, load
 from selfsteer.store.durable import canonical_json, digest, file_digest, write
-from selfsteer.store.folder import RunFolder, Stage
+from selfsteer.store.folder import POLICY, PREFERENCES, SELECTION, RunFolder, Stage
 
 PRINCIPLES, RESPONSES, STEERING, GENERATOR = "1-principles", "2-responses", "3-steering", "4-generator"
-GAIN, PREFERENCES, QUALITY, SELECTION = "4-gain", "5-preferences", "5-quality", "5-selection"
-POLICY, PASSES, ANSWERS = "6-policy", "7-checks", "7-answers"
+GAIN, QUALITY, PASSES, ANSWERS = "4-gain", "5-quality", "7-checks", "7-answers"
 
 GOOD_GENERATOR, BAD_GENERATOR = "4-generator-good", "4-generator-bad"
 """Of a dual generator: what answers x+ (chosen), trained with L+, and what answers x- (rejected), trained with L-."""
@@ -125,27 +124,16 @@ def method_in(folder: RunFolder, recipe: Recipe) -> Method:
 
 
 def _stage_status(stage: Stage, number: int) -> StageStatus:
-    name = stage.path.name
     manifest = stage.manifest()
-    if manifest is not None:
-        return StageStatus(
-            round=number,
-            name=name,
-            state="sealed",
-            wanted=manifest.wanted,
-            kept=manifest.kept,
-            dropped=manifest.dropped,
-            seconds=manifest.seconds,
-        )
-    begun = stage.path.is_dir() and any(stage.path.iterdir())
+    begun = manifest is None and stage.path.is_dir() and any(stage.path.iterdir())
     return StageStatus(
         round=number,
-        name=name,
-        state="partial" if begun else "waiting",
-        wanted=None,
-        kept=stage.finished() if begun else None,
-        dropped={},
-        seconds=None,
+        name=stage.path.name,
+        state="sealed" if manifest else "partial" if begun else "waiting",
+        wanted=manifest and manifest.wanted,
+        kept=manifest.kept if manifest else stage.finished() if begun else None,
+        dropped=manifest.dropped if manifest else {},
+        seconds=manifest and manifest.seconds,
     )
 
 

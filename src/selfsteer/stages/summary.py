@@ -22,7 +22,7 @@ from selfsteer.models import hardware
 from selfsteer.recipe.gates import before_generator, parse
 from selfsteer.recipe.sections import Recipe, load
 from selfsteer.stages.base import read_measures, sealed
-from selfsteer.stages.quality import read_checks, read_comparisons, read_contamination, read_reports
+from selfsteer.stages.quality import read_contamination, read_reports
 from selfsteer.stages.status import (
     BAD_GENERATOR,
     GAIN,
@@ -187,12 +187,13 @@ _TRAININGS = (
 
 
 def _add_quality(found: RoundMetrics, stage: Stage) -> None:
-    for name, reports in read_reports(stage).items():
+    said = read_reports(stage)
+    for name, reports in said["reports"].items():
         for by, report in reports.items():
             found.setdefault(name, Measures())[by] = report
-    if comparisons := read_comparisons(stage):
+    if comparisons := {by: each for by, each in said["comparisons"].items() if each is not None}:
         found["judged_comparison"] = {**comparisons}
-    for name, report in read_checks(stage).items():
+    for name, report in said["checks"].items():
         found.setdefault(name, Measures())["checks"] = report
     overlap = read_contamination(stage)
     if overlap is not None:

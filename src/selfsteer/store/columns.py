@@ -157,14 +157,8 @@ def responses(row: dict[str, Any]) -> Responses:
 
 def response(fields: Mapping[str, Any]) -> Response:
     """The response in a column of a stage-2 row, or in a record of the journal with its request's seed."""
-    return Response(
-        text=fields["text"],
-        token_ids=tuple(fields["token_ids"]),
-        finish_reason=fields["finish_reason"],
-        seed=fields["seed"],
-        end_id=fields["end_id"],
-        reencoded=fields["reencoded"],
-    )
+    found: dict[str, Any] = {**fields, "token_ids": tuple(fields["token_ids"])}
+    return Response(**found)
 
 
 def response_columns(item: Response) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
     The sum is kept in elapsed.json every five seconds: a kill loses at most that much.
     """
     file = folder / _ELAPSED
-    earlier, before = _read_taken(file), clock.spent()
+    earlier, before = read_taken(file, "counting from zero"), clock.spent()
     fresh = clock.begin_peaks()
     started = time.monotonic()
     finished = threading.Event()
@@ -87,7 +87,7 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
     def keep() -> None:
         while not finished.wait(_EVERY_SECONDS):
             with suppress(OSError):  # the last time it is told
-                _write_taken(file, taken())
+                write_taken(file, taken())
 
     keeper = threading.Thread(target=keep, daemon=True, name="selfsteer-clock")
     keeper.start()
@@ -96,27 +96,31 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
     finally:
         finished.set()
         keeper.join()
-        _write_taken(file, taken())
+        write_taken(file, taken())
 
 
-def _read_taken(file: Path) -> Taken:
+def read_taken(file: Path, otherwise: str) -> Taken:
+    """What was written down as taken; nothing where there is no such file, or, with a warning, a damaged one.
+
+    otherwise: what happens then, for the warning.
+    """
     if not file.exists():
         return Taken()
-    way_out = "counting from zero"
     try:
-        found = read_json(file, {"seconds": (int, float)}, way_out=way_out)
+        found = read_json(file, {"seconds": (int, float)}, way_out=otherwise)
         seconds = float(found["seconds"])
         if not 0 <= seconds < math.inf:
-            raise ValueError(f"{file}: damaged, {seconds} seconds are no time; {way_out}")
+            raise ValueError(f"{file}: damaged, {seconds} seconds are no time; {otherwise}")
         parts = {name: Spent(float(took), int(tokens)) for name, (took, tokens) in found.get("parts", {}).items()}
         memory = {name: int(held) for name, held in found.get("memory", {}).items()}
     except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
-        log.warning("%s", error)
+        log.warning("%s", error if str(file) in str(error) else f"{file}: damaged ({error}); {otherwise}")
         return Taken()
     return Taken(seconds, parts, memory)
 
 
-def _write_taken(file: Path, taken: Taken) -> None:
+def write_taken(file: Path, taken: Taken) -> None:
+    """Write it down, whole or not at all."""
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps({**taken._asdict(), "seconds": round(taken.seconds, 3)}))
     unfinished.replace(file)
@@ -125,7 +129,10 @@ def _write_taken(file: Path, taken: Taken) -> None:
 SCHEMA_VERSION = 4
 """Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
-_DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
+DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
+
+PREFERENCES, SELECTION, POLICY = "5-preferences", "5-selection", "6-policy"
+"""The stages that hold pairs, and what is aligned on them; of the others `stages/status.py` knows."""
 
 MEASURES = "measures.json"
 """What a stage seals beside its rows or its model: numbers about them."""
@@ -475,8 +482,8 @@ class Stage:
         rows = 0
         dropped: list[Dropped] = []
         if contents.rows is not None:
-            names.append(_DATA)
-            rows = columns.write_rows(self.path / _DATA, _without_dropped(contents.rows, dropped), contents.schema)
+            names.append(DATA)
+            rows = columns.write_rows(self.path / DATA, _without_dropped(contents.rows, dropped), contents.schema)
         if contents.measures is not None:
             names.append(MEASURES)
             with replacing(self.path / MEASURES) as file, clock.part("measure"):
@@ -518,19 +525,19 @@ class Stage:
     def written(self, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """The same rows for `Contents.measures`, just before the stage is sealed."""
         with _damage_named(self.path):
-            yield from columns.file_rows(self.path / _DATA, of=of)
+            yield from columns.file_rows(self.path / DATA, of=of)
 
     def column(self, name: str) -> list[Any]:
         """One column of the rows of a sealed stage; nothing else is read."""
         self._sealed()
         with _damage_named(self.path):
-            return columns.column(self.path / _DATA, name)
+            return columns.column(self.path / DATA, name)
 
     def picked(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
         """The rows with these numbers, which ascend; row groups without one are not read."""
         self._sealed()
         with _damage_named(self.path):
-            yield from columns.picked(self.path / _DATA, numbers)
+            yield from columns.picked(self.path / DATA, numbers)
 
     def dropped(self) -> Iterator[Dropped]:
         """The items that a sealed stage did not keep."""

@@ -253,20 +253,17 @@ class Journal:
             self._index.add(_slot(key), place)
             place += len(line)
 
-    def fill(self, records: Iterable[Record], advance: Callable[[int], None]) -> int:
-        """Append records as they come, some at a time; also those that came before an error. Returns how many came.
+    def fill(self, records: Iterable[Record], advance: Callable[[int], None]) -> None:
+        """Append records as they come, some at a time; also those that came before an error.
 
         advance: told how many more are durable.
         """
-        count = 0
         batch: list[Record] = []
 
         def settle() -> None:
-            nonlocal count, batch
             self.append(batch)
-            count += len(batch)
             advance(len(batch))
-            batch = []
+            batch.clear()
 
         try:
             for record in records:
@@ -275,7 +272,6 @@ class Journal:
                     settle()
         finally:
             settle()
-        return count
 
     def _read_parts(self, *, repair: bool) -> None:
         for _, _, part in _parts_in(self.folder):

@@ -60,9 +60,7 @@ def seal(folder: Path, training: str) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint is whole: marked, and every file as it was when it was marked."""
     marker = _marker(folder)
-    if marker.get("sizes") != _sizes(folder):
-        return False
-    return "digests" not in marker or marker["digests"] == _digests(folder)  # those of earlier versions had none
+    return marker.get("sizes") == _sizes(folder) and marker.get("digests") == _digests(folder)
 
 
 def _marker(folder: Path) -> dict[str, Any]:

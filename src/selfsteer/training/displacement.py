@@ -61,8 +61,11 @@ def schedule(reading: float, training: float, *, steps: int, every: int | None) 
 class Meter:
     """Reads the same responses again and again."""
 
-    def __init__(self, pairs: Sequence[Rows], unrelated: Sequence[Row], packing: Packing, training: Training) -> None:
-        """pairs: of some queries; training: how much shares a forward pass."""
+    def __init__(
+        self, pairs: Sequence[Rows], unrelated: Sequence[Row], packing: Packing, training: Training, *, every: int
+    ) -> None:
+        """pairs: of some queries; training: how much shares a forward pass; every: optimizer steps between two readings."""
+        self.every = every
         self._batches: list[Batch] = []
         self._starts: list[int] = []
         self._chosen: list[int] = []

@@ -11,7 +11,6 @@ trains, `scoring.py` scores).
 """
 
 import fcntl
-import json
 import logging
 import os
 import subprocess
@@ -22,15 +21,16 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from accelerate import PartialState
 from torch import distributed
 
 from selfsteer import clock, runtime
+from selfsteer.clock import Taken
 from selfsteer.recipe.sections import Launcher
-from selfsteer.store.durable import read_json, write
+from selfsteer.store.folder import read_taken, write_taken
 
 log = logging.getLogger(__name__)
 
@@ -97,43 +97,24 @@ def take_in(job: Path) -> None:
 
     They worked side by side: the seconds are those of the first, tokens and memory of all.
     """
-    told = [said for file in sorted(job.glob("spent-*.json"), key=_rank) if (said := _spent(file)) is not None]
+    told: list[Taken] = []
+    for file in sorted(job.glob("spent-*.json"), key=_rank):
+        taken = read_taken(file, "the time of this process is not counted")
+        told += [taken] if taken.parts else []
+        if not file.is_dir():
+            file.unlink()
     if not told:
         return
     tokens, held = Counter[str](), Counter[str]()
     for each in told:
-        tokens.update(each.tokens)
-        held.update(each.held)
-    clock.take_in(told[0].seconds, tokens, held)
+        tokens.update({name: spent.tokens for name, spent in each.parts.items()})
+        held.update(each.memory)
+    clock.take_in({name: spent.seconds for name, spent in told[0].parts.items()}, tokens, held)
 
 
 def _rank(file: Path) -> tuple[int, str]:
     number = file.stem.removeprefix("spent-")
     return len(number), number
-
-
-class _Spent(NamedTuple):
-    """What one process spent, by the parts of its work."""
-
-    seconds: dict[str, float]
-    tokens: dict[str, int]
-    held: dict[str, int]
-
-
-def _spent(file: Path) -> _Spent | None:
-    """What a process wrote down, taken out of the folder; None, with a warning, where it can't be read."""
-    way_out = "the time of this process is not counted"
-    try:
-        said = read_json(file, {"spent": dict, "held": dict}, way_out=way_out)
-        spent: dict[str, Any] = {name: (float(took), int(tokens)) for name, (took, tokens) in said["spent"].items()}
-        held = {name: int(bytes_) for name, bytes_ in said["held"].items()}
-    except (ValueError, TypeError, OverflowError) as error:
-        log.warning("%s", error if str(file) in str(error) else f"{file}: damaged ({error}); {way_out}")
-        return None
-    finally:
-        if not file.is_dir():
-            file.unlink()
-    return _Spent({name: took for name, (took, _) in spent.items()}, {name: n for name, (_, n) in spent.items()}, held)
 
 
 # --- one of the processes --------------------------------------------------------------------------------------------------
@@ -148,10 +129,7 @@ def taking_part(job: Path) -> Generator[None]:
         try:
             yield
         finally:
-            write(
-                job / f"spent-{os.environ.get('RANK', '0')}.json",
-                json.dumps({"spent": clock.spent(), "held": clock.peaks()}).encode(),
-            )
+            write_taken(job / f"spent-{os.environ.get('RANK', '0')}.json", Taken(0.0, clock.spent(), clock.peaks()))
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
@@ -102,16 +103,17 @@ class TrainingJob:
 
     def as_json(self) -> dict[str, Any]:
         """The job as JSON values."""
-        sections = {"policy": self.policy.model_dump(mode="json"), "training": self.training.model_dump(mode="json")}
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | sections
+        return _JSON.dump_python(self, mode="json")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the log-probabilities of a reference model."""
+        return self.loss not in REFERENCE_FREE
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
+    def from_json(cls, values: dict[str, Any]) -> "TrainingJob":
         """The job that `as_json` gave."""
-        policy, training = Policy.model_validate(values["policy"]), Training.model_validate(values["training"])
-        unrelated = tuple(Row(tuple(prompt), tuple(map(tuple, completions))) for prompt, completions in values["unrelated"])
-        fields: dict[str, Any] = {**values, "policy": policy, "training": training, "unrelated": unrelated}
-        return cls(**fields)
+        return _JSON.validate_python(values)
 
     def digest(self) -> str:
         """sha256 of everything that determines the result; no paths."""
@@ -121,6 +123,9 @@ class TrainingJob:
         pairs = file_digest(Path(self.pairs))
         del content["output"]
         return digest(content | {"policy": policy, "pairs": pairs, "training": settings})
+
+
+_JSON = TypeAdapter(TrainingJob)
 
 
 class TrainingResult(NamedTuple):
@@ -181,35 +186,33 @@ class _Start(NamedTuple):
     crossed: int | None
     """It went too far at this step; what is delivered is `resume`."""
 
+    @property
+    def done(self) -> int:
+        """Optimizer steps that were taken before."""
+        return checkpoints.step_of(self.resume) if self.resume else 0
+
 
 def _train(job: TrainingJob) -> TrainingResult | None:
     """None where the displacement went too far; called again, it goes back and delivers."""
-    output, training = Path(job.output), job.training
+    output = Path(job.output)
     args = _arguments(job)  # first of all: it makes the processes of a group know each other
-    identity, resume, crossed = parallel.agree(lambda: _starting_point(job, output))
-    done = checkpoints.step_of(resume) if resume else 0
-    if crossed is not None:
-        args.max_steps = done
+    start = parallel.agree(lambda: _starting_point(job, output))
+    if start.crossed is not None:
+        args.max_steps = start.done
     tokenizer = tokenizer_of(job.policy)
-    prompts = Prompts.of(job.policy, tokenizer, end_ids(job.policy.model, tokenizer))
-    needs_reference = job.loss not in REFERENCE_FREE
-    positions = positions_of(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
-    data = token_groups(Path(job.pairs), prompts, output / ".tokens", needs_reference=needs_reference, positions=positions)
+    data = _groups(job, tokenizer)
     set_seed(job.seed)
     model, packing = _prepare_model(job, data)
     pairs = margins(data, Collator(packing), beta=job.beta, weighted=job.weighting != "none")
     # With a reference the margins begin at zero by themselves.
-    at_first = 0.0 if needs_reference else pairs(model)
+    at_first = 0.0 if job.needs_reference else pairs(model)
     planned = round(len(data) * job.epochs) if job.max_steps is None else job.max_steps * job.batch_size
-    meter, every = _meter(job, data, packing, planned)
+    meter = _meter(job, data, packing, planned)
     if meter is not None:
         with part("measure"):
             meter.begin(model)
-    bound = training.stop_at_displacement
-    if bound is not None and not job.unrelated:
-        raise ValueError("training.stop_at_displacement: no unrelated response can be measured here; set queries.holdout")
-    keeper = Keeper(output, identity, resume, bound)
-    with _progress(max(1, planned - done * job.batch_size)) as advance:
+    keeper = Keeper(output, start.identity, start.resume, job.training.stop_at_displacement)
+    with _progress(max(1, planned - start.done * job.batch_size)) as advance:
         parts = JobParts(
             order=_order(job, data, args),
             collator=Collator(packing),
@@ -218,21 +221,16 @@ def _train(job: TrainingJob) -> TrainingResult | None:
             sft_weight=job.sft_weight,
             weighted=job.weighting != "none",
             meter=meter,
-            measure_every=every,
             advance=advance,
         )
-        args.gradient_accumulation_steps = parts.order.each
-        args.per_device_train_batch_size = -(-job.batch_size // (args.world_size * parts.order.each))  # what trackers show
-        trainer = PreferenceTrainer(model, args, data, parts)
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
-            log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
-        trainer.remove_callback(PrinterCallback)
+        trainer = _trainer(job, model, args, data, parts)
         trainer.add_callback(keeper)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=str(start.resume) if start.resume else None)
     if stopped := parallel.stop_signal():
         raise runtime.Interrupted(stopped)
+    taken = trainer.state.global_step
     if keeper.crossed:
-        _turn_back(output, keeper, trainer.state.global_step)
+        _turn_back(output, keeper, taken)
         return None
     with part("measure"):
         moved = None if meter is None else meter.moved(cast(torch.nn.Module, trainer.model_wrapped))
@@ -241,15 +239,35 @@ def _train(job: TrainingJob) -> TrainingResult | None:
     return TrainingResult(
         model=str(output / "model"),
         history=str(output / "history.jsonl"),
-        steps=trainer.state.global_step,
+        steps=taken,
         queries=len(data),
         shared=packing is pack,
         first=history[0],
-        last=next(step for step in reversed(history) if step["step"] == trainer.state.global_step),
+        last=next(step for step in reversed(history) if step["step"] == taken),
         saving=saving,
         moved=moved,
-        crossed=crossed,
+        crossed=start.crossed,
     )
+
+
+def _groups(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> TokenGroups:
+    """The pairs of each query as token ids."""
+    prompts = Prompts.of(job.policy, tokenizer, end_ids(job.policy.model, tokenizer))
+    positions = positions_of(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
+    tokens = Path(job.output) / ".tokens"
+    return token_groups(Path(job.pairs), prompts, tokens, needs_reference=job.needs_reference, positions=positions)
+
+
+def _trainer(
+    job: TrainingJob, model: PreTrainedModel | PeftModel, args: TrainingArguments, data: TokenGroups, parts: JobParts
+) -> PreferenceTrainer:
+    args.gradient_accumulation_steps = parts.order.each
+    args.per_device_train_batch_size = -(-job.batch_size // (args.world_size * parts.order.each))  # what trackers show
+    trainer = PreferenceTrainer(model, args, data, parts)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 _DISPLACED = "displaced.json"
@@ -284,10 +302,12 @@ def _turn_back(output: Path, keeper: Keeper, crossed: int) -> None:
     parallel.wait()
 
 
-def _meter(job: TrainingJob, data: TokenGroups, packing: Packing, planned: int) -> tuple[Meter | None, int]:
-    """The displacement meter, and the steps between its readings. planned: queries that will be trained on."""
+def _meter(job: TrainingJob, data: TokenGroups, packing: Packing, planned: int) -> Meter | None:
+    """The displacement meter, unless it is off. planned: queries that will be trained on."""
+    if job.training.stop_at_displacement is not None and not job.unrelated:
+        raise ValueError("training.stop_at_displacement: no unrelated response can be measured here; set queries.holdout")
     if job.training.displacement_steps == 0:
-        return None, 1
+        return None
     groups = [share_prompts(data[index].pairs) for index in spread(len(data), LARGEST)]
     of_pairs = sum(row_tokens(group.rows) for group in groups) / len(groups)
     of_unrelated = row_tokens(job.unrelated) / max(1, len(job.unrelated))
@@ -298,7 +318,7 @@ def _meter(job: TrainingJob, data: TokenGroups, packing: Packing, planned: int) 
         every=job.training.displacement_steps,
     )
     pairs = [groups[index] for index in spread(len(groups), size)]
-    return Meter(pairs, job.unrelated[:size], packing, job.training), every
+    return Meter(pairs, job.unrelated[:size], packing, job.training, every=every)
 
 
 def _progress(queries: int) -> AbstractContextManager[Callable[[int], None]]:

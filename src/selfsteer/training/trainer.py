@@ -424,7 +424,7 @@ class PreferenceTrainer(Trainer):
             if not self._job.weighted:
                 del logs["weight"]
             step, meter = self.state.global_step, self._job.meter
-            if meter is not None and (step % self._job.measure_every == 0 or step == self.state.max_steps):
+            if meter is not None and (step % meter.every == 0 or step == self.state.max_steps):
                 with part("measure"):
                     logs |= averages(meter.moved(cast(torch.nn.Module, self.model_wrapped)))
             now = time.perf_counter()
@@ -498,8 +498,7 @@ class JobParts:
     weighted: bool = False
     """The model gives the weights of completions beside their log-probabilities (`logps.teach`)."""
     meter: Meter | None = None
-    measure_every: int = 1
-    """Optimizer steps between its readings; the last step has one in any case."""
+    """The last step has a reading in any case."""
     advance: Callable[[int], None] = field(default=lambda _: None)
     """Told how many queries were finished."""
 
