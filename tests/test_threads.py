@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
 
 from selfsteer import threads
+from selfsteer.models import load_model
 from selfsteer.threads import EVERY, Usage, free_threads
 
 
@@ -47,9 +48,8 @@ def test_seconds_of_this_process_are_its_own():
     assert after.now > before.now
 
 
-def test_a_model_follows_whatever_wraps_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_model_follows_whatever_wraps_it(tiny_folder: str, monkeypatch: pytest.MonkeyPatch):
     """Others begin to work between two forward passes, and end: the threads go down, and up again."""
-    peft = pytest.importorskip("peft")
     moments = iter(
         [
             Usage(now=0.0, busy=0.0, own=0.0),
@@ -65,17 +65,8 @@ def test_a_model_follows_whatever_wraps_it(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(2)
     try:
         monkeypatch.setattr(threads, "_follower", threads._Follower())  # pyright: ignore[reportPrivateUsage]
-        small = LlamaConfig(
-            vocab_size=16,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-        )
-        model = LlamaForCausalLM(small)
-        threads.follow(model)
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        model = load_model(tiny_folder, dtype=torch.float32)
+        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
         found: list[int] = []
         for _ in range(4):
             wrapped(input_ids=torch.tensor([[1, 2]]))
