@@ -61,8 +61,25 @@ def test_card_carries_counts_measures_recipe_and_citation(tmp_path: Path):
 def test_paths_of_this_machine_stay_out(tmp_path: Path, model: str):
     front, body = card(tmp_path, recipe_of(model))
     assert "base_model" not in front
-    assert "/home/someone" not in body.partition("```yaml")[0]  # the recipe is as it was given
+    assert "/home/someone" not in body
     assert model.rpartition("/")[2] in body
+
+
+def test_no_path_of_the_recipe_is_told(tmp_path: Path):
+    """Nor those of queries, servers and files anywhere in it; what belongs to no machine stays as it is."""
+    recipe = recipe_of(
+        output="/home/someone/runs/mine",
+        queries={"path": "~/secret/q.jsonl", "column": "prompt"},
+        engine={"kind": "vllm", "python": "/home/someone/vllm/bin/python"},
+        quality={"evaluation_files": ["/home/someone/eval.jsonl", "data/eval.jsonl"]},
+    )
+    _, body = card(tmp_path, recipe)
+    told = yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0])
+    assert "someone" not in body
+    assert "secret" not in body
+    assert (told["output"], told["queries"]["path"], told["engine"]["python"]) == ("mine", "q.jsonl", "python")
+    assert told["quality"]["evaluation_files"] == ["eval.jsonl", "data/eval.jsonl"]
+    assert told["policy"]["model"] == HUB_ID
 
 
 def test_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

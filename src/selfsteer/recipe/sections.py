@@ -786,3 +786,17 @@ def describe(recipe: Recipe) -> str:
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as plain YAML, every value written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def published(recipe: Recipe) -> str:
+    """The same for strangers: of a path on this machine its last part, since the rest says only where it lies here."""
+    return yaml.safe_dump(_without_folders(recipe.model_dump(mode="json")), sort_keys=False)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in cast("list[Any]", value)]
+    here = isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "..")))
+    return Path(value).name if here else value

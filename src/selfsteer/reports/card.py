@@ -12,7 +12,7 @@ import yaml
 
 from selfsteer.measures.metrics import Method, Metrics, RunFacts
 from selfsteer.recipe.references import is_hub_id
-from selfsteer.recipe.sections import Recipe, dump
+from selfsteer.recipe.sections import Recipe, published
 from selfsteer.recipe.shipped import template
 from selfsteer.reports.drawing import markdown
 from selfsteer.reports.tables import run_tables
@@ -76,7 +76,7 @@ def judged(recipe: Recipe, method: Method) -> str:
 
 def write_model_card(folder: Path, metrics: Metrics, recipe: Recipe, method: Method) -> Path:
     """Write README.md into the model's folder, in place of one that is there; returns its path."""
-    run, resolved = metrics["run"], dump(recipe)
+    run, resolved = metrics["run"], published(recipe)
     how = (_HOW[method], judged(recipe, method), _result(run, recipe.rounds))
     text = Template(template("model_card.md")).substitute(
         front_matter=yaml.safe_dump(_front_matter(run["model"]), sort_keys=False, allow_unicode=True).rstrip(),
