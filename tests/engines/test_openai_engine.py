@@ -28,7 +28,7 @@ from selfsteer.engines.openai import (
     read_error,
     read_retry_after,
 )
-from selfsteer.engines.secrets import excerpt, reveals
+from selfsteer.engines.excerpts import excerpt, reveals
 from selfsteer.recipe.engines import OpenAISection
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, max_new_tokens=64)

@@ -13,7 +13,7 @@ because servers put a second BOS before it.
 A server may apply sampling defaults of its own to what a request leaves open (vLLM takes top_k and a repetition penalty
 from the model's generation_config.json): start it without them (vLLM: --generation-config vllm), or set them in `extra`.
 
-What a server says gets into a message of ours through `secrets.excerpt` alone, which keeps the API key out of it.
+What a server says gets into a message of ours through `excerpts.excerpt` alone, which keeps the API key out of it.
 
 Left out on purpose: streaming of single answers, several answers a request, starting or stopping servers.
 """
@@ -42,7 +42,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from selfsteer.engines.base import Completion, Failed, Request, TokenLogp
-from selfsteer.engines.secrets import excerpt, repeats
+from selfsteer.engines.excerpts import excerpt, repeats
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import OpenAISection
 from selfsteer.records import FinishReason
