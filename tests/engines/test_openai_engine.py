@@ -18,6 +18,7 @@ from misbehaving import Call, MisbehavingServer, Reply, chat, echo, error
 from selfsteer import runtime
 from selfsteer.engines import openai
 from selfsteer.engines.base import Completion, Failed, Request, Sampling
+from selfsteer.engines.excerpts import excerpt, reveals
 from selfsteer.engines.openai import (
     Answer,
     OpenAIEngine,
@@ -28,7 +29,6 @@ from selfsteer.engines.openai import (
     read_error,
     read_retry_after,
 )
-from selfsteer.engines.excerpts import excerpt, reveals
 from selfsteer.recipe.engines import OpenAISection
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, max_new_tokens=64)
