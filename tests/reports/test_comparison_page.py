@@ -14,7 +14,12 @@ from selfsteer import cli
 from selfsteer.comparing import ArmRun, summarize
 from selfsteer.measures.metrics import RoundMetrics
 from selfsteer.recipe.sections import Recipe
-from selfsteer.reports.comparison import ComparisonResult, write_comparison, write_comparison_page
+from selfsteer.reports.comparison import (
+    ComparisonResult,
+    write_comparison,
+    write_comparison_figures,
+    write_comparison_page,
+)
 
 RecipeOf = Callable[..., dict[str, Any]]
 
@@ -77,9 +82,22 @@ def test_the_page_has_a_forest_and_a_scatter_and_no_foreign_text(folder: Path):
     assert "&lt;model&gt;" in text
     assert "<model>" not in text
     assert not re.search(r"(src|href)=[\"']?https?:", text), "nothing is fetched"
-    assert "+0.200" in text
+    headlines = re.findall(r'<p class="name">(sso, [^<]*)</p><p>([^ <]+)', text)
+    assert headlines == [
+        ("sso, on-policy probability, less that of pbaa", "+0.200"),
+        ("sso, accuracy of the pairs, less that of pbaa", "+20.0"),
+    ], "what was not measured is left out"
     assert "Seed by seed" in text
     assert "| sso |" in (folder / "comparison.md").read_text()
+
+
+def test_its_plots_are_files_too(folder: Path):
+    pytest.importorskip("matplotlib")
+    written = write_comparison_figures(folder, folder / "plots")
+    names = ("differences-on_policy_all", "differences-accuracy", "against-on_policy_all")
+    assert [path.name for path in written] == [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
+    for path in written:
+        assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
 
 
 def test_the_command_makes_the_page_again(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -313,17 +313,18 @@ def print_report(
     ],
     figures: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write the plots of a run there, as SVG and PNG, instead.", show_default=False),
+        typer.Option(metavar="DIR", help="Write the plots there, as SVG and PNG, instead.", show_default=False),
     ] = None,
 ) -> None:
     """Print all tables of a run; or make the page and the tables of a comparison again, from its numbers."""
     if (folder / "comparison.json").exists():
-        if figures is not None:
-            raise ValueError(f"--figures: {folder} is a comparison; name the folder of one of its runs")
-        from selfsteer.reports.comparison import write_comparison_page
+        from selfsteer.reports.comparison import write_comparison_figures, write_comparison_page
 
-        write_comparison_page(folder)
-        typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
+        if figures is None:
+            write_comparison_page(folder)
+            typer.echo(f"comparison  {folder / 'comparison.html'}, comparison.md")
+        else:
+            _print_paths(write_comparison_figures(folder, figures))
         return
     from selfsteer.measures.metrics import read_metrics
     from selfsteer.reports.verdict import print_run
@@ -334,7 +335,11 @@ def print_report(
         return
     from selfsteer.reports.page import write_run_figures
 
-    for path in write_run_figures(metrics, figures):
+    _print_paths(write_run_figures(metrics, figures))
+
+
+def _print_paths(paths: Iterable[Path]) -> None:
+    for path in paths:
         typer.echo(path)
 
 

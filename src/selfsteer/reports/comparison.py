@@ -7,15 +7,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from selfsteer.measures.estimates import METHOD, Estimate, known
 from selfsteer.measures.metrics import from_plain, plain
 from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.reports.drawing import Cell, Form, Row, Table, cell, markdown
-from selfsteer.reports.page import NO_PLOTS, frame, table_html, write_html
+from selfsteer.reports.page import NO_PLOTS, PLOTS_NEED, frame, table_html, write_html
 from selfsteer.runtime import duration
 from selfsteer.store.durable import read_json, write
+
+if TYPE_CHECKING:
+    from selfsteer.reports.plots import Plot
 
 BASELINE = "pbaa"
 
@@ -230,6 +233,7 @@ _FORESTS: tuple[tuple[tuple[str, str], ...], ...] = (
     (
         ("accuracy", "accuracy by the judge"),
         ("principle_consistency", "principle consistency"),
+        ("passes_after", "answers that pass after alignment"),
         ("margin_per_token", "margin per token, nats"),
     ),
     (("length_chosen", "tokens of chosen"), ("length_rejected", "tokens of rejected")),
@@ -268,13 +272,16 @@ def _write_page(folder: Path, result: ComparisonResult) -> None:
         f"seeds {', '.join(map(str, result['seeds']))}",
         f"{result['holdout']:,} held-out queries",
     )
-    plots = "\n".join(_plots(result))
+    try:
+        plots = "\n".join(map(_figure, _plots(result)))
+    except ModuleNotFoundError:
+        plots = NO_PLOTS
     arms = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(arm.get('description', ''))}</dd>" for name, arm in result["arms"].items()
     )
     tables = "\n".join(map(table_html, comparison_tables(result)))
     body = (
-        f'<div class="measures">{_figures(result)}</div>',
+        f'<div class="measures">{"".join(_headlines(result))}</div>',
         f"<section><h2>The arms</h2><dl>{arms}</dl></section>",
         plots,
         tables,
@@ -283,15 +290,22 @@ def _write_page(folder: Path, result: ComparisonResult) -> None:
     write_html(folder / "comparison.html", frame("Ways of making preference data", facts, "\n".join(body)))
 
 
-def _figures(result: ComparisonResult) -> str:
-    """How much more on-policy than the baseline the pairs of each arm are."""
-    differences = _of(result, "difference", "on_policy_all")
-    cells = ((name, cell(found, "number", signed=True)) for name, found in differences.items())
-    return "\n".join(
-        f'<div class="measure"><p class="name">{escape(name)}, on-policy probability above {BASELINE}</p>'
-        f"<p>{escape(shown.value)} {escape(shown.interval)}</p></div>"
-        for name, shown in cells
-    )
+_HEADLINES = {
+    "on_policy_all": "on-policy probability",
+    "accuracy": "accuracy of the pairs",
+    "passes_after": "answers that pass after alignment",
+}
+
+
+def _headlines(result: ComparisonResult) -> Iterator[str]:
+    """What the pairs of each arm, and the policy aligned on them, have beyond the baseline's."""
+    for measure, title in _HEADLINES.items():
+        for name, found in _of(result, "difference", measure).items():
+            shown = cell(found, _form(measure), signed=True)
+            yield (
+                f'<div class="measure"><p class="name">{escape(name)}, {title}, less that of {BASELINE}</p>'
+                f"<p>{escape(shown.value)} {escape(shown.interval)}</p></div>"
+            )
 
 
 def _of(result: ComparisonResult, key: Literal["measures", "difference"], measure: str) -> dict[str, Estimate]:
@@ -299,12 +313,19 @@ def _of(result: ComparisonResult, key: Literal["measures", "difference"], measur
     return known({name: arm.get(key, {}).get(measure) for name, arm in result["arms"].items()})
 
 
-def _plots(result: ComparisonResult) -> Iterator[str]:
+def write_comparison_figures(folder: Path, to: Path) -> list[Path]:
+    """The plots of a comparison's page as SVG and PNG files; returns them. Raises ValueError without matplotlib."""
     try:
         from selfsteer.reports import plots
-    except ModuleNotFoundError:
-        yield NO_PLOTS
-        return
+    except ModuleNotFoundError as error:
+        raise ValueError(PLOTS_NEED) from error
+    return plots.write_figures(_plots(read_comparison(folder)), to)
+
+
+def _plots(result: ComparisonResult) -> Iterator["Plot"]:
+    """Raises ModuleNotFoundError without matplotlib."""
+    from selfsteer.reports import plots
+
     for measures in _FORESTS:
         panels = [
             plots.Forest(
@@ -319,18 +340,18 @@ def _plots(result: ComparisonResult) -> Iterator[str]:
             if (found := _of(result, "difference", measure))
         ]
         if panels:
-            yield _figure(
-                plots.forests(panels),
-                f"Difference from {BASELINE} with its 95% interval, query by query. Filled: the interval leaves out zero. "
-                "Small marks: each seed by itself.",
+            caption = (
+                f"Difference from {BASELINE} with its 95% interval, query by query. Filled: the interval leaves out zero."
+                " Small marks: each seed by itself."
             )
+            yield plots.Plot(f"differences-{measures[0][0]}", caption, {"": plots.forests(panels)})
     for (measure, label), others, caption in _SCATTERS:
         x = _of(result, "measures", measure)
         panels = {title: y for other, title in others.items() if (y := _of(result, "measures", other))}
         if x and panels:
-            yield _figure(plots.scatter(x, panels, label), caption)
+            yield plots.Plot(f"against-{measure}", caption, {"": plots.scatter(x, panels, label)})
 
 
-def _figure(svg: str, caption: str) -> str:
-    whole = f'<div class="whole" tabindex="0" role="group" aria-label="plot">{svg}</div>'
-    return f"<figure>{whole}<figcaption>{escape(caption)}</figcaption></figure>"
+def _figure(plot: "Plot") -> str:
+    whole = f'<div class="whole" tabindex="0" role="group" aria-label="plot">{"".join(plot.svgs)}</div>'
+    return f"<figure>{whole}<figcaption>{escape(plot.caption)}</figcaption></figure>"

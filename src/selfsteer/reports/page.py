@@ -29,6 +29,8 @@ from selfsteer.reports.verdict import answer_lines, headline, measure_rows, plac
 from selfsteer.stages.status import PRINCIPLES
 from selfsteer.store.durable import write
 
+PLOTS_NEED = 'plots need matplotlib: pip install "selfsteer[report]"'
+
 NO_PLOTS = '<p class="note">Install matplotlib (pip install "selfsteer[report]") to see plots here.</p>'
 
 _LONG = 2_500
@@ -315,7 +317,7 @@ def write_run_figures(metrics: Metrics, folder: Path) -> list[Path]:
     try:
         from selfsteer.reports import plots
     except ModuleNotFoundError as error:
-        raise ValueError('plots need matplotlib: pip install "selfsteer[report]"') from error
+        raise ValueError(PLOTS_NEED) from error
     written: list[Path] = []
     for number, this in enumerate(metrics["rounds"], 1):
         data = tables.data_sets(this)

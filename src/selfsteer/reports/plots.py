@@ -286,7 +286,7 @@ class Forest(NamedTuple):
 
 
 @mpl.rc_context(STYLE)
-def forests(panels: Sequence[Forest]) -> str:
+def forests(panels: Sequence[Forest]) -> Figure:
     """Panels side by side, the arms from top to bottom."""
     arms = list(dict.fromkeys(arm for panel in panels for arm in panel.differences))
     figure = Figure(figsize=(9.6, 0.8 + 0.34 * len(arms)), layout="constrained")
@@ -306,11 +306,11 @@ def forests(panels: Sequence[Forest]) -> str:
         axes.tick_params(axis="y", length=0)
         axes.locator_params(axis="x", nbins=5)
         axes.spines["left"].set_visible(False)
-    return to_svg(figure, "Difference from the baseline of every arm")
+    return figure
 
 
 @mpl.rc_context(STYLE)
-def scatter(x: Mapping[str, Estimate], panels: Mapping[str, Mapping[str, Estimate]], label: str) -> str:
+def scatter(x: Mapping[str, Estimate], panels: Mapping[str, Mapping[str, Estimate]], label: str) -> Figure:
     """One measure, named by label, against each of the panels' measures; an arm a point, intervals both ways."""
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     places = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -322,4 +322,4 @@ def scatter(x: Mapping[str, Estimate], panels: Mapping[str, Mapping[str, Estimat
         axes.set_xlabel(label)
         axes.set_ylabel(title)
         axes.margins(0.12)
-    return to_svg(figure, f"{label} against {', '.join(panels)}, of every arm")
+    return figure
