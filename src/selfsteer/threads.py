@@ -1,9 +1,9 @@
 """As many threads as there are free cores, while a model computes on the CPU.
 
 The threads of a matrix product wait for the slowest of them, and spin while they wait. Where another process wants one of
-the cores, two threads on two cores are not a little slower than one but ten times and more (docs/log.md): each product waits
-until the system gives the late thread its turn. So every ten seconds it is looked at what other processes took, and as many
-cores are left to them. Where OMP_NUM_THREADS is set, its word holds.
+the cores, two threads on two cores are not a little slower than one but up to ten times and more (docs/log.md): each product
+waits until the system gives the late thread its turn. So every ten seconds it is looked at what other processes took, and as
+many cores are left to them. Where OMP_NUM_THREADS is set, its word holds.
 
 Another number of threads adds up in another order: responses sampled beside other work are other draws, as on another
 machine. Who wants the same digits sets OMP_NUM_THREADS.
