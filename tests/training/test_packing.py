@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from selfsteer.training import packing
-from selfsteer.training.logps import TokenLogps, choose_packing, teach
+from selfsteer.training.logps import TokenLogps, casting_once, choose_packing, teach
 from selfsteer.training.packing import (
     Row,
     Span,
@@ -192,6 +192,38 @@ def test_log_probabilities_in_bfloat16_are_close_and_negative():
         rounded, plain = model(**pack(rows)), exact(**pad(rows))
     assert rounded.dtype == torch.float32
     assert torch.allclose(rounded, plain, rtol=1e-2, atol=0.1)
+
+
+class Casts(TorchDispatchMode):
+    """How often a matrix of these shapes is copied to another dtype while this is on."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].shape in self.shapes:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_several_passes():
+    """And the numbers are the same to the bit."""
+    model = tiny_model()
+    teach(model, torch.bfloat16)
+    rows = random_rows()
+    assert choose_packing(model, rows) is pack
+    weights = [layer.mlp.gate_proj.weight.shape for layer in model.model.layers]
+    with torch.no_grad():
+        with Casts(set(weights)) as each_time:
+            expected = [model(**pack(rows)) for _ in range(3)]
+        with casting_once(model.device), Casts(set(weights)) as once:
+            found = [model(**pack(rows)) for _ in range(3)]
+    assert (each_time.count, once.count) == (3 * len(weights) * 2, len(weights) * 2), "gate_proj and up_proj"
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight.mul_(2)
+        assert not torch.equal(model(**pack(rows)), expected[0]), "nothing is kept afterwards"
 
 
 class Largest(TorchDispatchMode):

@@ -25,7 +25,7 @@ PROBABILITIES = tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]])
 
 def expected(logits: Tensor, weighting: Any) -> Tensor:
     exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
-    return expected_logps(exponentials, exponentials.sum(-1), weighting)
+    return expected_logps(exponentials.sum(-1), exponentials.square().sum(-1), weighting)
 
 
 def test_expected_logps_by_hand():
@@ -164,7 +164,7 @@ def test_mechanics_do_not_change_the_weights(mechanics: Any, lora: Lora | None, 
 
 
 def test_logits_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch, base: TrainingJob, tmp_path: Any):
-    """Three tokens at a time: the same curve."""
+    """A few logits of every token at a time: the same curve."""
     once = replace(base, output=str(tmp_path / "once"))
     train(once)
     monkeypatch.setattr("selfsteer.training.logps.CHUNK_ELEMENTS", 3 * 400)

@@ -44,7 +44,7 @@ _KEPT_FREE = 0.35
 """Of what a stage holds beside the libraries, so much more was freed and stays with the allocator: 8 to 50 % were measured,
 more after more steps (docs/log.md)."""
 
-_CHUNK = 8 * 2**24
+_CHUNK = 8 * 2**22
 """Bytes of a chunk of logits (`training.logps.CHUNK_ELEMENTS`) in float32, in half precision, and of its gradient."""
 
 _MARGIN_PASSES = 3

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selfsteer.recipe.sections import Training
 from selfsteer.training import parallel
-from selfsteer.training.logps import Packing, to_device
+from selfsteer.training.logps import Packing, casting_once, to_device
 from selfsteer.training.packing import Batch, Row, Rows, row_tokens, together
 
 LARGEST = 16
@@ -104,16 +104,16 @@ class Meter:
         logps = torch.zeros(len(self._tokens), dtype=torch.float64)
         training = model.training
         model.eval()
-        for turn in range(-(-len(self._batches) // count)):
-            mine = turn * count + rank
-            # Every process as often as the others: weights that are sharded are gathered by all of them.
-            batch = to_device(self._batches[min(mine, len(self._batches) - 1)], device)
-            with torch.no_grad():
+        with torch.no_grad(), casting_once(device):
+            for turn in range(-(-len(self._batches) // count)):
+                mine = turn * count + rank
+                # Every process as often as the others: weights that are sharded are gathered by all of them.
+                batch = to_device(self._batches[min(mine, len(self._batches) - 1)], device)
                 found: Tensor = model(**cast("dict[str, Any]", batch))
-            if mine < len(self._batches):
-                # Of weighted pairs the first row; see `logps.teach`.
-                values = (found if found.dim() == 1 else found[0]).double().cpu()
-                logps[self._starts[mine] : self._starts[mine] + len(values)] = values
+                if mine < len(self._batches):
+                    # Of weighted pairs the first row; see `logps.teach`.
+                    values = (found if found.dim() == 1 else found[0]).double().cpu()
+                    logps[self._starts[mine] : self._starts[mine] + len(values)] = values
         model.train(training)
         return parallel.summed(logps).tolist()
 

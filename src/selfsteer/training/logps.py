@@ -8,6 +8,7 @@ is why the first reward margins are exactly zero.
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any, NamedTuple, cast
 
@@ -24,8 +25,9 @@ log = logging.getLogger(__name__)
 Packing = Callable[[Sequence[Row]], Batch]
 """How rows become a batch: `packing.pack` or `packing.pad`."""
 
-CHUNK_ELEMENTS = 2**24
-"""Logits alive at a time: 64 MB in float32."""
+CHUNK_ELEMENTS = 2**22
+"""Logits alive at a time: 16 MB in float32, which the C library keeps for the next. What is above 32 MB it gives back, and
+each page is faulted in anew. On a GPU four times as many."""
 
 TOLERANCE = 1e-5
 """Largest difference of a summed log-probability between packed and plain, in float32, relative to it (at least 1 nat)."""
@@ -62,6 +64,15 @@ def teach(model: PreTrainedModel, dtype: torch.dtype, weighting: Weighting = "no
         return sums if weighting == "none" else torch.stack([sums, response_weights(*scores, layout.tokens)])
 
     model.forward = MethodType(forward, model)
+
+
+def casting_once(device: torch.device) -> AbstractContextManager[Any]:
+    """While the block runs, weights are cast to the dtype of the products once instead of in every forward pass.
+
+    Autocast keeps what it cast until the outermost of its contexts ends, and this is one that does nothing else. The weights
+    must not change meanwhile, and nothing be trained.
+    """
+    return torch.autocast(device.type, enabled=False)
 
 
 def choose_packing(model: PreTrainedModel, rows: Sequence[Row], *, sharing: bool = True) -> Packing:
@@ -134,9 +145,10 @@ def _plain_scores(forward: Callable[..., Any], batch: Batch, weighting: Weightin
 def _plain_expected(logits: Tensor, weighting: Weighting) -> Tensor:
     if weighting == "none":
         return logits.new_zeros(len(logits))
-    parts = [logits[part] for part in _chunks(*logits.shape)]
+    parts = [logits[part] for part in _parts(len(logits), max(1, CHUNK_ELEMENTS // logits.shape[-1]))]
     exponentials = ((part - part.amax(-1, keepdim=True)).exp_() for part in parts)
-    return torch.cat([expected_logps(part, part.sum(-1), weighting) for part in exponentials])
+    squares = ((part.sum(-1), torch.linalg.vector_norm(part, dim=-1).square()) for part in exponentials)
+    return torch.cat([expected_logps(*sums, weighting) for sums in squares])
 
 
 def _shared_scores(model: PreTrainedModel, batch: Batch, weighting: Weighting) -> TokenScores:
@@ -154,11 +166,12 @@ def _shared_scores(model: PreTrainedModel, batch: Batch, weighting: Weighting) -
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T + bias)[target] for each token, in chunks; float32 whatever the matrix products are in.
+    """log softmax(hidden @ weight.T + bias)[target] for each token; float32 whatever the matrix products are in.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,); returns the fields of `TokenScores`. The logits of a chunk
-    are recomputed in the backward pass; where the head is frozen (LoRA) the gradient's direction in `hidden` is taken in the
-    forward pass instead.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,); returns the fields of `TokenScores`. Of all N tokens the
+    logits of one slice of the vocabulary are alive at a time, and the normaliser is carried from slice to slice (arXiv
+    1805.02867). They are computed again in the backward pass, where a slice gives its rows of the weight's gradient whole;
+    where the head is frozen (LoRA) the gradient's direction in `hidden` is taken in the forward pass instead.
     """
 
     @staticmethod
@@ -166,35 +179,33 @@ class TokenLogps(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weighting: Weighting
     ) -> tuple[Tensor, Tensor]:
         """See the class."""
-        dtype = (
-            torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
-        )
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         hidden_only = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        normalisers = torch.empty_like(logps)
-        expected = torch.zeros_like(logps)
-        direction = torch.empty_like(hidden) if hidden_only else None
-        head = weight.to(dtype)
-        for part in _chunks(len(targets), len(weight)):
-            logits = _logits(hidden[part], (weight, head, bias), targets[part])
-            predicted = logits.gather(1, targets[part, None])[:, 0]
-            # log-sum-exp over the logits themselves: nothing else of their size is made.
-            largest = logits.amax(-1)
-            sums = logits.sub_(largest[:, None]).exp_().sum(-1)
-            normalisers[part] = largest + sums.log()
-            logps[part] = predicted - normalisers[part]
-            if weighting != "none":
-                expected[part] = expected_logps(logits, sums, weighting)
-            if direction is not None:
-                direction[part] = _logits_gradient(logits.div_(sums[:, None]), targets[part], 1.0).to(dtype) @ head
+        output = _Output(hidden.to(dtype), weight.to(dtype), bias, targets, _of_targets(hidden, weight, bias, targets))
+        largest = torch.full_like(output.predicted, float("-inf"))
+        sums, squares = torch.zeros_like(largest), torch.zeros_like(largest)
+        towards = hidden.new_zeros(hidden.shape, dtype=torch.float32) if hidden_only else None
+        for part in _slices(output):
+            logits = output.logits(part)
+            before, largest = largest, torch.maximum(largest, logits.amax(-1))
+            exponentials = logits.sub_(largest[:, None]).exp_()
+            shrunk = (before - largest).exp_()
+            sums = sums * shrunk + exponentials.sum(-1)
+            if weighting == "wpo":
+                squares = squares * shrunk.square() + torch.linalg.vector_norm(exponentials, dim=-1).square()
+            if towards is not None:
+                towards = towards.mul_(shrunk[:, None]).add_(exponentials.to(dtype) @ output.head[part])
+        normalisers = largest + sums.log()
         ctx.dtype = dtype
         ctx.hidden_only = hidden_only
-        if hidden_only:
-            ctx.save_for_backward(direction)
+        if towards is not None:
+            ctx.save_for_backward(weight[targets].float().sub_(towards.div_(sums[:, None])).to(hidden.dtype))
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+            ctx.save_for_backward(hidden, weight, bias, targets, output.predicted, normalisers)
+        expected = expected_logps(sums, squares, weighting)
         ctx.mark_non_differentiable(expected)
-        return logps, expected
+        return output.predicted - normalisers, expected
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,50 +214,68 @@ class TokenLogps(torch.autograd.Function):
         if ctx.hidden_only:
             (direction,) = ctx.saved_tensors
             return scale.to(direction.dtype) * direction, None, None, None, None
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        head = weight.to(ctx.dtype)
-        hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        bias_grad = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        for part in _chunks(len(targets), len(weight)):
-            logits = _logits(hidden[part], (weight, head, bias), targets[part])
-            softmax = logits.sub_(normalisers[part, None]).exp_()
-            gradient = _logits_gradient(softmax, targets[part], scale[part])
+        hidden, weight, bias, targets, predicted, normalisers = ctx.saved_tensors
+        output = _Output(hidden.to(ctx.dtype), weight.to(ctx.dtype), bias, targets, predicted)
+        hidden_grad = torch.zeros_like(hidden, dtype=torch.float32)
+        weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        bias_grad = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+        for part in _slices(output):
+            softmax = output.logits(part).sub_(normalisers[:, None]).exp_()
+            gradient = output.less_targets(softmax, part).mul_(-scale)
             if bias_grad is not None:
-                bias_grad += gradient.sum(0)
+                bias_grad[part] = gradient.sum(0)
             gradient = gradient.to(ctx.dtype)
-            hidden_grad[part] = gradient @ head
-            if weight_grad is None:
-                continue
-            if weight_grad.dtype == ctx.dtype:
-                weight_grad.addmm_(gradient.T, hidden[part].to(ctx.dtype))
-            else:
-                weight_grad += gradient.T @ hidden[part].to(ctx.dtype)
-        return hidden_grad, weight_grad, bias_grad, None, None
+            hidden_grad += gradient @ output.head[part]
+            if weight_grad is not None:
+                weight_grad[part] = gradient.T @ output.states
+        return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None
 
 
-Head = tuple[Tensor, Tensor, Tensor | None]
-"""The output layer: its weight as kept, the same in the dtype of the matrix products, its bias."""
+class _Output(NamedTuple):
+    """The output layer before the states that it is applied to."""
+
+    states: Tensor
+    """(N, H) in the dtype of the matrix products, as `head`."""
+    head: Tensor
+    """(V, H)."""
+    bias: Tensor | None
+    targets: Tensor
+    predicted: Tensor
+    """(N,) the logits of the targets, in float32."""
+
+    def logits(self, part: slice) -> Tensor:
+        """Of a slice of the vocabulary, (N, slice) in float32; those of the targets are `predicted`."""
+        logits = (self.states @ self.head[part].T).float()
+        if self.bias is not None:
+            logits.add_(self.bias[part])
+        index, inside = self._inside(part)
+        return logits.scatter_(1, index, torch.where(inside, self.predicted[:, None], logits.gather(1, index)))
+
+    def less_targets(self, softmax: Tensor, part: slice) -> Tensor:
+        """softmax - onehot(target), written over the softmax of a slice."""
+        index, inside = self._inside(part)
+        return softmax.scatter_add_(1, index, -inside.to(softmax.dtype))
+
+    def _inside(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Where in the slice each target stands, and whether it does; both (N, 1)."""
+        index = self.targets[:, None] - part.start
+        width = part.stop - part.start
+        return index.clamp(0, width - 1), (index >= 0) & (index < width)
 
 
-def _logits(hidden: Tensor, output: Head, targets: Tensor) -> Tensor:
-    """(chunk, V) in float32; those of the targets are exact even where the matrix product rounds to 16 bits."""
-    weight, head, bias = output
-    logits = (hidden.to(head.dtype) @ head.T).float()
-    if head.dtype != torch.float32:
-        exact = (hidden.float() * weight[targets].float()).sum(-1, keepdim=True)
-        logits.scatter_(1, targets[:, None], exact)
-    return logits if bias is None else logits.add_(bias)
+def _of_targets(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The logits of the targets, (N,), in float32 even where the matrix products round to 16 bits."""
+    logits = (hidden.float() * weight[targets].float()).sum(-1)
+    return logits if bias is None else logits + bias[targets]
 
 
-def _logits_gradient(softmax: Tensor, targets: Tensor, scale: Tensor | float) -> Tensor:
-    """scale * d logps / d logits = scale * (onehot(target) - softmax), (chunk, V), written over the softmax."""
-    softmax.scatter_add_(1, targets[:, None], softmax.new_full((len(targets), 1), -1.0))
-    return softmax.mul_(-scale)
+def _slices(output: _Output) -> list[slice]:
+    """Parts of the vocabulary with so many logits of all tokens as may be alive at a time."""
+    alive = CHUNK_ELEMENTS if output.states.device.type == "cpu" else 4 * CHUNK_ELEMENTS
+    return _parts(len(output.head), max(1, alive // max(1, len(output.states))))
 
 
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    # Chunks of equal size: a short last one would waste the matrix product.
-    count = -(-tokens * vocabulary // CHUNK_ELEMENTS)
-    size = -(-tokens // count)
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+def _parts(count: int, most: int) -> list[slice]:
+    """So many things in as few parts of at most `most` as can be, of equal size: a short last product is a slow one."""
+    size = -(-count // -(-count // most))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -16,19 +16,17 @@ from torch.nn import functional as F
 from selfsteer.recipe.sections import LossName, Weighting
 
 
-def expected_logps(exponentials: Tensor, sums: Tensor, weighting: Weighting) -> Tensor:
+def expected_logps(sums: Tensor, squares: Tensor, weighting: Weighting) -> Tensor:
     """What the weight of each token is measured against, shape (tokens,).
 
-    exponentials: exp(logits - their largest), shape (tokens, vocabulary); sums: over the vocabulary, shape (tokens,).
+    sums, squares: over the vocabulary, of exp(logit - the token's largest) and of its square, shape (tokens,).
 
     wpo            log sum_v pi(v)^2, the expected probability of a sampled token; the paper's choice (its equation 2)
     wpo_greedy     max_v log pi(v), the token that greedy decoding takes
     wpo_unaligned  0
-
-    Makes nothing of the size of the vocabulary.
     """
     if weighting == "wpo":
-        return 2 * (torch.linalg.vector_norm(exponentials, dim=-1) / sums).log()
+        return squares.log() - 2 * sums.log()
     if weighting == "wpo_greedy":
         return -sums.log()
     return torch.zeros_like(sums)

@@ -43,7 +43,7 @@ from selfsteer.store.columns import pair_row
 from selfsteer.store.durable import canonical_json, digest, make_folder
 from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
-from selfsteer.training.logps import Packing, choose_packing, teach, to_device
+from selfsteer.training.logps import Packing, casting_once, choose_packing, teach, to_device
 from selfsteer.training.packing import Rows, TokenPair, row_tokens, share_prompts, together
 from selfsteer.training.parallel import run_group, take_in, taking_part, wait_for_group
 
@@ -159,7 +159,8 @@ def open_scorer(policy: Policy, training: Training) -> Generator[OpenScorer]:
     # Master weights in float32 and autocast, as in training: weights rounded beforehand would give other numbers.
     model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=policy.trust_remote_code)
     teach(model, compute_dtype(training.dtype, device))
-    yield OpenScorer(model, Prompts.of(policy, tokenizer, end_ids(policy.model, tokenizer)), training)
+    with casting_once(device):
+        yield OpenScorer(model, Prompts.of(policy, tokenizer, end_ids(policy.model, tokenizer)), training)
 
 
 @part("render")

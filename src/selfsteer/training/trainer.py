@@ -32,7 +32,7 @@ from selfsteer.store import columns
 from selfsteer.store.durable import read_object, write
 from selfsteer.training import checkpoints, parallel
 from selfsteer.training.displacement import Meter, averages
-from selfsteer.training.logps import Packing, to_device
+from selfsteer.training.logps import Packing, casting_once, to_device
 from selfsteer.training.objective import PairLogps, chosen_pulls, pair_weights, sft
 from selfsteer.training.packing import Batch, TokenPair, balanced, row_tokens, share_prompts
 from selfsteer.training.scoring import tokenize
@@ -471,14 +471,14 @@ def margins(data: TokenGroups, collator: Collator, *, beta: float, weighted: boo
         model.eval()
         gaps: list[Tensor] = []
         device = next(model.parameters()).device
-        for index in indices:
-            batch = collator([data[index]])
-            with torch.no_grad():
+        with torch.no_grad(), casting_once(device):
+            for index in indices:
+                batch = collator([data[index]])
                 found: Tensor = model(
                     **to_device(cast(Batch, {name: batch[name] for name in Batch.__annotations__}), device)
                 )
-            logps = (found[0] if weighted else found).double().cpu()
-            gaps.append(logps[batch["chosen"]] - batch["ref_chosen"] - logps[batch["rejected"]] + batch["ref_rejected"])
+                logps = (found[0] if weighted else found).double().cpu()
+                gaps.append(logps[batch["chosen"]] - batch["ref_chosen"] - logps[batch["rejected"]] + batch["ref_rejected"])
         model.train(training)
         return beta * torch.cat(gaps).mean().item()
 
