@@ -37,6 +37,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are started by `forked.py` and not by accelerate's launcher, which imports everything three times."""
+    script = str(Path(__file__).with_name("forked.py"))
+    monkeypatch.setattr("selfsteer.training.parallel.accelerate_command", lambda _, module: [sys.executable, script, module])
+
+
 @pytest.fixture(autouse=True)
 def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers of tests are on this machine."""

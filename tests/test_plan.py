@@ -75,7 +75,7 @@ def test_costs_by_hand():
     assert costs["6-policy"]["disk"] == 4 * 1000, "float32"
 
 
-CHUNK = 8 * 2**24
+CHUNK = 8 * 2**22
 """Logits, 8 bytes each."""
 
 

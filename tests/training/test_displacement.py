@@ -273,6 +273,7 @@ def test_a_bound_that_holds_changes_nothing(job: TrainingJob, free: TrainingJob)
     assert checkpoints.latest(Path(job.output)) == Path(job.output) / "checkpoint-6"
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_read_and_stop_as_one(job: TrainingJob, free: TrainingJob):
     job = bounded(job, free, 4)
     result = launch(job, Launcher(kind="accelerate", processes=2))

@@ -75,6 +75,7 @@ def test_two_processes_train_as_one(alone: TrainingJob, together: TrainingJob):
     assert all((weights[name] - expected[name]).abs().max() < 1e-5 for name in expected)
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_share_packed_micro_batches(alone: TrainingJob, job: TrainingJob):
     """Steps of four queries and of three, in two micro-batches a process at most, by their tokens."""
     training = job.training.model_copy(update={"tokens_per_batch": 150})
@@ -135,6 +136,7 @@ def test_checkpoints_hold_what_every_process_wrote(together: TrainingJob):
         )
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(("begun", "continued"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on(begun: int, continued: int, alone: TrainingJob, request: Any, tmp_path: Path):
     """From step 5 of 6, in the middle of an epoch."""
@@ -177,6 +179,7 @@ def test_a_killed_parent_takes_its_group_along(base: TrainingJob, tmp_path: Path
     assert train(replace(long, max_steps=60)).steps == 60
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_is_not_finite_in_one_process_stops_both(base: TrainingJob, tmp_path: Path):
     """One query of seven, so that one process alone computes a loss that is no number."""
     rows = pq.read_table(base.pairs).to_pylist()
@@ -190,11 +193,13 @@ def test_what_is_not_finite_in_one_process_stops_both(base: TrainingJob, tmp_pat
     assert time.monotonic() - started < SECONDS
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_refusal_comes_back_in_words(base: TrainingJob, tmp_path: Path):
     with pytest.raises(ValueError, match="batch_size 3 can't be shared by 2 processes"):
         launch(replace(base, batch_size=3, output=str(tmp_path / "run")), TWO)
 
 
+@pytest.mark.usefixtures("forked")
 def test_weights_are_the_same_in_two_processes(base: TrainingJob):
     """WPO: each process weighs its own pairs; the step is that of one process with all of them."""
     one, two = (replace(base, weighting="wpo", epochs=1, output=f"{base.output}-wpo-{name}") for name in ("one", "two"))

@@ -89,6 +89,7 @@ def test_two_processes_score_as_one_and_go_on_as_one(scorer: Scorer, tmp_path: P
     once(tmp_path / "together", 23)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_breaks_off_costs_what_was_in_flight(scorer: Scorer, tmp_path: Path):
     """An empty response can't be scored, and is no row that a stage hands on: the error comes with a way to go on."""
     pair, _ = steering_group(1)
