@@ -62,7 +62,10 @@ def choose(logits: Tensor, *, temperature: Tensor, top_p: Tensor, uniforms: Tens
         rows = rows[~complete]
         if len(rows) == 0:
             break
-    return torch.where(temperature > 0, chosen, logits.argmax(-1))
+    greedy = temperature <= 0
+    if greedy.any():  # else the whole vocabulary is not searched once more
+        chosen[greedy] = logits[greedy].argmax(-1)
+    return chosen
 
 
 class Block(NamedTuple):

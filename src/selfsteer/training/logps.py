@@ -183,7 +183,7 @@ class TokenLogps(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         hidden_only = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         output = _Output(hidden.to(dtype), weight.to(dtype), bias, targets, _of_targets(hidden, weight, bias, targets))
-        largest = torch.full_like(output.predicted, float("-inf"))
+        largest = torch.full_like(output.predicted, torch.finfo(torch.float32).min)  # not -inf: -inf - -inf is no number
         sums, squares = torch.zeros_like(largest), torch.zeros_like(largest)
         towards = hidden.new_zeros(hidden.shape, dtype=torch.float32) if hidden_only else None
         for part in _slices(output):
