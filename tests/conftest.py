@@ -4,13 +4,14 @@ import gc
 import json
 import os
 import shlex
+import subprocess
 import sys
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch is imported: for matrices this small threads cost more than they save
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 from scripted_servers import put_server, put_vllm
 from tiny import tiny_model_dir
+from waiting import until
 
 from selfsteer import cli
 
@@ -37,11 +39,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+FORKED = str(Path(__file__).with_name("forked.py"))
+
+
+@pytest.fixture(scope="session")
+def forking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The socket of a `forked.py` that has imported everything."""
+    path = tmp_path_factory.mktemp("forked") / "socket"
+    with subprocess.Popen([sys.executable, FORKED, "serve", str(path)]) as server:
+        until(path.exists, "the server", seconds=300)
+        yield str(path)
+        server.kill()
+
+
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups are started by `forked.py` and not by accelerate's launcher, which imports everything three times."""
-    script = str(Path(__file__).with_name("forked.py"))
-    monkeypatch.setattr("selfsteer.training.parallel.accelerate_command", lambda _, module: [sys.executable, script, module])
+def forked(forking_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are started by `forked.py` and not by accelerate's launcher, which imports everything three times a group."""
+    command = [sys.executable, "-S", FORKED, "run", forking_server]
+    monkeypatch.setattr("selfsteer.training.parallel.accelerate_command", lambda _, module: [*command, module])
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,10 @@
-"""Two processes of a group from one that has imported everything: a stand-in for accelerate's launcher, twice as fast.
+"""Groups of two processes, forked from one that has imported everything once: a stand-in for accelerate's launcher.
 
-    python forked.py MODULE JOB
+    python forked.py serve SOCKET
+    python forked.py run SOCKET MODULE JOB
 
-For tests of what the group does. How it is started, stopped and killed is tested with accelerate's own launcher.
+For tests of what a group does; how it is started, stopped and killed is tested with accelerate's own launcher. `run` is what
+stands in its place: it asks the server for the group, waits for it, and ends with its status.
 """
 
 import importlib
@@ -11,26 +13,47 @@ import socket
 import sys
 
 COUNT = 2
+MODULES = ("selfsteer.training.launch", "selfsteer.training.scoring")
 
 
-def main(module: str) -> int:
-    """Run the module in both processes; the first status that is not 0."""
-    run = importlib.import_module(module).main
-    del sys.argv[1]
+def serve(path: str) -> None:
+    """Answer one request after the other, until this process is ended."""
+    for module in MODULES:
+        importlib.import_module(module)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        while True:
+            with server.accept()[0] as asked:
+                module, job = asked.recv(4096).decode().split("\n")
+                asked.send(bytes([group(module, job)]))
+
+
+def group(module: str, job: str) -> int:
+    """Run the module in its processes; the first status that is not 0."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": str(COUNT), "LOCAL_WORLD_SIZE": str(COUNT)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(COUNT), "LOCAL_WORLD_SIZE": str(COUNT)}
     started: list[int] = []
     for rank in range(COUNT):
         child = os.fork()
         if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            run()
-            return 0
+            os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            sys.argv = [module, job]
+            importlib.import_module(module).main()
+            sys.exit(0)
         started.append(child)
-    return next(filter(None, (os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started)), 0)
+    return next(filter(None, (abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in started)), 0)
+
+
+def run(path: str, module: str, job: str) -> int:
+    """The status of the group."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(path)
+        server.send(f"{module}\n{job}".encode())
+        return server.recv(1)[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    command, *given = sys.argv[1:]
+    sys.exit(serve(*given) if command == "serve" else run(*given))
