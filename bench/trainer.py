@@ -270,6 +270,7 @@ def run_selfsteer(folder: Path, dtype: str, lora: bool, steps: int, micro: int) 
 
     from selfsteer.recipe.sections import Lora, Policy, Training
     from selfsteer.store import columns
+    from selfsteer.training.logps import casting_once
     from selfsteer.training.scoring import open_scorer, score
     from selfsteer.training.train import TrainingJob, train
     from selfsteer.training.trainer import read_history
@@ -281,7 +282,7 @@ def run_selfsteer(folder: Path, dtype: str, lora: bool, steps: int, micro: int) 
     seconds_file = folder / "seconds"
     if os.fork() == 0:
         rows = []
-        with open_scorer(policy, training) as scorer:
+        with open_scorer(policy, training) as scorer, casting_once(scorer.model.device):
             ends = [time.perf_counter()]
             for number, group in enumerate(score(scorer, groups), start=1):
                 if number % micro == 0 or number == len(groups):

@@ -46,10 +46,9 @@ FORKED = str(Path(__file__).with_name("forked.py"))
 def forking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The socket of a `forked.py` that has imported everything."""
     path = tmp_path_factory.mktemp("forked") / "socket"
-    with subprocess.Popen([sys.executable, FORKED, "serve", str(path)]) as server:
+    with subprocess.Popen([sys.executable, FORKED, "serve", str(path)], stdin=subprocess.PIPE):
         until(path.exists, "the server", seconds=300)
         yield str(path)
-        server.kill()
 
 
 @pytest.fixture

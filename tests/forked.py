@@ -9,6 +9,7 @@ stands in its place: it asks the server for the group, waits for it, and ends wi
 
 import importlib
 import os
+import select
 import socket
 import sys
 
@@ -17,13 +18,13 @@ MODULES = ("selfsteer.training.launch", "selfsteer.training.scoring")
 
 
 def serve(path: str) -> None:
-    """Answer one request after the other, until this process is ended."""
+    """Answer one request after the other, until the other end of stdin is closed, by whatever end of its holder."""
     for module in MODULES:
         importlib.import_module(module)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen()
-        while True:
+        while server in select.select([server, sys.stdin], [], [])[0]:
             with server.accept()[0] as asked:
                 module, job = asked.recv(4096).decode().split("\n")
                 asked.send(bytes([group(module, job)]))

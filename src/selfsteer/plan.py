@@ -33,7 +33,7 @@ from selfsteer.stages.costs import Counts, Lengths, Rates, StageCost, run_disk, 
 from selfsteer.stages.drawing import none_left
 from selfsteer.stages.essentials import check_essentials, device_memory, existing, size_of
 from selfsteer.stages.principles import choose_principles, load_pool
-from selfsteer.training.logps import choose_packing, to_device
+from selfsteer.training.logps import casting_once, choose_packing, to_device
 from selfsteer.training.packing import Row
 from selfsteer.training.scoring import open_scorer
 
@@ -250,8 +250,7 @@ def _passes(
             began = time.perf_counter()
             for batch in batches:
                 raise_if_stopped()
-                with torch.set_grad_enabled(train):
-                    logps = model(**cast("dict[str, Any]", batch))
+                logps = model(**cast("dict[str, Any]", batch))
                 if train:
                     logps.sum().backward()
             if model.device.type == "cuda":
@@ -262,7 +261,9 @@ def _passes(
         with keeping(model) as kept:
             model(**cast("dict[str, Any]", batch))
         run(train=True)  # kernels are chosen, memory is taken
-        return run(train=False), run(train=True), sum(kept.values()) / (len(row.prompt) + len(row.completions[0]))
+        with torch.no_grad(), casting_once(model.device):  # as pairs are scored
+            scored = run(train=False)
+        return scored, run(train=True), sum(kept.values()) / (len(row.prompt) + len(row.completions[0]))
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def choose(logits: Tensor, *, temperature: Tensor, top_p: Tensor, uniforms: Tens
         if len(rows) == 0:
             break
     greedy = temperature <= 0
-    if greedy.any():  # else the whole vocabulary is not searched once more
+    if greedy.any():  # searches the whole vocabulary
         chosen[greedy] = logits[greedy].argmax(-1)
     return chosen
 

@@ -29,6 +29,7 @@ from selfsteer.store import columns
 from selfsteer.store.durable import digest
 from selfsteer.store.folder import SCHEMA_VERSION, Contents, Origin, Stage
 from selfsteer.training.gain import Contexts, Sampler, expectations
+from selfsteer.training.logps import casting_once
 from selfsteer.training.scoring import OpenScorer, open_scorer
 
 POSITIONS = 64
@@ -145,6 +146,7 @@ def _measure_missing(round: Round, work: Work, queries: Sequence[_Items], after:
                 return stack.enter_context(open_scorer(policy, recipe.training))
 
             before = Sampler(opened(round.policy), recipe.responses.steered)
+            stack.enter_context(casting_once(before.scorer.model.device))
             trained = before.scorer if model == round.policy else opened(model)
             advance = stack.enter_context(progress("gain", len(lacking), unit="responses"))
             contexts = (item.contexts for item in takewhile(lambda _: not stop_requested(), lacking))

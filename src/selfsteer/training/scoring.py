@@ -159,8 +159,7 @@ def open_scorer(policy: Policy, training: Training) -> Generator[OpenScorer]:
     # Master weights in float32 and autocast, as in training: weights rounded beforehand would give other numbers.
     model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=policy.trust_remote_code)
     teach(model, compute_dtype(training.dtype, device))
-    with casting_once(device):
-        yield OpenScorer(model, Prompts.of(policy, tokenizer, end_ids(policy.model, tokenizer)), training)
+    yield OpenScorer(model, Prompts.of(policy, tokenizer, end_ids(policy.model, tokenizer)), training)
 
 
 @part("render")
@@ -271,7 +270,7 @@ def score_into(
     journal: Journal, groups: Iterable[Group], how: tuple[Policy, Training], advance: Callable[[int], None]
 ) -> None:
     """Score every group and append it to the journal; returns early when a signal asked to stop, with all of it durable."""
-    with open_scorer(*how) as scorer:
+    with open_scorer(*how) as scorer, casting_once(scorer.model.device):
         scored = timed("score", _score(scorer, takewhile(lambda _: not stop_requested(), groups)))
         journal.fill(((group.key, _record(group, found)) for group, found in scored), advance)
 
