@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import pytest
 from scripted_servers import put_server, put_vllm
 from tiny import tiny_model_dir
-from waiting import until
 
 from selfsteer import cli
 
@@ -43,12 +42,12 @@ FORKED = str(Path(__file__).with_name("forked.py"))
 
 
 @pytest.fixture(scope="session")
-def forking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The socket of a `forked.py` that has imported everything."""
-    path = tmp_path_factory.mktemp("forked") / "socket"
-    with subprocess.Popen([sys.executable, FORKED, "serve", str(path)], stdin=subprocess.PIPE):
-        until(path.exists, "the server", seconds=300)
-        yield str(path)
+def forking_server() -> Iterator[str]:
+    """The port of a `forked.py` that has imported everything."""
+    serving = [sys.executable, FORKED, "serve"]
+    with subprocess.Popen(serving, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
 
 
 @pytest.fixture

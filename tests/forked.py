@@ -1,7 +1,7 @@
 """Groups of two processes, forked from one that has imported everything once: a stand-in for accelerate's launcher.
 
-    python forked.py serve SOCKET
-    python forked.py run SOCKET MODULE JOB
+    python forked.py serve
+    python forked.py run PORT MODULE JOB
 
 For tests of what a group does; how it is started, stopped and killed is tested with accelerate's own launcher. `run` is what
 stands in its place: it asks the server for the group, waits for it, and ends with its status.
@@ -17,13 +17,13 @@ COUNT = 2
 MODULES = ("selfsteer.training.launch", "selfsteer.training.scoring")
 
 
-def serve(path: str) -> None:
-    """Answer one request after the other, until the other end of stdin is closed, by whatever end of its holder."""
+def serve() -> None:
+    """Say the port; answer one request after the other until the other end of stdin is closed, however its holder ended."""
     for module in MODULES:
         importlib.import_module(module)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
-        server.listen()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        print(server.getsockname()[1], flush=True)
+        os.dup2(2, 1)  # what the groups print nobody would read
         while server in select.select([server, sys.stdin], [], [])[0]:
             with server.accept()[0] as asked:
                 module, job = asked.recv(4096).decode().split("\n")
@@ -47,10 +47,9 @@ def group(module: str, job: str) -> int:
     return next(filter(None, (abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in started)), 0)
 
 
-def run(path: str, module: str, job: str) -> int:
+def run(port: str, module: str, job: str) -> int:
     """The status of the group."""
-    with socket.socket(socket.AF_UNIX) as server:
-        server.connect(path)
+    with socket.create_connection(("127.0.0.1", int(port))) as server:
         server.send(f"{module}\n{job}".encode())
         return server.recv(1)[0]
 
