@@ -125,6 +125,8 @@ def test_a_stopped_training_goes_on(
     monkeypatch.setattr(training, "Keeper", Stops)
     with runtime.graceful_stop(), pytest.raises(runtime.Interrupted):
         train_reward_model(source, tiny_folder, tmp_path / "out", SETTINGS, TRAINING)
+    with pytest.raises(ValueError, match="holds a reward model of other data or settings"):
+        train_reward_model(source, tiny_folder, tmp_path / "out", SETTINGS, replace(TRAINING, lora_rank=4))
     assert (tmp_path / "out" / "checkpoint-6" / "COMPLETE").is_file()
     found = train_reward_model(source, tiny_folder, tmp_path / "out", SETTINGS, TRAINING)
     whole, resumed = (
@@ -212,14 +214,17 @@ def test_benchmarks_of_every_format(trained: dict[str, Any], tmp_path: Path):
     """A model that likes Paris: right on the first of two subsets, wrong on the second."""
     good, bad = "The answer is Paris.", "The answer is a lighthouse."
     rows = [
-        {"prompt": "What?", "chosen": good, "rejected": bad, "subset": "alpacaeval-easy", "id": 1},
-        {"prompt": "What?", "chosen": bad, "rejected": good, "subset": "alpacaeval-hard", "id": 2},
+        {"prompt": "What?", "chosen": good, "rejected": bad, "subset": "alpacaeval-easy", "id": None},
+        {"prompt": "What?", "chosen": bad, "rejected": good, "subset": "alpacaeval-hard", "id": None},
     ]
     (tmp_path / "rb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     llmbar = [{"input": "What?", "output_1": bad, "output_2": good, "label": label} for label in (1, 2, 2)]
     (tmp_path / "llmbar.json").write_text(json.dumps(llmbar))
-    pairs_file(tmp_path / "pairs.jsonl", start=500, count=5)
-    files = [tmp_path / name for name in ("rb.jsonl", "llmbar.json", "pairs.jsonl")]
+    with pairs_file(tmp_path / "pairs.jsonl", start=500, count=5).open("a") as lines:
+        lines.write(json.dumps({"prompt": "x", "chosen": "same", "rejected": "same"}) + "\n")
+    (tmp_path / "more").mkdir()
+    files = [tmp_path / name for name in ("rb.jsonl", "llmbar.json")]
+    files += [tmp_path / "pairs.jsonl", pairs_file(tmp_path / "more" / "pairs.jsonl", start=600, count=3)]
     found = reward_bench(trained["model"], files, tmp_path / "out", SETTINGS)
     assert reward_bench(str(Path(trained["model"]).parent), files, tmp_path / "again", SETTINGS) == found, "by its folder"
     assert {name: each.mean for name, each in found["rb.jsonl"]["subsets"].items()} == {
@@ -228,7 +233,9 @@ def test_benchmarks_of_every_format(trained: dict[str, Any], tmp_path: Path):
     }
     assert found["rb.jsonl"]["score"] is None
     assert found["llmbar.json"]["score"].mean == pytest.approx(2 / 3)
-    assert found["pairs.jsonl"]["accuracy"].mean == 1.0
+    assert found[f"{tmp_path.name}/pairs.jsonl"]["accuracy"].mean == 1.0
+    assert found["more/pairs.jsonl"]["pairs"] == 3
+    assert found[f"{tmp_path.name}/pairs.jsonl"]["dropped"] == {"chosen equal to rejected": 1}
 
 
 def test_what_is_refused(tiny_folder: str, tmp_path: Path):
@@ -239,4 +246,6 @@ def test_what_is_refused(tiny_folder: str, tmp_path: Path):
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(two)
     with pytest.raises(ValueError, match="2 labels"):
         reward_bench(str(two), [file], tmp_path / "bench", SETTINGS)
+    with pytest.raises(ValueError, match=r"pairs.jsonl: named twice"):
+        train_reward_model([Source(path=file)] * 2, tiny_folder, tmp_path / "out", SETTINGS, TRAINING)
     assert not (tmp_path / "out").exists()

@@ -3,13 +3,14 @@
 Left out on purpose: what is asked (`evaluations/`) and how it is kept (`stages/evaluation.py`).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from selfsteer.data.queries import read_queries
+from selfsteer.data.queries import read_queries, source_digest
 from selfsteer.engines.base import Sampling
 from selfsteer.engines.sampling import Sampler, kept_open
 from selfsteer.evaluations.alpaca_eval import annotated_win_rate, read_annotations
@@ -23,9 +24,9 @@ from selfsteer.judges.find import check_judge, find_judge, read_judge
 from selfsteer.recipe.engines import EngineSection, TransformersSection, runs_already
 from selfsteer.recipe.sections import EvaluationSection, Policy, Queries, Sampled
 from selfsteer.recipe.text import RecipeError, Section, explain, read_yaml
-from selfsteer.records import Query
+from selfsteer.records import Dropped, Query
+from selfsteer.runtime import counted
 from selfsteer.stages.evaluation import evaluate, verdicts_of
-from selfsteer.store.durable import file_digest
 from selfsteer.store.folder import RunFolder, day_of
 from selfsteer.store.journal import Journal
 
@@ -57,7 +58,9 @@ def compare_answers(
     ours, theirs = _models(models, engine, day)
     judge = _judge(reference, day)
     assert judge is not None
-    read = [item for item in read_queries(queries) if isinstance(item, Query)]
+    items = list(read_queries(queries))
+    read = [item for item in items if isinstance(item, Query)]
+    dropped = Counter(item.reason for item in items if isinstance(item, Dropped))
     if not read:
         raise ValueError(f"{queries.path}: no usable query. Look at the file, or name its column.")
     sampling = Sampling(**sampled.model_dump())
@@ -72,11 +75,11 @@ def compare_answers(
         items=len(read),
         of=len(read),
         version="1",
-        data=f"{Path(queries.path).name}, sha256 {file_digest(Path(queries.path))[:16]}",
+        data=f"{Path(queries.path).name}, sha256 {source_digest(queries)[:16]}",
         unanswered=compared.unanswered,
         cut=sum(answer.cut for answers in said for answer in answers),
         judge=verdicts.name,
-        notes=compared.notes(None),
+        notes=[*compared.notes(None), *([f"left out: {counted(dropped)}"] if dropped else [])],
     )
     evaluation = Evaluation(model=ours.name, digest=ours.model.digest, tasks=[result], seconds=0.0)
     against = {"against": theirs.name, "sampling": sampled.model_dump(), "engine": engine.kind, "judge": verdicts.name}

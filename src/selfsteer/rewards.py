@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from selfsteer.data.exchange import find_pairs, read_pairs
 from selfsteer.data.files import check_source, source_digest, source_rows
-from selfsteer.evaluations.reward_bench import Benchmark, Report, read_benchmark, report
+from selfsteer.evaluations.reward_bench import Benchmark, read_benchmark, report
 from selfsteer.judges.reward import (
     Renderer,
     RewardModel,
@@ -31,14 +31,15 @@ from selfsteer.judges.reward import (
 from selfsteer.measures.estimates import METHOD
 from selfsteer.measures.metrics import find, plain
 from selfsteer.measures.verdicts import judge_report
-from selfsteer.models import checkpoint, resolve
+from selfsteer.models import checkpoint, positions_of, resolve
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow
 from selfsteer.store.columns import pair
 from selfsteer.store.durable import canonical_json, digest, read_json, write
-from selfsteer.store.folder import RunFolder
+from selfsteer.store.folder import RunFolder, day_of
 from selfsteer.store.journal import Journal
+from selfsteer.training.checkpoints import holds_another
 from selfsteer.training.reward import RewardJob, RewardTraining, check_trl, train_reward
 
 SCHEMA = 1
@@ -84,8 +85,9 @@ def train_reward_model(
     """
     check_trl()
     sources = [replace(source, path=find_pairs(source.path).source) for source in sources]
-    base = resolve(Policy(model=model))
-    renderer = open_renderer(_scorer(base, settings))
+    named = dict(zip(_names([source.path for source in sources]), sources, strict=True))
+    day, base = day_of(output), resolve(Policy(model=model))
+    renderer = open_renderer(_scorer(base, settings, day))
     identity = digest(
         {
             "schema": SCHEMA,
@@ -96,27 +98,30 @@ def train_reward_model(
             "training": training.digest(),
         }
     )
+    taken = f"{output} holds a reward model of other data or settings; choose another --output, or remove that one"
     with RunFolder(output) as folder:
         file = folder.path / "result.json"
         if os.path.lexists(file):
             known = read_json(file, {"identity": str}, way_out="delete it, and the same command trains again")
             if known["identity"] == identity:
                 return known
-            raise ValueError(
-                f"{output} holds a reward model of other data or settings; choose another --output, or remove that one"
-            )
-        tokens, counts = _tokenized(sources, renderer, folder.path, settings, margin=training.margin)
+            raise ValueError(taken)
+        if holds_another(folder.path, identity):
+            raise ValueError(taken)
+        folder.begin(day)
+        tokens, counts = _tokenized(named, renderer, folder.path, settings, margin=training.margin)
         if not sum(count["trained on"] for count in counts.values()):
             raise ValueError(f"no pair is left to train on: {counts}")
         trained = train_reward(RewardJob(base.path, tokens, folder.path, identity), renderer.tokenizer, training)
         tokens.unlink()
+        reward = _scorer(checkpoint(trained), replace(settings, chat_template=None), day)
         result = {
             "identity": identity,
             "model": str(trained),
             "base": model,
             "data": counts,
             "settings": asdict(settings) | asdict(training),
-            "held_out": _held_out(sources, trained, folder.path, settings),
+            "held_out": _held_out(named, reward, folder.path, settings.holdout),
             "method": METHOD,
         }
         write(file, canonical_json(plain(result)))
@@ -127,14 +132,13 @@ def train_reward_model(
 
 
 def _tokenized(
-    sources: Sequence[Source], renderer: Renderer, folder: Path, settings: RewardSettings, *, margin: bool
+    sources: Mapping[str, Source], renderer: Renderer, folder: Path, settings: RewardSettings, *, margin: bool
 ) -> _Files:
     """Both conversations of every pair to be trained on as token ids, and what became of the rows of every data set."""
     counts: dict[str, dict[str, Any]] = {}
     tokens = folder / "tokens.jsonl"
     with tokens.open("w", encoding="utf-8") as out, (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped:
-        for source in sources:
-            name = _name(source, sources)
+        for name, source in sources.items():
             count: dict[str, Any] = {"rows": 0, "trained on": 0, "held out": 0, "weight": source.weight, "dropped": {}}
             counts[name] = count
             rows = zip(read_pairs(source.path), source_rows(source.path), strict=True)
@@ -157,10 +161,18 @@ def _tokenized(
     return _Files(tokens, counts)
 
 
-def _name(source: Source, sources: Sequence[Source]) -> str:
-    """The file's name; with its folder where two have the same."""
-    alike = sum(other.path.name == source.path.name for other in sources)
-    return source.path.name if alike == 1 else f"{source.path.parent.name}/{source.path.name}"
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Each file's name, with as many of its folders as tell it from the others. ValueError where one is there twice."""
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"{path}: named twice; name each file once")
+
+    def name(path: Path) -> str:
+        ends = (path.parts[-depth:] for depth in range(1, len(path.parts)))
+        alone = (end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)
+        return "/".join(next(alone, path.parts))
+
+    return list(map(name, paths))
 
 
 def _line(row: PairRow, renderer: Renderer) -> dict[str, Any] | Dropped:
@@ -199,34 +211,29 @@ def _margin(raw: Mapping[str, Any], where: str) -> float:
 # --- measured --------------------------------------------------------------------------------------------------------------
 
 
-def _held_out(sources: Sequence[Source], trained: Path, folder: Path, settings: RewardSettings) -> dict[str, Any]:
+def _held_out(sources: Mapping[str, Source], reward: RewardModel, folder: Path, share: float) -> dict[str, Any]:
     """What the trained model says of the held-out pairs, data set by data set."""
-    reward = _scorer(checkpoint(trained), replace(settings, chat_template=None))
     with Journal(folder / "parts") as journal:
         found: dict[str, Any] = {}
-        for source in sources:
-            pairs = list(_pairs_of(source.path, settings.holdout))
+        for name, source in sources.items():
+            pairs = [each for each in _pairs_of(source.path) if is_held_out(each.query_id, share)]
             if pairs:
-                found[_name(source, sources)] = judge_report(
-                    reward_verdicts(reward, lambda pairs=pairs: pairs, journal, total=len(pairs))
-                )
+                found[name] = judge_report(reward_verdicts(reward, lambda pairs=pairs: pairs, journal, total=len(pairs)))
         return found
 
 
-def _scorer(model: Checkpoint, settings: RewardSettings) -> RewardModel:
+def _scorer(model: Checkpoint, settings: RewardSettings, day: str) -> RewardModel:
+    """day: what the chat template is told of the date."""
     return RewardModel(
         model=model,
-        policy=Policy(model=model.path, chat_template=settings.chat_template),
+        policy=Policy(model=model.path, chat_template=settings.chat_template, date=day),
         dtype=settings.dtype,
-        max_tokens=settings.max_tokens,
+        max_tokens=min(filter(None, (settings.max_tokens, positions_of(model.path)))),
     )
 
 
-def _pairs_of(path: Path, share: float) -> Iterator[Pair]:
-    """The pairs of the queries held out; of a share of 1 all."""
-    for row in read_pairs(path):
-        if not isinstance(row, Dropped) and is_held_out(row["query_id"], share):
-            yield pair(row)
+def _pairs_of(path: Path) -> Iterator[Pair]:
+    return (pair(row) for row in read_pairs(path) if not isinstance(row, Dropped))
 
 
 def reward_bench(model: str, files: Sequence[Path], output: Path, settings: RewardSettings) -> dict[str, Any]:
@@ -239,35 +246,38 @@ def reward_bench(model: str, files: Sequence[Path], output: Path, settings: Rewa
         check_source(file, "labelled data")
     inner = Path(model) / "model"
     found = str(inner) if (inner / "config.json").is_file() else model
-    reward = _scorer(resolve(Policy(model=found)), settings)
+    day = day_of(output)
+    reward = _scorer(resolve(Policy(model=found)), settings, day)
     open_renderer(reward)
-    benchmarks = {file.name: _benchmark(file) for file in files}
+    benchmarks = dict(zip(_names(files), map(_benchmark, files), strict=True))
     with RunFolder(output) as folder, Journal(folder.path / "parts") as journal:
+        folder.begin(day)
         return {name: _measured(reward, benchmark, journal) for name, benchmark in benchmarks.items()}
 
 
-def _benchmark(file: Path) -> Benchmark | list[Pair]:
+def _benchmark(file: Path) -> Benchmark | list[PairRow | Dropped]:
     """A benchmark by its columns; else plain pairs."""
     rows = [row.fields for row in source_rows(file)]
     if rows and ("subset" in rows[0] or "output_1" in rows[0]):
         return read_benchmark(rows, str(file))
-    return list(_pairs_of(file, 1.0))
+    return list(read_pairs(file))
 
 
-def _measured(reward: RewardModel, benchmark: Benchmark | list[Pair], journal: Journal) -> dict[str, Any]:
+def _measured(reward: RewardModel, benchmark: Benchmark | list[PairRow | Dropped], journal: Journal) -> dict[str, Any]:
     if isinstance(benchmark, list):
-        verdicts = reward_verdicts(reward, lambda: benchmark, journal, total=len(benchmark))
-        return {"format": "pairs", **judge_report(verdicts)}
+        pairs = [pair(row) for row in benchmark if not isinstance(row, Dropped)]
+        dropped = Counter(row.reason for row in benchmark if isinstance(row, Dropped))
+        verdicts = reward_verdicts(reward, lambda: pairs, journal, total=len(pairs))
+        return {"format": "pairs", **judge_report(verdicts), "dropped": dict(dropped)}
     renderer = open_renderer(reward)
-    wanted = {
-        item.id: [(*item.prompt, Message(role="assistant", content=text)) for text in item.responses]
-        for item in benchmark.items
-    }
-    refused = {id: reason for id, all in wanted.items() if (reason := next(filter(None, map(renderer.refusal, all)), None))}
-    asked = [conversation for id, all in wanted.items() if id not in refused for conversation in all]
+    wanted = [
+        [(*item.prompt, Message(role="assistant", content=text)) for text in item.responses] for item in benchmark.items
+    ]
+    refused = [next(filter(None, map(renderer.refusal, all)), None) for all in wanted]
+    asked = [conversation for all, reason in zip(wanted, refused, strict=True) if reason is None for conversation in all]
     score_missing(reward, asked, journal, description="rewards", total=len(asked))
-    scores: list[Sequence[float] | None] = []
-    for item in benchmark.items:
-        scores.append(None if item.id in refused else [reward_of(reward, each, journal) for each in wanted[item.id]])
-    found: Report = report(benchmark, scores)
-    return asdict(found) | {"refused": dict(Counter(refused.values()))}
+    scores = [
+        None if reason is not None else [reward_of(reward, each, journal) for each in all]
+        for all, reason in zip(wanted, refused, strict=True)
+    ]
+    return asdict(report(benchmark, scores)) | {"refused": dict(Counter(filter(None, refused)))}

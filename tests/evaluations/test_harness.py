@@ -9,10 +9,15 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra selfsteer[evaluate]")
 
+import lm_eval
+from lm_eval.tasks import TaskManager
+
 from selfsteer.evaluations.asking import Answer, Asked, Choices
 from selfsteer.evaluations.harness import Harness
 from selfsteer.evaluations.results import TaskResult
 from selfsteer.recipe.sections import EvaluationSection
+
+MMLU = str(Path(str(lm_eval.__file__)).parent / "tasks" / "mmlu" / "default")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness and its libraries warn of themselves
 
@@ -164,6 +169,33 @@ def test_mmlu_compares_the_letters(tmp_path: Path):
         Harness(settings, tmp_path / "out", scores=False)
 
 
+def test_a_tag_is_its_tasks_and_what_is_beside_the_questions_is_left_out(tmp_path: Path):
+    """Nineteen subjects of a question each; right is the letter that the scores prefer but in one."""
+    subjects = sorted(TaskManager(include_defaults=False, include_path=MMLU).task_index["mmlu_stem_tasks"].tags)
+    folder = tmp_path / "mmlu" / "data"
+    for subject in subjects:
+        write_text(folder / "test" / f"{subject.removeprefix('mmlu_')}_test.csv", QUESTION)
+    write_text(folder / "test" / "anatomy_test.csv", QUESTION.replace(",B", ",A"))
+    write_text(folder / "auxiliary_train" / "mc_test.csv", "One,two\n")
+
+    def score(items: Sequence[Choices]) -> list[list[float]]:
+        return [[-2.0, -1.0, -3.0, -4.0] for _ in items]
+
+    settings = EvaluationSection(tasks=["mmlu_stem_tasks"], data=str(tmp_path))
+    found = Harness(settings, tmp_path / "out").evaluate(no_answers, score)
+    assert [each.task for each in found] == subjects
+    assert [values(each)["acc"] for each in found] == [0.0 if each == "mmlu_anatomy" else 1.0 for each in subjects]
+    assert all(each.data.startswith("local, sha256") for each in found)
+    assert found[0].notes == [f"the files hold {len(subjects)} items; 14,042 are published"]
+
+
+def write_text(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+QUESTION = "Which?,a,b,c,d,B\n"
+
 MATH = [{"problem": "1 + 1?", "solution": "It is \\boxed{2}.", "answer": "2"}]
 ROWS = {
     "ifeval": ("ifeval/input_data.jsonl", IFEVAL),
@@ -212,9 +244,6 @@ def test_an_item_that_is_there_twice_is_refused(task: str, tmp_path: Path):
     write(tmp_path, folder, name, [*rows, rows[0]])
     with pytest.raises(ValueError, match=rf"{name}: items 1 and {len(rows) + 1} are the same"):
         Harness(EvaluationSection(tasks=[task], data=str(tmp_path)), tmp_path / "out")
-
-
-QUESTION = "Which?,a,b,c,d,B\n"
 
 
 @pytest.mark.parametrize(

@@ -127,5 +127,9 @@ def test_what_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="outside 0 to 1"):
         length_controlled([Judged(str(i), 1, 2, 2.0) for i in range(6)])
     (tmp_path / "other.csv").write_text("index,difficulty\n0,1\n")
-    with pytest.raises(ValueError, match=r"columns \['instruction_difficulty'.*df_gamed.csv"):
+    with pytest.raises(ValueError, match=r"other.csv: line 2 has no \['instruction_difficulty'"):
         read_gamed(tmp_path / "other.csv")
+    whole = table(tmp_path, seed=0)
+    whole.write_text(whole.read_text().rpartition(",")[0])
+    with pytest.raises(ValueError, match=rf"df_gamed.csv: line {2 * N + 1}: 5 fields under a header of 6"):
+        read_gamed(whole)

@@ -119,7 +119,9 @@ def test_what_was_not_measured_is_absent():
     assert one["length"]["chosen"] == Estimate(1.0, None, None, 1)
     assert "on_policy" not in one
     assert "margin" not in one
-    assert "truncated" not in measure([pair("yes", "no", kind="given")])
+    given = [pair(side("yes", "length"), "no", kind="given")] * 3
+    assert "truncated" not in measure(given), "nobody knows how they ended"
+    assert measure([pair("yes", "no"), *given])["truncated"]["chosen"].mean == 0.0
 
 
 def test_rows_without_scores_are_left_out_of_the_scores_only():

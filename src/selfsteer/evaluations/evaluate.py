@@ -5,7 +5,8 @@
     any other name                      lm-evaluation-harness (`harness.py`, which is imported only for these)
 
 An item that can't be asked (special tokens in its text, longer than the model's context) or gets no answer counts as wrong
-and is counted by its reason beside every figure. Left out on purpose: which judge, and where results are kept.
+and is counted by its reason beside every figure; one with given answers, of which no probability can be had, ends the
+evaluation with its reason. Left out on purpose: which judge, and where results are kept.
 """
 
 import logging
@@ -119,20 +120,28 @@ def score_with(model: Answering, training: Training, journal: Journal) -> Score:
     scorer = Scorer(model.model, model.policy, model.prompts, training)
 
     def score(items: Sequence[Choices]) -> list[list[float]]:
-        groups = [scorer.group(list(_pairs(model.prompts, item))) for item in items]
+        groups = [_group(scorer, model.prompts, item) for item in items]
         score_missing(scorer, iter(groups), journal, description="given answers", total=len(groups))
         return [_scored(journal, group, len(item.continuations)) for group, item in zip(groups, items, strict=True)]
 
     return score
 
 
-def _pairs(prompts: Prompts, item: Choices) -> Iterator[Pair]:
-    """The continuations two by two, without an end token: their probability is the texts' own."""
+def _group(scorer: Scorer, prompts: Prompts, item: Choices) -> Group:
+    """An item with its continuations. ValueError where it must not or can't be scored."""
     messages = prompts.fold(item.messages)
-    reason = prompts.quarantine_reason(messages)
-    if reason is not None:
-        raise ValueError(f"an item can't be scored ({reason}): {messages[-1]['content'][:80]!r}; leave this task out")
-    texts = item.continuations
+    try:
+        reason = prompts.quarantine_reason(messages)
+        if reason is not None:
+            raise ValueError(reason)
+        return scorer.group(list(_pairs(messages, item.continuations)))
+    except ValueError as error:
+        said = f"an item can't be scored ({error}): {messages[-1]['content'][:80]!r}"
+        raise ValueError(f"{said}; leave this task out, or set fewshot lower where it is too long") from error
+
+
+def _pairs(messages: tuple[Message, ...], texts: Sequence[str]) -> Iterator[Pair]:
+    """The continuations two by two, without an end token: their probability is the texts' own."""
     for first in range(0, len(texts), 2):
         # An odd one out goes with the first once more.
         second = texts[first + 1] if first + 1 < len(texts) else texts[0]
@@ -185,10 +194,13 @@ class Plan:
         """Every task, answered by this model."""
         started = time.monotonic()
         found: list[TaskResult] = []
+        answers = f"answers of {Path(model.name).name}"
+        if self._harness is not None:
+            # The engine is open while answers are sampled: choices are scored by weights of their own.
+            ask = ask_with(Sampler(model.open, model.prompts), model.request, journal, answers)
+            found += self._harness(ask, score_with(model, Training(dtype=_dtype(model.engine)), journal))
         with kept_open(model.open) as engine:
-            ask = ask_with(Sampler(engine, model.prompts), model.request, journal, f"answers of {Path(model.name).name}")
-            if self._harness is not None:
-                found += self._harness(ask, score_with(model, Training(dtype=_dtype(model.engine)), journal))
+            ask = ask_with(Sampler(engine, model.prompts), model.request, journal, answers)
             answered = [task(_capped(ask, self.section.max_new_tokens)) for task in self._judged]
         # The model's engine has let go of its memory before the judge's takes it.
         found += [judged() for judged in answered]

@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -63,6 +64,8 @@ _HOMES = {
 """Folder of the harness that a task is in, and the folder of its data under evaluation.data. Of other tasks the whole
 harness is read first, which takes about half a minute, and their data is in a folder of the task's name."""
 
+_TASKS = Path(str(lm_eval.__file__)).parent / "tasks"
+
 _NEEDS_GREEDY = {"exact_match", "acc_mutual_info"}
 """Metrics of multiple choice that need more than the choices' log-probabilities."""
 
@@ -70,6 +73,8 @@ _NEEDS_GREEDY = {"exact_match", "acc_mutual_info"}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loaded:
     names: Sequence[str]
+    leaves: Mapping[str, Sequence[str]]
+    """The tasks that each of the names stands for."""
     manager: TaskManager
     local: Mapping[str, Local]
     """By the harness's task or group name."""
@@ -145,18 +150,19 @@ def _known_as(names: Sequence[str]) -> list[str]:
 
 
 def _home(name: str) -> tuple[str, str] | None:
-    return _HOMES["mmlu"] if name.startswith("mmlu_") else _HOMES.get(name)
+    # MMLU-Pro, MMLU-Redux and others have names like its parts, and data of their own.
+    part = name.startswith("mmlu_") and name in _all_names(_TASKS / "mmlu")
+    return _HOMES["mmlu"] if part else _HOMES.get(name)
 
 
 def _manager(names: Sequence[str], own: Sequence[Path]) -> TaskManager:
     """With the tasks named, and as little else as may be. own: folders whose definitions replace the harness's."""
-    root = Path(str(lm_eval.__file__)).parent / "tasks"
     homes = {home[0] for name in names if (home := _home(name)) is not None}
-    folders: list[str | Path] = [*(root / home for home in sorted(homes)), *own]
+    folders: list[str | Path] = [*(_TASKS / home for home in sorted(homes)), *own]
     manager = TaskManager(include_defaults=False, include_path=folders)
     if set(names) <= set(manager.all_tasks):
         return manager
-    known = _all_names(root)
+    known = _all_names(_TASKS)
     unknown = [name for name in names if name not in known]
     if unknown:
         near = {name: difflib.get_close_matches(name, [*_ALIASES, *sorted(known)], n=4, cutoff=0.5) for name in unknown}
@@ -170,6 +176,7 @@ def _manager(names: Sequence[str], own: Sequence[Path]) -> TaskManager:
 _NAME = re.compile(r"""^(?:-\s+)?["']?(?:task|group|tag)["']?:\s*["']?([\w.:+-]+)""", re.MULTILINE)
 
 
+@cache
 def _all_names(root: Path) -> frozenset[str]:
     """What tasks, groups and tags there are, read with a regular expression: parsing all definitions takes half a minute."""
     return frozenset(
@@ -180,6 +187,7 @@ def _all_names(root: Path) -> frozenset[str]:
 def _load(section: EvaluationSection, scratch: Path) -> _Loaded:
     names = _known_as(section.tasks)
     manager = _manager(names, [])
+    leaves = {name: _leaves_of(manager, name) for name in names}
     # Before anything of IFEval is imported, which would fetch what is not there.
     splitter = ready_splitter(scratch / "nltk") if any("ifeval" in name for name in names) else None
     local: dict[str, Local] = {}
@@ -188,22 +196,22 @@ def _load(section: EvaluationSection, scratch: Path) -> _Loaded:
         for name in names:
             home = (_home(name) or ("", name))[1]
             local[name] = local_data(home, Path(section.data), scratch / "data")
-            for leaf in _leaves_of(manager, name):
+            for leaf in leaves[name]:
                 _redefine(manager, leaf, local[name], folder)
         # What a definition replaces is what is wanted here, and no news.
         logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)
         manager = _manager(names, [folder])
-    return _Loaded(names=names, manager=manager, local=local, splitter=splitter)
+    return _Loaded(names=names, leaves=leaves, manager=manager, local=local, splitter=splitter)
 
 
 def _leaves_of(manager: TaskManager, name: str) -> list[str]:
     """The tasks that a name stands for."""
-    entry = manager.task_index[name]
-    if entry.kind.name not in ("TAG", "GROUP"):
+    entry = manager.task_index.get(name)
+    if entry is None or entry.kind.name not in ("TAG", "GROUP"):
         return [name]
     members: list[Any] = sorted(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task", [])
     named = [member if isinstance(member, str) else member.get("task", member.get("group")) for member in members]
-    return [leaf for member in named for leaf in _leaves_of(manager, member)]
+    return [leaf for member in named for leaf in _leaves_of(manager, str(member))]
 
 
 def _redefine(manager: TaskManager, leaf: str, local: Local, folder: Path) -> None:
@@ -335,12 +343,14 @@ def _read(results: dict[str, Any], model: _Model, loaded: _Loaded) -> list[TaskR
         by_name[group] = _group_result(group, _leaves(group, results["group_subtasks"]), by_name, results)
     for root, local in loaded.local.items():
         if local.note is not None:
-            by_name[root] = replace(by_name[root], notes=[*by_name[root].notes, local.note])
-    # What was named, each with its parts behind it.
+            for name in [root] if root in by_name else loaded.leaves[root]:
+                by_name[name] = replace(by_name[name], notes=[*by_name[name].notes, local.note])
+    # What was named, each with its parts behind it; a tag is no more than its parts.
+    subtasks = {root: leaves for root, leaves in loaded.leaves.items() if root not in by_name} | results["group_subtasks"]
     return [
         by_name[name] if name == root or root not in by_name else replace(by_name[name], part_of=root)
         for root in loaded.names
-        for name in _named(root, results["group_subtasks"])
+        for name in _named(root, subtasks)
         if name in by_name
     ]
 
@@ -353,7 +363,7 @@ def _task_result(name: str, results: dict[str, Any], model: _Model, loaded: _Loa
     samples: list[dict[str, Any]] = results["samples"][name]
     configuration: dict[str, Any] = results["configs"][name]
     counts = results["n-samples"][name]
-    root = next((each for each in loaded.local if name == each or name.startswith(f"{each}_")), None)
+    root = next((each for each in loaded.local if name in loaded.leaves[each]), None)
     data = f"{configuration['dataset_path']} (hub)" if root is None else f"local, sha256 {loaded.local[root].digest[:16]}"
     notes: list[str] = []
     if loaded.splitter is not None and "ifeval" in name:

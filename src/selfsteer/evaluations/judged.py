@@ -16,7 +16,7 @@ from selfsteer.engines.base import Sampling
 from selfsteer.evaluations import arena_hard, mt_bench
 from selfsteer.evaluations.alpaca_eval import gamed_of, read_baseline
 from selfsteer.evaluations.asking import Answer, Ask, Asked
-from selfsteer.evaluations.length_controlled import FOLDS, Gamed, Judged, length_controlled
+from selfsteer.evaluations.length_controlled import FOLDS, Gamed, Judged, difficulties, length_controlled
 from selfsteer.evaluations.results import Figure, TaskResult
 from selfsteer.measures.estimates import SHARE, Estimate, mean_estimate
 from selfsteer.measures.verdicts import Verdict, judge_report, points
@@ -114,6 +114,9 @@ def alpaca_eval_task(folder: Path, judge: Verdicts, limit: int | None) -> Judged
     wanted = baseline.outputs[:limit]
     # The published formula is over all instructions; of a part of them only the one without difficulty can be fitted.
     gamed = gamed_of(folder) if len(wanted) == len(baseline.outputs) else None
+    if gamed is not None:
+        instructions = [each.instruction for each in wanted]
+        difficulties(instructions, instructions, gamed)  # before anything is answered: do they belong together?
 
     def judged(answers: Sequence[Answer]) -> TaskResult:
         outputs = [Answer(each.output) for each in wanted]
@@ -171,8 +174,8 @@ class Compared(NamedTuple):
 
     def notes(self, gamed: Gamed | None) -> list[str]:
         """How the length-controlled rate was made."""
-        if len(self.judged) < FOLDS:
-            return [f"no length-controlled rate of fewer than {FOLDS} answers"]
+        if sum(each.preference is not None for each in self.judged) < FOLDS:
+            return [f"no length-controlled rate of fewer than {FOLDS} verdicts"]
         formula = "the published formula" if gamed is not None else "the formula without difficulty: not the leaderboard's"
         return [f"length-controlled by {formula}"]
 

@@ -18,7 +18,6 @@ the two differ by up to 0.04 percentage points, and by nothing that five decimal
 Left out on purpose: the judge, and reading files of answers.
 """
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from selfsteer.data.files import rows_with
 from selfsteer.measures.estimates import SHARE, Estimate, mean_of
 
 Floats = NDArray[np.float64]
@@ -84,32 +84,20 @@ class WinRate:
 
 
 def read_gamed(path: Path) -> Gamed:
-    """Read AlpacaEval's df_gamed.csv. Raises ValueError for a file with other columns, or a number that is not one."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in _GAMED_COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path}: the columns {missing} are missing; found {reader.fieldnames}. Expected AlpacaEval's df_gamed.csv"
-                " (data set tatsu-lab/alpaca_eval)."
-            )
-        difficulty: dict[int, float] = {}
-        rows: list[tuple[float, float, float]] = []
-        preferences: list[float] = []
-        for number, row in enumerate(reader, start=2):
-            try:
-                index, hardness, length = (
-                    int(row["index"]),
-                    float(row["instruction_difficulty"]),
-                    float(row["std_delta_len"]),
-                )
-                preferred = float(row["preference"] or "nan")
-            except ValueError as error:
-                raise ValueError(f"{path}: line {number}: {error}") from error
-            difficulty.setdefault(index, hardness)
-            if math.isfinite(preferred):
-                rows.append((math.tanh(length), hardness, float(row["not_gamed_baseline"].lower() in ("true", "1", "1.0"))))
-                preferences.append(preferred)
+    """Read AlpacaEval's df_gamed.csv (data set tatsu-lab/alpaca_eval). ValueError for other columns, or no number in one."""
+    difficulty: dict[int, float] = {}
+    rows: list[tuple[float, float, float]] = []
+    preferences: list[float] = []
+    for number, row in enumerate(rows_with(path, *_GAMED_COLUMNS), start=1):
+        try:
+            index, hardness, length = int(row["index"]), float(row["instruction_difficulty"]), float(row["std_delta_len"])
+            preferred = float(row["preference"] or "nan")
+        except ValueError as error:
+            raise ValueError(f"{path}: row {number}: {error}") from error
+        difficulty.setdefault(index, hardness)
+        if math.isfinite(preferred):
+            rows.append((math.tanh(length), hardness, float(row["not_gamed_baseline"].lower() in ("true", "1", "1.0"))))
+            preferences.append(preferred)
     return Gamed(difficulty=difficulty, rows=np.array(rows).reshape(-1, 3), preferences=np.array(preferences))
 
 
@@ -126,7 +114,7 @@ def length_controlled(
         difficulty = None
     else:
         instructions = [each.instruction for each in judged] if order is None else list(order)
-        difficulty = _difficulties([each.instruction for each in judged], instructions, gamed)
+        difficulty = difficulties([each.instruction for each in judged], instructions, gamed)
     said = np.array([math.nan if each.preference is None else each.preference for each in judged])
     with_verdict = np.isfinite(said)
     if with_verdict.sum() < FOLDS:
@@ -158,7 +146,7 @@ def length_controlled(
     )
 
 
-def _difficulties(given: Sequence[str], order: Sequence[str], gamed: Gamed) -> Floats:
+def difficulties(given: Sequence[str], order: Sequence[str], gamed: Gamed) -> Floats:
     """Of each given instruction. ValueError naming instructions that are missing, unknown or given twice."""
     if sorted(gamed.difficulty) != list(range(len(order))):
         raise ValueError(

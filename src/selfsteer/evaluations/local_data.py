@@ -27,6 +27,8 @@ Rows = list[dict[str, Any]]
 
 _LETTERS = "ABCD"
 _MMLU_SPLITS = {"dev": "dev", "val": "validation", "test": "test"}
+_AUXILIARY = "auxiliary_train"
+"""Folder of questions from other benchmarks, in files of other names; one of them ends in _test."""
 
 
 class Local(NamedTuple):
@@ -171,7 +173,7 @@ def _zipped(archive: Path) -> Iterator[tuple[str, str, str]]:
     try:
         with zipfile.ZipFile(archive) as file:
             for name in sorted(file.namelist()):
-                if name.endswith(".csv") and not Path(name).name.startswith("."):
+                if name.endswith(".csv") and not Path(name).name.startswith(".") and _AUXILIARY not in Path(name).parts:
                     yield f"{archive}: {name}", Path(name).stem, file.read(name).decode("utf-8-sig")
     # RuntimeError: a password, or a compression that Python does not know.
     except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError, RuntimeError) as error:
@@ -179,7 +181,7 @@ def _zipped(archive: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, str, str]]:
-    for file in sorted(folder.rglob("*.csv")):
+    for file in sorted(each for each in folder.rglob("*.csv") if _AUXILIARY not in each.parts):
         yield str(file), file.stem, read_small_text(file).removeprefix("\ufeff")
 
 

@@ -1,4 +1,4 @@
-"""How well a reward model tells better from worse: RewardBench, RewardBench 2, LLMBar, labelled pairs.
+"""How well a reward model tells better from worse: RewardBench, RewardBench 2, LLMBar.
 
     rows with                                     format         a hit
     prompt, chosen, rejected, subset              RewardBench    the chosen response scores higher
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from selfsteer.measures.estimates import Estimate, mean_estimate, share_estimate
 from selfsteer.records import Message, user_turn
 
-Format = Literal["rewardbench", "rewardbench2", "llmbar", "pairs"]
+Format = Literal["rewardbench", "rewardbench2", "llmbar"]
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
     "Chat": {
@@ -98,7 +98,7 @@ class Report:
     subsets: Mapping[str, Estimate]
     sections: Mapping[str, Estimate]
     score: Estimate | None
-    """The benchmark's own overall number; of LLMBar and pairs the share of hits."""
+    """The benchmark's own overall number; of LLMBar the share of hits."""
     ties: int
     """Items whose best right and best wrong response score exactly alike; none of them is a hit."""
     kappa: float | None = None
@@ -157,7 +157,7 @@ def _item(row: Mapping[str, Any], format: Format, where: str, number: int) -> It
     if not right or not wrong:
         raise ValueError(f"{where}: needs a chosen and a rejected response")
     return Item(
-        id=str(row.get("id", number)),
+        id=str(number if row.get("id") is None else row["id"]),
         subset=str(row["subset"]),
         prompt=_prompt(row["prompt"]),
         responses=(*right, *wrong),

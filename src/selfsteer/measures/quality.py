@@ -105,7 +105,6 @@ class _Responses:
         mismatch = script_mismatch(query, text)
         self.scripts += mismatch is not None
         self.mismatches += mismatch is True
-        self.truncated += side.finish == "length"
         self.refusals += is_refusal(text)
         self.leaks += leaks_principle(text)
 
@@ -139,7 +138,10 @@ def measure(pairs: Iterable[Pair]) -> Measures:
         query = pair.prompt[-1]["content"]
         chosen.add(pair.chosen, query, vocabulary)
         rejected.add(pair.rejected, query, vocabulary)
-        sampled += pair.kind != "given"
+        if pair.kind != "given":
+            sampled += 1
+            chosen.truncated += pair.chosen.finish == "length"
+            rejected.truncated += pair.rejected.finish == "length"
         overlaps.append(similarity(pair.chosen.text, pair.rejected.text))
         digests.append(_digest(json.dumps([pair.prompt, pair.chosen.text, pair.rejected.text])))
         if pair.scored:

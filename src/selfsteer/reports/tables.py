@@ -111,7 +111,8 @@ def print_reward_bench(found: Json, name: str) -> None:
     """Print a reward model's numbers on one benchmark."""
     found = from_plain(found)
     if found["format"] == "pairs":
-        print_judged({name: found}, "Labelled pairs")
+        left_out = f" ({counted(found['dropped'])} dropped)" if found["dropped"] else ""
+        print_judged({name: found}, f"Labelled pairs{left_out}")
         return
     rows = [Row(subset, (cell(value, "share"), cell(value.n, "number"))) for subset, value in found["subsets"].items()]
     rows += [Row(section, (cell(value, "share"), Cell(""))) for section, value in found["sections"].items()]

@@ -103,6 +103,11 @@ def latest(output: Path) -> Path | None:
     return next((folder for folder in _newest_first(output) if is_complete(folder)), None)
 
 
+def holds_another(output: Path, training: str) -> bool:
+    """Whether a complete checkpoint of another training is there, which `resume_point` would remove."""
+    return any(is_complete(folder) and _marker(folder).get("training") != training for folder in _newest_first(output))
+
+
 def resume_point(output: Path, training: str) -> Path | None:
     """The newest complete checkpoint of this training; those that are incomplete or of another training are removed."""
     for folder in _newest_first(output):
