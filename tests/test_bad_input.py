@@ -154,9 +154,17 @@ def test_prompts_over_long_with_their_principle_only(refused: Callable[..., str]
         {"queries.column": "question"},
         {"policy.model": "nowhere"},
         {"training.optimizer": "adam"},
+        {"training.optimizer": "schedule_free_adamw"},  # its weights are not those that it would be delivered with
         {"training.scheduler": "warmup_stable_decay"},  # needs a number of steps that no recipe can give
     ],
-    ids=["no query file", "no such column", "no model", "no such optimizer", "a schedule with settings of its own"],
+    ids=[
+        "no query file",
+        "no such column",
+        "no model",
+        "no such optimizer",
+        "an average",
+        "a schedule with settings of its own",
+    ],
 )
 def test_a_run_that_cannot_begin_leaves_nothing(changes: dict[str, Any], refused: Callable[..., str], tmp_path: Path):
     refused(changes)

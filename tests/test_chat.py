@@ -2,14 +2,16 @@
 
 import io
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from tiny import tiny_model_dir
 
-from selfsteer import cli
+from selfsteer import cli, runtime
 from selfsteer.chat import chat, model_of
-from selfsteer.engines.base import Request, Sampling
+from selfsteer.engines.base import Completion, Failed, Request, Sampling
+from selfsteer.engines.embedded import TransformersEngine
 from selfsteer.engines.open import open_engine
 from selfsteer.engines.sampling import seed_for
 from selfsteer.models import checkpoint, load_tokenizer
@@ -51,6 +53,19 @@ def test_each_model_goes_on_from_its_own_answers(two: dict[str, Policy]):
         assert second[name] == alone(policy, conversation, 2)
         assert third[name] == first[name], "a new conversation, greedily answered"
     assert first["before"] != first["after"]
+
+
+def test_a_stop_is_no_answer(two: dict[str, Policy], monkeypatch: pytest.MonkeyPatch):
+    """Asked to stop while the first model answers: it ends its answer, and the second is not asked."""
+    answers = TransformersEngine.generate
+
+    def generate(self: TransformersEngine, requests: Iterable[Request]) -> Iterator[Completion | Failed]:
+        yield from answers(self, requests)
+        runtime.request_stop()
+
+    monkeypatch.setattr(TransformersEngine, "generate", generate)
+    with runtime.graceful_stop(), pytest.raises(runtime.Interrupted):
+        list(chat(two, ["What is it?"], BRIEF, ENGINE))
 
 
 def test_a_system_message_comes_before_it(two: dict[str, Policy]):

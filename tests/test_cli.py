@@ -380,6 +380,8 @@ def test_recorded_judgements_need_no_model(monkeypatch, capsys, tmp_path: Path):
     shown = capsys.readouterr().out
     assert "mine against base, judged by someone" in shown
     assert "75.0%" in shown
+    assert command(monkeypatch, "evaluate", "mine", "--annotations", str(file), "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["win_rate"]["mean"] == 0.75
     assert command(monkeypatch, "evaluate", "mine", "--annotations", str(file), "--tasks", "ifeval") == 2
 
 

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.data.exchange import export
 from selfsteer.given import measure_pairs, train_pairs
+from selfsteer.measures.metrics import read_metrics
 from selfsteer.models import load_tokenizer
+from selfsteer.pipeline import write_report
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Policy, Recipe
 from selfsteer.records import Pair
@@ -251,6 +253,23 @@ def test_a_second_call_does_nothing_new(finished: Path, recipe_of: RecipeOf):
     before = contents(finished)
     run(recipe_of(finished))
     assert contents(finished) == before
+
+
+def test_a_page_of_other_numbers_is_gone_before_new_ones_are_written(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Killed while the page is drawn, a run would otherwise keep the page of before beside the metrics of now."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    page, folder, metrics = copy / "report.html", RunFolder.view(copy), read_metrics(copy)
+    metrics["run"]["seconds"] += 1
+    with monkeypatch.context() as patched:
+        patched.setattr("selfsteer.pipeline.write_page", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(folder, metrics, 0)
+    assert not page.exists()
+    write_report(folder, metrics, 0)
+    assert page.exists()
 
 
 def test_the_same_seed_gives_identical_data(finished: Path, recipe_of: RecipeOf, tmp_path: Path):

@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_said_and_refused(recipe_of: RecipeOf, tmp_path: Pa
     with pytest.raises(ValueError, match=r"memory: training .* set training.lora.rank=16"):
         run(recipe)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(essentials, "available_memory", lambda: None)
+    monkeypatch.setattr(essentials, "available_memory", lambda: 10**12)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 0, 1000))
     with pytest.raises(ValueError, match=r"disk: round-1/4-generator, round-1/6-policy need up to .* name another output"):
         run(recipe)

@@ -162,6 +162,9 @@ def test_weights_take_parts_and_repeat(tiny_folder: str, tmp_path: Path):
     kept = {name: each["rows"] - each["held out"] for name, each in found.items()}
     assert 0.3 * kept["one.jsonl"] < found["one.jsonl"]["trained on"] < 0.7 * kept["one.jsonl"]
     assert found["two.jsonl"]["trained on"] == 2 * kept["two.jsonl"]
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    assert rates[0] == TRAINING.learning_rate, "of two steps the first is taken, too"
+    assert len(rates) == 2
 
 
 def test_rows_that_can_not_be_trained_on_are_kept_with_their_reason(tiny_folder: str, tmp_path: Path):
@@ -246,6 +249,8 @@ def test_what_is_refused(tiny_folder: str, tmp_path: Path):
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(two)
     with pytest.raises(ValueError, match="2 labels"):
         reward_bench(str(two), [file], tmp_path / "bench", SETTINGS)
+    with pytest.raises(ValueError, match=r"--epochs: 0 passes train nothing"):
+        train_reward_model([Source(path=file)], tiny_folder, tmp_path / "out", SETTINGS, replace(TRAINING, epochs=0.0))
     with pytest.raises(ValueError, match=r"pairs.jsonl: named twice"):
         train_reward_model([Source(path=file)] * 2, tiny_folder, tmp_path / "out", SETTINGS, TRAINING)
     assert not (tmp_path / "out").exists()

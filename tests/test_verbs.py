@@ -44,13 +44,15 @@ def test_a_recipe_is_loaded_with_overrides_and_errors_name_the_key():
     assert "command line" not in str(error.value)
 
 
-def test_a_finished_run_is_looked_at(folder: Path):
+def test_a_finished_run_is_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch):
     found = selfsteer.status(folder)
     assert {stage["state"] for stage in found["stages"]} == {"sealed"}
     metrics = json.loads((folder / "metrics.json").read_text())
     text = selfsteer.report(str(folder))
     assert f"{metrics['rounds'][0]['alignment']['on_policy']['all']['mean']:.3f}" in text
     assert str(folder / "report.html") in text.replace("\n", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert selfsteer.report(str(folder)) == text, "plain text wherever it is asked for"
 
 
 def test_the_pairs_of_a_run_are_measured(folder: Path):

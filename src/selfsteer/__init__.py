@@ -12,7 +12,6 @@ FileNotFoundError for a file that is missing, for what the user can mend, with t
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,18 +120,30 @@ def evaluate(
     judge: str | None = None,
     engine: Path | str | None = None,
     output: Path | str = "evaluations",
+    fewshot: int | None = None,
+    max_new_tokens: int | None = None,
+    chat_template: str | None = None,
+    template_arguments: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A model on benchmarks, alone or against the one before, with paired differences.
 
     limit: only so many items of each task. data: a folder with a folder of files for each task; the hub's otherwise.
     engine: a YAML file with an engine section. output: the folder that keeps what was answered.
+    fewshot, max_new_tokens: instead of the tasks' own. chat_template, template_arguments: of both models, as in a recipe.
     """
     from selfsteer import evaluating
     from selfsteer.recipe.sections import EvaluationSection, Policy
     from selfsteer.runtime import graceful_stop
 
-    section = EvaluationSection(tasks=list(tasks), limit=limit, data=None if data is None else str(data))
-    models = [Policy(model=name) for name in (before, model) if name is not None]
+    section = EvaluationSection(
+        tasks=list(tasks),
+        limit=limit,
+        data=None if data is None else str(data),
+        fewshot=fewshot,
+        max_new_tokens=max_new_tokens,
+    )
+    told = {"chat_template": chat_template, "template_arguments": template_arguments or {}}
+    models = [Policy(model=name, **told) for name in (before, model) if name is not None]
     with graceful_stop():
         opened = evaluating.read_engine(None if engine is None else Path(engine))
         return evaluating.evaluate_models(models, section, opened, judge, Path(output))
@@ -159,18 +170,14 @@ def status(run: Path | str) -> Status:
 
 def report(folder: Path | str) -> str:
     """All tables of a run, or of a comparison, as text of 100 columns."""
-    from rich.console import Console
-
     from selfsteer.measures.metrics import read_metrics
     from selfsteer.reports.comparison import comparison_tables, read_comparison
-    from selfsteer.reports.drawing import table_text
+    from selfsteer.reports.drawing import as_text, table_text
     from selfsteer.reports.verdict import print_run
 
     if (Path(folder) / "comparison.json").exists():
         return "\n\n".join(map(table_text, comparison_tables(read_comparison(Path(folder)))))
-    text = io.StringIO()
-    print_run(read_metrics(Path(folder)), Console(file=text, width=100))
-    return text.getvalue().rstrip()
+    return as_text(lambda console: print_run(read_metrics(Path(folder)), console))
 
 
 def _recipe(recipe: Recipe | Path | str, overrides: Sequence[str]) -> Recipe:

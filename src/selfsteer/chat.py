@@ -17,7 +17,7 @@ from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import EngineSection
 from selfsteer.recipe.sections import Policy, Sampled
 from selfsteer.records import Message
-from selfsteer.runtime import raise_if_stopped
+from selfsteer.runtime import Interrupted, raise_if_stopped, signal_number
 
 
 def chat(
@@ -80,9 +80,12 @@ class _Speaker:
             key=str(number), messages=messages, prompt_ids=ids, sampling=sampling, seed=seed_for("chat", number)
         )
         try:
-            (found,) = self.engine.generate([request])
+            answers = list(self.engine.generate([request]))
         except ValueError as error:  # of the embedded engine: more tokens than the model has positions
-            found = Failed(key=request.key, reason="no answer", detail=str(error))
+            answers = [Failed(key=request.key, reason="no answer", detail=str(error))]
+        if not answers:
+            raise Interrupted(signal_number())
+        (found,) = answers
         if not isinstance(found, Completion):
             self.said.pop()
             return f"[{found.reason}: {found.detail}]"

@@ -97,17 +97,20 @@ def _devices() -> Iterator[Finding]:
     yield Finding("device", "ok", ", ".join(f"{name} {value}" for name, value in hardware().items()))
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(number)
             name = torch.cuda.get_device_name(number)
-            yield Finding(f"GPU {number}", "ok", f"{name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
+            try:
+                free, total = torch.cuda.mem_get_info(number)
+            except RuntimeError as error:
+                said, fix = f"{name}: {str(error).splitlines()[0]}", "see nvidia-smi: another process may hold it"
+                yield Finding(f"GPU {number}", "broken", said, fix)
+            else:
+                yield Finding(f"GPU {number}", "ok", f"{name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
     elif shutil.which("nvidia-smi"):
         fix = (
             "this torch is built for CPUs, or for another driver: install the build for your driver from https://pytorch.org"
         )
         yield Finding("GPU", "broken", f"there is one, but torch {torch.__version__} does not see it", fix)
-    memory = available_memory()
-    if memory is not None:
-        yield Finding("memory", "ok", f"{memory / 1e9:.0f} GB available")
+    yield Finding("memory", "ok", f"{available_memory() / 1e9:.0f} GB available")
 
 
 def _disk(what: str, folder: Path) -> Finding:

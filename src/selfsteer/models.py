@@ -25,6 +25,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import psutil
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -680,14 +681,15 @@ def _from_hub(policy: Policy) -> Path:
         ) from error
 
 
-def available_memory() -> int | None:
-    """Bytes that a new process can have; None where the system does not tell."""
+def available_memory() -> int:
+    """Bytes that a new process can have: of the machine, and of the container where it has a limit."""
+    free, container = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
+        limit = int((container / "memory.max").read_text(encoding="ascii"))
+        held = dict(line.split() for line in (container / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):  # no such files, or no limit: "max"
+        return free
+    return min(free, limit - int(held["anon"]) - int(held["shmem"]))  # files in memory make room
 
 
 def hardware() -> dict[str, str | int]:
@@ -707,6 +709,8 @@ def let_go() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     _trim()
 
 

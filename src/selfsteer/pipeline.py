@@ -21,7 +21,7 @@ from selfsteer.judges.find import check_judge, find_judge
 from selfsteer.measures.contamination import check_files
 from selfsteer.measures.gates import evaluate
 from selfsteer.measures.headroom import in_words
-from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics, write_metrics
+from selfsteer.measures.metrics import GateResult, Headroom, Method, Metrics, RoundMetrics, hold_metrics, write_metrics
 from selfsteer.models import compute_dtype, pick_device, resolve
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.gates import before_generator, parse
@@ -247,8 +247,11 @@ def stop_or_warn(round: Round, method: Method, complaint: str, otherwise: str) -
 
 def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
     """Write metrics.json and report.html; the page, which reads pairs, only where it is missing or the metrics are new."""
-    page = folder.path / "report.html"
-    if write_metrics(folder.path / "metrics.json", metrics) or not page.exists():
+    page, numbers = folder.path / "report.html", folder.path / "metrics.json"
+    if not hold_metrics(numbers, metrics):
+        page.unlink(missing_ok=True)  # first: a page of other numbers would count as theirs after a kill
+        write_metrics(numbers, metrics)
+    if not page.exists():
         write_page(page, metrics, reading_of(folder, metrics, seed))
 
 

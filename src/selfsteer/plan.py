@@ -100,8 +100,7 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
     size, device = size_of(prepared.policy, recipe), pick_device()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     libraries = (held() or 0) if device.type == "cpu" else 0
-    free = device_memory(device)
-    free = None if free is None else free + libraries  # which this process holds already
+    free = device_memory(device) + libraries  # which this process holds already
     found = _calibrated(recipe, prepared, used) if calibrate and here and not problems else _Calibration(Rates(), None)
     response = found.response or float(recipe.responses.max_new_tokens)
     half = compute_dtype(recipe.training.dtype, device) != torch.float32
@@ -111,7 +110,7 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
     memory, most = (max(stage[key] for stage in stages) for key in ("memory", "memory_most"))
     warnings = list(_busy(load))
     disk, room = run_disk(stages, recipe.rounds), shutil.disk_usage(existing(Path(recipe.output))).free
-    if free is not None and most > free:
+    if most > free:
         said = (
             f"memory: {memory / 1e9:.1f} GB at the peak, {most / 1e9:.1f} GB where every response is as long as it may be;"
             f" {free / 1e9:.1f} GB are free"

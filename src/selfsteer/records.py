@@ -277,7 +277,7 @@ class Saving(TypedDict):
     dtype: str
     """In which the weights are delivered."""
     trained: float | None
-    """Mean margin of a few training pairs after the last step; None of sharded weights."""
+    """Mean margin of a few training pairs after the last step, less that before the first; None of sharded weights."""
     delivered: float | None
     """The same of what is delivered."""
     rounded: float | None

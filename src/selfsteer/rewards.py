@@ -84,6 +84,8 @@ def train_reward_model(
     holds a reward model of other settings.
     """
     check_trl()
+    if training.epochs <= 0:
+        raise ValueError(f"--epochs: {training.epochs:g} passes train nothing; take more than 0")
     sources = [replace(source, path=find_pairs(source.path).source) for source in sources]
     named = dict(zip(_names([source.path for source in sources]), sources, strict=True))
     day, base = day_of(output), resolve(Policy(model=model))

@@ -36,6 +36,13 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
 # ---- what is shipped ------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_of_the_name_of_a_recipe_is_not_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`selfsteer run quickstart output=quickstart`, and the same once more."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert shipped.recipe_file("quickstart").is_file()
+
+
 def test_recipes_are_shipped():
     assert [path.stem for path in RECIPES] == [
         "authors-qwen2-7b",
@@ -182,6 +189,9 @@ def test_an_override_below_a_plain_value(smallest: Path):
 
 def test_an_override_that_is_not_yaml(smallest: Path):
     assert mistakes(smallest, "policy.model=@x")[0].startswith("override: policy.model: '@x' is not valid YAML; put it in")
+    assert mistakes(smallest, "policy.date=2025-02-30")[0].startswith(
+        "override: policy.date: '2025-02-30' is not valid YAML"
+    )
 
 
 # ---- what sections say ----------------------------------------------------------------------------------------------
@@ -423,6 +433,8 @@ def test_a_key_said_twice(tmp_path: Path):
 
 def test_what_is_not_yaml(tmp_path: Path):
     assert mistakes(written(tmp_path, "policy: {model: m\nseed: 1\n"))[0].startswith("recipe.yaml:2: not valid YAML: ")
+    (line,) = mistakes(written(tmp_path, "policy: {model: m, date: 2025-02-30}\n"))
+    assert line.startswith("recipe.yaml: day is out of range for month; put it in quotes")
 
 
 def test_yaml_that_would_run_code(tmp_path: Path):

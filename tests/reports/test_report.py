@@ -377,6 +377,8 @@ def test_figure_three_is_of_the_held_out_queries_that_both_answered():
 
     assert places({"comparison": compared}) == [(0.42, 0.75), (0.41, 0.75)]
     assert "the 24 held-out queries" in plots.figure_three({"comparison": compared}, sets).caption
+    judged = {"judge": {"both": {"baseline": Estimate(0.6, 0.5, 0.7, 22), "pairs": Estimate(0.8, 0.7, 0.9, 22)}}}
+    assert places({"comparison": compared, "judged_comparison": judged}) == [(0.42, 0.6), (0.41, 0.8)]
     everything = sets["PBAA pairs"]["on_policy"]["all"].mean
     assert places({"comparison": {**compared, "held_out": False}}) == [(everything, 0.75)] * 2
 

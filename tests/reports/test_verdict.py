@@ -90,6 +90,16 @@ def test_a_difference_of_the_same_queries_is_said_in_words():
     )
 
 
+def test_a_selection_leaves_the_difference_that_of_generator_and_pbaa():
+    both = {"pairs": estimate(0.7, n=22), "baseline": estimate(0.8, n=22)}
+    selected = {"pairs": 20, "judge": {"accuracy": estimate(0.95, n=20)}}
+    found = metrics(
+        judged_comparison={"judge": {"difference": estimate(-0.1, -0.18, -0.02), "both": both}}, selected=selected
+    )
+    line = next(line for line in verdict(found) if "accuracy" in line)
+    assert "PBAA 80% of 22 (few)  generator 70% of 22 (few)" in line
+
+
 def test_a_probability_of_few_queries_says_so():
     few = {"pairs": estimate(0.390, n=24), "baseline": estimate(0.386, n=24)}
     found = metrics()

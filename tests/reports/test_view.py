@@ -101,6 +101,7 @@ def test_strangers_see_nothing(under_way: Path):
         assert get(address, path="/guess/")[0] == 404
         assert get(address, host=f"evil.example:{urlsplit(address).port}")[0] == 404
         assert get(address, host=f"localhost:{urlsplit(address).port}")[0] == 200
+        assert get(address, host="localhost")[0] == 200, "as a browser asks at port 80"
 
 
 def test_where_there_is_no_run(tmp_path: Path):

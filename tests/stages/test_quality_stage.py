@@ -121,6 +121,18 @@ def test_a_gate_that_only_warns(recipe_of: RecipeOf, tmp_path: Path, caplog: pyt
         ({"quality.gates": {"overlap": "60"}}, "expected an operator and a number"),
         ({"quality.gates": {"accuracy": ">= 0.6"}}, "gate accuracy: needs a judge; set judge.kind"),
         ({"quality.gates": {"drift_accuracy": ">= 0"}}, "gate drift_accuracy: needs a judge"),
+        (
+            {"quality.gates": {"flips": "<= 0.3"}, "judge": {"kind": "reward_model", "model": "some/model"}},
+            "gate flips: needs an LLM judge",
+        ),
+        (
+            {
+                "quality.gates": {"displacement_bad": "<= 20"},
+                "generator.kind": "dual",
+                "training": {"lora": {}, "displacement_steps": 0},
+            },
+            "gate displacement_bad: needs readings",
+        ),
         ({"quality.gates": {"contamination": "<= 0"}}, "set quality.evaluation_files"),
         ({"quality.gates": {"on_policy_gain": "> 0"}, "generator.kind": "none"}, "needs a generator"),
         ({"judge.kind": "llm"}, "needs judge.model"),

@@ -243,6 +243,12 @@ def test_however_it_is_killed_the_same_is_delivered(job: TrainingJob, free: Trai
         with pytest.raises(runtime.Interrupted), runtime.graceful_stop():
             train(job)
     again()
+    shutil.rmtree(output / "model")  # a damaged history is that of the checkpoint again
+    (output / "history.jsonl").write_text("no step\n")
+    found = train(job)
+    assert same(found, wanted)
+    assert (found.steps, found.crossed) == (4, 5)
+    assert timeless() == steps[:4]
 
 
 def test_the_checkpoint_before_the_bound_outlives_later_ones(job: TrainingJob, free: TrainingJob):

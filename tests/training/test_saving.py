@@ -110,6 +110,20 @@ def test_a_float32_model_says_whether_half_precision_would_undo_it(rate: float, 
     assert margin(job, str(tmp_path / "rounded")) == pytest.approx(saving["rounded"], abs=1e-5)
 
 
+def test_a_margin_is_what_the_training_added_whatever_the_reference(tiny: Path, tmp_path: Path):
+    """The reference is another model, as with alignment.reference: first; the margin of this one begins at beta * 10."""
+    job = replace(job_of(tiny, tmp_path), learning_rate=1e-3)
+    rows = pq.read_table(job.pairs).to_pylist()
+    pq.write_table(
+        pa.Table.from_pylist([row | {"ref_chosen_logps": row["ref_chosen_logps"] - 10} for row in rows]), job.pairs
+    )
+    result = train(job)
+    before = margin(job, str(tiny))
+    assert before == pytest.approx(1.0, abs=1e-3)
+    assert result.saving is not None
+    assert result.saving["trained"] == pytest.approx(margin(job, result.model) - before, rel=1e-2)
+
+
 def test_margins_of_sharded_weights_are_told_to_be_unknown(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Kept in float32, and sampled so; where the recipe wants the policy's dtype, a warning."""
     given = AutoConfig.from_pretrained(tiny)

@@ -16,7 +16,7 @@ import torch
 from builders import FLOAT32, curve, steering_group, training_job, write_pairs
 from tiny import tiny_model_dir
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from selfsteer import runtime
 from selfsteer.recipe.sections import Lora, Policy
@@ -33,6 +33,7 @@ from selfsteer.training.trainer import (
     Step,
     TokenGroups,
     TrainingDiverged,
+    on_one_device,
     read_history,
 )
 
@@ -66,6 +67,15 @@ def changed(job: TrainingJob, folder: str, **training: Any) -> TrainingJob:
 
 
 # --- the mathematics -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_group_one_device_trains(tmp_path: Path):
+    """With several GPUs there transformers would wrap the model in DataParallel, which cuts packed batches in pieces."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert args.n_gpu == 0, "counted now, and not again"
+    args._n_gpu = 2  # pyright: ignore[reportPrivateUsage]
+    on_one_device(args)
+    assert args.n_gpu == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -517,6 +518,14 @@ def _make_visible(record: logging.LogRecord) -> bool:
     return True
 
 
+def _in_words(error: ValueError | OSError) -> str:
+    """What is wrong; of a setting that an option gave, without pydantic's own lines."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    wrong = error.errors(include_url=False)
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}" for each in wrong)
+
+
 def main() -> None:
     """Run the command line and exit with its status."""
     try:
@@ -526,5 +535,5 @@ def main() -> None:
         sys.exit(stopped.exit_status)
     except (ValueError, OSError) as error:
         log.debug("the error in full", exc_info=error)
-        print(_visible(f"selfsteer: error: {error}"), file=sys.stderr)
+        print(_visible(f"selfsteer: error: {_in_words(error)}"), file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,6 @@
 """The commands that measure: preference data, models, reward models."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -105,9 +106,12 @@ def evaluate(
         from selfsteer.reports.tables import print_annotated, print_evaluation
 
         if annotations is not None:
-            if tasks or before or judge:
-                raise ValueError("--annotations: recorded judgements need no --tasks, --before or --judge")
-            print_annotated(*evaluating.annotated(annotations, data))
+            if tasks or before or judge or limit or engine:
+                raise ValueError(
+                    "--annotations: recorded judgements need no --tasks, --before, --judge, --limit or --engine"
+                )
+            rate, who = evaluating.annotated(annotations, data)
+            tell({"who": who, **asdict(rate)}, json, lambda: print_annotated(rate, who))
             return
         section = EvaluationSection(
             tasks=[name.strip() for name in tasks.split(",") if name.strip()],
@@ -206,7 +210,7 @@ def reward(
             raise ValueError(f"--weights: {len(given)} weights for {len(pairs)} datasets")
         training = RewardTraining(
             epochs=epochs,
-            learning_rate=learning_rate or (1e-5 if lora_rank is None else 1e-4),
+            learning_rate=(1e-5 if lora_rank is None else 1e-4) if learning_rate is None else learning_rate,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
             lora_rank=lora_rank,

@@ -452,16 +452,18 @@ def find(node: Json, path: str) -> Any:
     return found
 
 
-def write_metrics(path: Path, metrics: Metrics) -> bool:
-    """Write metrics.json, whole or not at all. Returns whether it says something new.
+def write_metrics(path: Path, metrics: Metrics) -> None:
+    """Write metrics.json, whole or not at all. Raises ValueError where a number is not finite."""
+    write(path, _content(metrics))
 
-    Raises ValueError where a number is not finite.
-    """
-    content = json.dumps(plain(metrics), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    if path.is_file() and path.read_bytes() == content:
-        return False
-    write(path, content)
-    return True
+
+def hold_metrics(path: Path, metrics: Metrics) -> bool:
+    """Whether a file is what `write_metrics` would write."""
+    return path.is_file() and path.read_bytes() == _content(metrics)
+
+
+def _content(metrics: Metrics) -> bytes:
+    return json.dumps(plain(metrics), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def read_metrics(folder: Path) -> Metrics:

@@ -690,7 +690,7 @@ class Recipe(Section):
         measures = (
             ("pairs.judge", judge != "none", "a judge; set judge.kind and judge.model (or judge.engine)"),
             ("pairs.checks", judge == "checks", "checks; set judge.kind=checks"),
-            ("pairs.judge.flips", judge != "checks", "an LLM judge; set judge.kind=llm"),
+            ("pairs.judge.flips", judge in ("llm", "none"), "an LLM judge; set judge.kind=llm"),
             (
                 "pairs.principle_consistency",
                 self.quality.principle_consistency,
@@ -710,6 +710,11 @@ class Recipe(Section):
             ),
             ("gain", self.measures_gain, "a generator and held-out queries; set quality.gain=40, generator.kind"),
             ("bad_generator", self.generator.kind == "dual", "two generators; set generator.kind=dual"),
+            (
+                "bad_generator.displacement",
+                self.training.displacement_steps != 0,
+                "readings; set training.displacement_steps=null",
+            ),
         )
         return {path: way for path, taken, way in measures if not taken}
 

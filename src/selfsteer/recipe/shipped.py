@@ -32,7 +32,7 @@ def recipe_file(name: str | Path) -> Path:
     Raises FileNotFoundError, with the names that there are, the nearest first.
     """
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
     known = names()
     if str(name) in known:

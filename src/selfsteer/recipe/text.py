@@ -68,6 +68,10 @@ def read_yaml(path: Path) -> Document:
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    except RecipeError:
+        raise
+    except ValueError as error:  # of a date that there is not
+        raise RecipeError(f"{path}: {error}; put it in quotes if it is meant as text") from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -110,7 +114,7 @@ def parse_override(text: str, origin: str = OVERRIDE) -> Override:
         raise RecipeError(f"{origin}: {text!r} is not key=value, such as generator.beta=0.2")
     try:
         return Override(key, yaml.safe_load(value), origin)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter of a date that there is not
         raise RecipeError(
             f"{origin}: {key}: {value!r} is not valid YAML; put it in double quotes inside single ones"
         ) from None

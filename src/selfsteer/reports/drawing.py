@@ -5,7 +5,7 @@ Left out on purpose: what the tables say.
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from rich import box
@@ -93,8 +93,13 @@ def _decimals(value: float, form: Form) -> int:
 
 def table_text(table: Table) -> str:
     """The table as plain text of 100 columns."""
+    return as_text(lambda console: print_table(table, console))
+
+
+def as_text(show: Callable[[Console], None]) -> str:
+    """What is printed to a console, as plain text of 100 columns; in a notebook and under FORCE_COLOR, too."""
     text = io.StringIO()
-    print_table(table, Console(file=text, width=100))
+    show(Console(file=text, width=100, force_terminal=False, force_jupyter=False))
     return text.getvalue().rstrip()
 
 
@@ -102,7 +107,7 @@ def markdown(table: Table) -> str:
     """The table as Markdown, under a heading."""
 
     def cells(values: Iterator[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+        return "| " + " | ".join(" ".join(value.split()).replace("|", "\\|") for value in values) + " |"
 
     alignments = ["---:"] * len(table.columns)
     if table.left:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from selfsteer.measures.estimates import Distribution, Estimate
 from selfsteer.measures.metrics import Comparison, Measures, RoundMetrics, TrainingSummary, find
-from selfsteer.reports.tables import GENERATOR, PBAA
+from selfsteer.reports.tables import GENERATOR, PBAA, training_names
 
 # The light theme's, which files keep; in the SVG of a page each is replaced by what the page defines.
 COLOURS = {"#1d2329": "var(--ink)", "#12756b": "var(--chosen)", "#a94a20": "var(--rejected)", "#dfe2e0": "var(--line)"}
@@ -61,7 +61,7 @@ class Plot(NamedTuple):
 def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
     """Every plot that a round's metrics allow. data: sets of pairs by the name they have in the tables."""
     drawn: list[Plot] = []
-    trainings = {name: this[key] for name, key in (("data generator", "generator"), ("policy", "policy")) if key in this}
+    trainings = {name: this[key] for name, key in training_names(this)}
     for key, file, caption in (
         (
             "loss",
@@ -138,13 +138,13 @@ def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | Non
     Both over the held-out queries that policy and generator answered, where there are any. None where no set has both.
     """
     compared = this.get("comparison", Comparison())
-    both = compared.get("both", {}) if compared.get("held_out") else {}
-    held_out = {name: both[key] for name, key in ((PBAA, "baseline"), (GENERATOR, "pairs")) if key in both}
-    found = next(filter(None, (_points(data, key, held_out) for key in ("judge", "principle_consistency"))), None)
+    held_out = bool(compared.get("held_out"))
+    judge = "the checks" if any("checks" in measures for measures in data.values()) else "the judge"
+    ways = (("judge", f"accuracy by {judge}"), ("principle_consistency", "principle consistency"))
+    drawn = ((who, _points(this, data, key, held_out=held_out)) for key, who in ways)
+    who, found = next((each for each in drawn if each[1]), ("", None))
     if found is None:
         return None
-    judge = "the checks" if any("checks" in measures for measures in data.values()) else "the judge"
-    who = f"accuracy by {judge}" if any("judge" in measures for measures in data.values()) else "principle consistency"
     caption = "Up and to the right is better. Bars: 95% intervals. Dotted: chance."
     if held_out:
         caption = f"Over the {compared.get('queries', 0):,} held-out queries that both answered. {caption}"
@@ -165,15 +165,22 @@ def figure_three(this: RoundMetrics, data: Mapping[str, Measures]) -> Plot | Non
 
 
 def _points(
-    data: Mapping[str, Measures], key: str, held_out: Mapping[str, Estimate]
+    this: RoundMetrics, data: Mapping[str, Measures], key: str, *, held_out: bool
 ) -> dict[str, tuple[Estimate, Estimate]]:
     """On-policy probability and accuracy by one judge, of each set of pairs that has both.
 
-    held_out: the on-policy probability of the held-out queries alone, of sets where it is known.
+    held_out: of the held-out queries that both sets have, where it is known of them.
     """
-    x = {name: held_out.get(name) or find(measures, "on_policy.all") for name, measures in data.items()}
-    both = {name: (x[name], find(measures, f"{key}.accuracy")) for name, measures in data.items()}
-    return {name.removesuffix(" pairs"): (x, y) for name, (x, y) in both.items() if x is not None and y is not None}
+    comparisons = (this.get("comparison"), this.get("judged_comparison", {}).get(key)) if held_out else (None, None)
+    own = {PBAA: "baseline", GENERATOR: "pairs"}
+
+    def of(name: str, compared: Any, path: str) -> Estimate | None:
+        both = cast("Mapping[str, Estimate]", compared["both"]) if compared else {}
+        return both.get(own.get(name, "")) or find(data[name], path)
+
+    paths = ("on_policy.all", f"{key}.accuracy")
+    found = {name: [of(name, *each) for each in zip(comparisons, paths, strict=True)] for name in data}
+    return {name.removesuffix(" pairs"): (x, y) for name, (x, y) in found.items() if x is not None and y is not None}
 
 
 def _reach(value: Estimate) -> list[list[float]] | None:

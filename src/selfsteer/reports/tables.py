@@ -6,7 +6,7 @@ of a run is in `verdict.py`. Left out on purpose: measuring; a number that is no
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import Literal, cast
 
 from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.measures.checks import PrincipleChecks, parse
@@ -225,7 +225,7 @@ def _differences(this: RoundMetrics) -> Json | None:
 
 
 def measures_table(columns: Mapping[str, Measures], differences: Json | None = None, *, title: str = "Pairs") -> Table:
-    """Sets of pairs side by side and, with `differences`, how far the last is above the first."""
+    """Sets of pairs side by side and, with `differences`, how far the generator's are above PBAA's."""
     sets = list(columns.values())
 
     def line(label: str, path: str, form: Form = "number", difference: str = "") -> Row:
@@ -486,14 +486,15 @@ def _moved(side: Json, name: str) -> Cell:
     )
 
 
+def training_names(this: RoundMetrics) -> list[tuple[str, Literal["generator", "bad_generator", "policy"]]]:
+    """Each training of a round: how people call it, and its key."""
+    generator = "generator of chosen" if "bad_generator" in this else "data generator"
+    named = ((generator, "generator"), ("generator of rejected", "bad_generator"), ("policy", "policy"))
+    return [(name, key) for name, key in named if key in this]
+
+
 def _trainings(this: RoundMetrics, title: str) -> Table:
-    dual = "bad_generator" in this
-    trainings = (
-        ("generator of chosen" if dual else "data generator", "generator"),
-        ("generator of rejected", "bad_generator"),
-        ("policy", "policy"),
-    )
-    names = [(column, this[key]) for column, key in trainings if key in this]
+    names = [(column, this[key]) for column, key in training_names(this)]
     sides = [cast(Json, summary) for _, summary in names]
 
     def line(label: str, path: str, form: Form = "number") -> Row:

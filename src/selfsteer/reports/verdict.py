@@ -17,7 +17,7 @@ from selfsteer.measures.gain import in_words as gain_in_words
 from selfsteer.measures.metrics import Measures, Metrics, RoundMetrics, RunFacts, TrainingSummary
 from selfsteer.measures.verdicts import JudgeReport
 from selfsteer.reports.drawing import cell, console_of, print_table
-from selfsteer.reports.tables import GENERATOR, PBAA, data_sets, last_round, run_tables
+from selfsteer.reports.tables import GENERATOR, PBAA, SELECTED, data_sets, last_round, run_tables
 from selfsteer.runtime import duration
 from selfsteer.stages.status import PRINCIPLES
 
@@ -181,7 +181,8 @@ def _accuracy(this: RoundMetrics, sets: dict[str, Measures]) -> Iterator[tuple[s
             continue
         said = "different queries" if GENERATOR in sets and len(accuracies) > 1 else ""
         if compared is not None:
-            accuracies |= {PBAA: compared["both"]["baseline"], list(sets)[-1]: compared["both"]["pairs"]}
+            made = next(name for name in reversed(sets) if name != SELECTED)
+            accuracies |= {PBAA: compared["both"]["baseline"], made: compared["both"]["pairs"]}
             difference = compared["difference"]
             said = f"{_signed(difference, share=True)} points  {in_words(difference, 'more accurate', 'less accurate')}"
         cells = [f"{name.removesuffix(' pairs')} {_share(found)} {_of(found)}" for name, found in accuracies.items()]

@@ -81,7 +81,7 @@ def viewing(run: Path, port: int = 0) -> Generator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            host = self.headers.get("Host", "").rpartition(":")[0]
+            host = self.headers.get("Host", "").partition(":")[0]
             asked, place = self.path.encode(), f"/{token}/".encode()
             so_far = hmac.compare_digest(asked, place + SO_FAR.encode())
             if host not in ("127.0.0.1", "localhost") or not (so_far or hmac.compare_digest(asked, place)):

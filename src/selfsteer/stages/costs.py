@@ -47,8 +47,8 @@ more after more steps (docs/log.md)."""
 _CHUNK = 8 * 2**22
 """Bytes of a chunk of logits (`training.logps.CHUNK_ELEMENTS`) in float32, in half precision, and of its gradient."""
 
-_MARGIN_PASSES = 3
-"""How often margins are taken when a model is saved, at most (`training/export.py`)."""
+_MARGIN_PASSES = 4
+"""How often margins are taken before a training and when its model is saved, at most (`training/export.py`)."""
 
 
 class Size(NamedTuple):

@@ -56,7 +56,7 @@ def check_memory(recipe: Recipe, size: Size) -> None:
     device = pick_device()
     room = device_memory(device)
     need = training_state(size, half=compute_dtype(recipe.training.dtype, device) != torch.float32)
-    if room is None or need <= room:
+    if need <= room:
         return
     way_out = (
         "set training.lora.rank=16" if recipe.training.lora is None else "take a smaller model"
@@ -67,8 +67,8 @@ def check_memory(recipe: Recipe, size: Size) -> None:
     )
 
 
-def device_memory(device: torch.device) -> int | None:
-    """Bytes that this process can have on a device; None where that is not told."""
+def device_memory(device: torch.device) -> int:
+    """Bytes that this process can have on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory()

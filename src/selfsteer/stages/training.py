@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 BOUNDING = ("dpop", "bdpo")
 """Losses made against displacement (`training/objective.py`)."""
 
+TRACKED = "runs"
+"""Where TensorBoard's events are, in a training's output and then in the stage: transformers names it so."""
+
 _HALVES = {GOOD_GENERATOR: "l_plus", BAD_GENERATOR: "l_minus"}
 
 
@@ -193,6 +196,8 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         shutil.rmtree(work.stage.path / name, ignore_errors=True)
         (unfinished / name).rename(work.stage.path / name)
     shutil.copyfile(unfinished / HISTORY, work.stage.path / HISTORY)
+    if (unfinished / TRACKED).is_dir():
+        shutil.copytree(unfinished / TRACKED, work.stage.path / TRACKED, dirs_exist_ok=True)
     known = {file.name: file_digest(file) for file in (work.stage.path / MODEL).iterdir() if file.is_file()}
     trained = checkpoint(work.stage.path / MODEL, known)
     reward = _what_training_did(round, work, pairs, trained, section.beta, queries)

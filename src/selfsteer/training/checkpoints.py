@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+import torch.distributed
 from safetensors import SafetensorError
 
 from selfsteer.store.durable import canonical_json, file_digest, sync, write, write_failed
@@ -41,6 +43,8 @@ def writing(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise write_failed(error, path) from error
+    except (torch.OutOfMemoryError, torch.distributed.DistError):  # which are RuntimeErrors, and no fault of the disk
+        raise
     except (SafetensorError, RuntimeError) as error:  # of safetensors and of torch.save; neither is an OSError
         raise write_failed(OSError(errno.EIO, str(error)), path) from error
 

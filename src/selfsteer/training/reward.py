@@ -37,7 +37,7 @@ from selfsteer.recipe.engines import DTypeName
 from selfsteer.store.durable import digest, make_folder
 from selfsteer.training import checkpoints
 from selfsteer.training.export import whole_folder
-from selfsteer.training.trainer import Keeper, TrainingDiverged, history_of, write_history
+from selfsteer.training.trainer import Keeper, TrainingDiverged, WholeSteps, history_of, on_one_device, write_history
 
 if TYPE_CHECKING:
     from trl.trainer.reward_config import RewardConfig
@@ -93,13 +93,16 @@ def train_reward(job: RewardJob, tokenizer: PreTrainedTokenizerBase, settings: R
     """
     from trl.trainer.reward_trainer import RewardTrainer
 
+    class _Trainer(WholeSteps, RewardTrainer):
+        pass
+
     make_folder(job.output)
     resume = checkpoints.resume_point(job.output, job.identity)
     write_history(job.output / "history.jsonl", history_of(resume) if resume else [])
     cache = job.output / ".cache"
     what = {"file": str(job.tokens), "identity": job.identity}
     data = Dataset.from_generator(_rows, gen_kwargs=what, cache_dir=str(cache))
-    trainer = RewardTrainer(
+    trainer = _Trainer(
         model=job.model,
         args=_arguments(job, settings),
         train_dataset=data,
@@ -153,14 +156,13 @@ def _arguments(job: RewardJob, settings: RewardTraining) -> "RewardConfig":
     device = pick_device()
     dtype = compute_dtype(settings.dtype, device)
     micro = max(n for n in range(1, min(settings.batch_size, settings.micro_batch_size) + 1) if settings.batch_size % n == 0)
-    return RewardConfig(
+    args = RewardConfig(
         output_dir=str(job.output),
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=settings.batch_size // micro,
-        # 1 would mean one step.
-        warmup_steps=min(0.1, math.nextafter(1.0, 0.0)),
+        warmup_steps=0.1,
         lr_scheduler_type="cosine",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -178,6 +180,8 @@ def _arguments(job: RewardJob, settings: RewardTraining) -> "RewardConfig":
         center_rewards_coefficient=settings.center,
         model_init_kwargs={"dtype": torch.float32, "use_safetensors": True},
     )
+    on_one_device(args)
+    return args
 
 
 def _export(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

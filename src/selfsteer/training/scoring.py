@@ -342,7 +342,8 @@ def main() -> None:
         return
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     logging.getLogger("selfsteer").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    total = sum(1 for _ in _share(folder, rank, count))
+    with (folder / _GROUPS).open("rb") as lines:
+        total = len(range(rank, sum(1 for _ in lines), count))
     description = f"{job['description']} (1 of {count} processes)"
     policy, training = Policy.model_validate(job["policy"]), Training.model_validate(job["training"])
     with (

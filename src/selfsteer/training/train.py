@@ -21,14 +21,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import TypeAdapter
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
-from transformers.training_args import OptimizerNames
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from selfsteer import runtime
 from selfsteer.clock import part
@@ -63,6 +63,7 @@ from selfsteer.training.trainer import (
     TrainingDiverged,
     history_of,
     margins,
+    on_one_device,
     read_history,
     spread,
     token_groups,
@@ -116,7 +117,7 @@ class TrainingJob:
         return _JSON.validate_python(values)
 
     def digest(self) -> str:
-        """sha256 of everything that determines the result; no paths."""
+        """sha256 of what determines the result, no paths; of how prompts are rendered the output folder tells."""
         content = self.as_json()
         policy = {file.name: file_digest(file) for file in sorted(Path(self.policy.model).glob("*.safetensors"))}
         settings = {name: value for name, value in content["training"].items() if name not in _MECHANICS}
@@ -169,10 +170,13 @@ def train(job: TrainingJob) -> TrainingResult:
 
 
 def check_optimizer(name: str) -> None:
-    """Raises ValueError for an optimizer that transformers does not know; before anything is sampled for its training."""
+    """Raises ValueError for an optimizer that can't be had here; before anything is sampled for its training."""
+    if name.startswith("schedule_free"):  # what is delivered would be the weights of its last step and not their average
+        raise ValueError(f"training.optimizer: {name} averages weights, which is not done here; take adamw_torch")
     try:
-        OptimizerNames(name)
-    except ValueError as error:
+        with TemporaryDirectory() as folder:
+            Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(output_dir=folder, optim=name, use_cpu=True))
+    except (ImportError, ValueError) as error:
         raise ValueError(f"training.optimizer: {error}") from error
 
 
@@ -204,8 +208,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
     set_seed(job.seed)
     model, packing = _prepare_model(job, data)
     pairs = margins(data, Collator(packing), beta=job.beta, weighted=job.weighting != "none")
-    # With a reference the margins begin at zero by themselves.
-    at_first = 0.0 if job.needs_reference else pairs(model)
+    at_first = pairs(model)  # zero where the reference is this model
     planned = round(len(data) * job.epochs) if job.max_steps is None else job.max_steps * job.batch_size
     meter = _meter(job, data, packing, planned)
     if meter is not None:
@@ -279,10 +282,20 @@ def _starting_point(job: TrainingJob, output: Path) -> _Start:
     resume = checkpoints.resume_point(output, identity)
     found = read_object(output / _DISPLACED) if (output / _DISPLACED).exists() else {}
     if found.get("training") == identity and checkpoints.is_complete(back := checkpoints.at_step(output, found["step"])):
+        if not any(step["step"] == found["step"] for step in _history(output)):
+            write_history(output / "history.jsonl", history_of(back))
         return _Start(identity, back, found["crossed"])
     (output / _DISPLACED).unlink(missing_ok=True)
     write_history(output / "history.jsonl", history_of(resume) if resume else [])
     return _Start(identity, resume, None)
+
+
+def _history(output: Path) -> list[Step]:
+    """The steps in an output folder; none where they are damaged."""
+    try:
+        return read_history(output / "history.jsonl")
+    except ValueError:
+        return []
 
 
 def _turn_back(output: Path, keeper: Keeper, crossed: int) -> None:
@@ -407,6 +420,7 @@ def _arguments(job: TrainingJob) -> TrainingArguments:
         seed=job.seed,
         accelerator_config={"even_batches": False},  # `Order` sees to it that all processes have as many
     )
+    on_one_device(args)
     if job.batch_size % args.world_size:
         raise ValueError(f"batch_size {job.batch_size} can't be shared by {args.world_size} processes; take a multiple")
     return args

@@ -1,7 +1,8 @@
 """The one trainer: L_base + gamma * L_sft over the pairs of each query, on `transformers.Trainer`.
 
 The loss of an optimizer step is the mean over its queries of the sum over each query's pairs, whatever the micro-batches.
-Overridden are only the loss, its normaliser, what is logged, and steps that transformers takes at rate 0 or too many.
+Overridden are only the loss, its normaliser, what is logged, and steps that transformers takes at rate 0 or too many (those
+of reward models, too).
 """
 
 import json
@@ -281,7 +282,47 @@ _MEANS = ("margin", "accuracy", "chosen_logps", "rejected_logps", "sft", "weight
 """The means over a step's pairs: those of a `Step`, and what its `sft_share` is made of."""
 
 
-class PreferenceTrainer(Trainer):
+def on_one_device(args: TrainingArguments) -> None:
+    """Train on one device where no group was launched: transformers would cut our batches up for all (DataParallel)."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
+
+
+class WholeSteps(Trainer):
+    """transformers' Trainer, which takes its first step at rate 0 and, continued behind its last one, one too many."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As transformers, but for the warm-up, which reaches the full rate a step earlier."""
+        made = cast(Any, self.lr_scheduler)
+        if made is not None:
+            return made
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if not isinstance(scheduler, LambdaLR) or scheduler.lr_lambdas[0](0) > 0:
+            return scheduler
+        rates = [_without_zero(rate, max(1, warmup)) for rate in scheduler.lr_lambdas]
+        self.lr_scheduler = LambdaLR(scheduler.optimizer, rates)
+        if 3 * warmup > num_training_steps and parallel.is_first():
+            log.warning(
+                "the learning rate rises in %d of %d steps (training.warmup_ratio); take more queries or epochs, or a"
+                " smaller batch",
+                *(warmup, num_training_steps),
+            )
+        return self.lr_scheduler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A training that was stopped behind its last step has nothing left to do; transformers would go on with a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+
+def _without_zero(rate: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    return lambda step: (step + 1) / warmup if step < warmup else rate(step)
+
+
+class PreferenceTrainer(WholeSteps):
     """transformers' Trainer with the loss of preference pairs, exact under gradient accumulation and over processes."""
 
     loss_is_scaled_for_ga = True
@@ -380,32 +421,6 @@ class PreferenceTrainer(Trainer):
         except ImportError as error:
             raise ValueError(f"training.optimizer: {error}") from error
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As transformers, whose warm-up begins with a step at rate 0; here it reaches the full rate a step earlier."""
-        made = cast(Any, self.lr_scheduler)
-        if made is not None:
-            return made
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        if not isinstance(scheduler, LambdaLR) or scheduler.lr_lambdas[0](0) > 0:
-            return scheduler
-        rates = [_without_zero(rate, max(1, warmup)) for rate in scheduler.lr_lambdas]
-        self.lr_scheduler = LambdaLR(scheduler.optimizer, rates)
-        if 3 * warmup > num_training_steps and parallel.is_first():
-            log.warning(
-                "the learning rate rises in %d of %d steps (training.warmup_ratio); take more queries or epochs, or a"
-                " smaller batch",
-                *(warmup, num_training_steps),
-            )
-        return self.lr_scheduler
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """A training that was stopped behind its last step has nothing left to do; transformers would go on with a step."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
     @part("checkpoint")
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """As transformers does; a full disk is told like everywhere else."""
@@ -434,13 +449,9 @@ class PreferenceTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _without_zero(rate: Callable[[int], float], warmup: int) -> Callable[[int], float]:
-    return lambda step: (step + 1) / warmup if step < warmup else rate(step)
-
-
 _SAMPLE, _FEWEST, _SHARE = 32, 4, 24
-"""Queries whose margins are taken when a model is saved: at most, at least, and as a share of all. That takes up to three
-forward passes, which cost as much as a training step of these queries."""
+"""Queries whose margins are taken when a model is saved: at most, at least, and as a share of all. That takes up to four
+forward passes, which cost little more than a training step of these queries."""
 
 
 def margin_queries(count: int) -> int:
