@@ -157,10 +157,6 @@ class Journal:
         """
         self.folder = folder
         self.writer = writer
-        self.torn = 0
-        """Torn last lines found on opening."""
-        self.corrupt = 0
-        """Lines with a wrong checksum found on opening."""
         self._index = Places()
         self._parts: list[Path] = []
         self._readers: dict[int, BinaryIO] = {}
@@ -287,7 +283,6 @@ class Journal:
             for line in file:
                 if not line.endswith(b"\n"):
                     if ours:
-                        self.torn += 1
                         _set_aside(part, file, line)
                     break
                 body = _body(line)
@@ -297,7 +292,6 @@ class Journal:
                     self._index.add(_slot(_key(body)), place)
                 place += len(line)
         if corrupt:
-            self.corrupt += corrupt
             log.warning("%s: skipped %d damaged lines; samples missing because of it are made again", part, corrupt)
 
     def _open_written(self) -> int:
