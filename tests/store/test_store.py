@@ -1,5 +1,6 @@
 """The run folder: what a damaged line, a full disk, a second process or a changed setting does to it."""
 
+import errno
 import json
 import os
 import resource
@@ -30,6 +31,7 @@ from selfsteer.store.folder import (
     RunFolderGone,
     Stage,
     StageDamaged,
+    borrow,
     elapsed,
 )
 from selfsteer.store.journal import Journal
@@ -303,6 +305,45 @@ def test_memory_holds_an_index_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tracemalloc.stop()
     assert held / len(keys) < 50
     assert peak < 4 * len(keys) * 50
+
+
+# Samples of other runs
+
+
+def finished(stage: Stage, *keys: str, n: int = 1) -> Stage:
+    """With these samples in its journal."""
+    with stage.journal() as journal:
+        journal.append([(key, {"n": n}) for key in keys])
+    return stage
+
+
+def test_lenders_of_one_name_lend_what_each_has(tmp_path: Path):
+    own, one, other = (Stage(tmp_path / place / "run/round-1/2-responses") for place in ("own", "one", "other"))
+    borrow(own, [finished(one, "a")])
+    borrow(own, [one, finished(other, "b")])
+    assert own.finished() == 2
+    borrow(last := Stage(tmp_path / "last/run/round-1/2-responses"), [one, other, finished(own, "c")])
+    assert last.finished() == 3
+    assert len(list((last.path / "parts").iterdir())) == 3, "what was lent twice is there once"
+
+
+def test_parts_from_another_device_are_copied_to_the_disk_and_grow_with_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    synced: list[Path] = []
+    own, other = (Stage(tmp_path / name / "round-1/2-responses") for name in ("own", "other"))
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(folder, "sync", synced.append)
+    with other.journal() as journal:
+        journal.append([("a", {})])
+        borrow(own, [other])
+        assert [path.suffix for path in synced] == [".tmp", ""], "the bytes, then the name"
+        journal.append([("b", {})])
+        borrow(own, [other])
+    assert own.finished() == 2
 
 
 # Stage

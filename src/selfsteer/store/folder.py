@@ -695,10 +695,12 @@ def borrow(stage: Stage, lenders: Iterable[Stage]) -> None:
 
 
 def lend(lender: Stage, stage: Stage, name: str) -> None:
-    """The samples of one lender; those that it made itself go by `name` there."""
+    """The samples of one lender; those that it made itself go by `name` there, and by what no other file has in common."""
     for part in sorted((lender.path / _PARTS).glob("*main-*.jsonl")):
-        own = stage.path / _PARTS / (f"{name}-{part.name}" if part.name.startswith("main-") else part.name)
-        if not own.exists():
+        own = stage.path / _PARTS / part.name
+        if part.name.startswith("main-"):
+            own = own.with_name(f"{part.stat().st_ino:x}-{name}-{part.name}")
+        if not own.exists() or own.stat().st_size < part.stat().st_size:  # a copy of what has grown since
             _link(part, own)
 
 
@@ -711,5 +713,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, unfinished)
     except OSError:  # another device, or a file system without links
         shutil.copyfile(source, unfinished)
+        sync(unfinished)
     unfinished.replace(target)
     sync(target.parent)
