@@ -346,6 +346,14 @@ def test_parts_from_another_device_are_copied_to_the_disk_and_grow_with_theirs(
     assert own.finished() == 2
 
 
+@pytest.mark.parametrize("lender", ["base", "main"])
+def test_the_run_s_own_record_goes_before_a_lent_one(lender: str, tmp_path: Path):
+    own = finished(Stage(tmp_path / "run/round-1/2-responses"), "a", n=1)
+    borrow(own, [finished(Stage(tmp_path / lender / "round-1/2-responses"), "a", n=2)])
+    with own.journal() as journal:
+        assert journal.get("a") == {"n": 1}
+
+
 # Stage
 
 

@@ -8,7 +8,7 @@ Guarantees
   counted, logged and skipped, so its key is missing and the sample is made again.
 - A torn last line is cut off and kept in `<part>.torn`, unless its writer is still alive (it holds a lock on its part).
 - Nobody appends to a part that another process began, so a torn line never swallows the next record.
-- The first record of a key wins, in the order of writer and n; appending a key again writes nothing.
+- The first record of a key wins, the run's own before those of other runs; appending a key again writes nothing.
 - Memory holds about 40 bytes a record, whatever its size: a hash of the key and where the line begins (`Places`).
 
 Left out on purpose: seeing what other processes append while this one is open, unless it is told to (`reread`); deleting or
@@ -141,9 +141,10 @@ def _take(file: BinaryIO) -> bool:
 
 
 def _parts_in(folder: Path) -> list[tuple[str, int, Path]]:
-    """Writer, n and path of every part, in the order in which records win."""
+    """Writer, n and path of every part, in the order in which records win: own parts, then those that were lent."""
     found = ((_PART_NAME.fullmatch(path.name), path) for path in folder.glob("*.jsonl"))
-    return sorted((match[1], int(match[2]), path) for match, path in found if match)
+    parts = ((match[1], int(match[2]), path) for match, path in found if match)
+    return sorted(parts, key=lambda part: (not part[0].startswith("main"), *part))
 
 
 class Journal:
