@@ -354,6 +354,17 @@ def test_the_run_s_own_record_goes_before_a_lent_one(lender: str, tmp_path: Path
         assert journal.get("a") == {"n": 1}
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to every file")
+def test_a_lender_that_nobody_may_write_to_lends(tmp_path: Path):
+    own, other = (Stage(tmp_path / name / "round-1/2-responses") for name in ("own", "other"))
+    part = finished(other, "a").path / "parts/main-0.jsonl"
+    part.write_bytes(part.read_bytes() + b"torn")
+    part.chmod(0o444)
+    borrow(own, [other])
+    assert finished(own, "b").finished() == 2
+    assert part.read_bytes().endswith(b"torn")
+
+
 # Stage
 
 

@@ -278,6 +278,7 @@ class Journal:
         place = len(self._parts) * _PART
         self._parts.append(part)
         corrupt = 0
+        repair = repair and os.access(part, os.W_OK)  # lent by a run that is kept as it is
         with part.open("r+b" if repair else "rb") as file:
             # Taken before reading: a live writer may be about to complete the line that looks torn.
             ours = repair and _take(file)
