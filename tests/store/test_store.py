@@ -643,6 +643,19 @@ def test_a_clock_adds_up(tmp_path: Path):
     assert json.loads((tmp_path / "elapsed.json").read_text())["parts"]["load"] == [2.0, 0], "kept for the next session"
 
 
+def test_a_clock_without_room_is_named_and_hides_no_error(tmp_path: Path):
+    """A limit on the file size stands in for the full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match=r"make room.*elapsed\.json"), elapsed(tmp_path):
+            pass
+        with pytest.raises(KeyboardInterrupt), elapsed(tmp_path):
+            raise KeyboardInterrupt
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
 def test_the_peak_of_memory_is_of_the_work_alone_and_the_larger_of_two_sessions(tmp_path: Path):
     held = bytearray(b"1") * 300_000_000

@@ -89,14 +89,20 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
             with suppress(OSError):  # the last time it is told
                 write_taken(file, taken())
 
+    def end() -> None:
+        finished.set()
+        keeper.join()
+        write_taken(file, taken())
+
     keeper = threading.Thread(target=keep, daemon=True, name="selfsteer-clock")
     keeper.start()
     try:
         yield taken
-    finally:
-        finished.set()
-        keeper.join()
-        write_taken(file, taken())
+    except BaseException:
+        with suppress(OSError):  # what came first is told
+            end()
+        raise
+    end()
 
 
 def read_taken(file: Path, otherwise: str) -> Taken:
@@ -120,10 +126,8 @@ def read_taken(file: Path, otherwise: str) -> Taken:
 
 
 def write_taken(file: Path, taken: Taken) -> None:
-    """Write it down, whole or not at all."""
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({**taken._asdict(), "seconds": round(taken.seconds, 3)}))
-    unfinished.replace(file)
+    """Write it down, whole or not at all; raises as `replacing`."""
+    write(file, json.dumps({**taken._asdict(), "seconds": round(taken.seconds, 3)}).encode())
 
 
 SCHEMA_VERSION = 4
