@@ -739,6 +739,15 @@ def test_view_of_nothing(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_view_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with RunFolder(tmp_path / "run") as run:
+        run.describe("", {})
+        stages = run.stage(1, "2-responses").path.parent
+    for inside, name in ((run.path, "."), (stages, "..")):
+        monkeypatch.chdir(inside)
+        assert RunFolder.view(name).path == run.path
+
+
 def test_view_creates_nothing_and_needs_no_lock(tmp_path: Path):
     with RunFolder(tmp_path / "run") as run:
         run.describe("", {})

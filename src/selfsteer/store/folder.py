@@ -257,7 +257,7 @@ class RunFolder:
     @classmethod
     def view(cls, path: Path | str) -> Self:
         """An existing run, to be read without owning it. Raises ValueError where there is none."""
-        run = cls(path)
+        run = cls(path if Path(path).name.strip(".") else os.path.abspath(path))  # "." and ".." are no names
         if not (run.path / "run.json").is_file():
             raise ValueError(f"{path}: no run here (no run.json). Name the folder that the recipe's output gave.")
         run._check_version()
