@@ -135,6 +135,8 @@ SCHEMA_VERSION = 4
 
 DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
 
+_PARTS = "parts"
+
 PREFERENCES, SELECTION, POLICY = "5-preferences", "5-selection", "6-policy"
 """The stages that hold pairs, and what is aligned on them; of the others `stages/status.py` knows."""
 
@@ -465,11 +467,11 @@ class Stage:
 
     def journal(self) -> Journal:
         """The finished samples; to be used in a `with` block, by the owner of the run."""
-        return Journal(self.path / "parts")
+        return Journal(self.path / _PARTS)
 
     def finished(self) -> int:
         """How many good records the journal holds; changes nothing on disk, so anyone may ask at any time."""
-        with Journal(self.path / "parts", repair=False) as journal:
+        with Journal(self.path / _PARTS, repair=False) as journal:
             return len(journal)
 
     @clock.part("seal")
@@ -675,9 +677,6 @@ def _settle(path: Path, known: str | None) -> str:
     sync(path)
     sync(path.parent)
     return known or file_digest(path)
-
-
-_PARTS = "parts"
 
 
 def adopt(stage: Stage, lenders: Iterable[Stage], fingerprint: str) -> bool:
