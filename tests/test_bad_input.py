@@ -216,6 +216,12 @@ def test_a_chat_template_with_a_mistake(refused: Callable[..., str], tmp_path: P
     assert nothing_made(tmp_path / "run")
 
 
+def test_no_chat_template_for_the_author_of_principles(refused: Callable[..., str], tiny_folder: str, tmp_path: Path):
+    author = {"source": "generate", "model": tiny_folder, "chat_template": str(tmp_path / "none.jinja")}
+    assert "none.jinja: no such file; name an ordinary file in principles.chat_template" in refused({"principles": author})
+    assert not (tmp_path / "run").exists()
+
+
 # --- what comes out of the model ------------------------------------------------------------------------------------------
 
 

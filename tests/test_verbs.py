@@ -15,6 +15,7 @@ import pytest
 import selfsteer
 from selfsteer.recipe.sections import Recipe
 from selfsteer.recipe.text import RecipeError
+from selfsteer.store.folder import began
 
 RecipeOf = Callable[..., dict[str, Any]]
 
@@ -68,9 +69,14 @@ def test_pairs_are_exported_and_trained_on(folder: Path, tmp_path: Path):
     found = selfsteer.export(folder, tmp_path / "pairs", "trl", keep_truncated=True)
     assert found.written == json.loads((folder / "metrics.json").read_text())["rounds"][0]["alignment"]["pairs"]
     trained = selfsteer.train(
-        folder, folder / "recipe.yaml", f"output={tmp_path / 'trained'}", "quality.principle_consistency=false"
+        folder,
+        folder / "recipe.yaml",
+        f"output={tmp_path / 'trained'}",
+        "quality.principle_consistency=false",
+        "policy.date=2025-01-31",
     )
     assert trained["rounds"][0]["policy"]["steps"] == 1
+    assert began(tmp_path / "trained") == "2025-01-31", "the day that its template was told"
     ids = [
         pq.read_table(each / "round-1/5-preferences/data.parquet", columns=["query_id", "chosen_ids"]).to_pylist()
         for each in (folder, tmp_path / "trained")
@@ -86,9 +92,11 @@ def test_pairs_and_recipe_in_the_wrong_order_are_named(folder: Path):
 
 
 def test_arms_are_compared(tmp_path: Path, recipe_of: RecipeOf):
-    recipe = Recipe.model_validate(recipe_of(tmp_path / "all", SHORT | {"generator.kind": "none"}))
+    changes = SHORT | {"generator.kind": "none", "policy.date": "2025-01-31"}
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "all", changes))
     found = selfsteer.compare(recipe, arms=["pbaa"], seeds=[3])
     assert (list(found["arms"]), found["seeds"]) == (["pbaa"], [3])
+    assert began(tmp_path / "all") == "2025-01-31", "the day that its templates were told"
     assert "pbaa" in selfsteer.report(tmp_path / "all")
 
 

@@ -327,7 +327,7 @@ def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lending: tuple[RunFo
     """The data of one arm and, where the recipe says so, a policy aligned on it; its measures on the held-out queries."""
     align, method = recipe.compare.align, "given" if name == "given" else method_of(recipe)
     with RunFolder(recipe.output) as folder:
-        folder.describe(dump(recipe), summary.session())
+        folder.describe(dump(recipe), summary.session(recipe))
         round = dataclasses.replace(
             first_round(folder, recipe, prepared),
             lenders=lending,

@@ -127,7 +127,7 @@ def train_pairs(pairs: Path, recipe: Recipe, *, replace: bool = False, borrow: S
     next(read_pairs(pairs), None)
     lending = lenders(borrow)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
-        folder.describe(dump(recipe), summary.session())
+        folder.describe(dump(recipe), summary.session(recipe))
         round = dataclasses.replace(first_round(folder, recipe, prepared), replace=replace, lenders=lending)
         preferences = given_stage(round, pairs)
         candidates = Candidates(preferences, quality_stage(round, preferences, principles=False))

@@ -75,7 +75,7 @@ def merge(runs: Sequence[Path], output: Path) -> Manifest:
     if _is_merged(output, recipe, wanted):
         return RunFolder.view(output).stage(1, last).verify()
     with RunFolder(output) as folder:
-        folder.describe(dump(recipe), {**summary.session(), "date": recipe.policy.date})
+        folder.describe(dump(recipe), summary.session(recipe))
         for name in before:
             if not folder.stage(1, name).is_current(wanted[name]):
                 borrow(folder.stage(1, name), [first.stage(name)])

@@ -72,7 +72,7 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
-        folder.describe(dump(recipe), {**summary.session(), "date": recipe.policy.date})
+        folder.describe(dump(recipe), summary.session(recipe))
         dtype = str(compute_dtype(recipe.training.dtype, pick_device())).removeprefix("torch.")
         log.info("%s on %s, matrix products in %s", recipe.policy.model, pick_device().type, dtype)
         round = dataclasses.replace(

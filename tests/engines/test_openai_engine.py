@@ -4,6 +4,7 @@ import base64
 import codecs
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -303,7 +304,7 @@ def test_storm_of_429_loses_nothing(monkeypatch: pytest.MonkeyPatch):
 
 def test_one_that_waits_is_not_given_up_while_others_get_through(monkeypatch: pytest.MonkeyPatch):
     """p0 is told to wait six times, twice its tries; whatever the clock says, others are answered meanwhile."""
-    monkeypatch.setattr(OpenAIEngine, "_silence", lambda _: 99.0)
+    monkeypatch.setattr(OpenAIEngine, "_silence", lambda *_: 99.0)
     waits = misbehave_for("p0", error(429, Retry_After="0.05"), times=6)
     with MisbehavingServer(lambda call: waits(call) if call.prompt == "p0" else late(0.005)(call)) as server:
         outcomes = answered(server, many(120), concurrency=2)
@@ -321,6 +322,19 @@ def test_429_for_everybody_ends_after_the_total_limit():
         answered(server, requests("one"), total_seconds=0.4)
     assert 0.4 < time.monotonic() - began < 3
     assert len(server.calls) > 3
+
+
+def test_the_time_when_nobody_asked_is_no_silence(monkeypatch: pytest.MonkeyPatch):
+    with MisbehavingServer(misbehave_for("one", error(429), times=5)) as server, engine_for(server) as engine:
+        monkeypatch.setattr(engine, "_last_answer", -math.inf)
+        assert [outcome.key for outcome in engine.generate(requests("one"))] == ["key of one"]
+
+
+def test_a_thousand_failures_overflow_nothing(monkeypatch: pytest.MonkeyPatch):
+    """2.0 ** 1024 is no float."""
+    monkeypatch.setattr(openai, "LONGEST_PAUSE", 0.0)
+    with MisbehavingServer(misbehave_for("one", error(503), times=1030)) as server:
+        assert texts(answered(server, requests("one"), tries=2000)) == {"one": "ONE"}
 
 
 # ---- what one request must bear alone ---------------------------------------------------------------------------------

@@ -171,8 +171,9 @@ def test_replicas_are_data_parallel(
         said = started(python)
     found = options(said["arguments"])
     assert (found["--data-parallel-size"], found["--tensor-parallel-size"], said["devices"]) == (["2"], ["2"], "3,5,6,7")
-    with pytest.raises(ValueError, match="2 replicas of 3 GPUs need 6, CUDA_VISIBLE_DEVICES names 4"):
-        open_vllm(python, replicas=2, tensor_parallel_size=3)
+    for replicas, size in ((2, 3), (1, 6)):
+        with pytest.raises(ValueError, match=rf"{replicas} x {size} GPUs are 6, CUDA_VISIBLE_DEVICES names 4"):
+            open_vllm(python, replicas=replicas, tensor_parallel_size=size)
 
 
 def test_the_key_is_random_and_in_the_environment_alone(

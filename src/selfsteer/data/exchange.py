@@ -13,8 +13,8 @@ plain strings without a prompt, in which only a guess would tell the turns apart
 format        what is written, beside README.md     read with
 trl           data/train-00000-of-00001.parquet      datasets.load_dataset(DIR, split="train"), then TRL's DPOTrainer
 llamafactory  selfsteer.json, dataset_info.json      dataset_dir: DIR, dataset: selfsteer
-parquet       pairs.parquet, every column            anything
-jsonl         pairs.jsonl, every column              anything
+parquet       pairs.parquet, all columns of a run    anything
+jsonl         pairs.jsonl, all columns of a run      anything
 
 Left out on purpose: uploading, and adding to files that exist.
 """

@@ -44,6 +44,8 @@ def check_recipe(recipe: Recipe, *, queries: bool = True) -> None:
         regular_file(Path(located(recipe.principles.path)), "principles.path takes a JSONL file of principle pairs")
     if recipe.principles.model is not None:
         check_model(recipe.principles.model, "principles.model")
+    if recipe.principles.chat_template is not None:
+        regular_file(Path(recipe.principles.chat_template), "name an ordinary file in principles.chat_template")
 
 
 def _check_launcher(path: Path) -> None:

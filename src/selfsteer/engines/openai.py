@@ -394,7 +394,6 @@ class OpenAIEngine:
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal(name="openai-engine"))
             stack.enter_context(self._portal.wrap_async_context_manager(self._client))
-            self._last_answer = self._portal.call(anyio.current_time)
             self._exit = stack.pop_all()
         return self
 
@@ -506,7 +505,7 @@ class OpenAIEngine:
     async def _tried(self, request: Request) -> Answer | Failed | None:
         failures = costly = 0
         in_vain = 0  # tries in a row during which nobody was answered
-        answered = self._answered
+        answered, began = self._answered, anyio.current_time()
         while not self._at_end():
             try:
                 answer = await self._try(self._body(request))
@@ -529,10 +528,8 @@ class OpenAIEngine:
                     await self._check_server(request, error)
                     return Failed(key=request.key, reason="no usable answer", detail=f"{failures} tries; the last: {error}")
                 # One that is told to wait is not given up while others get through: its turn will come.
-                if in_vain >= self.server.tries and self._silence() > self.server.total_seconds:
-                    raise self._unusable(
-                        f"asks to wait, and answered nobody for {self._silence():.0f} s ({error})"
-                    ) from None
+                if in_vain >= self.server.tries and (silence := self._silence(began)) > self.server.total_seconds:
+                    raise self._unusable(f"asks to wait, and answered nobody for {silence:.0f} s ({error})") from None
                 await self._pause(failures, error.retry_after)
             else:
                 self._note_answer()
@@ -558,15 +555,15 @@ class OpenAIEngine:
                 " one of them"
             )
 
-    def _silence(self) -> float:
-        """Seconds since the server last answered any request."""
-        return anyio.current_time() - self._last_answer
+    def _silence(self, began: float) -> float:
+        """Seconds since the server last answered any request, or since the one began that waits."""
+        return anyio.current_time() - max(began, self._last_answer)
 
     async def _pause(self, failures: int, retry_after: float | None) -> None:
         asked = retry_after or 0.0
         if asked > LONGEST_WAIT:
             raise self._unusable(f"asks to come back in {asked:.0f} s (Retry-After)")
-        limit = min(LONGEST_PAUSE, self.server.first_pause * 2.0 ** (failures - 1))
+        limit = min(LONGEST_PAUSE, self.server.first_pause * 2.0 ** min(failures - 1, 60))
         end = anyio.current_time() + asked + random.uniform(0, limit)
         while (left := end - anyio.current_time()) > 0 and not self._at_end():
             await anyio.sleep(min(left, _STOP_POLL))

@@ -321,8 +321,8 @@ def check_gpus(section: VllmSection) -> None:
     """Raise ValueError when fewer GPUs are given to this process than the section needs."""
     needed, given = section.replicas * section.tensor_parallel_size, os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = [name for name in (given or "").split(",") if name]
-    if section.replicas > 1 and devices and len(devices) < needed:
+    if devices and len(devices) < needed:
         raise ValueError(
-            f"engine: {section.replicas} replicas of {section.tensor_parallel_size} GPUs need {needed},"
-            f" CUDA_VISIBLE_DEVICES names {len(devices)}: lower engine.replicas"
+            f"engine: {section.replicas} x {section.tensor_parallel_size} GPUs are {needed}, CUDA_VISIBLE_DEVICES names"
+            f" {len(devices)}: lower engine.replicas or engine.tensor_parallel_size"
         )

@@ -44,10 +44,11 @@ from selfsteer.training.trainer import read_history
 _LIBRARIES = ("selfsteer", "torch", "transformers", "peft", "accelerate", "datasets", "pyarrow")
 
 
-def session() -> dict[str, Any]:
-    """What this process runs with, for run.json."""
+def session(recipe: Recipe) -> dict[str, Any]:
+    """What this process runs with, and the day that templates are told, for run.json."""
     versions = {name: version(name) for name in _LIBRARIES}
-    return {"versions": versions, "python": platform.python_version(), "commit": _commit(), "hardware": hardware()}
+    python, commit = platform.python_version(), _commit()
+    return {"versions": versions, "python": python, "commit": commit, "hardware": hardware(), "date": recipe.policy.date}
 
 
 def _commit() -> str | None:

@@ -89,14 +89,20 @@ def elapsed(folder: Path) -> Generator[Callable[[], Taken]]:
             with suppress(OSError):  # the last time it is told
                 write_taken(file, taken())
 
+    def end() -> None:
+        finished.set()
+        keeper.join()
+        write_taken(file, taken())
+
     keeper = threading.Thread(target=keep, daemon=True, name="selfsteer-clock")
     keeper.start()
     try:
         yield taken
-    finally:
-        finished.set()
-        keeper.join()
-        write_taken(file, taken())
+    except BaseException:
+        with suppress(OSError):  # what came first is told
+            end()
+        raise
+    end()
 
 
 def read_taken(file: Path, otherwise: str) -> Taken:
@@ -120,16 +126,16 @@ def read_taken(file: Path, otherwise: str) -> Taken:
 
 
 def write_taken(file: Path, taken: Taken) -> None:
-    """Write it down, whole or not at all."""
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({**taken._asdict(), "seconds": round(taken.seconds, 3)}))
-    unfinished.replace(file)
+    """Write it down, whole or not at all; raises as `replacing`."""
+    write(file, json.dumps({**taken._asdict(), "seconds": round(taken.seconds, 3)}).encode())
 
 
 SCHEMA_VERSION = 4
 """Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
 DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
+
+_PARTS = "parts"
 
 PREFERENCES, SELECTION, POLICY = "5-preferences", "5-selection", "6-policy"
 """The stages that hold pairs, and what is aligned on them; of the others `stages/status.py` knows."""
@@ -253,7 +259,7 @@ class RunFolder:
     @classmethod
     def view(cls, path: Path | str) -> Self:
         """An existing run, to be read without owning it. Raises ValueError where there is none."""
-        run = cls(path)
+        run = cls(path if Path(path).name.strip(".") else os.path.abspath(path))  # "." and ".." are no names
         if not (run.path / "run.json").is_file():
             raise ValueError(f"{path}: no run here (no run.json). Name the folder that the recipe's output gave.")
         run._check_version()
@@ -461,11 +467,11 @@ class Stage:
 
     def journal(self) -> Journal:
         """The finished samples; to be used in a `with` block, by the owner of the run."""
-        return Journal(self.path / "parts")
+        return Journal(self.path / _PARTS)
 
     def finished(self) -> int:
         """How many good records the journal holds; changes nothing on disk, so anyone may ask at any time."""
-        with Journal(self.path / "parts", repair=False) as journal:
+        with Journal(self.path / _PARTS, repair=False) as journal:
             return len(journal)
 
     @clock.part("seal")
@@ -673,9 +679,6 @@ def _settle(path: Path, known: str | None) -> str:
     return known or file_digest(path)
 
 
-_PARTS = "parts"
-
-
 def adopt(stage: Stage, lenders: Iterable[Stage], fingerprint: str) -> bool:
     """Take over the sealed stage of a lender that was made from the same origin; False where none has it whole."""
     for lender in lenders:
@@ -695,10 +698,12 @@ def borrow(stage: Stage, lenders: Iterable[Stage]) -> None:
 
 
 def lend(lender: Stage, stage: Stage, name: str) -> None:
-    """The samples of one lender; those that it made itself go by `name` there."""
+    """The samples of one lender; those that it made itself go by `name` there, and by what no other file has in common."""
     for part in sorted((lender.path / _PARTS).glob("*main-*.jsonl")):
-        own = stage.path / _PARTS / (f"{name}-{part.name}" if part.name.startswith("main-") else part.name)
-        if not own.exists():
+        own = stage.path / _PARTS / part.name
+        if part.name.startswith("main-"):
+            own = own.with_name(f"{part.stat().st_ino:x}-{name}-{part.name}")
+        if not own.exists() or own.stat().st_size < part.stat().st_size:  # a copy of what has grown since
             _link(part, own)
 
 
@@ -711,5 +716,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, unfinished)
     except OSError:  # another device, or a file system without links
         shutil.copyfile(source, unfinished)
+        sync(unfinished)
     unfinished.replace(target)
     sync(target.parent)

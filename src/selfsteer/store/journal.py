@@ -8,7 +8,7 @@ Guarantees
   counted, logged and skipped, so its key is missing and the sample is made again.
 - A torn last line is cut off and kept in `<part>.torn`, unless its writer is still alive (it holds a lock on its part).
 - Nobody appends to a part that another process began, so a torn line never swallows the next record.
-- The first record of a key wins, in the order of writer and n; appending a key again writes nothing.
+- The first record of a key wins, the run's own before those of other runs; appending a key again writes nothing.
 - Memory holds about 40 bytes a record, whatever its size: a hash of the key and where the line begins (`Places`).
 
 Left out on purpose: seeing what other processes append while this one is open, unless it is told to (`reread`); deleting or
@@ -141,9 +141,10 @@ def _take(file: BinaryIO) -> bool:
 
 
 def _parts_in(folder: Path) -> list[tuple[str, int, Path]]:
-    """Writer, n and path of every part, in the order in which records win."""
+    """Writer, n and path of every part, in the order in which records win: own parts, then those that were lent."""
     found = ((_PART_NAME.fullmatch(path.name), path) for path in folder.glob("*.jsonl"))
-    return sorted((match[1], int(match[2]), path) for match, path in found if match)
+    parts = ((match[1], int(match[2]), path) for match, path in found if match)
+    return sorted(parts, key=lambda part: (not part[0].startswith("main"), *part))
 
 
 class Journal:
@@ -157,10 +158,6 @@ class Journal:
         """
         self.folder = folder
         self.writer = writer
-        self.torn = 0
-        """Torn last lines found on opening."""
-        self.corrupt = 0
-        """Lines with a wrong checksum found on opening."""
         self._index = Places()
         self._parts: list[Path] = []
         self._readers: dict[int, BinaryIO] = {}
@@ -281,13 +278,13 @@ class Journal:
         place = len(self._parts) * _PART
         self._parts.append(part)
         corrupt = 0
+        repair = repair and os.access(part, os.W_OK)  # lent by a run that is kept as it is
         with part.open("r+b" if repair else "rb") as file:
             # Taken before reading: a live writer may be about to complete the line that looks torn.
             ours = repair and _take(file)
             for line in file:
                 if not line.endswith(b"\n"):
                     if ours:
-                        self.torn += 1
                         _set_aside(part, file, line)
                     break
                 body = _body(line)
@@ -297,7 +294,6 @@ class Journal:
                     self._index.add(_slot(_key(body)), place)
                 place += len(line)
         if corrupt:
-            self.corrupt += corrupt
             log.warning("%s: skipped %d damaged lines; samples missing because of it are made again", part, corrupt)
 
     def _open_written(self) -> int:
