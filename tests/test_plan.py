@@ -152,6 +152,20 @@ def test_what_does_not_fit_is_said_and_refused(recipe_of: RecipeOf, tmp_path: Pa
         run(recipe)
 
 
+def test_checkpoints_that_are_there_need_no_more_disk(recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """1000 weights: a model of 4,000 bytes and three checkpoints of 12,000, of which two are on the disk."""
+    recipe, stages = Recipe.model_validate(recipe_of(tmp_path / "run")), ["round-1/6-policy"]
+    size = Size(1000, 1000, 2, 8, 32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(40_000, 24_000, 16_000))
+    with pytest.raises(ValueError, match=r"disk: round-1/6-policy need up to 4e-05 GB"):
+        essentials.check_disk(recipe, size, stages)
+    for step in (1, 2):
+        saved = tmp_path / f"run/round-1/6-policy/training-0/checkpoint-{step}/adapter"
+        saved.mkdir(parents=True)
+        (saved / "weights").write_bytes(bytes(12_000))
+    essentials.check_disk(recipe, size, stages)
+
+
 @pytest.mark.parametrize(("holdout", "said"), [(5, []), (6, ["queries.holdout: 6 of 6 queries; leave some to train on."])])
 def test_what_leaves_nothing_to_train_on_is_said_as_the_run_says_it(
     recipe_of: RecipeOf, tmp_path: Path, holdout: int, said: list[str]

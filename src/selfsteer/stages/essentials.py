@@ -78,7 +78,9 @@ def check_disk(recipe: Recipe, size: Size, stages: Sequence[str]) -> None:
     """Raises ValueError where the models and checkpoints of these training stages don't fit the disk of the run folder."""
     if not stages:
         return
-    need = len(stages) * model_disk(recipe, size) + checkpoints_disk(size)
+    saved = (file for stage in stages for file in Path(recipe.output, stage).glob("training-*/checkpoint-*/**/*"))
+    there = sum(file.stat().st_size for file in saved if file.is_file())
+    need = len(stages) * model_disk(recipe, size) + max(0, checkpoints_disk(size) - there)
     free = shutil.disk_usage(existing(Path(recipe.output))).free
     if need > free:
         raise ValueError(
