@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from builders import run, samples
+from tiny import other_model_dir
 
 from selfsteer import plan as planning
 from selfsteer.engines.base import Completion
+from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages import essentials
 from selfsteer.stages.costs import Counts, Lengths, Rates, Size, stage_costs
@@ -150,6 +152,28 @@ def test_what_does_not_fit_is_said_and_refused(recipe_of: RecipeOf, tmp_path: Pa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 0, 1000))
     with pytest.raises(ValueError, match=r"disk: round-1/4-generator, round-1/6-policy need up to .* name another output"):
         run(recipe)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft then sets it
+@pytest.mark.parametrize(
+    ("kind", "modules", "trained"),
+    [
+        ("llama", ["self_attn.q_proj"], 2 * 4 * (32 + 32)),
+        ("llama", r".*\.mlp\.(gate|up)_proj", 2 * 2 * 4 * (32 + 64)),
+        ("gpt2", ["c_fc"], 2 * 4 * (32 + 128)),
+    ],
+)
+def test_weights_of_an_adapter_are_those_that_peft_gives_it(
+    tiny_folder: str, recipe_of: RecipeOf, tmp_path: Path, kind: str, modules: Any, trained: int
+):
+    """Rank 4 on two layers of width 32: rank * (inputs + outputs) of each module, whatever kind of layer it is."""
+    model = tiny_folder if kind == "llama" else other_model_dir(tmp_path / kind, kind)
+    lora = {"rank": 4, "target_modules": modules}
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "run", {"training.lora": lora}))
+    assert essentials.size_of(checkpoint(Path(model)), recipe).trained == trained
+    whole = Recipe.model_validate(recipe_of(tmp_path / "run"))
+    size = essentials.size_of(checkpoint(Path(model)), whole)
+    assert size.trained == size.parameters
 
 
 def test_checkpoints_that_are_there_need_no_more_disk(recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

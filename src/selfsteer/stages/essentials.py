@@ -24,6 +24,7 @@ from selfsteer.records import Checkpoint
 from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, training_state
 from selfsteer.stages.status import TRAININGS, method_of, stage_names
 from selfsteer.store.folder import Stage
+from selfsteer.training.train import with_adapter
 
 
 def check_essentials(recipe: Recipe, policy: Checkpoint, prompts: Prompts, judge: RecipeJudge | None) -> None:
@@ -122,27 +123,13 @@ def size_of(model: Checkpoint, recipe: Recipe) -> Size:
     configuration = load_configuration(model.path, trust_remote_code=trust)
     with torch.device("meta"):
         empty = cast(PreTrainedModel, AutoModelForCausalLM.from_config(configuration, trust_remote_code=trust))
-    parameters = sum(part.numel() for part in empty.parameters())
+        parameters, output = sum(part.numel() for part in empty.parameters()), empty.get_output_embeddings()
+        weights = 0 if output is None else sum(part.numel() for part in output.parameters())
+        if recipe.training.lora is not None:
+            with_adapter(empty, recipe.training.lora)  # in place
+    trained = sum(part.numel() for part in empty.parameters() if part.requires_grad)
     text: dict[str, Any] = configuration.get_text_config().to_dict()
     layers, width, heads = (int(text.get(name) or 1) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     each = int(text.get("head_dim") or width // heads)
     cached = 2 * layers * int(text.get("num_key_value_heads") or heads) * each
-    output = empty.get_output_embeddings()
-    weights = 0 if output is None else sum(part.numel() for part in output.parameters())
-    return Size(parameters, _trained(empty, recipe) or parameters, layers, width, cached, weights)
-
-
-def _trained(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Parameters of the recipe's adapter; 0 without one."""
-    lora = recipe.training.lora
-    if lora is None:
-        return 0
-    names = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    output = model.get_output_embeddings()
-    return sum(
-        lora.rank * (module.in_features + module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and module is not output
-        and (names == ["all-linear"] or name.rpartition(".")[2] in names)
-    )
+    return Size(parameters, trained, layers, width, cached, weights)
