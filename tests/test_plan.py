@@ -12,7 +12,9 @@ from builders import run, samples
 from tiny import other_model_dir
 
 from selfsteer import plan as planning
+from selfsteer.comparing import compare
 from selfsteer.engines.base import Completion
+from selfsteer.given import train_pairs
 from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages import essentials
@@ -247,4 +249,17 @@ def test_trackers_are_asked_for_before_anything_is_sampled(recipe_of: RecipeOf, 
         run(recipe_of(tmp_path / "run", {"training.report_to": ["wandbb"]}))
     with pytest.raises(ValueError, match=r"training.report_to: clearml is not installed; pip install clearml"):
         run(recipe_of(tmp_path / "run", {"training.report_to": ["clearml"]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_and_compare_ask_for_it_as_well(recipe_of: RecipeOf, given: Path, tmp_path: Path):
+    """And a comparison that aligns for its benchmarks, before any arm."""
+    changes = {"training.report_to": ["clearml"], "queries.holdout": 2}
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "run", changes))
+    for begin in (lambda: train_pairs(given, recipe), lambda: compare(recipe, ["base", "pbaa", "sso"], [0])):
+        with pytest.raises(ValueError, match=r"training.report_to: clearml is not installed"):
+            begin()
+    aligned = {"queries.holdout": 2, "compare.align": True, "evaluation.tasks": ["mt_bench"]}
+    with pytest.raises(ValueError, match=r"mt_bench.*judge"):
+        compare(Recipe.model_validate(recipe_of(tmp_path / "run", aligned)), ["pbaa"], [0])
     assert not (tmp_path / "run").exists()

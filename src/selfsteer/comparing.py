@@ -38,11 +38,13 @@ from selfsteer.stages import summary
 from selfsteer.stages.answers import answers_stage
 from selfsteer.stages.base import Round
 from selfsteer.stages.drawing import held_out
+from selfsteer.stages.essentials import check_essentials
+from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.gain import gain_of_queries
 from selfsteer.stages.passes import passes_stage, query_passes
 from selfsteer.stages.preferences import given_stage
 from selfsteer.stages.quality import JudgeName, quality_stage, read_verdicts
-from selfsteer.stages.status import GAIN, PRINCIPLES, method_of
+from selfsteer.stages.status import GAIN, PRINCIPLES, method_of, stage_names
 from selfsteer.stages.training import policy_stage
 from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder, Stage, lenders
@@ -307,6 +309,12 @@ def compare(
     recipe = dated(recipe)
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
+    if recipe.compare.align:
+        check_evaluation(recipe, prepared.judge)
+    for name in arms:
+        if name != "base":
+            arm = arm_recipe(recipe, name, seeds[-1])  # the last to be made
+            check_essentials(arm, prepared.policy, stage_names(arm, _method(name, arm), aligned=arm.compare.align))
     runs: dict[str, list[ArmRun]] = {name: [] for name in arms}
     finished: list[RunFolder] = list(lenders(borrow))
     with cluster_of(recipe), RunFolder(recipe.output) as owned:
@@ -323,9 +331,13 @@ def compare(
     return result
 
 
+def _method(name: str, arm: Recipe) -> Method:
+    return "given" if name == "given" else method_of(arm)
+
+
 def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lending: tuple[RunFolder, ...], *, replace: bool) -> ArmRun:
     """The data of one arm and, where the recipe says so, a policy aligned on it; its measures on the held-out queries."""
-    align, method = recipe.compare.align, "given" if name == "given" else method_of(recipe)
+    align, method = recipe.compare.align, _method(name, recipe)
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session())
         round = dataclasses.replace(

@@ -23,11 +23,12 @@ from selfsteer.recipe.sections import Policy, Recipe, Training, dump, load
 from selfsteer.records import Pair
 from selfsteer.runtime import counted
 from selfsteer.stages import summary
+from selfsteer.stages.essentials import check_essentials
 from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs
 from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
-from selfsteer.stages.status import MODEL, POLICY
+from selfsteer.stages.status import MODEL, POLICY, stage_names
 from selfsteer.stages.training import policy_stage
 from selfsteer.store.folder import RunFolder, lenders
 from selfsteer.store.journal import Journal
@@ -124,6 +125,7 @@ def train_pairs(pairs: Path, recipe: Recipe, *, replace: bool = False, borrow: S
     pairs, recipe = _pairs(find_pairs(pairs)), dated(recipe)
     prepared = prepare(recipe, principles=False)
     check_evaluation(recipe, prepared.judge)
+    check_essentials(recipe, prepared.policy, stage_names(recipe, "given"))
     next(read_pairs(pairs), None)
     lending = lenders(borrow)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:

@@ -68,7 +68,7 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
     check_evaluation(recipe, prepared.judge)
-    check_essentials(recipe, prepared.policy, prepared.prompts, prepared.judge)
+    check_essentials(recipe, prepared.policy, stage_names(recipe, method_of(recipe)))
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with cluster_of(recipe), RunFolder(recipe.output) as folder:

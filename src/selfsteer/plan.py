@@ -33,6 +33,7 @@ from selfsteer.stages.costs import Counts, Lengths, Rates, StageCost, run_disk, 
 from selfsteer.stages.drawing import none_left
 from selfsteer.stages.essentials import check_essentials, device_memory, existing, size_of
 from selfsteer.stages.principles import choose_principles, load_pool
+from selfsteer.stages.status import method_of, stage_names
 from selfsteer.training.logps import casting_once, choose_packing, to_device
 from selfsteer.training.packing import Row
 from selfsteer.training.scoring import open_scorer
@@ -178,7 +179,7 @@ def _problems(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
     """What a run would be refused for, each check by itself."""
     for check in (
         lambda: check_engines(recipe, prepared.policy, prepared.prompts),
-        lambda: check_essentials(recipe, prepared.policy, prepared.prompts, prepared.judge),
+        lambda: check_essentials(recipe, prepared.policy, stage_names(recipe, method_of(recipe))),
     ):
         try:
             check()

@@ -1,7 +1,8 @@
-"""What a run needs and can be known before anything is sampled: trackers, servers that answer, disk, memory.
+"""What a run needs and can be known before anything is sampled: trackers, disk, memory.
 
 Each is refused in one line with its way out. Left out on purpose: models, files, templates and what engines lack, which
-`pipeline.prepare` and `check_engines` say, and everything that is an estimate (`plan.py`): only what can't do is refused.
+`pipeline.prepare` and `check_engines` say; whether a server answers, which may change at any time; and everything that is an
+estimate (`plan.py`): only what can't do is refused.
 """
 
 import shutil
@@ -13,29 +14,23 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from selfsteer.engines.open import open_engine
-from selfsteer.judges.base import RecipeJudge
-from selfsteer.judges.find import open_judge
 from selfsteer.models import available_memory, compute_dtype, load_configuration, pick_device
-from selfsteer.prompts import Prompts
-from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Checkpoint
 from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, training_state
-from selfsteer.stages.status import TRAININGS, method_of, stage_names
+from selfsteer.stages.status import TRAININGS
 from selfsteer.store.folder import Stage
 from selfsteer.training.train import with_adapter
 
 
-def check_essentials(recipe: Recipe, policy: Checkpoint, prompts: Prompts, judge: RecipeJudge | None) -> None:
-    """Raises ValueError for the first thing without which this run, or what is left of it, would fail later."""
+def check_essentials(recipe: Recipe, policy: Checkpoint, stages: Sequence[str]) -> None:
+    """Raises ValueError for the first thing without which a run of these stages, or what is left of it, would fail later."""
     check_trackers(recipe.training.report_to)
-    size = size_of(policy, recipe)
-    stages = unsealed_trainings(recipe)
-    if stages:
+    trainings = unsealed_trainings(recipe, stages)
+    if trainings:
+        size = size_of(policy, recipe)
         check_memory(recipe, size)
-    check_disk(recipe, size, stages)
-    check_servers(recipe, policy, prompts, judge)
+        check_disk(recipe, size, trainings)
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -77,8 +72,6 @@ def device_memory(device: torch.device) -> int | None:
 
 def check_disk(recipe: Recipe, size: Size, stages: Sequence[str]) -> None:
     """Raises ValueError where the models and checkpoints of these training stages don't fit the disk of the run folder."""
-    if not stages:
-        return
     saved = (file for stage in stages for file in Path(recipe.output, stage).glob("training-*/checkpoint-*/**/*"))
     there = sum(file.stat().st_size for file in saved if file.is_file())
     need = len(stages) * model_disk(recipe, size) + max(0, checkpoints_disk(size) - there)
@@ -96,25 +89,13 @@ def existing(path: Path) -> Path:
     return next(each for each in (whole, *whole.parents) if each.exists())
 
 
-def unsealed_trainings(recipe: Recipe) -> list[str]:
-    """The training stages of a run that are still to be made, as round-N/STAGE; shard 1 alone trains the generator."""
+def unsealed_trainings(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+    """Those of a run's stages that train and are still to be made, as round-N/STAGE; shard 1 alone trains the generator."""
     if recipe.queries.share is not None and recipe.queries.share.number > 1:
         return []
-    names = [name for name in stage_names(recipe, method_of(recipe)) if name in TRAININGS]
+    names = [name for name in stages if name in TRAININGS]
     places = [f"round-{number}/{name}" for number in range(1, recipe.rounds + 1) for name in names]
     return [place for place in places if Stage(Path(recipe.output) / place).manifest() is None]
-
-
-def check_servers(recipe: Recipe, policy: Checkpoint, prompts: Prompts, judge: RecipeJudge | None) -> None:
-    """Asks each server that runs already for a sign of life. Raises ValueError for one that does not answer."""
-    trust = recipe.policy.trust_remote_code
-    for section in (recipe.engine, recipe.principles.engine):
-        if section is not None and runs_already(section):
-            with open_engine(section, policy, prompts, trust_remote_code=trust):
-                pass
-    if judge is not None and runs_already(judge.section.engine):
-        with open_judge(judge):
-            pass
 
 
 def size_of(model: Checkpoint, recipe: Recipe) -> Size:
