@@ -1,5 +1,6 @@
 """What a run will take: counted as the run then counts, refused where it would not fit, timed by a calibration."""
 
+import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -56,6 +57,41 @@ def test_a_calibration_finds_rates_and_times_every_stage(recipe_of: RecipeOf, tm
     assert found["seconds"] == pytest.approx(sum(timed))
     twice = planned(recipe_of(tmp_path / "run", {"rounds": 2}), calibrate=False)
     assert (twice["rounds"], twice["seconds"]) == (2, None)
+
+
+def test_rounds_that_split_the_queries_have_a_share_each(recipe_of: RecipeOf, tmp_path: Path):
+    """Six queries, one held out in both rounds: of the five others three in the first; three responses of each of these, two
+    of the one held out, and pairs for all four."""
+    changes = {"rounds": 2, "queries.holdout": 1, "queries.split_rounds": True, "training.displacement_steps": 0}
+    found = planned(recipe_of(tmp_path / "run", changes), calibrate=False)
+    wanted = {stage["stage"]: stage["samples"] for stage in found["stages"]}
+    assert found["queries"] == 6
+    assert (wanted["2-responses"], wanted["5-preferences"]) == (3 * 3 + 2, 2 * 4)
+
+
+GEMMA = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Renders turns of user and assistant, and nothing else."""
+
+
+def test_what_the_template_refuses_is_not_planned(recipe_of: RecipeOf, tmp_path: Path):
+    """A system message goes into the user's turn; of three queries, one with two turns of the user is dropped."""
+    user, system = {"role": "user", "content": "Why?"}, {"role": "system", "content": "You are a pirate."}
+    (tmp_path / "gemma.jinja").write_text(GEMMA)
+    path = tmp_path / "queries.jsonl"
+    changes = {
+        "queries": {"path": str(path), "column": "messages"},
+        "policy.chat_template": str(tmp_path / "gemma.jinja"),
+    }
+    recipe = recipe_of(tmp_path / "run", changes)
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in ([user], [system, user], [user, user])))
+    assert planned(recipe, calibrate=False)["queries"] == 2
+    path.write_text(json.dumps({"messages": [user, user]}))
+    with pytest.raises(ValueError, match=r"renders none of the first 1 queries.* set policy\.chat_template"):
+        planned(recipe, calibrate=False)
 
 
 def test_costs_by_hand():
