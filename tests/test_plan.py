@@ -19,7 +19,7 @@ from selfsteer.given import train_pairs
 from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages import essentials
-from selfsteer.stages.costs import Counts, Lengths, Rates, Size, stage_costs
+from selfsteer.stages.costs import Counts, Lengths, Rates, Size, stage_costs, stage_tokens
 
 RecipeOf = Callable[..., dict[str, Any]]
 Usage = namedtuple("Usage", "total used free")
@@ -113,6 +113,19 @@ def test_costs_by_hand():
     assert costs["5-preferences"]["scored"] == 10 * (5 + 2 * 20)
     assert costs["6-policy"]["trained"] == 450
     assert costs["6-policy"]["disk"] == 4 * 1000, "float32"
+
+
+def test_a_selection_scores_every_sample_of_what_trains():
+    """Of 10 queries 2 are held out; of the others 3 pairs each, a prompt of 5 tokens with two responses of 20."""
+    recipe = Recipe.model_validate(
+        {
+            "policy": {"model": "m"},
+            "queries": {"path": "q.jsonl", "holdout": 2},
+            "selection": {"by": "generator", "samples": 3},
+        }
+    )
+    counts = Counts(10, Lengths(5, 9), Lengths(15, 19), 20.0)
+    assert stage_tokens(recipe, counts, "5-selection").scored == 8 * 3 * (5 + 2 * 20)
 
 
 CHUNK = 8 * 2**22
