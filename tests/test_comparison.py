@@ -87,6 +87,9 @@ def test_an_arm_of_ones_own(recipe_of: RecipeOf, tmp_path: Path):
     wrong = Recipe.model_validate(recipe_of(tmp_path / "all", {**changes, "compare.arms": {"sso": {}}}))
     with pytest.raises(ValueError, match=r"compare\.arms: sso is an arm already"):
         check_arms(wrong, ["pbaa"], [0])
+    shared = recipe_of(tmp_path / "all", {**changes, "compare.arms": {"mine": {"policy.system_role": "user"}}})
+    with pytest.raises(ValueError, match=r"compare\.arms: mine sets policy\.system_role, which all arms share"):
+        check_arms(Recipe.model_validate(shared), ["mine"], [0])
     unknown = Recipe.model_validate(
         recipe_of(tmp_path / "all", {**changes, "compare.arms": {"mine": {"generator.beat": 1}}})
     )

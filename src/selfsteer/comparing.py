@@ -109,6 +109,10 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
+_SHARED = {"policy", "judge", "output", "seed", "rounds", "compare"}
+"""What an arm of one's own can't set: a comparison finds its models once, and says where its runs go and how many there are."""
+
+
 def arms_of(recipe: Recipe) -> Mapping[str, Arm]:
     """The arms that there are, and those of the recipe's own."""
     own = {
@@ -142,6 +146,10 @@ def check_arms(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Non
     """Raises ValueError, before anything is sampled, for arms that can't be run."""
     if shadowed := sorted(recipe.compare.arms.keys() & ARMS.keys()):
         raise ValueError(f"compare.arms: {', '.join(shadowed)} is an arm already; give yours another name")
+    for name, changes in recipe.compare.arms.items():
+        for key in changes:
+            if key.partition(".")[0] in _SHARED:
+                raise ValueError(f"compare.arms: {name} sets {key}, which all arms share; make a comparison of its own")
     known = arms_of(recipe)
     unknown = [name for name in arms if name not in known]
     if unknown:
