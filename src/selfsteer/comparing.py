@@ -19,7 +19,7 @@ from selfsteer.engines.open import check_engines
 from selfsteer.measures.estimates import Estimate, crossed_estimate, known, mean_estimate
 from selfsteer.measures.metrics import Method, RoundMetrics, TrainingSummary
 from selfsteer.measures.text import repetition, similarity, words
-from selfsteer.measures.verdicts import Verdict, judge_report, points
+from selfsteer.measures.verdicts import JudgeReport, Verdict, judge_report, points
 from selfsteer.pipeline import Prepared, dated, finish, first_round, make_data, prepare, write_report
 from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe, dump
@@ -257,10 +257,22 @@ def _arm(arm: Arm, name: str, runs: Sequence[ArmRun], baseline: Sequence[ArmRun]
         trainings = [found for run in runs if (found := run.metrics.get(key)) is not None]
         if trainings:
             result[key] = _training(trainings)
-    wins = [verdict for run in runs for verdict in run.wins]
-    if wins:
-        result["wins"] = judge_report(wins)
+    if any(run.wins for run in runs):
+        result["wins"] = _wins([run.wins for run in runs])
     return result
+
+
+def _wins(seeds: Sequence[Sequence[Verdict]]) -> JudgeReport:
+    """What the judge says of all seeds; its win rate over queries and seeds as crossed random effects."""
+    report = judge_report(verdict for verdicts in seeds for verdict in verdicts)
+    if len(seeds) == 1:
+        return report
+    report.pop("accuracy", None)
+    judged = [[verdict for verdict in verdicts if verdict.preferred is not None] for verdicts in seeds]
+    found = crossed_estimate([{verdict.query_id: points(verdict) for verdict in verdicts} for verdicts in judged])
+    if found is not None:
+        report["accuracy"] = found
+    return report
 
 
 def _crossed(seeds: Sequence[Values]) -> dict[str, Estimate]:
