@@ -37,7 +37,7 @@ from selfsteer.stages.base import ModelCleaned, Round, read_measures
 from selfsteer.stages.essentials import check_essentials
 from selfsteer.stages.evaluation import check_evaluation, evaluate_run
 from selfsteer.stages.gain import gain_stage
-from selfsteer.stages.passes import passes_stage
+from selfsteer.stages.passes import passes_stage, require_answerable
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import check_writer, load_pool, principles_stage
 from selfsteer.stages.quality import quality_stage, require_checks
@@ -127,6 +127,7 @@ def run_shard(round: Round) -> Metrics:
 def make_data(round: Round) -> Candidates:
     """Steps 1 to 4 of a round: the preference pairs, judged."""
     principles = principles_stage(round)
+    require_answerable(round, principles)
     responses = responses_stage(round, principles)
     if round.recipe.generator.kind == "none":  # PBAA, the paper's baseline: the policy's own responses are the pairs
         gain_stage(round, principles, None)
