@@ -110,7 +110,7 @@ ARMS: Mapping[str, Arm] = {
 
 
 _SHARED = {"policy", "judge", "output", "seed", "rounds", "compare"}
-"""What an arm of one's own can't set: a comparison finds its models once, and says where its runs go and how many there are."""
+"""What an arm of one's own can't set: models are found once for all arms, and the comparison names its runs itself."""
 
 
 def arms_of(recipe: Recipe) -> Mapping[str, Arm]:
