@@ -161,6 +161,22 @@ def test_changed_inputs_are_told_in_words(finished: Path, recipe_of: RecipeOf, t
     assert "  the policy: its weights are not what they were\n" in refused(recipe)
 
 
+def test_a_replacement_that_was_broken_off_blames_no_file(
+    folder: Path, recipe_of: RecipeOf, monkeypatch: pytest.MonkeyPatch
+):
+    """Behind other principles stands what was made with the earlier ones."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = recipe_of(folder, {**SHORT, "principles.concision": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr("selfsteer.pipeline.responses_stage", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, replace=True)
+    assert "Changed since:\n  what the stage before handed on (principles)\n2-responses, 3-steering" in refused(recipe)
+
+
 def test_training_on_pairs_made_elsewhere_is_guarded_too(recipe_of: RecipeOf, tmp_path: Path, given: Path):
     recipe = Recipe.model_validate(recipe_of(tmp_path / "run", SHORT))
     train_pairs(given, recipe)
