@@ -1,4 +1,4 @@
-"""The whole method, in the order of DESIGN section 1; start reading here.
+"""The whole method, in the order of docs/method.md; start reading here.
 
     query -> principles -> responses -> steering pairs -> data generator -> alignment pairs -> policy -> report
 
