@@ -77,6 +77,30 @@ def test_several_seeds_are_crossed_with_the_queries(recipe_of: RecipeOf, tmp_pat
     assert [each["difference"]["on_policy_all"].mean for each in found["by_seed"].values()] == pytest.approx([0.05, 0.25])
 
 
+def test_the_win_rate_of_several_seeds_is_crossed_with_the_queries(recipe_of: RecipeOf, tmp_path: Path):
+    """Wins on all of two queries under one seed and on none under the other: one half, and all is open, t(1) being 12.7.
+    Without a query that both seeds have a verdict on there is no win rate."""
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "all", {"queries.holdout": 2}))
+
+    def wins(**of_query: Any) -> list[Verdict]:
+        return [Verdict(query_id=query, preferred=preferred, longer=None) for query, preferred in of_query.items()]
+
+    def report(*seeds: list[Verdict]) -> Any:
+        runs = [ArmRun({}, RoundMetrics(), verdicts) for verdicts in seeds]
+        return summarize(recipe, {"sso": runs}, [*range(len(seeds))])["arms"]["sso"]["wins"]
+
+    found = report(wins(a="chosen", b="chosen"), wins(a="rejected", b="rejected"))
+    assert found["pairs"] == 4
+    assert found["accuracy"] == (
+        pytest.approx(0.5),
+        pytest.approx(0.5 - 12.706 / 2, abs=0.01),
+        pytest.approx(6.853, abs=0.01),
+        2,
+    )
+    assert "accuracy" not in report(wins(a="chosen", b=None), wins(a=None, b="chosen"))
+    assert report(wins(a="chosen", b="chosen"))["accuracy"].low < 1, "of one seed as of any pairs"
+
+
 def test_an_arm_of_ones_own(recipe_of: RecipeOf, tmp_path: Path):
     changes = {"queries.holdout": 2, "compare.arms": {"gamma_1": {"generator.sft_weight": 1.0}}}
     recipe = Recipe.model_validate(recipe_of(tmp_path / "all", changes))
@@ -87,6 +111,9 @@ def test_an_arm_of_ones_own(recipe_of: RecipeOf, tmp_path: Path):
     wrong = Recipe.model_validate(recipe_of(tmp_path / "all", {**changes, "compare.arms": {"sso": {}}}))
     with pytest.raises(ValueError, match=r"compare\.arms: sso is an arm already"):
         check_arms(wrong, ["pbaa"], [0])
+    shared = recipe_of(tmp_path / "all", {**changes, "compare.arms": {"mine": {"policy.system_role": "user"}}})
+    with pytest.raises(ValueError, match=r"compare\.arms: mine sets policy\.system_role, which all arms share"):
+        check_arms(Recipe.model_validate(shared), ["mine"], [0])
     unknown = Recipe.model_validate(
         recipe_of(tmp_path / "all", {**changes, "compare.arms": {"mine": {"generator.beat": 1}}})
     )

@@ -1,4 +1,4 @@
-"""Pairs as literals (DESIGN section 1: the table of L_SSO), and every filter with texts that it must and must not drop."""
+"""Pairs as literals (docs/method.md: the table of L_SSO), and every filter with texts that it must and must not drop."""
 
 import unicodedata
 from dataclasses import replace

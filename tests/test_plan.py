@@ -1,5 +1,6 @@
 """What a run will take: counted as the run then counts, refused where it would not fit, timed by a calibration."""
 
+import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -9,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from builders import run, samples
+from tiny import other_model_dir
 
 from selfsteer import plan as planning
+from selfsteer.comparing import compare
 from selfsteer.engines.base import Completion
+from selfsteer.given import train_pairs
+from selfsteer.models import checkpoint
 from selfsteer.recipe.sections import Recipe
 from selfsteer.stages import essentials
-from selfsteer.stages.costs import Counts, Lengths, Rates, Size, stage_costs
+from selfsteer.stages.costs import Counts, Lengths, Rates, Size, stage_costs, stage_tokens
 
 RecipeOf = Callable[..., dict[str, Any]]
 Usage = namedtuple("Usage", "total used free")
@@ -54,6 +59,41 @@ def test_a_calibration_finds_rates_and_times_every_stage(recipe_of: RecipeOf, tm
     assert (twice["rounds"], twice["seconds"]) == (2, None)
 
 
+def test_rounds_that_split_the_queries_have_a_share_each(recipe_of: RecipeOf, tmp_path: Path):
+    """Six queries, one held out in both rounds: of the five others three in the first; three responses of each of these, two
+    of the one held out, and pairs for all four."""
+    changes = {"rounds": 2, "queries.holdout": 1, "queries.split_rounds": True, "training.displacement_steps": 0}
+    found = planned(recipe_of(tmp_path / "run", changes), calibrate=False)
+    wanted = {stage["stage"]: stage["samples"] for stage in found["stages"]}
+    assert found["queries"] == 6
+    assert (wanted["2-responses"], wanted["5-preferences"]) == (3 * 3 + 2, 2 * 4)
+
+
+GEMMA = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Renders turns of user and assistant, and nothing else."""
+
+
+def test_what_the_template_refuses_is_not_planned(recipe_of: RecipeOf, tmp_path: Path):
+    """A system message goes into the user's turn; of three queries, one with two turns of the user is dropped."""
+    user, system = {"role": "user", "content": "Why?"}, {"role": "system", "content": "You are a pirate."}
+    (tmp_path / "gemma.jinja").write_text(GEMMA)
+    path = tmp_path / "queries.jsonl"
+    changes = {
+        "queries": {"path": str(path), "column": "messages"},
+        "policy.chat_template": str(tmp_path / "gemma.jinja"),
+    }
+    recipe = recipe_of(tmp_path / "run", changes)
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in ([user], [system, user], [user, user])))
+    assert planned(recipe, calibrate=False)["queries"] == 2
+    path.write_text(json.dumps({"messages": [user, user]}))
+    with pytest.raises(ValueError, match=r"renders none of the first 1 queries.* set policy\.chat_template"):
+        planned(recipe, calibrate=False)
+
+
 def test_costs_by_hand():
     """PBAA, 10 queries: two responses each of 20 tokens; scored are prompt and both; one epoch of the same is trained."""
     recipe = Recipe.model_validate(
@@ -73,6 +113,19 @@ def test_costs_by_hand():
     assert costs["5-preferences"]["scored"] == 10 * (5 + 2 * 20)
     assert costs["6-policy"]["trained"] == 450
     assert costs["6-policy"]["disk"] == 4 * 1000, "float32"
+
+
+def test_a_selection_scores_every_sample_of_what_trains():
+    """Of 10 queries 2 are held out; of the others 3 pairs each, a prompt of 5 tokens with two responses of 20."""
+    recipe = Recipe.model_validate(
+        {
+            "policy": {"model": "m"},
+            "queries": {"path": "q.jsonl", "holdout": 2},
+            "selection": {"by": "generator", "samples": 3},
+        }
+    )
+    counts = Counts(10, Lengths(5, 9), Lengths(15, 19), 20.0)
+    assert stage_tokens(recipe, counts, "5-selection").scored == 8 * 3 * (5 + 2 * 20)
 
 
 CHUNK = 8 * 2**22
@@ -152,6 +205,42 @@ def test_what_does_not_fit_is_said_and_refused(recipe_of: RecipeOf, tmp_path: Pa
         run(recipe)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft then sets it
+@pytest.mark.parametrize(
+    ("kind", "modules", "trained"),
+    [
+        ("llama", ["self_attn.q_proj"], 2 * 4 * (32 + 32)),
+        ("llama", r".*\.mlp\.(gate|up)_proj", 2 * 2 * 4 * (32 + 64)),
+        ("gpt2", ["c_fc"], 2 * 4 * (32 + 128)),
+    ],
+)
+def test_weights_of_an_adapter_are_those_that_peft_gives_it(
+    tiny_folder: str, recipe_of: RecipeOf, tmp_path: Path, kind: str, modules: Any, trained: int
+):
+    """Rank 4 on two layers of width 32: rank * (inputs + outputs) of each module, whatever kind of layer it is."""
+    model = tiny_folder if kind == "llama" else other_model_dir(tmp_path / kind, kind)
+    lora = {"rank": 4, "target_modules": modules}
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "run", {"training.lora": lora}))
+    assert essentials.size_of(checkpoint(Path(model)), recipe).trained == trained
+    whole = Recipe.model_validate(recipe_of(tmp_path / "run"))
+    size = essentials.size_of(checkpoint(Path(model)), whole)
+    assert size.trained == size.parameters
+
+
+def test_checkpoints_that_are_there_need_no_more_disk(recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """1000 weights: a model of 4,000 bytes and three checkpoints of 12,000, of which two are on the disk."""
+    recipe, stages = Recipe.model_validate(recipe_of(tmp_path / "run")), ["round-1/6-policy"]
+    size = Size(1000, 1000, 2, 8, 32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(40_000, 24_000, 16_000))
+    with pytest.raises(ValueError, match=r"disk: round-1/6-policy need up to 4e-05 GB"):
+        essentials.check_disk(recipe, size, stages)
+    for step in (1, 2):
+        saved = tmp_path / f"run/round-1/6-policy/training-0/checkpoint-{step}/adapter"
+        saved.mkdir(parents=True)
+        (saved / "weights").write_bytes(bytes(12_000))
+    essentials.check_disk(recipe, size, stages)
+
+
 @pytest.mark.parametrize(("holdout", "said"), [(5, []), (6, ["queries.holdout: 6 of 6 queries; leave some to train on."])])
 def test_what_leaves_nothing_to_train_on_is_said_as_the_run_says_it(
     recipe_of: RecipeOf, tmp_path: Path, holdout: int, said: list[str]
@@ -209,4 +298,17 @@ def test_trackers_are_asked_for_before_anything_is_sampled(recipe_of: RecipeOf, 
         run(recipe_of(tmp_path / "run", {"training.report_to": ["wandbb"]}))
     with pytest.raises(ValueError, match=r"training.report_to: clearml is not installed; pip install clearml"):
         run(recipe_of(tmp_path / "run", {"training.report_to": ["clearml"]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_and_compare_ask_for_it_as_well(recipe_of: RecipeOf, given: Path, tmp_path: Path):
+    """And a comparison that aligns for its benchmarks, before any arm."""
+    changes = {"training.report_to": ["clearml"], "queries.holdout": 2}
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "run", changes))
+    for begin in (lambda: train_pairs(given, recipe), lambda: compare(recipe, ["base", "pbaa", "sso"], [0])):
+        with pytest.raises(ValueError, match=r"training.report_to: clearml is not installed"):
+            begin()
+    aligned = {"queries.holdout": 2, "compare.align": True, "evaluation.tasks": ["mt_bench"]}
+    with pytest.raises(ValueError, match=r"mt_bench.*judge"):
+        compare(Recipe.model_validate(recipe_of(tmp_path / "run", aligned)), ["pbaa"], [0])
     assert not (tmp_path / "run").exists()

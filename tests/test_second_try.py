@@ -94,6 +94,18 @@ def test_what_costs_nothing_is_not_refused(folder: Path, recipe_of: RecipeOf):
     assert manifest(folder, "6-policy") == old
 
 
+def test_files_that_a_kill_left_behind_and_nothing_sealed_are_not_read(folder: Path, recipe_of: RecipeOf):
+    """Of a first try with queries held out and evaluation files: neither goes into what is made without them."""
+    before, here = manifest(folder, "3-steering")["outputs"], folder / "round-1"
+    for stage in ("2-responses", "3-steering", "5-quality"):
+        (here / stage / "MANIFEST.json").unlink()
+    shutil.copy(here / "2-responses/data.parquet", here / "2-responses/held-out.parquet")
+    (here / "5-quality/contamination.json").write_text("{}")
+    found = run(recipe_of(folder, SHORT))
+    assert manifest(folder, "3-steering")["outputs"] == before
+    assert "contamination" not in found["rounds"][0]
+
+
 def test_a_damaged_model_that_is_trained_again_as_the_message_says_replaces_nothing(folder: Path, recipe_of: RecipeOf):
     """The same weights come out, in other seconds: pairs and policy were made from them and stay."""
     before = {name: manifest(folder, name) for name in ("5-preferences", "5-quality", "6-policy")}
@@ -147,6 +159,22 @@ def test_changed_inputs_are_told_in_words(finished: Path, recipe_of: RecipeOf, t
     queries.write_text(original)
     tiny_model_dir(model, seed=7, max_positions=2048)
     assert "  the policy: its weights are not what they were\n" in refused(recipe)
+
+
+def test_a_replacement_that_was_broken_off_blames_no_file(
+    folder: Path, recipe_of: RecipeOf, monkeypatch: pytest.MonkeyPatch
+):
+    """Behind other principles stands what was made with the earlier ones."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = recipe_of(folder, {**SHORT, "principles.concision": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr("selfsteer.pipeline.responses_stage", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, replace=True)
+    assert "Changed since:\n  what the stage before handed on (principles)\n2-responses, 3-steering" in refused(recipe)
 
 
 def test_training_on_pairs_made_elsewhere_is_guarded_too(recipe_of: RecipeOf, tmp_path: Path, given: Path):

@@ -19,7 +19,7 @@ from selfsteer.engines.open import check_engines
 from selfsteer.measures.estimates import Estimate, crossed_estimate, known, mean_estimate
 from selfsteer.measures.metrics import Method, RoundMetrics, TrainingSummary
 from selfsteer.measures.text import repetition, similarity, words
-from selfsteer.measures.verdicts import Verdict, judge_report, points
+from selfsteer.measures.verdicts import JudgeReport, Verdict, judge_report, points
 from selfsteer.pipeline import Prepared, dated, finish, first_round, make_data, prepare, write_report
 from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe, dump
@@ -38,11 +38,13 @@ from selfsteer.stages import summary
 from selfsteer.stages.answers import answers_stage
 from selfsteer.stages.base import Round
 from selfsteer.stages.drawing import held_out
+from selfsteer.stages.essentials import check_essentials
+from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.gain import gain_of_queries
 from selfsteer.stages.passes import passes_stage, query_passes
 from selfsteer.stages.preferences import given_stage
 from selfsteer.stages.quality import JudgeName, quality_stage, read_verdicts
-from selfsteer.stages.status import GAIN, PRINCIPLES, method_of
+from selfsteer.stages.status import GAIN, PRINCIPLES, method_of, stage_names
 from selfsteer.stages.training import policy_stage
 from selfsteer.store import columns
 from selfsteer.store.folder import RunFolder, Stage, lenders
@@ -107,6 +109,10 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
+_SHARED = {"policy", "judge", "output", "seed", "rounds", "compare"}
+"""What an arm of one's own can't set: models are found once for all arms, and the comparison names its runs itself."""
+
+
 def arms_of(recipe: Recipe) -> Mapping[str, Arm]:
     """The arms that there are, and those of the recipe's own."""
     own = {
@@ -140,6 +146,10 @@ def check_arms(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Non
     """Raises ValueError, before anything is sampled, for arms that can't be run."""
     if shadowed := sorted(recipe.compare.arms.keys() & ARMS.keys()):
         raise ValueError(f"compare.arms: {', '.join(shadowed)} is an arm already; give yours another name")
+    for name, changes in recipe.compare.arms.items():
+        for key in changes:
+            if key.partition(".")[0] in _SHARED:
+                raise ValueError(f"compare.arms: {name} sets {key}, which all arms share; make a comparison of its own")
     known = arms_of(recipe)
     unknown = [name for name in arms if name not in known]
     if unknown:
@@ -247,10 +257,22 @@ def _arm(arm: Arm, name: str, runs: Sequence[ArmRun], baseline: Sequence[ArmRun]
         trainings = [found for run in runs if (found := run.metrics.get(key)) is not None]
         if trainings:
             result[key] = _training(trainings)
-    wins = [verdict for run in runs for verdict in run.wins]
-    if wins:
-        result["wins"] = judge_report(wins)
+    if any(run.wins for run in runs):
+        result["wins"] = _wins([run.wins for run in runs])
     return result
+
+
+def _wins(seeds: Sequence[Sequence[Verdict]]) -> JudgeReport:
+    """What the judge says of all seeds; its win rate over queries and seeds as crossed random effects."""
+    report = judge_report(verdict for verdicts in seeds for verdict in verdicts)
+    if len(seeds) == 1:
+        return report
+    report.pop("accuracy", None)
+    judged = [[verdict for verdict in verdicts if verdict.preferred is not None] for verdicts in seeds]
+    found = crossed_estimate([{verdict.query_id: points(verdict) for verdict in verdicts} for verdicts in judged])
+    if found is not None:
+        report["accuracy"] = found
+    return report
 
 
 def _crossed(seeds: Sequence[Values]) -> dict[str, Estimate]:
@@ -307,6 +329,12 @@ def compare(
     recipe = dated(recipe)
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
+    if recipe.compare.align:
+        check_evaluation(recipe, prepared.judge)
+    for name in arms:
+        if name != "base":
+            arm = arm_recipe(recipe, name, seeds[-1])  # the last to be made
+            check_essentials(arm, prepared.policy, stage_names(arm, _method(name, arm), aligned=arm.compare.align))
     runs: dict[str, list[ArmRun]] = {name: [] for name in arms}
     finished: list[RunFolder] = list(lenders(borrow))
     with cluster_of(recipe), RunFolder(recipe.output) as owned:
@@ -323,9 +351,13 @@ def compare(
     return result
 
 
+def _method(name: str, arm: Recipe) -> Method:
+    return "given" if name == "given" else method_of(arm)
+
+
 def _run_arm(name: str, recipe: Recipe, prepared: Prepared, lending: tuple[RunFolder, ...], *, replace: bool) -> ArmRun:
     """The data of one arm and, where the recipe says so, a policy aligned on it; its measures on the held-out queries."""
-    align, method = recipe.compare.align, "given" if name == "given" else method_of(recipe)
+    align, method = recipe.compare.align, _method(name, recipe)
     with RunFolder(recipe.output) as folder:
         folder.describe(dump(recipe), summary.session(recipe))
         round = dataclasses.replace(

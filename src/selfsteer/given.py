@@ -23,11 +23,12 @@ from selfsteer.recipe.sections import Policy, Recipe, Training, dump, load
 from selfsteer.records import Pair
 from selfsteer.runtime import counted
 from selfsteer.stages import summary
+from selfsteer.stages.essentials import check_essentials
 from selfsteer.stages.evaluation import check_evaluation
 from selfsteer.stages.preferences import given_stage, usable_pairs
 from selfsteer.stages.quality import quality_stage
 from selfsteer.stages.selection import Candidates, selection_stage
-from selfsteer.stages.status import MODEL, POLICY
+from selfsteer.stages.status import MODEL, POLICY, stage_names
 from selfsteer.stages.training import policy_stage
 from selfsteer.store.folder import RunFolder, lenders
 from selfsteer.store.journal import Journal
@@ -50,7 +51,7 @@ def measure_given(path: Path, policy: Policy, trained: str | None = None) -> Mea
             measures["dropped"] = dict(before.dropped.most_common())
         measures["likelihood"] = judge_report(likelihood_verdicts(pair for pair in before.pairs() if pair.scored))
         if trained is not None:
-            after = _Scored(path, _scorer(policy.model_copy(update={"model": trained}), training), journal)
+            after = _Scored(path, _scorer(policy.model_copy(update={"model": trained, "revision": None}), training), journal)
             measures["implicit_reward"] = judge_report(implicit_verdicts(before.pairs(), after.pairs(), beta=1.0))
         return measures
 
@@ -67,7 +68,7 @@ class _Scored:
         self._path, self._scorer, self._journal = path, scorer, journal
         self.dropped: Counter[str] = Counter()
         total = 0
-        self._positions = positions_of(scorer.model.path)
+        self._positions = positions_of(scorer.model.path, trust_remote_code=scorer.policy.trust_remote_code)
         for item in usable_pairs(path, scorer.prompts, None, self._positions):
             if isinstance(item, Pair):
                 total += 1
@@ -91,7 +92,8 @@ class _Scored:
 def judge_given(path: Path, judge: RecipeJudge, policy: Policy) -> JudgeReport:
     """What a judge says about a preference dataset; nothing is kept. policy: whose prompts decide which pairs are usable."""
     found = resolve(policy)
-    prompts, positions = prompts_of(policy, found), positions_of(found.path)
+    prompts = prompts_of(policy, found)
+    positions = positions_of(found.path, trust_remote_code=policy.trust_remote_code)
 
     def pairs() -> Iterator[Pair]:
         return (item for item in usable_pairs(path, prompts, None, positions) if isinstance(item, Pair))
@@ -124,6 +126,7 @@ def train_pairs(pairs: Path, recipe: Recipe, *, replace: bool = False, borrow: S
     pairs, recipe = _pairs(find_pairs(pairs)), dated(recipe)
     prepared = prepare(recipe, principles=False)
     check_evaluation(recipe, prepared.judge)
+    check_essentials(recipe, prepared.policy, stage_names(recipe, "given"))
     next(read_pairs(pairs), None)
     lending = lenders(borrow)
     with cluster_of(recipe), RunFolder(recipe.output) as folder:

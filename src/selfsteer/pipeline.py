@@ -1,4 +1,4 @@
-"""The whole method, in the order of DESIGN section 1; start reading here.
+"""The whole method, in the order of docs/method.md; start reading here.
 
     query -> principles -> responses -> steering pairs -> data generator -> alignment pairs -> policy -> report
 
@@ -37,14 +37,14 @@ from selfsteer.stages.base import ModelCleaned, Round, read_measures
 from selfsteer.stages.essentials import check_essentials
 from selfsteer.stages.evaluation import check_evaluation, evaluate_run
 from selfsteer.stages.gain import gain_stage
-from selfsteer.stages.passes import passes_stage
+from selfsteer.stages.passes import passes_stage, require_answerable
 from selfsteer.stages.preferences import preferences_stage
 from selfsteer.stages.principles import check_writer, load_pool, principles_stage
 from selfsteer.stages.quality import quality_stage, require_checks
 from selfsteer.stages.remaining import time_left
 from selfsteer.stages.responses import responses_stage
 from selfsteer.stages.selection import Candidates, selection_stage
-from selfsteer.stages.status import GENERATORS, MODEL, POLICY, method_of, record_end, stage_names
+from selfsteer.stages.status import GENERATORS, MODEL, POLICY, STEERING, method_of, record_end, stage_names
 from selfsteer.stages.steering import steering_stage
 from selfsteer.stages.training import generator_stage, model_of, policy_stage
 from selfsteer.store.folder import RunFolder, Stage, day_of, lenders
@@ -68,7 +68,7 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
     check_evaluation(recipe, prepared.judge)
-    check_essentials(recipe, prepared.policy, prepared.prompts, prepared.judge)
+    check_essentials(recipe, prepared.policy, stage_names(recipe, method_of(recipe)))
     if not any(isinstance(item, Query) for item in read_queries(recipe.queries)):
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
     with cluster_of(recipe), RunFolder(recipe.output) as folder:
@@ -127,6 +127,7 @@ def run_shard(round: Round) -> Metrics:
 def make_data(round: Round) -> Candidates:
     """Steps 1 to 4 of a round: the preference pairs, judged."""
     principles = principles_stage(round)
+    require_answerable(round, principles)
     responses = responses_stage(round, principles)
     if round.recipe.generator.kind == "none":  # PBAA, the paper's baseline: the policy's own responses are the pairs
         gain_stage(round, principles, None)
@@ -180,7 +181,7 @@ def hold_headroom(round: Round, steering: Stage) -> None:
     gates = list(filter(before_generator, parse(round.recipe.quality.gates)))
     text = complaint(evaluate(gates, RoundMetrics(headroom=found), number=round.number))
     if text is not None:
-        stop_or_warn(round, method_of(round.recipe), f"{text}\n{in_words(found)}", "the generator is trained")
+        stop_or_warn(round, method_of(round.recipe), f"{text}\n{in_words(found)}", "the generator is trained", STEERING)
 
 
 class Prepared(NamedTuple):
@@ -237,10 +238,13 @@ def may_align(round: Round, method: Method) -> bool:
     return not holding
 
 
-def stop_or_warn(round: Round, method: Method, complaint: str, otherwise: str) -> None:
-    """After a failed gate: raises `GateFailed`, the run finished, or says what is done all the same, as the recipe wants."""
+def stop_or_warn(round: Round, method: Method, complaint: str, otherwise: str, until: str | None = None) -> None:
+    """After a failed gate: raises `GateFailed`, the run finished, or says what is done all the same, as the recipe wants.
+
+    until: as of `finish`.
+    """
     if round.recipe.quality.on_failure == "stop":
-        finish(round, method, ended=True)
+        finish(round, method, ended=True, until=until)
         raise GateFailed(complaint)
     log.warning("%s\nquality.on_failure is warn: %s all the same.", complaint, otherwise)
 
@@ -255,13 +259,13 @@ def write_report(folder: RunFolder, metrics: Metrics, seed: int) -> None:
         write_page(page, metrics, reading_of(folder, metrics, seed))
 
 
-def finish(last: Round, method: Method, *, ended: bool = False) -> Metrics:
+def finish(last: Round, method: Method, *, ended: bool = False, until: str | None = None) -> Metrics:
     """Write metrics.json, report.html and the model card from the sealed stages.
 
-    last: the last round. ended: it made its data and did not align the policy on it.
+    last: the last round. ended: it did not align the policy. until: the stage that it ended with, before its data was made.
     """
-    folder, recipe = last.folder, last.recipe
-    rounds, reason = summary.round_metrics(folder, recipe, method, unaligned=last.number if ended else None), None
+    folder, recipe, reason = last.folder, last.recipe, None
+    rounds = summary.round_metrics(folder, recipe, method, unaligned=last.number if ended else None, until=until)
     if ended:
         reason = why_not_aligned(rounds[-1], number=last.number, gates_stop=recipe.quality.on_failure == "stop")
         assert reason is not None, "a round ends without alignment for a reason"

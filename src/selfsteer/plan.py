@@ -33,6 +33,7 @@ from selfsteer.stages.costs import Counts, Lengths, Rates, StageCost, run_disk, 
 from selfsteer.stages.drawing import none_left
 from selfsteer.stages.essentials import check_essentials, device_memory, existing, size_of
 from selfsteer.stages.principles import choose_principles, load_pool
+from selfsteer.stages.status import method_of, stage_names
 from selfsteer.training.logps import casting_once, choose_packing, to_device
 from selfsteer.training.packing import Row
 from selfsteer.training.scoring import open_scorer
@@ -87,9 +88,15 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
     queries = [item for item in read_queries(recipe.queries) if isinstance(item, Query)]
     if not queries:
         raise ValueError(f"{recipe.queries.path}: no usable query. Look at the file, or set queries.column in the recipe.")
-    prompts = list(_prompts(recipe, prepared, queries[:_MEASURED]))
+    looked_at = queries[:_MEASURED]
+    prompts = list(_prompts(recipe, prepared, looked_at))
+    if not prompts:
+        raise ValueError(
+            f"{recipe.queries.path}: the chat template renders none of the first {len(looked_at)} queries. Look at the file,"
+            " or set policy.chat_template in the recipe."
+        )
     used = [each for each in prompts if len(each.good) <= recipe.queries.max_prompt_tokens]
-    count = round(len(queries) * len(used) / len(prompts))
+    count = round(len(queries) * len(used) / len(looked_at))
     problems = list(_problems(recipe, prepared))
     if not used:
         problems.append("no query fits queries.max_prompt_tokens with its principle; raise it")
@@ -104,7 +111,8 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
     found = _calibrated(recipe, prepared, used) if calibrate and here and not problems else _Calibration(Rates(), None)
     response = found.response or float(recipe.responses.max_new_tokens)
     half = compute_dtype(recipe.training.dtype, device) != torch.float32
-    counts = Counts(count, Lengths.of(each.bare for each in used), Lengths.of(each.good for each in used), response)
+    bare, good = (Lengths.of(getattr(each, name) for each in used) for name in ("bare", "good"))
+    counts = Counts(queries_a_round(recipe, count), bare, good, response)
     stages = stage_costs(recipe, counts, size, found.rates._replace(libraries=libraries), half=half)
     seconds = [stage["seconds"] for stage in stages if stage["samples"] or stage["scored"] or stage["trained"]]
     memory, most = (max(stage[key] for stage in stages) for key in ("memory", "memory_most"))
@@ -142,6 +150,13 @@ def plan(recipe: Recipe, *, calibrate: bool = True) -> Plan:
     )
 
 
+def queries_a_round(recipe: Recipe, count: int) -> int:
+    """Of so many queries, those of the largest round."""
+    if not recipe.queries.split_rounds:
+        return count
+    return recipe.queries.holdout + math.ceil((count - recipe.queries.holdout) / recipe.rounds)
+
+
 def _busy(load: float | None) -> Iterator[str]:
     """Whether something else works on this machine, beside which the rates were measured."""
     cores = os.cpu_count() or 1
@@ -161,9 +176,15 @@ class _Prompts(NamedTuple):
 
 
 def _prompts(recipe: Recipe, prepared: Prepared, queries: Sequence[Query]) -> Iterator[_Prompts]:
-    """The first queries bare and under the principles that they would get; of generated ones the library stands in."""
+    """The first queries bare and under the principles that they would get; of generated ones the library stands in.
+
+    Without those that can't be rendered, which a run drops.
+    """
     pool = load_pool(recipe.principles)
     for query in queries:
+        query = replace(query, messages=prepared.prompts.fold(query.messages))
+        if isinstance(prepared.prompts.checked_ids(query.messages), str):
+            continue
         principles = choose_principles(query, pool, recipe.seed)
         steered = (
             prepared.prompts.steer(query.messages, each) for each in (principles.good_message, principles.bad_message)
@@ -177,7 +198,7 @@ def _problems(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
     """What a run would be refused for, each check by itself."""
     for check in (
         lambda: check_engines(recipe, prepared.policy, prepared.prompts),
-        lambda: check_essentials(recipe, prepared.policy, prepared.prompts, prepared.judge),
+        lambda: check_essentials(recipe, prepared.policy, stage_names(recipe, method_of(recipe))),
     ):
         try:
             check()

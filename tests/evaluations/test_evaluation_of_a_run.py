@@ -78,6 +78,9 @@ def test_a_run_measures_before_and_after(
     monkeypatch.setattr("selfsteer.stages.evaluation.Plan.evaluate", none)
     pipeline.run(recipe)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluation"] == metrics["evaluation"]
+    write(data / "ifeval" / "more.jsonl", [])
+    with pytest.raises(AssertionError, match="asked again"):  # its files are not what they were
+        pipeline.run(recipe)
 
 
 def test_a_run_with_a_task_that_will_not_do_does_not_begin(

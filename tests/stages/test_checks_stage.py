@@ -64,6 +64,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, recipe_of: RecipeOf, files:
     return folder
 
 
+def test_held_out_queries_without_a_check_are_named_once_they_have_their_principles(
+    recipe_of: RecipeOf, files: dict[str, str], tmp_path: Path
+):
+    """One held out, and one principle in 31 with a check: the policy is not asked anything."""
+    principles = tmp_path / "principles.jsonl"
+    without = [{"good": f"Be good in way {number}.", "bad": "Be bad."} for number in range(30)]
+    principles.write_text("".join(json.dumps(row) + "\n" for row in [PRINCIPLES[0], *without]))
+    changes = {"principles.path": str(principles), "queries.holdout": 1, "quality.answers": 1}
+    with pytest.raises(ValueError, match=r"quality\.answers: none of the 1 held-out queries has a principle with checks"):
+        run(recipe_of(tmp_path / "run", checked(files, **changes)))
+    assert not (tmp_path / "run/round-1/2-responses").exists()
+
+
 def metrics(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())["rounds"][0]
 

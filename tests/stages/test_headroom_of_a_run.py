@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,19 @@ def test_a_gate_on_it_stops_before_the_generator_is_trained(recipe_of: RecipeOf,
     before = (folder / "round-1/3-steering/MANIFEST.json").read_bytes()
     run(recipe_of(folder, {**SHORT, "quality.gates": {"headroom_rejected": ABOVE}}))
     assert (folder / "round-1/3-steering/MANIFEST.json").read_bytes() == before, "with another bound it goes on from there"
+
+
+def test_what_lies_behind_a_failed_gate_is_of_an_earlier_try(finished: Path, recipe_of: RecipeOf, tmp_path: Path):
+    """Whether it was finished, under other settings, or broken off; the metrics have the stages of this one alone."""
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    recipe = recipe_of(folder, {**SHORT, "seed": 1, "quality.gates": {"headroom": BELOW, "kept_share": ">= 0"}})
+    for _ in range(2):
+        with pytest.raises(GateFailed, match=r"headroom [^\n]*FAILED"):
+            run(recipe, replace=True)
+        (this,) = json.loads((folder / "metrics.json").read_text())["rounds"]
+        assert list(this["stages"]) == ["1-principles", "2-responses", "3-steering"]
+        assert [gate["name"] for gate in this["gates"]] == ["headroom"]
+        (folder / "round-1/4-generator/MANIFEST.json").unlink(missing_ok=True)
 
 
 def test_in_a_later_round_the_policy_of_the_one_before_is_the_result(recipe_of: RecipeOf, tmp_path: Path):

@@ -13,6 +13,7 @@ from conftest import QUERIES
 from selfsteer.data.exchange import export
 from selfsteer.given import train_pairs
 from selfsteer.recipe.sections import Recipe
+from selfsteer.store.folder import WouldReplace
 
 RecipeOf = Callable[..., dict[str, Any]]
 FAST = {
@@ -142,6 +143,17 @@ def test_a_judge_selects_and_is_not_asked_twice(given: Path, tiny_folder: str, r
     assert [row["query_id"] for row in rows(tmp_path / "run", "5-selection")] == [
         max(probability, key=probability.__getitem__)
     ]
+
+
+def test_a_selection_that_would_align_the_policy_anew_is_refused_before_the_judge_is_asked(
+    given: Path, tiny_folder: str, recipe_of: RecipeOf, tmp_path: Path
+):
+    changes = {"judge": {"kind": "llm", "model": tiny_folder}, "alignment.max_steps": 1}
+    train_pairs(given, Recipe.model_validate(recipe_of(tmp_path / "run", changes)))
+    selecting = recipe_of(tmp_path / "run", {**changes, "selection": {"by": "judge", "top_share": 0.5}})
+    with pytest.raises(WouldReplace, match=r"6-policy would be made again; a model would go"):
+        train_pairs(given, Recipe.model_validate(selecting))
+    assert samples(tmp_path / "run", "5-selection") == []
 
 
 def test_without_a_generator_its_rewards_select_nothing(given: Path, recipe_of: RecipeOf, tmp_path: Path):

@@ -1,6 +1,6 @@
 """L_SSO against an oracle that shares no code with the project: plain forwards, one sequence at a time, explicit loops.
 
-DESIGN section 1, equations 1, 2 and 4:  L_SSO = mean over queries of (L+ + L-),
+docs/method.md, equations 1, 2 and 4:  L_SSO = mean over queries of (L+ + L-),
     L+ = DPO(x+, y+, y-) + gamma * SFT(x+, y+)         L- = DPO(x-, y_o, y+) + gamma * SFT(x-, y_o)
     DPO(x, w, l) = -log sigmoid(beta * ((log pi(w|x) - log ref(w|x)) - (log pi(l|x) - log ref(l|x))))
     SFT(x, y) = -log pi(y|x) / tokens of y

@@ -58,8 +58,8 @@ def local_data(name: str, data: Path, scratch: Path) -> Local:
         )
     reader = _READERS.get(name)
     if reader is None:
-        return Local(source, _digest(source), None)
-    found, configurations = _digest(source), reader(source)
+        return Local(source, folder_digest(source), None)
+    found, configurations = folder_digest(source), reader(source)
     folder = scratch / f"{name}-{found[:12]}"
     if not (folder / "README.md").is_file():
         _lay_out(folder, configurations)
@@ -70,7 +70,8 @@ def local_data(name: str, data: Path, scratch: Path) -> Local:
     return Local(folder, found, splits, note)
 
 
-def _digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
+    """Of all files below it. Raises ValueError where there are none."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not files:
         raise ValueError(f"evaluation.data: {folder} is empty")

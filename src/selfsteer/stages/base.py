@@ -222,6 +222,8 @@ def _not_empty(stage: Stage, manifest: Manifest) -> Stage:
     """The stage. Raises ValueError, with the reasons and the way out, when nothing was kept."""
     if manifest.kept > 0:
         return stage
+    if manifest.wanted == 0 and stage.path.name == SELECTION:
+        raise ValueError(f"{manifest.stage}: every pair is held out; lower queries.holdout in the recipe.")
     if manifest.wanted == 0:
         raise ValueError(f"{manifest.stage}: there are no queries. Look at queries.path and queries.column in the recipe.")
     reasons = "; ".join(

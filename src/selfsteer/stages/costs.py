@@ -4,8 +4,7 @@ Everything is of one round; a run of several takes it as many times (`run_disk` 
 its share is counted, and what it takes over is no work. Memory is what the libraries, the weights, the optimizer, the cache,
 the activations and the output layer hold at most, with what the allocator keeps beside it: for responses as long as they are
 expected, and for as long as they may be. Left out on purpose: files that are mapped, whose memory the system takes back; how
-counts and rates are found (`plan.py`), what this machine has (`essentials.py`), and judges, benchmarks and stage 4-gain,
-which are counted as far as they ask something and not timed.
+counts and rates are found (`plan.py`), what this machine has (`essentials.py`), and judges, benchmarks and stage 4-gain.
 """
 
 import math
@@ -163,7 +162,7 @@ def stage_costs(recipe: Recipe, counts: Counts, size: Size, rates: Rates, *, hal
 
 
 UNTIMED = (GAIN, QUALITY)
-"""Stages of whose work only a part is counted."""
+"""Stages whose work is left out."""
 
 
 class Tokens(NamedTuple):
@@ -262,13 +261,14 @@ def _work(recipe: Recipe, counts: Counts, name: str) -> _Work:
         more = (recipe.selection.samples - 1) * max(0, n - recipe.queries.holdout // share.of)
         return _Work(samples=0 if own else 2 * (n + more), scored=(n + more) * pair)
     if name == SELECTION:
-        return _Work(scored=n * pair if recipe.selection.by == "generator" else 0)
+        pairs = max(0, n - recipe.queries.holdout) * recipe.selection.samples
+        return _Work(scored=pairs * pair if recipe.selection.by == "generator" else 0)
     if name == POLICY:
         return _Work(queries=max(0, n - spared), each=pair)
     if name == PASSES:
         answered = recipe.quality.answers
         return _Work(samples=3 * answered, scored=answered * (steered + 3 * answer))
-    return _Work()  # 4-gain and 5-quality: not timed
+    return _Work()
 
 
 def _both_prompts(recipe: Recipe) -> bool:

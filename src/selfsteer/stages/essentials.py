@@ -1,7 +1,8 @@
-"""What a run needs and can be known before anything is sampled: trackers, servers that answer, disk, memory.
+"""What a run needs and can be known before anything is sampled: trackers, disk, memory.
 
 Each is refused in one line with its way out. Left out on purpose: models, files, templates and what engines lack, which
-`pipeline.prepare` and `check_engines` say, and everything that is an estimate (`plan.py`): only what can't do is refused.
+`pipeline.prepare` and `check_engines` say; whether a server answers, which may change at any time; and everything that is an
+estimate (`plan.py`): only what can't do is refused.
 """
 
 import shutil
@@ -13,28 +14,23 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from selfsteer.engines.open import open_engine
-from selfsteer.judges.base import RecipeJudge
-from selfsteer.judges.find import open_judge
 from selfsteer.models import available_memory, compute_dtype, load_configuration, pick_device
-from selfsteer.prompts import Prompts
-from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Checkpoint
 from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, training_state
-from selfsteer.stages.status import TRAININGS, method_of, stage_names
+from selfsteer.stages.status import TRAININGS
 from selfsteer.store.folder import Stage
+from selfsteer.training.train import with_adapter
 
 
-def check_essentials(recipe: Recipe, policy: Checkpoint, prompts: Prompts, judge: RecipeJudge | None) -> None:
-    """Raises ValueError for the first thing without which this run, or what is left of it, would fail later."""
+def check_essentials(recipe: Recipe, policy: Checkpoint, stages: Sequence[str]) -> None:
+    """Raises ValueError for the first thing without which a run of these stages, or what is left of it, would fail later."""
     check_trackers(recipe.training.report_to)
-    size = size_of(policy, recipe)
-    stages = unsealed_trainings(recipe)
-    if stages:
+    trainings = unsealed_trainings(recipe, stages)
+    if trainings:
+        size = size_of(policy, recipe)
         check_memory(recipe, size)
-    check_disk(recipe, size, stages)
-    check_servers(recipe, policy, prompts, judge)
+        check_disk(recipe, size, trainings)
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -76,9 +72,9 @@ def device_memory(device: torch.device) -> int:
 
 def check_disk(recipe: Recipe, size: Size, stages: Sequence[str]) -> None:
     """Raises ValueError where the models and checkpoints of these training stages don't fit the disk of the run folder."""
-    if not stages:
-        return
-    need = len(stages) * model_disk(recipe, size) + checkpoints_disk(size)
+    saved = (file for stage in stages for file in Path(recipe.output, stage).glob("training-*/checkpoint-*/**/*"))
+    there = sum(file.stat().st_size for file in saved if file.is_file())
+    need = len(stages) * model_disk(recipe, size) + max(0, checkpoints_disk(size) - there)
     free = shutil.disk_usage(existing(Path(recipe.output))).free
     if need > free:
         raise ValueError(
@@ -93,25 +89,13 @@ def existing(path: Path) -> Path:
     return next(each for each in (whole, *whole.parents) if each.exists())
 
 
-def unsealed_trainings(recipe: Recipe) -> list[str]:
-    """The training stages of a run that are still to be made, as round-N/STAGE; shard 1 alone trains the generator."""
+def unsealed_trainings(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+    """Those of a run's stages that train and are still to be made, as round-N/STAGE; shard 1 alone trains the generator."""
     if recipe.queries.share is not None and recipe.queries.share.number > 1:
         return []
-    names = [name for name in stage_names(recipe, method_of(recipe)) if name in TRAININGS]
+    names = [name for name in stages if name in TRAININGS]
     places = [f"round-{number}/{name}" for number in range(1, recipe.rounds + 1) for name in names]
     return [place for place in places if Stage(Path(recipe.output) / place).manifest() is None]
-
-
-def check_servers(recipe: Recipe, policy: Checkpoint, prompts: Prompts, judge: RecipeJudge | None) -> None:
-    """Asks each server that runs already for a sign of life. Raises ValueError for one that does not answer."""
-    trust = recipe.policy.trust_remote_code
-    for section in (recipe.engine, recipe.principles.engine):
-        if section is not None and runs_already(section):
-            with open_engine(section, policy, prompts, trust_remote_code=trust):
-                pass
-    if judge is not None and runs_already(judge.section.engine):
-        with open_judge(judge):
-            pass
 
 
 def size_of(model: Checkpoint, recipe: Recipe) -> Size:
@@ -120,27 +104,13 @@ def size_of(model: Checkpoint, recipe: Recipe) -> Size:
     configuration = load_configuration(model.path, trust_remote_code=trust)
     with torch.device("meta"):
         empty = cast(PreTrainedModel, AutoModelForCausalLM.from_config(configuration, trust_remote_code=trust))
-    parameters = sum(part.numel() for part in empty.parameters())
+        parameters, output = sum(part.numel() for part in empty.parameters()), empty.get_output_embeddings()
+        weights = 0 if output is None else sum(part.numel() for part in output.parameters())
+        if recipe.training.lora is not None:
+            with_adapter(empty, recipe.training.lora)  # in place
+    trained = sum(part.numel() for part in empty.parameters() if part.requires_grad)
     text: dict[str, Any] = configuration.get_text_config().to_dict()
     layers, width, heads = (int(text.get(name) or 1) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     each = int(text.get("head_dim") or width // heads)
     cached = 2 * layers * int(text.get("num_key_value_heads") or heads) * each
-    output = empty.get_output_embeddings()
-    weights = 0 if output is None else sum(part.numel() for part in output.parameters())
-    return Size(parameters, _trained(empty, recipe) or parameters, layers, width, cached, weights)
-
-
-def _trained(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Parameters of the recipe's adapter; 0 without one."""
-    lora = recipe.training.lora
-    if lora is None:
-        return 0
-    names = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    output = model.get_output_embeddings()
-    return sum(
-        lora.rank * (module.in_features + module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and module is not output
-        and (names == ["all-linear"] or name.rpartition(".")[2] in names)
-    )
+    return Size(parameters, trained, layers, width, cached, weights)

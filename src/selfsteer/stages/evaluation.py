@@ -22,6 +22,7 @@ from selfsteer.engines.sampling import Sampler
 from selfsteer.evaluations.asking import Asked
 from selfsteer.evaluations.evaluate import Answering, Plan, answering, ask_with
 from selfsteer.evaluations.judged import Verdicts
+from selfsteer.evaluations.local_data import folder_digest
 from selfsteer.evaluations.results import summary
 from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.find import ask, open_judge
@@ -108,7 +109,8 @@ def evaluate_run(
         {
             "schema": SCHEMA,
             "models": [first.digest, aligned.digest],
-            "section": section.model_dump(),
+            "section": section.model_dump(exclude={"data"}),
+            "data": None if section.data is None else folder_digest(Path(section.data)),
             "engine": recipe.engine.model_dump(mode="json"),
             "judge": None if judge is None else {"name": judge.name, "settings": judge.settings()},
             "versions": _versions(),

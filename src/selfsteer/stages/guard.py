@@ -7,7 +7,7 @@ Left out on purpose: whether a stage can stay as it is, and making it again (`ba
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import yaml
@@ -33,10 +33,14 @@ _INPUTS = {
     "queries": "the queries: the file is not what it was",
     "policy": "the policy: its weights are not what they were",
     "prompts": "the prompts: the model's chat template or tokenizer is not what it was",
-    "pairs": "the pairs: their file is not what it was",
-    "principles": "the principles: their file is not what it was",
 }
 """What a stage reads that is no stage."""
+
+_FILES = {
+    (PREFERENCES, "pairs"): "the pairs: their file is not what it was",
+    (PRINCIPLES, "principles"): "the principles: their file is not what it was",
+}
+"""The same of one stage; of the others it is what a stage made."""
 
 
 class Attempt(NamedTuple):
@@ -142,8 +146,9 @@ def _reasons(attempt: Attempt, sealed: Manifest | None, origin: Origin) -> Itera
     for name in sorted(sealed.inputs.keys() | origin.inputs.keys()):
         if sealed.inputs.get(name) == origin.inputs.get(name) or name in explained:
             continue
-        if name in _INPUTS:
-            yield _INPUTS[name]
+        words = _INPUTS.get(name) or _FILES.get((PurePath(sealed.stage).name, name))
+        if words is not None:
+            yield words
         elif not said:
             yield f"what the stage before handed on ({name})"
 

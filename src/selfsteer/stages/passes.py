@@ -59,6 +59,12 @@ def passes_stage(round: Round, policy: Stage) -> Stage | None:
     return make_stage(round, PASSES, origin, lambda work: _answers(round, work, principles, model_of(policy)))
 
 
+def require_answerable(round: Round, principles: Stage) -> None:
+    """Raises ValueError, before anything is answered, where no held-out query has checks and the recipe asks for answers."""
+    if round.recipe.quality.answers and not round.held_out_only:
+        _held_out_rows(round, principles)
+
+
 def _answers(round: Round, work: Work, principles: Stage, aligned: Checkpoint) -> Contents:
     rows = _held_out_rows(round, principles)
     asked = [_requests(round, row, aligned) for row in rows]

@@ -42,6 +42,7 @@ from selfsteer.stages.base import (
     make_stage,
     policy_scorer,
     read_measures,
+    sealed,
     write_measures,
 )
 from selfsteer.stages.drawing import draw, held_out
@@ -318,9 +319,8 @@ def _write_contamination(path: Path, files: Iterable[str], preferences: Stage) -
 
 def read_contamination(stage: Stage) -> Contamination | None:
     """The sealed measure, None where the recipe names no evaluation files."""
-    path = stage.path / _CONTAMINATION
-    if not path.exists():
+    if _CONTAMINATION not in sealed(stage).outputs:
         return None
     way_out = f"delete {stage.path / 'MANIFEST.json'} and run the same command again"
-    found = read_json(path, {"share": dict, "files": dict}, way_out=way_out)
+    found = read_json(stage.path / _CONTAMINATION, {"share": dict, "files": dict}, way_out=way_out)
     return Contamination(share=Estimate(**found["share"]), files=cast("dict[str, int]", found["files"]))

@@ -167,8 +167,6 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
             return ask(judge, lessons, work.journal, total=sum(1 for _ in lessons()))
 
         rank, models = _by_verdicts(lessons, asked), ()
-        if candidates.quality is not None:  # what it has said already
-            borrow(round.folder.stage(round.number, SELECTION), [candidates.quality])
     else:
         assert candidates.generators is not None, "checked at the start"
         inputs |= inputs_of(round, generator=candidates.generators.good)
@@ -176,6 +174,9 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
     origin = Origin(settings=settings, inputs=inputs)
 
     def make(work: Work) -> Contents:
+        if section.by == "judge" and candidates.quality is not None:  # what it has said already
+            borrow(work.stage, [candidates.quality])
+            work.journal.reread()
         return _selected(round, work, candidates, lambda: rank(work))
 
     return make_stage(round, SELECTION, origin, make, models=models)

@@ -27,7 +27,18 @@ from selfsteer.pairs import (
 )
 from selfsteer.records import Dropped, Pair, Responses
 from selfsteer.runtime import counted
-from selfsteer.stages.base import Round, Work, arithmetic, inputs_of, kept, make_stage, measured, policy_scorer, taking
+from selfsteer.stages.base import (
+    Round,
+    Work,
+    arithmetic,
+    inputs_of,
+    kept,
+    make_stage,
+    measured,
+    policy_scorer,
+    sealed,
+    taking,
+)
 from selfsteer.stages.drawing import draw
 from selfsteer.stages.responses import HELD_OUT
 from selfsteer.stages.status import STEERING
@@ -72,9 +83,10 @@ def steering_stage(round: Round, responses: Stage) -> Stage:
 
 def _held_out(round: Round, work: Work, responses: Stage) -> list[Responses]:
     """What the policy answered to held-out queries, as far as it would become a pair of PBAA; the rest is written down."""
-    file, dropped = responses.path / HELD_OUT, list[Dropped]()
+    dropped: list[Dropped] = []
     found: list[Responses] = []
-    for item in map(columns.responses, columns.file_rows(file)) if file.exists() else ():
+    rows = columns.file_rows(responses.path / HELD_OUT) if HELD_OUT in sealed(responses).outputs else ()
+    for item in map(columns.responses, rows):
         reason = pair_reject_reason(item, round.recipe.filters, round.prompts)
         if reason is None:
             found.append(item)

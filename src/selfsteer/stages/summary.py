@@ -118,14 +118,19 @@ def _facts(folder: RunFolder, recipe: Recipe, rounds: Sequence[RoundMetrics]) ->
     return facts
 
 
-def round_metrics(folder: RunFolder, recipe: Recipe, method: Method, *, unaligned: int | None = None) -> list[RoundMetrics]:
-    """The measures of all rounds, drift and gates among them; or up to round `unaligned`, which ends with its data."""
+def round_metrics(
+    folder: RunFolder, recipe: Recipe, method: Method, *, unaligned: int | None = None, until: str | None = None
+) -> list[RoundMetrics]:
+    """The measures of all rounds, drift and gates among them; or up to round `unaligned`, which ends with its data.
+
+    until: the stage that this round ended with, before its data was made; what lies behind it is of an earlier try.
+    """
     gates, stops = parse(recipe.quality.gates), parse(recipe.quality.stop_when)
     rounds: list[RoundMetrics] = []
     for number in range(1, (unaligned or recipe.rounds) + 1):
         names = stage_names(recipe, method, aligned=number != unaligned)
-        if number == unaligned:  # it may have ended before it had made its data
-            names = [name for name in names if folder.has_stage(number, name)]
+        if number == unaligned and until is not None:
+            names = names[: names.index(until) + 1]
         found = _round({name: folder.stage(number, name) for name in names}, method)
         if rounds:
             found["drift"] = drift(rounds[-1], found)

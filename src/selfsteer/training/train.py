@@ -350,7 +350,7 @@ def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel
     if training.lora is None:
         return model, packing
     tied = _shared_weights(model)
-    adapted = _adapted(model, training.lora)
+    adapted = with_adapter(model, training.lora)
     _refuse_tied(model, tied)
     if type(model.get_output_embeddings()) is not torch.nn.Linear:
         raise ValueError("training.lora.target_modules: the output layer can't carry an adapter; leave it out")
@@ -378,7 +378,8 @@ def _refuse_tied(model: PreTrainedModel, tied: set[int]) -> None:
         )
 
 
-def _adapted(model: PreTrainedModel, lora: Lora) -> PeftModel:
+def with_adapter(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    """The model with the adapter that is trained, on all that training.lora.target_modules names."""
     adapter = LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),
@@ -476,6 +477,6 @@ def _whole_model(trainer: PreferenceTrainer, job: TrainingJob) -> PreTrainedMode
         return None
     whole = load_model(job.policy.model, dtype=torch.float32, trust_remote_code=job.policy.trust_remote_code)
     if job.training.lora is not None:
-        whole = _adapted(whole, job.training.lora)
+        whole = with_adapter(whole, job.training.lora)
     whole.load_state_dict(weights)
     return whole
