@@ -142,8 +142,11 @@ def evaluate(
         fewshot=fewshot,
         max_new_tokens=max_new_tokens,
     )
-    told = {"chat_template": chat_template, "template_arguments": template_arguments or {}}
-    models = [Policy(model=name, **told) for name in (before, model) if name is not None]
+    models = [
+        Policy(model=name, chat_template=chat_template, template_arguments=template_arguments or {})
+        for name in (before, model)
+        if name is not None
+    ]
     with graceful_stop():
         opened = evaluating.read_engine(None if engine is None else Path(engine))
         return evaluating.evaluate_models(models, section, opened, judge, Path(output))

@@ -106,16 +106,15 @@ def _chosen(policy: Policy, queries: Queries) -> Chosen:
     device = pick_device()
     need = training_state(size, half=compute_dtype("auto", device) != torch.float32)
     room = device_memory(device)
-    lora = room is not None and need > 0.8 * room  # activations come on top
+    lora = need > 0.8 * room  # activations come on top
     try:
         find_vllm(sys.executable)
         vllm = True
     except ValueError:
         vllm = False
-    memory = "" if room is None else f" of {room / 1e9:.0f} GB"
     because = (
-        f"{size.parameters / 1e6:,.0f}M parameters on {device.type}: full weights take {need / 1e9:.1f} GB{memory},"
-        f" so {'adapters' if lora else 'all weights'} are trained; "
+        f"{size.parameters / 1e6:,.0f}M parameters on {device.type}: full weights take {need / 1e9:.1f} GB of"
+        f" {room / 1e9:.0f} GB, so {'adapters' if lora else 'all weights'} are trained; "
         + ("vLLM samples" if vllm else "the embedded engine samples (no vLLM in this environment)")
     )
     return Chosen(lora, vllm, size.parameters < _SMALL, because)

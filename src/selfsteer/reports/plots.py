@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from selfsteer.measures.estimates import Distribution, Estimate
 from selfsteer.measures.metrics import Comparison, Measures, RoundMetrics, TrainingSummary, find
-from selfsteer.reports.tables import GENERATOR, PBAA, training_names
+from selfsteer.reports.tables import GENERATOR, PBAA, trainings_of
 
 # The light theme's, which files keep; in the SVG of a page each is replaced by what the page defines.
 COLOURS = {"#1d2329": "var(--ink)", "#12756b": "var(--chosen)", "#a94a20": "var(--rejected)", "#dfe2e0": "var(--line)"}
@@ -61,7 +61,7 @@ class Plot(NamedTuple):
 def plots(this: RoundMetrics, data: Mapping[str, Measures]) -> list[Plot]:
     """Every plot that a round's metrics allow. data: sets of pairs by the name they have in the tables."""
     drawn: list[Plot] = []
-    trainings = {name: this[key] for name, key in training_names(this)}
+    trainings = trainings_of(this)
     for key, file, caption in (
         (
             "loss",

@@ -6,7 +6,7 @@ of a run is in `verdict.py`. Left out on purpose: measuring; a number that is no
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, cast
+from typing import cast
 
 from selfsteer.evaluations.length_controlled import WinRate
 from selfsteer.measures.checks import PrincipleChecks, parse
@@ -27,6 +27,7 @@ from selfsteer.measures.metrics import (
     Measures,
     Metrics,
     RoundMetrics,
+    TrainingSummary,
     find,
     from_plain,
 )
@@ -486,15 +487,15 @@ def _moved(side: Json, name: str) -> Cell:
     )
 
 
-def training_names(this: RoundMetrics) -> list[tuple[str, Literal["generator", "bad_generator", "policy"]]]:
-    """Each training of a round: how people call it, and its key."""
+def trainings_of(this: RoundMetrics) -> dict[str, TrainingSummary]:
+    """Each training of a round, by what people call it."""
     generator = "generator of chosen" if "bad_generator" in this else "data generator"
     named = ((generator, "generator"), ("generator of rejected", "bad_generator"), ("policy", "policy"))
-    return [(name, key) for name, key in named if key in this]
+    return {name: this[key] for name, key in named if key in this}
 
 
 def _trainings(this: RoundMetrics, title: str) -> Table:
-    names = [(column, this[key]) for column, key in training_names(this)]
+    names = list(trainings_of(this).items())
     sides = [cast(Json, summary) for _, summary in names]
 
     def line(label: str, path: str, form: Form = "number") -> Row:
