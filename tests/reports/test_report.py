@@ -380,6 +380,7 @@ def test_figure_three_is_of_the_held_out_queries_that_both_answered():
     judged = {"judge": {"both": {"baseline": Estimate(0.6, 0.5, 0.7, 22), "pairs": Estimate(0.8, 0.7, 0.9, 22)}}}
     assert places({"comparison": compared, "judged_comparison": judged}) == [(0.42, 0.6), (0.41, 0.8)]
     everything = sets["PBAA pairs"]["on_policy"]["all"].mean
+    assert places({"comparison": {"queries": 0, "held_out": True}}) == [(everything, 0.75)] * 2, "no query has both"
     assert places({"comparison": {**compared, "held_out": False}}) == [(everything, 0.75)] * 2
 
 

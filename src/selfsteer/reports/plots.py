@@ -175,7 +175,7 @@ def _points(
     own = {PBAA: "baseline", GENERATOR: "pairs"}
 
     def of(name: str, compared: Any, path: str) -> Estimate | None:
-        both = cast("Mapping[str, Estimate]", compared["both"]) if compared else {}
+        both = cast("Mapping[str, Estimate]", (compared or {}).get("both", {}))
         return both.get(own.get(name, "")) or find(data[name], path)
 
     paths = ("on_policy.all", f"{key}.accuracy")
