@@ -248,7 +248,9 @@ def test_export_passes_on_what_it_is_given(monkeypatch, capsys, caplog):
 
     monkeypatch.setattr("selfsteer.data.exchange.export", export)
     assert command(monkeypatch, "export", "runs/a", "--to", "out", "--format", "trl", "--round", "3") == 0
-    assert given == [((Path("runs/a"), Path("out"), "trl"), {"keep_truncated": False, "round": 3})]
+    ((arguments, options),) = given
+    assert arguments == (Path("runs/a"), Path("out"), "trl")
+    assert (options["keep_truncated"], options["round"]) == (False, 3)
     captured = capsys.readouterr()
     assert captured.out == "wrote 1,234 pairs to out\nuse them with  trl dpo\n"
     assert "dropped 2 of 1,236: 2 empty chosen" in caplog.text

@@ -67,7 +67,10 @@ def test_the_pairs_of_a_run_are_measured(folder: Path):
 
 def test_pairs_are_exported_and_trained_on(folder: Path, tmp_path: Path):
     found = selfsteer.export(folder, tmp_path / "pairs", "trl", keep_truncated=True)
-    assert found.written == json.loads((folder / "metrics.json").read_text())["rounds"][0]["alignment"]["pairs"]
+    pairs = json.loads((folder / "metrics.json").read_text())["rounds"][0]["alignment"]["pairs"]
+    assert (found.written, found.dropped) == (pairs - 2, {"held out": 2})
+    whole = selfsteer.export(folder, tmp_path / "whole", "trl", keep_truncated=True, keep_held_out=True)
+    assert whole.written == pairs
     trained = selfsteer.train(
         folder,
         folder / "recipe.yaml",

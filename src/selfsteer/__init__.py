@@ -13,7 +13,7 @@ FileNotFoundError for a file that is missing, for what the user can mend, with t
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from selfsteer.recipe.sections import Recipe
     from selfsteer.reports.comparison import ComparisonResult
     from selfsteer.stages.status import Status
+    from selfsteer.store.folder import Stage
 
 __all__ = ["compare", "evaluate", "export", "load", "measure", "report", "run", "status", "train"]
 
@@ -153,15 +154,27 @@ def evaluate(
 
 
 def export(
-    run: Path | str, to: Path | str, format: ExportFormat, *, keep_truncated: bool = False, round: int | None = None
+    run: Path | str,
+    to: Path | str,
+    format: ExportFormat,
+    *,
+    keep_truncated: bool = False,
+    keep_held_out: bool = False,
+    round: int | None = None,
 ) -> Exported:
     """Write the preference pairs of a run, or of a file, for the program that trains on them ("trl", ...).
 
-    keep_truncated: also pairs with a cut-off response, in columns that say so. round: of a run, this round's pairs.
+    keep_truncated: also pairs with a cut-off response, in columns that say so. keep_held_out: also those of held-out
+    queries, on which nothing was trained. round: of a run, this round's pairs.
     """
     from selfsteer.data import exchange
 
-    return exchange.export(Path(run), Path(to), format, keep_truncated=keep_truncated, round=round)
+    def held_out(pairs: Stage) -> Collection[str]:
+        from selfsteer.stages.drawing import held_out_of
+
+        return () if keep_held_out else held_out_of(pairs)
+
+    return exchange.export(Path(run), Path(to), format, keep_truncated=keep_truncated, round=round, held_out=held_out)
 
 
 def status(run: Path | str) -> Status:

@@ -395,6 +395,9 @@ def export(
     keep_truncated: Annotated[
         bool, typer.Option("--keep-truncated", help="Also pairs with a cut-off response, in columns that say so.")
     ] = False,
+    keep_held_out: Annotated[
+        bool, typer.Option("--keep-held-out", help="Also pairs of held-out queries, which a run's measures are taken on.")
+    ] = False,
     round: Annotated[
         int | None,
         typer.Option(
@@ -403,9 +406,9 @@ def export(
     ] = None,
 ) -> None:
     """Write the preference pairs of a run for the program that trains on them, with a dataset card."""
-    from selfsteer.data import exchange
+    import selfsteer
 
-    found = exchange.export(run, to, format, keep_truncated=keep_truncated, round=round)
+    found = selfsteer.export(run, to, format, keep_truncated=keep_truncated, keep_held_out=keep_held_out, round=round)
     if found.warning is not None:
         log.warning("%s", found.warning)
     if keep_truncated:

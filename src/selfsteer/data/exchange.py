@@ -25,7 +25,7 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -351,6 +351,8 @@ _FLAGS = tuple(f"{side}_truncated" for side in _SIDES)
 
 CUT_OFF = "cut off by the length limit"
 
+SPARED = "held out"
+
 
 class Exported(NamedTuple):
     """What an export did."""
@@ -365,24 +367,33 @@ class Exported(NamedTuple):
 
 
 def export(
-    source: Path, to: Path, format: ExportFormat, *, keep_truncated: bool = False, round: int | None = None
+    source: Path,
+    to: Path,
+    format: ExportFormat,
+    *,
+    keep_truncated: bool = False,
+    round: int | None = None,
+    held_out: Callable[[Stage], Collection[str]] = lambda _: (),
 ) -> Exported:
     """Write the pairs that a run's policy was aligned on last, or those of a file, into `to`, with a dataset card.
 
-    keep_truncated: also pairs of which a response was cut off, in columns that say so; a trainer that is not told would
-    teach the model to stop in the middle. Raises ValueError for another format and where no pair is left, FileExistsError
-    where a file would be replaced.
+    held_out: of a run's pairs the queries that are left out, as nothing was trained on them. keep_truncated: also pairs of
+    which a response was cut off, in columns that say so; a trainer that is not told would teach the model to stop in the
+    middle. Raises ValueError for another format and where no pair is left, FileExistsError where a file would be replaced.
     """
     if format not in FILES:
         raise ValueError(f"format: {format!r} is none of {', '.join(FILES)}")
     found = find_pairs(source, round)
     dropped: Counter[str] = Counter()
+    spared = () if found.stage is None else held_out(found.stage)
 
     def rows() -> Iterator[PairRow]:
         given = read_pairs(found.source) if found.stage is None else cast("Iterator[PairRow]", found.stage.rows())
         for row in given:
             if isinstance(row, Dropped):
                 dropped[row.reason] += 1
+            elif row["query_id"] in spared:
+                dropped[SPARED] += 1
             elif not keep_truncated and "length" in (row["chosen_finish"], row["rejected_finish"]):
                 dropped[CUT_OFF] += 1
             else:
@@ -390,7 +401,10 @@ def export(
 
     if next(rows(), None) is None:
         why = f" of {dropped.total():,}: {counted(dropped)}" if dropped else ""
-        hint = " (--keep-truncated exports those)" if CUT_OFF in dropped else ""
+        keep = [
+            option for reason, option in ((CUT_OFF, "--keep-truncated"), (SPARED, "--keep-held-out")) if reason in dropped
+        ]
+        hint = f" ({' and '.join(keep)} exports those)" if keep else ""
         raise ValueError(f"{source}: no pair is left{why}{hint}")
     dropped.clear()
     schema = PAIR_SCHEMA if found.stage is None else pq.read_schema(found.source)

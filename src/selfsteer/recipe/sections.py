@@ -245,7 +245,8 @@ class Alignment(Section):
     learning_rate: float = Field(default=5e-7, gt=0)
     """Peak learning rate."""
     batch_size: int = Field(default=256, ge=1)
-    """Pairs an optimizer step."""
+    """Queries an optimizer step. A run's own data has a pair of each; of pairs made elsewhere, adjacent ones of the same
+    prompt are one query, and their losses are added."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the alignment pairs."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -282,7 +283,7 @@ class Training(Section):
     lora: Lora | None = None
     """Train adapters instead of the full weights."""
     micro_batch_size: int = Field(default=1, ge=1)
-    """Queries (generator) or pairs (alignment) a forward pass and device; memory, not mathematics."""
+    """Queries a forward pass and device; memory, not mathematics."""
     tokens_per_batch: int | None = Field(default=None, ge=1)
     """Pack queries into a forward pass while they have at most so many tokens, each prompt counted once; a longer one is
     alone. Fills the machine with short queries, whose number `micro_batch_size` would fix. When empty, by that."""

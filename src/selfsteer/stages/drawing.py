@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 
 from selfsteer.engines.sampling import seed_for
+from selfsteer.recipe.sections import load
 from selfsteer.stages.base import Round, kept, sealed
 from selfsteer.stages.status import PREFERENCES, PRINCIPLES
 from selfsteer.store.folder import Stage
@@ -31,12 +32,20 @@ def _drawn(seed: int, ids: Iterable[str], count: int | None) -> set[str]:
 
 def held_out(round: Round) -> frozenset[str]:
     """The queries that neither training sees: the same ones whatever the seed, so that runs compare on them."""
-    count = round.recipe.queries.holdout
-    if count == 0:
-        return frozenset()
     begun = round.folder.has_stage(round.number, PRINCIPLES)  # not where the pairs were made elsewhere
     source = round.folder.stage(round.number, PRINCIPLES if begun else PREFERENCES)
-    return _held_out(source, sealed(source).digest, count)
+    return _of_queries(source, round.recipe.queries.holdout)
+
+
+def held_out_of(pairs: Stage) -> frozenset[str]:
+    """The same of a run folder, by a sealed stage of it that holds pairs."""
+    principles = Stage(pairs.path.with_name(PRINCIPLES))
+    source = principles if principles.manifest() is not None else Stage(pairs.path.with_name(PREFERENCES))
+    return _of_queries(source, load(pairs.path.parents[1] / "recipe.yaml").queries.holdout)
+
+
+def _of_queries(source: Stage, count: int) -> frozenset[str]:
+    return _held_out(source, sealed(source).digest, count) if count else frozenset()
 
 
 @lru_cache(maxsize=4)

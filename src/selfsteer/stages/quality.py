@@ -309,8 +309,8 @@ def _warn_of_useless(reports: Mapping[DataSet, CheckReport]) -> None:
 
 def _write_contamination(path: Path, files: Iterable[str], preferences: Stage) -> None:
     evaluation = read_evaluation([Path(file) for file in files])
-    pairs = map(columns.pair, preferences.rows())
-    found = [list(overlaps(Query(id=pair.query_id, messages=pair.prompt), evaluation)) for pair in pairs]
+    pairs = groupby(map(columns.pair, preferences.rows()), key=lambda pair: (pair.query_id, pair.prompt))
+    found = [list(overlaps(Query(id=id, messages=prompt), evaluation)) for (id, prompt), _ in pairs]  # once a query
     measure = contamination(found)
     assert measure is not None, "a sealed stage 5 has rows"
     rows_named = [overlap._asdict() for each in found for overlap in each]

@@ -3,6 +3,7 @@
     2-responses/data.parquet        of the queries that train the generator (of all, where there is none)
     2-responses/held-out.parquet    y+ and y- of those held out: what the generator's pairs are compared with
     2-responses/unrelated.parquet   y_o of those set aside: displacement is measured on them
+    2-responses/held-out-dropped.jsonl   which of these are not there, and why
 
 Left out on purpose: how prompts are rendered and responses sampled: the modules of that name.
 """
@@ -21,16 +22,17 @@ from selfsteer.engines.sampling import Sampler, request, response, sample, seed_
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.recipe.sections import Recipe, Sampled
 from selfsteer.records import Checkpoint, Dropped, Message, Query, Response
+from selfsteer.runtime import counted
 from selfsteer.stages.base import Round, Work, inputs_of, kept, make_stage
 from selfsteer.stages.drawing import draw_queries, held_out, set_aside
 from selfsteer.stages.status import RESPONSES
 from selfsteer.store import columns
-from selfsteer.store.folder import Contents, Origin, Stage
+from selfsteer.store.folder import Contents, Origin, Stage, write_dropped
 from selfsteer.store.journal import Journal
 
 log = logging.getLogger(__name__)
 
-HELD_OUT, UNRELATED = "held-out.parquet", "unrelated.parquet"
+HELD_OUT, UNRELATED, HELD_OUT_DROPPED = "held-out.parquet", "unrelated.parquet", "held-out-dropped.jsonl"
 
 # --- 2: responses ----------------------------------------------------------------------------------------------------------
 
@@ -86,8 +88,9 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
         description="responses of the policy",
         total=total * len(models) + len(own) * len(pair) + len(bare),
     )
+    failed: list[Dropped] = []
     if own:
-        rows_own = (_row(row, found) for row, found in _answered(work, own))
+        rows_own = (_row(row, found) for row, found in _answered(work, own, failed))
         columns.write_rows(work.stage.path / HELD_OUT, rows_own, columns.RESPONSES)
     if bare:
         unrelated = (
@@ -96,9 +99,11 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
                 "messages": row["messages"],
                 "original": columns.response_columns(found["original"]),
             }
-            for row, found in _answered(work, bare)
+            for row, found in _answered(work, bare, failed)
         )
         columns.write_rows(work.stage.path / UNRELATED, unrelated, columns.UNRELATED)
+    if (own or bare) and (reasons := write_dropped(work.stage.path / HELD_OUT_DROPPED, failed)):
+        log.info("queries held out or set aside that were not answered: %s", counted(reasons))
 
     def rows() -> Iterator[dict[str, Any] | Dropped]:
         texts = 0
@@ -111,7 +116,7 @@ def _responses(round: Round, work: Work, principles: Stage) -> Contents:
                 yield _row(row, answers)
         note_texts(log, texts)
 
-    files = tuple(name for name, asked_for in ((HELD_OUT, own), (UNRELATED, bare)) if asked_for)
+    files = tuple(name for name, there in ((HELD_OUT, own), (UNRELATED, bare), (HELD_OUT_DROPPED, own + bare)) if there)
     return Contents(wanted=total, rows=rows(), schema=columns.RESPONSES, files=files)
 
 
@@ -120,11 +125,15 @@ def _row(row: dict[str, Any], answers: Mapping[str, Response]) -> dict[str, Any]
     return {**row, "original": None} | {role: columns.response_columns(answer) for role, answer in answers.items()}
 
 
-def _answered(work: Work, asked: Iterable[_Asked]) -> Iterator[tuple[dict[str, Any], dict[str, Response]]]:
-    """Those that were answered whole."""
+def _answered(
+    work: Work, asked: Iterable[_Asked], failed: list[Dropped]
+) -> Iterator[tuple[dict[str, Any], dict[str, Response]]]:
+    """Those that were answered whole; the others are added to `failed`."""
     for row, requests in asked:
         found = answers_to(work.journal, row["query_id"], requests)
-        if not isinstance(found, Dropped):
+        if isinstance(found, Dropped):
+            failed.append(found)
+        else:
             yield row, found
 
 

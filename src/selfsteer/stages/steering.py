@@ -40,7 +40,7 @@ from selfsteer.stages.base import (
     taking,
 )
 from selfsteer.stages.drawing import draw
-from selfsteer.stages.responses import HELD_OUT
+from selfsteer.stages.responses import HELD_OUT, HELD_OUT_DROPPED
 from selfsteer.stages.status import STEERING
 from selfsteer.store import columns
 from selfsteer.store.folder import Contents, Origin, Stage, write_dropped
@@ -52,8 +52,6 @@ POLICY_PAIRS = "policy-pairs.parquet"
 """The policy's own responses as alignment pairs (PBAA), scored: what the generator's pairs are compared with.
 
 Of the queries that train the generator, and of those held out, which the comparison is made on."""
-
-HELD_OUT_DROPPED = "held-out-dropped.jsonl"
 
 HEADROOM = "headroom.parquet"
 
