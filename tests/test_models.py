@@ -271,6 +271,30 @@ class RanksAlone(PreTrainedTokenizerFast):
         return [token.encode() for token in found] if isinstance(found, list) else found
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, False),  # Gemma 3's <image_soft_token>: no text has it, no template writes it, no logit stands for it
+        ({"pad_token": "<image>"}, True),
+        ({"chat_template": "{{ messages[0].content }}<image>"}, True),
+    ],
+)
+def test_a_special_token_beyond_the_embedding_that_nothing_writes_is_no_matter(
+    changes: dict[str, str], refused: bool, folder: Path
+):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    if not refused:
+        prompts = Prompts(load_tokenizer(str(folder)))
+        assert prompts.contains_special("a <image> in the text")
+        return
+    with pytest.raises(ValueError, match=r"401 ids \(the last one is '<image>'\).* 400 rows"):
+        load_tokenizer(str(folder))
+
+
 def test_special_tokens_beside_the_vocabulary_are_tokens(tmp_path: Path):
     """Else an answer could never end."""
     plain = tiny_tokenizer()

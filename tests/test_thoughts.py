@@ -84,6 +84,7 @@ ANSWERS = {
     "plain": "A fox.",
     "thought": "<think>\nHm.\n</think>\n\nA fox.",
     "cut": "<think>Hm. A fo",
+    "apart": "A cat.",
 }
 
 
@@ -95,7 +96,9 @@ def answered(tmp_path: Path) -> Callable[[Callable[..., Response | Failed]], dic
         found: dict[str, str] = {}
         with Journal(tmp_path / "parts") as journal:
             rest = {"token_ids": [5], "finish_reason": "stop", "end_id": 2, "reencoded": False}
-            journal.append([(key, {"text": text, **rest}) for key, text in ANSWERS.items() if key not in journal])
+            kept = {key: {"text": text, **rest} for key, text in ANSWERS.items()}
+            kept["apart"]["thought"] = True  # the server keeps it apart
+            journal.append([(key, data) for key, data in kept.items() if key not in journal])
             for key in ANSWERS:
                 answer = how(journal, Request(key=key, messages=(), sampling=Sampling(), seed=0))
                 found[key] = answer.reason if isinstance(answer, Failed) else answer.text
@@ -107,11 +110,12 @@ def answered(tmp_path: Path) -> Callable[[Callable[..., Response | Failed]], dic
 def test_a_sampled_response_with_a_thought_becomes_a_dropped_row(answered: Callable[..., dict[str, str]]):
     """Its ids were sampled behind the thought; behind the bare prompt they would be another model's."""
     reason = "a thought in the response"
-    assert answered(response) == {"plain": "A fox.", "thought": reason, "cut": reason}
+    assert answered(response) == {"plain": "A fox.", "thought": reason, "cut": reason, "apart": reason}
 
 
 def test_who_reads_the_text_alone_reads_behind_the_thought(answered: Callable[..., dict[str, str]]):
-    assert answered(spoken) == {"plain": "A fox.", "thought": "A fox.", "cut": "a thought without an answer"}
+    without = "a thought without an answer"
+    assert answered(spoken) == {"plain": "A fox.", "thought": "A fox.", "cut": without, "apart": "A cat."}
 
 
 def test_of_pairs_made_elsewhere_the_text_behind_the_thought_is_taken(tiny_folder: str, tmp_path: Path):

@@ -325,11 +325,12 @@ def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     with _in_words(
         path, "the tokenizer can't be read", "Fetch tokenizer.json, tokenizer_config.json and the chat template again."
     ):
-        found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # Where mistral-common is installed it would replace tokenizer.json, and it knows no chat template.
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, mistral_format=False)
         assert isinstance(found, PreTrainedTokenizerBase)
         found.decode(found("a word")["input_ids"])  # some mistakes show only then
     rows = configuration.get_text_config().to_dict().get("vocab_size")
-    largest = max(known_ids(found), default=-1)
+    largest = max(_needed_ids(found, path), default=-1)
     if isinstance(rows, int) and largest >= rows:
         last = found.convert_ids_to_tokens(largest)
         raise ValueError(
@@ -338,6 +339,18 @@ def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
             "or resize the model (resize_token_embeddings) and train the new rows."
         )
     return found
+
+
+def _needed_ids(tokenizer: PreTrainedTokenizerBase, path: str) -> frozenset[int]:
+    """The ids that may stand before a model: all but special tokens that nothing writes (Gemma 3's <image_soft_token>)."""
+    tokens = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    written, ends = f"{tokenizer.chat_template} {tokens}", end_ids(path, tokenizer)
+    idle = (
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and number not in ends and token.content not in written
+    )
+    return known_ids(tokenizer).difference(idle)
 
 
 def load_configuration(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:

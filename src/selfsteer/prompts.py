@@ -166,8 +166,11 @@ def assistant_turn(
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Added tokens, marked special or not: where the template puts one behind a turn, it is to end it."""
-    return {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.content}
+    """Added tokens, marked special or not: where the template puts one behind a turn, it is to end it.
+
+    None of white space, which is text: Gemma's has runs of line ends among them.
+    """
+    return {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
 
 
 def _up_to_control(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -302,6 +305,10 @@ class Prompts:
         anchor = _HARMLESS if text[:1].isspace() else "\n"
         start, whole = self._ids(anchor), self._ids(anchor + text)
         return whole[len(start) :] if whole[: len(start)] == start else self._ids(text)
+
+    def without_turn(self, text: str) -> str:
+        """What a server returns as the text of an answer, without the white space that the turn begins with."""
+        return text.removeprefix(self._turn.before)
 
     def response_ids(self, said: Side, prompt: tuple[Message, ...]) -> tuple[int, ...]:
         """A response as token ids: those that were sampled, else those of its text behind the prompt."""
@@ -529,8 +536,9 @@ class Prompts:
 
     def _controls(self) -> frozenset[int]:
         """Added tokens that are marked special, and those that the template writes: they open and close turns, too."""
-        added, written = self.tokenizer.added_tokens_decoder.items(), "\0".join(self._written())
-        return frozenset(token_id for token_id, token in added if token.special or token.content in written)
+        written = "\0".join(self._written())
+        special = (token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return frozenset(special).union(token_id for text, token_id in _added(self.tokenizer).items() if text in written)
 
     def _plain_controls(self) -> re.Pattern[str] | None:
         """Finds what the template writes around turns in plain text, such as "### Response:" or "[INST]"; None for nothing.
@@ -539,7 +547,7 @@ class Prompts:
         which ChatML writes behind its special token) are none, and a name with a colon is one only where the template puts
         it: at the beginning of a line, or behind a space.
         """
-        specials = "|".join(re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values())
+        specials = "|".join(map(re.escape, _added(self.tokenizer)))
         found: set[str] = set()
         for written in self._written():
             for piece in re.split(specials, written) if specials else [written]:
@@ -596,7 +604,8 @@ def _control_patterns(written: str, *, last: bool) -> set[str]:
         return found
     inline = not last and "\n" not in written.partition(text)[0]  # behind what was said, in its line
     name = re.fullmatch(r"[\w\s]+[:：]", text) is not None  # the second is the colon of Chinese and Japanese
-    return found | {(r"(?:^|\s)" if inline else r"^") * name + re.escape(text)}
+    start = (r"(?:^|\s)" if inline else r"^") if name else "" if inline else r"(?<!\S)"  # "# Notes" is not in "## Notes"
+    return found | {start + re.escape(text)}
 
 
 def _left_out(messages: tuple[Message, ...], rendered: str) -> bool:

@@ -50,6 +50,9 @@ class Letters:
         assert finish == "length"
         return tuple(map(ord, text))
 
+    def without_turn(self, text: str) -> str:
+        return text
+
     def text(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
@@ -870,6 +873,8 @@ def test_warnings_are_few(caplog: pytest.LogCaptureFixture):
 def test_read_answer():
     assert read_answer(chat("yes", finish="length", token_ids=[5, 6]).body) == Answer("yes", (5, 6), "length")
     assert read_answer(chat("yes", logprobs=None).body) == Answer("yes", None, "stop")
+    thought = {"finish_reason": "stop", "message": {"content": "yes", "reasoning": "Hm"}}
+    assert read_answer(json.dumps({"choices": [thought]}).encode()) == Answer("yes", None, "stop", thought=True)
 
 
 @pytest.mark.parametrize(

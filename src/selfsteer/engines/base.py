@@ -59,6 +59,8 @@ class Completion:
     """The end token that was sampled; None of a response that was cut off, and where an engine does not tell."""
     reencoded: bool = False
     """The engine was told only the text: `token_ids` is that text encoded again, good for its length and nothing else."""
+    thought: bool = False
+    """A thought stood before it, which the engine keeps apart: it was not sampled behind the prompt alone."""
     first_logps: tuple[TokenLogp, ...] | None = None
     """The most probable first tokens, before temperature and top-p, where `Request.top_logps` asked for them; None of an
     engine that does not tell."""

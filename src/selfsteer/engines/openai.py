@@ -96,6 +96,8 @@ class Answer(NamedTuple):
     finish_reason: FinishReason
     first_logps: tuple[TokenLogp, ...] | None = None
     """The most probable first tokens; None when the server returned none."""
+    thought: bool = False
+    """A thought stands beside it, which the server keeps apart."""
 
 
 class RefusedError(Exception):
@@ -230,7 +232,7 @@ def read_answer(body: bytes, *, secret: str | None = None) -> Answer:
     first_logps = _first_logps(choice.logprobs)
     if secret and first_logps and repeats("".join(token.text for token in first_logps), secret):
         first_logps = None
-    return Answer(text, token_ids, finish, first_logps)
+    return Answer(text, token_ids, finish, first_logps, thought=said is not None and said.thought)
 
 
 def _finish_reason(said: str, secret: str | None) -> FinishReason:
@@ -457,6 +459,7 @@ class OpenAIEngine:
             if self.server.send == "token_ids":
                 self._note_no_ids()
             if self._prompts is not None:
+                text = self._prompts.without_turn(text)
                 ids = self._prompts.completion_ids(text, "length")
                 wrong = None if self._prompts.special_ids.isdisjoint(ids) else "special tokens in the server's answer"
         elif self._prompts is not None:
@@ -473,6 +476,7 @@ class OpenAIEngine:
             token_ids=ids,
             end_id=end_id,
             reencoded=outcome.token_ids is None,
+            thought=outcome.thought,
             finish_reason=outcome.finish_reason,
             first_logps=None if outcome.first_logps is None else tuple(map(self._named, outcome.first_logps)),
         )

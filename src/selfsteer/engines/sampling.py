@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from selfsteer.clock import count, part, timed
 from selfsteer.engines.base import Completion, Engine, Failed, Request, Sampling
@@ -119,8 +119,9 @@ def _counted(answer: Completion | Failed) -> Completion | Failed:
 
 def response(journal: Journal, wanted: Request) -> Response | Failed:
     """The journalled answer to a request, or why there is none; one with a thought in it is none."""
-    found = _journalled(journal, wanted)
-    if isinstance(found, Response) and behind_thought(found.text) != found.text:
+    data = journal.get(wanted.key)
+    found = _answer(data, wanted)
+    if isinstance(found, Response) and ("thought" in data or behind_thought(found.text) != found.text):
         detail = "turn thinking off with policy.template_arguments"
         return Failed(key=wanted.key, reason="a thought in the response", detail=detail)
     return found
@@ -128,7 +129,7 @@ def response(journal: Journal, wanted: Request) -> Response | Failed:
 
 def spoken(journal: Journal, wanted: Request) -> Response | Failed:
     """The same for who reads its text alone: of one with a thought that which stands behind it."""
-    found = _journalled(journal, wanted)
+    found = _answer(journal.get(wanted.key), wanted)
     if isinstance(found, Failed):
         return found
     said = behind_thought(found.text)
@@ -137,11 +138,11 @@ def spoken(journal: Journal, wanted: Request) -> Response | Failed:
     return replace(found, text=said)
 
 
-def _journalled(journal: Journal, wanted: Request) -> Response | Failed:
-    data = journal.get(wanted.key)
+def _answer(data: dict[str, Any], wanted: Request) -> Response | Failed:
+    """What the journal keeps of a request's answer."""
     if "failed" in data:
         return Failed(key=wanted.key, reason=data["failed"], detail=data["detail"])
-    return columns.response(data | {"seed": wanted.seed})
+    return columns.response({name: value for name, value in data.items() if name != "thought"} | {"seed": wanted.seed})
 
 
 @part("render")
@@ -160,4 +161,5 @@ def _data(item: Completion | Failed) -> dict[str, object]:
         "finish_reason": item.finish_reason,
         "end_id": item.end_id,
         "reencoded": item.reencoded,
+        **({"thought": True} if item.thought else {}),
     }
