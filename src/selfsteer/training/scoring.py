@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from selfsteer import runtime
 from selfsteer.clock import count, part, timed
-from selfsteer.models import compute_dtype, end_ids, load_model, pick_device, position_limit, tokenizer_of
+from selfsteer.models import compute_dtype, end_ids, let_go, load_model, pick_device, position_limit, tokenizer_of
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy, Training
 from selfsteer.records import Checkpoint, Pair, Scored
@@ -110,6 +110,7 @@ def score_missing(scorer: Scorer, groups: Iterable[Group], journal: Journal, *, 
     else:
         with progress(description, total, unit="queries") as advance:
             score_into(journal, lacking, (policy, scorer.training), advance)
+        let_go()
     raise_if_stopped()
 
 
