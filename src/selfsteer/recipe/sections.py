@@ -109,7 +109,7 @@ class Launcher(Section):
     processes: int | None = Field(default=None, ge=1)
     """The number of processes over all machines; with kind: accelerate, the configuration's when empty."""
     config: FilePath | None = None
-    """With kind: accelerate, its configuration file (FSDP, DeepSpeed, machines); data parallelism here when empty."""
+    """With kind: accelerate, its configuration file (FSDP, machines); data parallelism here when empty."""
     address: str | None = None
     """With kind: ray, the cluster, as engine.address names it; one on this machine, for the run, when empty."""
     cpus: float = Field(default=1, gt=0)

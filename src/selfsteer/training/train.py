@@ -450,11 +450,11 @@ def _export(
     model = _whole_model(trainer, job)
     if model is None:
         return None
-    if not _is_sharded(trainer):
+    if not trainer.is_fsdp_enabled:
         _forget_optimizer(trainer, model)
     given = load_configuration(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     to = Delivery(Path(job.output) / "model", given, job.training.save_dtype, tokenizer)
-    return deliver(model, to, None if _is_sharded(trainer) else margin)
+    return deliver(model, to, None if trainer.is_fsdp_enabled else margin)
 
 
 def _forget_optimizer(trainer: PreferenceTrainer, model: torch.nn.Module) -> None:
@@ -465,14 +465,10 @@ def _forget_optimizer(trainer: PreferenceTrainer, model: torch.nn.Module) -> Non
     let_go()
 
 
-def _is_sharded(trainer: PreferenceTrainer) -> bool:
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-
-
 def _whole_model(trainer: PreferenceTrainer, job: TrainingJob) -> PreTrainedModel | PeftModel | None:
     """The trained model with all its weights in the first process; None in the others."""
     accelerator = trainer.accelerator
-    if not _is_sharded(trainer):
+    if not trainer.is_fsdp_enabled:
         model = accelerator.unwrap_model(cast(torch.nn.Module, trainer.model))
         return cast(PreTrainedModel | PeftModel, model) if parallel.is_first() else None
     weights = accelerator.get_state_dict(trainer.model_wrapped)
