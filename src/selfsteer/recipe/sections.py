@@ -133,6 +133,8 @@ class Launcher(Section):
             raise ValueError(f"launcher.{' and launcher.'.join(unused)} need launcher.kind: {kinds}")
         if self.kind == "accelerate" and self.processes is None and self.config is None:
             raise ValueError("kind: accelerate needs launcher.processes or launcher.config")
+        if self.kind == "accelerate" and self.processes == 1 and self.config is None:
+            raise ValueError("kind: accelerate starts several processes; one is launcher.kind: local")
         if self.kind == "ray" and self.processes is None:
             raise ValueError("kind: ray needs launcher.processes")
         if self.kind == "ray" and self.address is not None and "://" in self.address:

@@ -336,7 +336,7 @@ def _folder(journal: Journal) -> Path:
 def main() -> None:
     """Score this process's share."""
     folder = Path(sys.argv[1])
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         job: dict[str, Any] = json.loads((folder / _SCORING_JOB).read_bytes())
     except FileNotFoundError:  # the launcher was killed before this process had begun, and the parent has cleared up
