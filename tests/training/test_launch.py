@@ -137,6 +137,8 @@ def test_sharded_weights_train_as_one(job: TrainingJob, alone: TrainingJob, tmp_
     assert last is not None
     assert len(list(last.rglob("*.distcp"))) == 4, "weights and optimizer, a part from each process"
     assert result.steps == 6
+    with pytest.raises(ValueError, match=r"checkpoint-6: written with FSDP, and the training would go on without"):
+        train(sharded)
 
 
 def test_checkpoints_hold_what_every_process_wrote(together: TrainingJob):

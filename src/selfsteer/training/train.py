@@ -227,6 +227,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
             advance=advance,
         )
         trainer = _trainer(job, model, args, data, parts)
+        _refuse_otherwise_sharded(start.resume, sharded=trainer.is_fsdp_enabled)
         trainer.add_callback(keeper)
         trainer.train(resume_from_checkpoint=str(start.resume) if start.resume else None)
     if stopped := parallel.stop_signal():
@@ -274,6 +275,16 @@ def _trainer(
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _refuse_otherwise_sharded(resume: Path | None, *, sharded: bool) -> None:
+    """FSDP's checkpoints are read by FSDP alone, and it reads no others."""
+    if resume is not None and any(resume.glob("pytorch_model_fsdp*")) != sharded:
+        ours, theirs = ("with it", "without") if sharded else ("without it", "with")
+        raise ValueError(
+            f"{resume}: written {theirs} FSDP, and the training would go on {ours}. Set the launcher as it was, or delete"
+            f" {resume.parent} to begin the training anew."
+        )
 
 
 _DISPLACED = "displaced.json"
