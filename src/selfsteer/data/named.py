@@ -57,7 +57,7 @@ def _check_launcher(path: Path) -> None:
     if type(found) is not dict:
         raise ValueError(f"{path}: no settings of accelerate; {_ACCELERATE}")
     if found.get("distributed_type") == "DEEPSPEED":
-        raise ValueError(f"{path}: DeepSpeed is not supported: it rounds what is trained; choose FSDP in `accelerate config`")
+        raise ValueError(f"{path}: DeepSpeed is not supported: it rounds what is trained; choose FSDP (`accelerate config`)")
 
 
 _ACCELERATE = "`accelerate config --config_file FILE` writes such a file"
