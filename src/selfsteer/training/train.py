@@ -272,7 +272,7 @@ def _trainer(
         log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
     if trainer.is_fsdp_enabled:
         # `teach` casts where it is right to: FSDP's own policy would round the log-probabilities that the model returns.
-        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        cast(Any, trainer.accelerator.state.fsdp_plugin).mixed_precision_policy = None
     trainer.remove_callback(PrinterCallback)
     return trainer
 
