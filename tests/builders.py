@@ -1,9 +1,11 @@
 """What several test modules build or read: pairs and trainings, files of a run, reward models, templates."""
 
+import gc
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForSequenceClassification,
+    PreTrainedModel,
 )
 
 import selfsteer
@@ -202,6 +205,19 @@ def reward_folder(folder: Path, *, labels: int = 1, pad: int | None = PAD_ID) ->
     torch.set_rng_state(state)
     tokenizer.save_pretrained(folder)
     return RewardModel(model=checkpoint(folder), policy=Policy(model=str(folder)), dtype="float32", max_tokens=200)
+
+
+@contextmanager
+def no_model_left() -> Generator[None]:
+    """Fails where the block leaves a model in memory, if only for the garbage collector to find."""
+    gc.collect()
+    before = _models()
+    yield
+    assert _models() == before
+
+
+def _models() -> int:
+    return sum(issubclass(type(each), PreTrainedModel) for each in gc.get_objects())
 
 
 def own_reward(model: RewardModel, question: str, response: str) -> float:

@@ -15,6 +15,7 @@ def init(self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     if kwargs.get("fsdp_plugin") is not None:
         self.fsdp_plugin = kwargs["fsdp_plugin"]
+        self.fsdp_plugin.set_mixed_precision("bf16")  # as on GPUs, where trainings compute in bfloat16
     if self.__dict__.get("fsdp_plugin") is not None:
         self.distributed_type = DistributedType.FSDP
 

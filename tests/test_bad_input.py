@@ -80,9 +80,16 @@ def test_a_value_out_of_range(refused: Callable[..., str], tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b"", "no settings"), (b"[1]", "no settings"), (b"a: [", "no YAML"), (b"\xff", "not UTF-8")]
+    ("content", "says"),
+    [
+        (b"", "no settings"),
+        (b"[1]", "no settings"),
+        (b"a: [", "no YAML"),
+        (b"\xff", "not UTF-8"),
+        (b"distributed_type: DEEPSPEED", "DeepSpeed is not supported"),
+    ],
 )
-def test_a_launcher_s_file_that_is_none(content: bytes, says: str, refused: Callable[..., str], tmp_path: Path):
+def test_a_launcher_s_file_that_won_t_do(content: bytes, says: str, refused: Callable[..., str], tmp_path: Path):
     (tmp_path / "a.yaml").write_bytes(content)
     message = refused({"launcher.kind": "accelerate", "launcher.config": str(tmp_path / "a.yaml")})
     assert f"a.yaml: {says}" in message

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.core import TyperGroup
 
@@ -158,6 +159,17 @@ def test_what_the_user_can_mend_has_no_traceback(monkeypatch, capsys, pipeline, 
     pipeline.run = run
     assert command(monkeypatch, "run", QUICKSTART) == 2
     assert capsys.readouterr().err == f"selfsteer: error: {error}\n"
+
+
+def test_a_device_without_memory_is_no_defect(monkeypatch, capsys, pipeline):
+    def run(_recipe: Recipe, **_: object) -> dict[str, object]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    pipeline.run = run
+    assert command(monkeypatch, "run", QUICKSTART) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("selfsteer: error: CUDA out of memory. Tried to allocate 2.00 GiB. Lower training.micro_batch")
+    assert told.count("\n") == 1
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch, pipeline):

@@ -301,6 +301,28 @@ def test_trackers_are_asked_for_before_anything_is_sampled(recipe_of: RecipeOf, 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_can_t_be_trained_on_is_refused_before_anything_is_sampled(
+    recipe_of: RecipeOf, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Batches that the processes can't share, more of them than devices, quantized weights."""
+    two = {"launcher": {"kind": "accelerate", "processes": 2}}
+    with pytest.raises(ValueError, match=r"alignment\.batch_size: 3 can't be shared by 2 processes .* take a multiple"):
+        run(recipe_of(tmp_path / "run", {**two, "alignment.batch_size": 3}))
+    quantized = Path(shutil.copytree(tiny_folder, tmp_path / "quantized"))
+    configuration = json.loads((quantized / "config.json").read_text())
+    configuration["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (quantized / "config.json").write_text(json.dumps(configuration))
+    with pytest.raises(ValueError, match=r"policy\.model: its weights are quantized \(gptq\), which can't be trained here"):
+        run(recipe_of(tmp_path / "run", {"policy.model": str(quantized)}))
+    assert not (tmp_path / "run").exists()
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "run", two))
+    essentials.check_processes(recipe, ["round-1/6-policy"])
+    monkeypatch.setattr(essentials, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"launcher\.processes: 2, but CUDA devices here: 1; take no more"):
+        essentials.check_processes(recipe, ["round-1/6-policy"])
+
+
 def test_train_and_compare_ask_for_it_as_well(recipe_of: RecipeOf, given: Path, tmp_path: Path):
     """And a comparison that aligns for its benchmarks, before any arm."""
     changes = {"training.report_to": ["clearml"], "queries.holdout": 2}

@@ -456,7 +456,7 @@ def load_model(
     other log-probabilities than the reference for no reason.
     Raises ValueError for weights that are damaged or do not fit the configuration, with their names.
     """
-    _trim()  # of the model before
+    let_go()  # of the model before
     stored = check_files(Path(path))
     configuration = load_configuration(path, trust_remote_code=trust_remote_code)
     quantized = configuration.to_dict().get("quantization_config")

@@ -522,6 +522,7 @@ def test_what_is_written_loads_back(tmp_path_factory: pytest.TempPathFactory, **
         ("{config: fsdp.yaml}", "launcher.config need launcher.kind: accelerate"),
         ("{kind: accelerate, processes: 2, cpus: 4}", "launcher.cpus need launcher.kind: ray"),
         ("{kind: accelerate}", "kind: accelerate needs launcher.processes or launcher.config"),
+        ("{kind: accelerate, processes: 1}", "kind: accelerate starts several processes; one is launcher.kind: local"),
         ("{kind: ray}", "kind: ray needs launcher.processes"),
         ("{kind: ray, processes: 2, config: fsdp.yaml}", "launcher.config need launcher.kind: accelerate"),
         ("{kind: ray, processes: 2, address: 'ray://h:10001'}", "Ray Train does not run through a Ray client"),

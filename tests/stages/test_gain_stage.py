@@ -9,12 +9,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import run
+from builders import no_model_left, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfsteer.recipe.sections import Recipe, Sampled
 from selfsteer.recipe.text import RecipeError
 from selfsteer.records import Change, Expected
+from selfsteer.stages import gain as stage
 from selfsteer.stages.status import stage_names
 from selfsteer.training.gain import nucleus
 
@@ -155,7 +156,15 @@ def test_it_is_measured_once(finished: Path, recipe_of: RecipeOf):
     assert (finished / "round-1/4-gain/MANIFEST.json").read_bytes() == before
 
 
-def test_two_generators_answer_for_a_principle_each(recipe_of: RecipeOf, tmp_path: Path):
+def test_two_generators_answer_for_a_principle_each(recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One after the other, and none of them stays in memory."""
+    measure = stage._measure_missing
+
+    def watched(*args: Any) -> None:
+        with no_model_left():
+            measure(*args)
+
+    monkeypatch.setattr(stage, "_measure_missing", watched)
     dual = {"generator.kind": "dual", "training.lora": {"rank": 2}}
     found = run(recipe_of(tmp_path / "run", {**CHANGES, **dual}))["rounds"][0]["gain"]
     assert found["queries"] == 3

@@ -12,12 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from builders import curve, seven_queries
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from waiting import stop_amid_training, until
 
 from selfsteer import clock
-from selfsteer.recipe.sections import Launcher, Lora
+from selfsteer.recipe.sections import Launcher, Lora, Policy
 from selfsteer.training import checkpoints
 from selfsteer.training.launch import launch
 from selfsteer.training.parallel import accelerate_command, is_free
@@ -36,11 +38,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
 
 @pytest.fixture(scope="module", params=[None, Lora(rank=4)], ids=["full", "lora"])
 def job(request: pytest.FixtureRequest, base: TrainingJob) -> TrainingJob:
+    """The whole model, whose output layer is tied to its embedding, and an adapter on one where it stands alone."""
     return replace(
         base,
+        policy=base.policy if request.param is None else untied(base.policy),
         output=str(Path(base.output).with_name(f"run-{request.param_index}")),
         training=base.training.model_copy(update={"lora": request.param}),
     )
+
+
+def untied(policy: Policy) -> Policy:
+    """The same weights, two of them in layers of their own."""
+    folder = shutil.copytree(policy.model, f"{policy.model}-untied")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    return policy.model_copy(update={"model": folder})
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +137,8 @@ def test_sharded_weights_train_as_one(job: TrainingJob, alone: TrainingJob, tmp_
     assert last is not None
     assert len(list(last.rglob("*.distcp"))) == 4, "weights and optimizer, a part from each process"
     assert result.steps == 6
+    with pytest.raises(ValueError, match=r"checkpoint-6: written with FSDP, and the training would go on without"):
+        train(sharded)
 
 
 def test_checkpoints_hold_what_every_process_wrote(together: TrainingJob):

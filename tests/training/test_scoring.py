@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import no_model_left
 from tiny import END_ID, START_ID, tiny_model_dir
 from transformers import AutoModelForCausalLM
 
@@ -137,6 +138,12 @@ def test_groups_are_read_one_after_the_other(policy: Policy):
         scores = score(scorer, groups())
         next(scores)
         assert read == [0]
+
+
+def test_the_model_is_let_go_of(policy: Policy, tmp_path: Path):
+    scorer = Scorer(checkpoint(Path(policy.model)), policy, Prompts(load_tokenizer(policy.model)), FLOAT32)
+    with Journal(tmp_path) as journal, no_model_left():
+        score_missing(scorer, [scorer.group([pair(7)])], journal, description="pairs", total=1)
 
 
 def test_nothing_to_score(policy: Policy):

@@ -89,6 +89,14 @@ def test_two_processes_score_as_one_and_go_on_as_one(scorer: Scorer, tmp_path: P
     once(tmp_path / "together", 23)
 
 
+def test_a_configuration_of_one_process(scorer: Scorer, tmp_path: Path):
+    """accelerate then tells it nothing of a rank."""
+    file = tmp_path / "one.yaml"
+    file.write_text("{distributed_type: 'NO', mixed_precision: 'no', num_machines: 1, num_processes: 1, use_cpu: true}")
+    score_all(scorer, tmp_path, 3, Launcher(kind="accelerate", config=str(file)))
+    assert {name: len(found) for name, found in keys(tmp_path).items()} == {"main-0-0.jsonl": 3}
+
+
 @pytest.mark.usefixtures("forked")
 def test_a_process_that_breaks_off_costs_what_was_in_flight(scorer: Scorer, tmp_path: Path):
     """An empty response can't be scored, and is no row that a stage hands on: the error comes with a way to go on."""

@@ -529,6 +529,18 @@ def _in_words(error: ValueError | OSError) -> str:
     return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}" for each in wrong)
 
 
+_OUT_OF_MEMORY = (
+    "Lower training.micro_batch_size, training.tokens_per_batch or engine.batch_size, or set"
+    " training.gradient_checkpointing=true; the same command then goes on."
+)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Of a device; only torch says so, which is not imported for it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
 def main() -> None:
     """Run the command line and exit with its status."""
     try:
@@ -539,4 +551,10 @@ def main() -> None:
     except (ValueError, OSError) as error:
         log.debug("the error in full", exc_info=error)
         print(_visible(f"selfsteer: error: {_in_words(error)}"), file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        log.debug("the error in full", exc_info=error)
+        print(_visible(f"selfsteer: error: {error} {_OUT_OF_MEMORY}"), file=sys.stderr)
         sys.exit(2)

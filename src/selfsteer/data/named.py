@@ -56,6 +56,8 @@ def _check_launcher(path: Path) -> None:
         raise ValueError(f"{path}: no YAML ({' '.join(str(error).split())}); {_ACCELERATE}") from error
     if type(found) is not dict:
         raise ValueError(f"{path}: no settings of accelerate; {_ACCELERATE}")
+    if found.get("distributed_type") == "DEEPSPEED":
+        raise ValueError(f"{path}: DeepSpeed is not supported: it rounds what is trained; choose FSDP (`accelerate config`)")
 
 
 _ACCELERATE = "`accelerate config --config_file FILE` writes such a file"

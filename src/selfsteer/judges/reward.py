@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from selfsteer.judges.base import Pairs, not_refused, with_refused
 from selfsteer.measures.verdicts import Verdict, by_margin
-from selfsteer.models import compute_dtype, load_configuration, load_model, pick_device, tokenizer_of
+from selfsteer.models import compute_dtype, let_go, load_configuration, load_model, pick_device, tokenizer_of
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
@@ -144,6 +144,8 @@ def score_missing(
     renderer = open_renderer(reward)
     with progress(description, total, unit="responses") as advance, open_reward_model(reward) as model:
         journal.fill(_rewards(model, renderer, reward, lacking), advance)
+    del model
+    let_go()
     raise_if_stopped()
 
 

@@ -109,7 +109,7 @@ class Launcher(Section):
     processes: int | None = Field(default=None, ge=1)
     """The number of processes over all machines; with kind: accelerate, the configuration's when empty."""
     config: FilePath | None = None
-    """With kind: accelerate, its configuration file (FSDP, DeepSpeed, machines); data parallelism here when empty."""
+    """With kind: accelerate, its configuration file (FSDP, machines); data parallelism here when empty."""
     address: str | None = None
     """With kind: ray, the cluster, as engine.address names it; one on this machine, for the run, when empty."""
     cpus: float = Field(default=1, gt=0)
@@ -133,6 +133,8 @@ class Launcher(Section):
             raise ValueError(f"launcher.{' and launcher.'.join(unused)} need launcher.kind: {kinds}")
         if self.kind == "accelerate" and self.processes is None and self.config is None:
             raise ValueError("kind: accelerate needs launcher.processes or launcher.config")
+        if self.kind == "accelerate" and self.processes == 1 and self.config is None:
+            raise ValueError("kind: accelerate starts several processes; one is launcher.kind: local")
         if self.kind == "ray" and self.processes is None:
             raise ValueError("kind: ray needs launcher.processes")
         if self.kind == "ray" and self.address is not None and "://" in self.address:

@@ -1,4 +1,4 @@
-"""What a run needs and can be known before anything is sampled: trackers, disk, memory.
+"""What a run needs and can be known before anything is sampled: trackers, processes, plain weights, disk, memory.
 
 Each is refused in one line with its way out. Left out on purpose: models, files, templates and what engines lack, which
 `pipeline.prepare` and `check_engines` say; whether a server answers, which may change at any time; and everything that is an
@@ -19,7 +19,7 @@ from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Checkpoint
 from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, training_state
 from selfsteer.stages.status import TRAININGS
-from selfsteer.store.folder import Stage
+from selfsteer.store.folder import POLICY, Stage
 from selfsteer.training.train import with_adapter
 
 
@@ -28,6 +28,8 @@ def check_essentials(recipe: Recipe, policy: Checkpoint, stages: Sequence[str]) 
     check_trackers(recipe.training.report_to)
     trainings = unsealed_trainings(recipe, stages)
     if trainings:
+        check_processes(recipe, trainings)
+        check_plain(recipe, policy)
         size = size_of(policy, recipe)
         check_memory(recipe, size)
         check_disk(recipe, size, trainings)
@@ -43,6 +45,35 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(
                 f"training.report_to: {name} is not installed; pip install {name.replace('_', '-')}, or leave it out"
             )
+
+
+def check_processes(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raises ValueError where the launcher's processes can't share a batch of these stages, or outnumber the devices."""
+    launcher = recipe.launcher
+    if launcher.processes is None:
+        return
+    for stage in stages:
+        section, batch = ("alignment", recipe.alignment) if stage.endswith(POLICY) else ("generator", recipe.generator)
+        if batch.batch_size % launcher.processes:
+            raise ValueError(
+                f"{section}.batch_size: {batch.batch_size} can't be shared by {launcher.processes} processes"
+                " (launcher.processes); take a multiple"
+            )
+    if launcher.kind == "accelerate" and launcher.config is None and pick_device().type == "cuda":
+        devices = torch.cuda.device_count()
+        if launcher.processes > devices:
+            raise ValueError(f"launcher.processes: {launcher.processes}, but CUDA devices here: {devices}; take no more")
+
+
+def check_plain(recipe: Recipe, policy: Checkpoint) -> None:
+    """Raises ValueError for quantized weights but those that transformers loads as plain ones."""
+    configuration = load_configuration(policy.path, trust_remote_code=recipe.policy.trust_remote_code)
+    method = (configuration.to_dict().get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "mxfp4"):
+        raise ValueError(
+            f"policy.model: its weights are quantized ({method}), which can't be trained here; name the model that it was"
+            " made from"
+        )
 
 
 def check_memory(recipe: Recipe, size: Size) -> None:

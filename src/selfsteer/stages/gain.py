@@ -15,7 +15,7 @@ from selfsteer.clock import timed
 from selfsteer.engines.base import Request
 from selfsteer.engines.sampling import sample
 from selfsteer.measures.gain import gain, query_changes
-from selfsteer.models import compute_dtype, pick_device
+from selfsteer.models import compute_dtype, let_go, pick_device
 from selfsteer.pairs import response_side
 from selfsteer.recipe.engines import sampling_identity
 from selfsteer.records import Change, Checkpoint, Dropped, Expected
@@ -133,27 +133,32 @@ def _key(round: Round, contexts: Contexts, generator: Checkpoint) -> str:
 
 def _measure_missing(round: Round, work: Work, queries: Sequence[_Items], after: dict[str, Checkpoint]) -> None:
     """Two models in memory at a time, opened only for what the journal lacks. Raises Interrupted on a signal."""
-    recipe = round.recipe
     for model in dict.fromkeys(after.values()):
         mine = [item for items in queries for role, item in items.items() if after[role] == model]
         lacking = list(work.journal.lacking(mine, key=lambda item: item.key) or ())
         if not lacking:
             continue
-        with ExitStack() as stack:
-
-            def opened(of: Checkpoint, stack: ExitStack = stack) -> OpenScorer:
-                policy = recipe.policy.model_copy(update={"model": of.path})
-                return stack.enter_context(open_scorer(policy, recipe.training))
-
-            before = Sampler(opened(round.policy), recipe.responses.steered)
-            stack.enter_context(casting_once(before.scorer.model.device))
-            trained = before.scorer if model == round.policy else opened(model)
-            advance = stack.enter_context(progress("gain", len(lacking), unit="responses"))
-            contexts = (item.contexts for item in takewhile(lambda _: not stop_requested(), lacking))
-            numbers = timed("measure", expectations(before, Sampler(trained, recipe.of_pairs), contexts))
-            records = ((item.key, _record(found)) for item, found in zip(lacking, numbers, strict=False))
-            work.journal.fill(records, advance)
+        _measure(round, work, model, lacking)
+        let_go()
         raise_if_stopped()
+
+
+def _measure(round: Round, work: Work, model: Checkpoint, lacking: Sequence[_Item]) -> None:
+    recipe = round.recipe
+    with ExitStack() as stack:
+
+        def opened(of: Checkpoint) -> OpenScorer:
+            policy = recipe.policy.model_copy(update={"model": of.path})
+            return stack.enter_context(open_scorer(policy, recipe.training))
+
+        before = Sampler(opened(round.policy), recipe.responses.steered)
+        stack.enter_context(casting_once(before.scorer.model.device))
+        trained = before.scorer if model == round.policy else opened(model)
+        advance = stack.enter_context(progress("gain", len(lacking), unit="responses"))
+        contexts = (item.contexts for item in takewhile(lambda _: not stop_requested(), lacking))
+        numbers = timed("measure", expectations(before, Sampler(trained, recipe.of_pairs), contexts))
+        records = ((item.key, _record(found)) for item, found in zip(lacking, numbers, strict=False))
+        work.journal.fill(records, advance)
 
 
 def _record(found: Change) -> dict[str, Any]:

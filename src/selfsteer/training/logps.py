@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from selfsteer.recipe.sections import Weighting
@@ -161,6 +162,8 @@ def _shared_scores(model: PreTrainedModel, batch: Batch, weighting: Weighting) -
         use_cache=False,
     ).last_hidden_state
     head = cast(torch.nn.Linear, model.get_output_embeddings())
+    if isinstance(head, FSDPModule):  # which gathers weights when it is called, and it isn't
+        head.unshard()
     states = hidden[0][batch["sources"]]
     return TokenScores(*cast(Any, TokenLogps.apply(states, head.weight, head.bias, batch["targets"], weighting)))
 

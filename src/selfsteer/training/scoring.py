@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from selfsteer import runtime
 from selfsteer.clock import count, part, timed
-from selfsteer.models import compute_dtype, end_ids, load_model, pick_device, position_limit, tokenizer_of
+from selfsteer.models import compute_dtype, end_ids, let_go, load_model, pick_device, position_limit, tokenizer_of
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy, Training
 from selfsteer.records import Checkpoint, Pair, Scored
@@ -110,6 +110,7 @@ def score_missing(scorer: Scorer, groups: Iterable[Group], journal: Journal, *, 
     else:
         with progress(description, total, unit="queries") as advance:
             score_into(journal, lacking, (policy, scorer.training), advance)
+        let_go()
     raise_if_stopped()
 
 
@@ -335,7 +336,7 @@ def _folder(journal: Journal) -> Path:
 def main() -> None:
     """Score this process's share."""
     folder = Path(sys.argv[1])
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         job: dict[str, Any] = json.loads((folder / _SCORING_JOB).read_bytes())
     except FileNotFoundError:  # the launcher was killed before this process had begun, and the parent has cleared up

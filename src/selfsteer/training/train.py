@@ -227,6 +227,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
             advance=advance,
         )
         trainer = _trainer(job, model, args, data, parts)
+        _refuse_otherwise_sharded(start.resume, sharded=trainer.is_fsdp_enabled)
         trainer.add_callback(keeper)
         trainer.train(resume_from_checkpoint=str(start.resume) if start.resume else None)
     if stopped := parallel.stop_signal():
@@ -269,8 +270,21 @@ def _trainer(
     trainer = PreferenceTrainer(model, args, data, parts)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
+    if trainer.is_fsdp_enabled:
+        # `teach` casts where it is right to: FSDP's own policy would round the log-probabilities that the model returns.
+        cast(Any, trainer.accelerator.state.fsdp_plugin).mixed_precision_policy = None
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _refuse_otherwise_sharded(resume: Path | None, *, sharded: bool) -> None:
+    """FSDP's checkpoints are read by FSDP alone, and it reads no others."""
+    if resume is not None and any(resume.glob("pytorch_model_fsdp*")) != sharded:
+        ours, theirs = ("with it", "without") if sharded else ("without it", "with")
+        raise ValueError(
+            f"{resume}: written {theirs} FSDP, and the training would go on {ours}. Set the launcher as it was, or delete"
+            f" {resume.parent} to begin the training anew."
+        )
 
 
 _DISPLACED = "displaced.json"
@@ -447,11 +461,11 @@ def _export(
     model = _whole_model(trainer, job)
     if model is None:
         return None
-    if not _is_sharded(trainer):
+    if not trainer.is_fsdp_enabled:
         _forget_optimizer(trainer, model)
     given = load_configuration(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     to = Delivery(Path(job.output) / "model", given, job.training.save_dtype, tokenizer)
-    return deliver(model, to, None if _is_sharded(trainer) else margin)
+    return deliver(model, to, None if trainer.is_fsdp_enabled else margin)
 
 
 def _forget_optimizer(trainer: PreferenceTrainer, model: torch.nn.Module) -> None:
@@ -462,14 +476,10 @@ def _forget_optimizer(trainer: PreferenceTrainer, model: torch.nn.Module) -> Non
     let_go()
 
 
-def _is_sharded(trainer: PreferenceTrainer) -> bool:
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-
-
 def _whole_model(trainer: PreferenceTrainer, job: TrainingJob) -> PreTrainedModel | PeftModel | None:
     """The trained model with all its weights in the first process; None in the others."""
     accelerator = trainer.accelerator
-    if not _is_sharded(trainer):
+    if not trainer.is_fsdp_enabled:
         model = accelerator.unwrap_model(cast(torch.nn.Module, trainer.model))
         return cast(PreTrainedModel | PeftModel, model) if parallel.is_first() else None
     weights = accelerator.get_state_dict(trainer.model_wrapped)
