@@ -30,7 +30,7 @@ from selfsteer.training.displacement import Moved
 from selfsteer.training.launch import launch
 from selfsteer.training.packing import Row
 from selfsteer.training.scoring import Group, score_missing, scores, tokenize
-from selfsteer.training.train import TrainingJob
+from selfsteer.training.train import MECHANICS, TrainingJob
 from selfsteer.training.trainer import reward_queries
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def policy_stage(round: Round, preferences: Stage) -> Stage:
 def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | Alignment) -> Stage:
     settings: dict[str, Any] = {
         "objective": section.model_dump(exclude={"kind", "objective", "queries", "temperature", "reference", "weighting"}),
-        "training": round.recipe.training.model_dump(exclude={"save_steps", "report_to", "gradient_checkpointing"}),
+        "training": round.recipe.training.model_dump(exclude=MECHANICS - {"save_dtype"}),
         "seed": round.recipe.seed,
     }
     if name == POLICY and round.recipe.queries.holdout:

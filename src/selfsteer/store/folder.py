@@ -130,7 +130,7 @@ def write_taken(file: Path, taken: Taken) -> None:
     write(file, json.dumps({**taken._asdict(), "seconds": round(taken.seconds, 3)}).encode())
 
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
 DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
