@@ -177,8 +177,10 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     if anchored or {"half", "holdout", "aside"} & work.origin.settings.keys():
         make_folder(unfinished)
         data = unfinished / "pairs.parquet"
-        lessons = _anchored(round, work, pairs) if anchored else _lessons(round, work, pairs)
-        queries = columns.write_rows(data, map(columns.pair_row, lessons), columns.PAIRS)
+        if not data.is_file():  # checkpoints know it by its bytes, which another pyarrow writes otherwise
+            lessons = _anchored(round, work, pairs) if anchored else _lessons(round, work, pairs)
+            columns.write_rows(data, map(columns.pair_row, lessons), columns.PAIRS)
+        queries = columns.count(data)
         if queries == 0:
             raise ValueError(f"{work.stage.path}: every pair is held out; lower queries.holdout.")
     job = TrainingJob(
