@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from selfsteer.clock import Spent, Taken, count, part
 from selfsteer.records import Dropped
 from selfsteer.store import folder
-from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder
+from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, sync
 from selfsteer.store.folder import (
     SCHEMA_VERSION,
     Contents,
@@ -654,6 +654,27 @@ def test_a_clock_without_room_is_named_and_hides_no_error(tmp_path: Path):
             raise KeyboardInterrupt
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_lock_without_room_is_named(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match=r"make room.*run/LOCK"), RunFolder(tmp_path / "run"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with RunFolder(tmp_path / "run"):
+        pass
+
+
+def test_a_disk_that_forces_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=rf"repair the disk.*{tmp_path.name}"):
+        sync(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")

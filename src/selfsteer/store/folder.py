@@ -58,6 +58,7 @@ from selfsteer.store.durable import (
     replacing,
     sync,
     write,
+    write_failed,
 )
 from selfsteer.store.journal import Journal
 
@@ -297,7 +298,11 @@ class RunFolder:
             ) from None
         os.ftruncate(lock, 0)
         holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}: {shlex.join(sys.argv)}\n"
-        os.write(lock, os.fsencode(holder))
+        try:
+            os.write(lock, os.fsencode(holder))
+        except OSError as error:
+            os.close(lock)
+            raise write_failed(error, lock_file) from error
         self._lock = lock
         return self
 
