@@ -584,7 +584,7 @@ def test_reading_holds_a_row_group_not_the_file(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "-x", ".hidden", "a b", "ä", "a" * 65, "a\n"])
 def test_run_names(name: str, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"Choose another with output=runs/NAME"):
+    with pytest.raises(ValueError, match=r"Name another output folder, such as runs/NAME"):
         RunFolder("/" if name == "" else tmp_path / "x" / name if name != "." else ".")
     assert list(tmp_path.iterdir()) == []
 
@@ -703,7 +703,7 @@ def test_a_folder_that_can_t_be_made_names_what_stands_in_its_place(tmp_path: Pa
     for name in ("file", "loose"):
         path = tmp_path / name / below
         with (
-            pytest.raises(ValueError, match=rf"{path} can't be made: {tmp_path / name} is no folder\. .*output=DIR"),
+            pytest.raises(ValueError, match=rf"{path} can't be made: {tmp_path / name} is no folder\. .*another output folder"),
             RunFolder(path),
         ):
             pass
@@ -712,7 +712,7 @@ def test_a_folder_that_can_t_be_made_names_what_stands_in_its_place(tmp_path: Pa
 def test_a_model_s_folder_takes_no_run(tmp_path: Path):
     """The run's own JSON files would be taken for the model's, which then is another one in the next session."""
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds a model \(config\.json\)\. .*output=DIR"), RunFolder(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds a model \(config\.json\)\. .*another output folder"), RunFolder(tmp_path):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
@@ -793,7 +793,7 @@ def test_second_process_learns_who_holds_the_folder_and_a_killed_one_holds_nothi
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with (
-            pytest.raises(RunFolderBusy, match=rf"in use by process {holder.pid} on .* since \d{{4}}-.*output=DIR"),
+            pytest.raises(RunFolderBusy, match=rf"in use by process {holder.pid} on .* since \d{{4}}-.*another output folder"),
             RunFolder(path),
         ):
             pass
