@@ -141,7 +141,9 @@ def test_a_stopped_training_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("room", "named"), [(1_000, "tokens.jsonl"), (25_000, ".cache"), (60_000, "checkpoint-4")], ids=["pairs", "rows", "weights"]
+    ("room", "named"),
+    [(1_000, "tokens.jsonl"), (25_000, ".cache"), (60_000, "checkpoint-4")],
+    ids=["pairs", "rows", "weights"],
 )
 def test_a_full_disk_is_named(room: int, named: str, tiny_folder: str, tmp_path: Path):
     """A limit on the file size stands in for it."""

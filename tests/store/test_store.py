@@ -703,7 +703,7 @@ def test_a_folder_that_can_t_be_made_names_what_stands_in_its_place(tmp_path: Pa
     for name in ("file", "loose"):
         path = tmp_path / name / below
         with (
-            pytest.raises(ValueError, match=rf"{path} can't be made: {tmp_path / name} is no folder\. .*another output folder"),
+            pytest.raises(ValueError, match=rf"{path} can't be made: {tmp_path / name} is no folder\. .*output folder"),
             RunFolder(path),
         ):
             pass
@@ -712,7 +712,10 @@ def test_a_folder_that_can_t_be_made_names_what_stands_in_its_place(tmp_path: Pa
 def test_a_model_s_folder_takes_no_run(tmp_path: Path):
     """The run's own JSON files would be taken for the model's, which then is another one in the next session."""
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds a model \(config\.json\)\. .*another output folder"), RunFolder(tmp_path):
+    with (
+        pytest.raises(ValueError, match=rf"{tmp_path} holds a model \(config\.json\)\. .*output folder"),
+        RunFolder(tmp_path),
+    ):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
@@ -793,7 +796,7 @@ def test_second_process_learns_who_holds_the_folder_and_a_killed_one_holds_nothi
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with (
-            pytest.raises(RunFolderBusy, match=rf"in use by process {holder.pid} on .* since \d{{4}}-.*another output folder"),
+            pytest.raises(RunFolderBusy, match=rf"in use by process {holder.pid} on .* since \d{{4}}-.*output folder"),
             RunFolder(path),
         ):
             pass

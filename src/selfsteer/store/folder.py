@@ -621,9 +621,7 @@ def _read_manifest(path: Path) -> Manifest | None:
     if claimed != digest(fields):
         raise StageDamaged(f"{path}: not as it was written. {_way_out(path)}")
     if fields["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another output folder."
-        )
+        raise ValueError(f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another output folder.")
     names = [value for key in ("outputs", "inputs") for value in fields.get(key, {}).values()]
     if fields.keys() != Manifest.__dataclass_fields__.keys() or not all(isinstance(name, str) for name in names):
         raise StageDamaged(f"{path}: not written by this program. {_way_out(path)}")

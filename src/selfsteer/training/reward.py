@@ -106,7 +106,7 @@ def train_reward(job: RewardJob, tokenizer: PreTrainedTokenizerBase, settings: R
         try:
             data = Dataset.from_generator(_rows, gen_kwargs=what, cache_dir=str(cache))
         except DatasetGenerationError as error:
-            raise error.__cause__ or error
+            raise (error.__cause__ or error) from None
     trainer = _Trainer(
         model=job.model,
         args=_arguments(job, settings),

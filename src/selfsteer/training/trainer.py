@@ -535,7 +535,7 @@ class Keeper(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The distance between checkpoints is that of now; transformers goes on with the one that the checkpoint has."""
-        state.save_steps = args.save_steps
+        state.save_steps = int(args.save_steps)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the step to the history."""
