@@ -188,6 +188,28 @@ def test_a_judge_that_dies_halfway_is_asked_for_the_rest_alone(judged_by: Callab
     assert {row["error"] for row in verdicts(tmp_path / "run")} == {None}
 
 
+def test_nothing_is_selected_by_a_judge_that_has_gone(judged_by: Callable[..., Any], tmp_path: Path):
+    """A pair that fails alone is kept without a verdict; a judge that dies ends the run, and is asked for the rest."""
+    gone = True
+
+    def script(call: Call) -> Reply:
+        if gone and call.number == 3:
+            server.die()
+            return Reply(ending="nothing")
+        return error(400, "too long") if first_pair(server)(call) else letter(call)
+
+    selecting = {"selection": {"by": "judge", "drop_reversed": True}}
+    folder = tmp_path / "run/round-1"
+    with MisbehavingServer(script) as server, pytest.raises(OSError, match="5-selection: the judge has gone; the same"):
+        run(judged_by(server.base_url, selecting, concurrency=1))
+    assert not (folder / "5-selection/MANIFEST.json").exists()
+    gone = False
+    with MisbehavingServer(script) as server:
+        run(judged_by(server.base_url, selecting, concurrency=1))
+    assert Counter(row["error"] for row in verdicts(tmp_path / "run"))["no answer (refused by the server)"] == 1
+    assert (folder / "5-selection/MANIFEST.json").exists()
+
+
 def test_a_kill_amid_the_retries_repeats_none_that_happened(judged_by: Callable[..., Any], tmp_path: Path):
     """Every first try is unreadable. Killed at the third of the second tries: no first try is made again."""
     killed = False

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,21 @@ def test_killed_at_moments_drawn(recipe: Path, undisturbed: Path):
     assert [child.sealed for child in found] == sorted(child.sealed for child in found), "a sealed stage was lost"
     assert found[-1] == Child(0, 7), said
     same_result(recipe.parent / "run", undisturbed)
+
+
+def test_a_training_goes_on_with_a_library_that_writes_other_bytes(
+    recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Of the pairs that are not held out a file is written for the training; its checkpoints know it by its bytes."""
+    changes = {"training.save_steps": 1, "generator.kind": "none", "queries.holdout": 2, "quality.sample": 2}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of(tmp_path / "run", changes)))
+    [child], said = children(recipe, "1:SIGKILL:checkpoint-2/COMPLETE")
+    assert child.status == -signal.SIGKILL, said
+    monkeypatch.setattr(pq, "ParquetWriter", partial(pq.ParquetWriter, version="1.0"))
+    selfsteer.run(recipe)
+    assert "checkpoint-2: it is incomplete" in caplog.text
+    assert "checkpoint-1: it was trained with other" not in caplog.text
 
 
 def test_stopped_by_a_signal_in_every_stage(recipe: Path, undisturbed: Path):

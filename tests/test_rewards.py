@@ -1,6 +1,7 @@
 """Reward models: trained on made-up pairs that differ in a word, measured, resumed, loaded as an ordinary model."""
 
 import json
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,8 +135,26 @@ def test_a_stopped_training_goes_on(
     )
     for name, weights in whole.items():
         torch.testing.assert_close(weights, resumed[name], atol=1e-6, rtol=1e-5)
+    assert not list((tmp_path / "out").glob("checkpoint-*")), "they are gone with the finished training"
     lines = (tmp_path / "out" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+
+
+@pytest.mark.parametrize(
+    ("room", "named"),
+    [(1_000, "tokens.jsonl"), (25_000, ".cache"), (60_000, "checkpoint-4")],
+    ids=["pairs", "rows", "weights"],
+)
+def test_a_full_disk_is_named(room: int, named: str, tiny_folder: str, tmp_path: Path):
+    """A limit on the file size stands in for it."""
+    source = [Source(path=pairs_file(tmp_path / "pairs.jsonl"))]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match=f"run the same command again.*{named}"):
+            train_reward_model(source, tiny_folder, tmp_path / "out", SETTINGS, TRAINING)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_adapters_margins_and_centring(tiny_folder: str, tmp_path: Path):

@@ -89,6 +89,7 @@ def test_what_costs_nothing_is_not_refused(folder: Path, recipe_of: RecipeOf):
     """Other measures, and settings that no result depends on."""
     old = manifest(folder, "6-policy")
     changes = {"quality.principle_consistency": True, "quality.gates": {"length_chosen": "> 0"}, "training.save_steps": 3}
+    changes |= {"training.micro_batch_size": 2, "training.tokens_per_batch": 4096}
     run(recipe_of(folder, {**SHORT, **changes}))
     run(recipe_of(folder, {**SHORT, **changes, "quality.principle_consistency": False}))
     assert manifest(folder, "6-policy") == old

@@ -12,9 +12,10 @@ import torch
 from builders import ALWAYS, DATED, UNLESS_TOLD
 from transformers import AutoModelForCausalLM
 
+from selfsteer.comparing import compare
 from selfsteer.engines.base import Failed, Request, Sampling
 from selfsteer.engines.sampling import response, spoken
-from selfsteer.given import measure_pairs
+from selfsteer.given import measure_pairs, train_pairs
 from selfsteer.judges.find import find_judge
 from selfsteer.judges.reward import RewardModel, open_renderer
 from selfsteer.models import load_tokenizer, resolve
@@ -24,7 +25,7 @@ from selfsteer.recipe.sections import JudgeSection, Policy, Recipe
 from selfsteer.records import Message, Response
 from selfsteer.stages.preferences import usable_pairs
 from selfsteer.store import columns
-from selfsteer.store.folder import RunFolder
+from selfsteer.store.folder import RunFolder, began
 from selfsteer.store.journal import Journal
 
 RecipeOf = Callable[..., dict[str, Any]]
@@ -163,6 +164,24 @@ def test_a_run_keeps_the_day_on_which_it_began(recipe_of: RecipeOf, tmp_path: Pa
     assert dated(recipe).policy.date == "2025-01-31"
     said = recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"date": "2024-12-24"})})
     assert dated(said).policy.date == "2024-12-24"
+
+
+@pytest.mark.parametrize("way", ["run", "compare", "train_pairs"])
+def test_who_borrows_keeps_the_day_of_the_lender(way: str, given: Path, recipe_of: RecipeOf, tmp_path: Path):
+    """Its samples stand behind prompts of that day; of another day none would be taken over."""
+    with RunFolder(tmp_path / "earlier") as lender:
+        lender.describe("", {"date": "2025-01-31"})
+    changes = {"generator.kind": "none", "alignment.max_steps": 1, "queries.holdout": 2 if way == "compare" else 0}
+    recipe, made = Recipe.model_validate(recipe_of(tmp_path / "run", changes)), tmp_path / "run"
+    match way:
+        case "run":
+            run(recipe, borrow=[lender.path])
+        case "compare":
+            compare(recipe, ["pbaa"], [0], borrow=[lender.path])
+            made /= "pbaa-seed0"
+        case _:
+            train_pairs(given, recipe, borrow=[lender.path])
+    assert began(made) == "2025-01-31"
 
 
 def test_a_judge_is_told_the_day_of_the_run(tiny_folder: str, tmp_path: Path):

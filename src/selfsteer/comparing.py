@@ -326,7 +326,7 @@ def compare(
     replace, borrow: as of `pipeline.run`; a comparison lends all its runs.
     """
     check_arms(recipe, arms, seeds)
-    recipe = dated(recipe)
+    recipe = dated(recipe, borrow)
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)
     if recipe.compare.align:

@@ -123,7 +123,7 @@ def train_pairs(pairs: Path, recipe: Recipe, *, replace: bool = False, borrow: S
         raise ValueError("queries.shard: pairs made elsewhere are not split over run folders; set shard=null")
     if recipe.selection.active and recipe.selection.by == "generator":
         raise ValueError("selection.by: generator, but these pairs come without one; set selection.by=judge")
-    pairs, recipe = _pairs(find_pairs(pairs)), dated(recipe)
+    pairs, recipe = _pairs(find_pairs(pairs)), dated(recipe, borrow)
     prepared = prepare(recipe, principles=False)
     check_evaluation(recipe, prepared.judge)
     check_essentials(recipe, prepared.policy, stage_names(recipe, "given"))

@@ -63,7 +63,7 @@ def run(recipe: Recipe, *, replace: bool = False, borrow: Sequence[Path] = ()) -
     """
     lending = lenders(borrow)
     check_share(recipe, lending)
-    recipe = dated(recipe, borrow if recipe.queries.shard is not None else ())
+    recipe = dated(recipe, borrow)
     # What can't begin must leave no trace, and must not touch the folder of an earlier run.
     prepared = prepare(recipe)
     check_engines(recipe, prepared.policy, prepared.prompts)

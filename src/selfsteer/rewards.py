@@ -36,10 +36,10 @@ from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
 from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow
 from selfsteer.store.columns import pair
-from selfsteer.store.durable import canonical_json, digest, read_json, write
+from selfsteer.store.durable import canonical_json, digest, read_json, replacing, write
 from selfsteer.store.folder import RunFolder, day_of
 from selfsteer.store.journal import Journal
-from selfsteer.training.checkpoints import holds_another
+from selfsteer.training import checkpoints
 from selfsteer.training.reward import RewardJob, RewardTraining, check_trl, train_reward
 
 SCHEMA = 1
@@ -108,7 +108,7 @@ def train_reward_model(
             if known["identity"] == identity:
                 return known
             raise ValueError(taken)
-        if holds_another(folder.path, identity):
+        if checkpoints.holds_another(folder.path, identity):
             raise ValueError(taken)
         folder.begin(day)
         tokens, counts = _tokenized(named, renderer, folder.path, settings, margin=training.margin)
@@ -127,6 +127,7 @@ def train_reward_model(
             "method": METHOD,
         }
         write(file, canonical_json(plain(result)))
+        checkpoints.remove(folder.path)
         return json.loads(file.read_bytes())
 
 
@@ -139,7 +140,7 @@ def _tokenized(
     """Both conversations of every pair to be trained on as token ids, and what became of the rows of every data set."""
     counts: dict[str, dict[str, Any]] = {}
     tokens = folder / "tokens.jsonl"
-    with tokens.open("w", encoding="utf-8") as out, (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped:
+    with replacing(tokens) as out, replacing(folder / "dropped.jsonl") as dropped:
         for name, source in sources.items():
             count: dict[str, Any] = {"rows": 0, "trained on": 0, "held out": 0, "weight": source.weight, "dropped": {}}
             counts[name] = count
@@ -149,7 +150,7 @@ def _tokenized(
                 line = row if isinstance(row, Dropped) else _line(row, renderer)
                 if isinstance(line, Dropped):
                     count["dropped"][line.reason] = count["dropped"].get(line.reason, 0) + 1
-                    dropped.write(json.dumps({"file": name} | asdict(line)) + "\n")
+                    dropped.write((json.dumps({"file": name} | asdict(line)) + "\n").encode())
                     continue
                 assert not isinstance(row, Dropped)
                 if is_held_out(row["query_id"], settings.holdout):
@@ -159,7 +160,7 @@ def _tokenized(
                     line["margin"] = _margin(raw, f"{source.path}, query {row['query_id']}")
                 copies = _copies(row["query_id"], source.weight)
                 count["trained on"] += copies
-                out.write((json.dumps(line) + "\n") * copies)
+                out.write((json.dumps(line) + "\n").encode() * copies)
     return _Files(tokens, counts)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from misbehaving import Call, MisbehavingServer, Reply, chat
 from tiny import tiny_model_dir
 
 from selfsteer import pipeline
@@ -15,9 +16,10 @@ from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.evaluating import evaluate_models
 from selfsteer.evaluations.asking import Asked
 from selfsteer.judges.find import find_judge
+from selfsteer.models import resolve
 from selfsteer.recipe.engines import TransformersSection
 from selfsteer.recipe.sections import EvaluationSection, JudgeSection, Policy, Recipe
-from selfsteer.stages.evaluation import verdicts_of
+from selfsteer.stages.evaluation import evaluate_run, verdicts_of
 from selfsteer.store.journal import Journal
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and its libraries warn of themselves
@@ -139,6 +141,39 @@ def test_alpaca_eval_through_a_real_judge(data: Path, tiny_folder: str, tmp_path
     assert found["rows"][0]["after"].n == 6
     (task,) = found["models"]["after"]["tasks"]
     assert "length-controlled by the formula without difficulty: not the leaderboard's" in task["notes"]
+
+
+def test_a_judge_that_goes_is_asked_for_the_rest(
+    recipe_of: Callable[..., dict[str, Any]], data: Path, tiny_folder: str, tmp_path: Path
+):
+    """It dies at the third question: one of six items has its verdict in both orders."""
+    evaluation = {"tasks": ["alpaca_eval"], "data": str(data), "max_new_tokens": 5}
+    recipe = Recipe.model_validate(recipe_of(tmp_path / "run", {"evaluation": evaluation}))
+    policy, gone = resolve(Policy(model=tiny_folder)), True
+
+    def script(call: Call) -> Reply:
+        if gone and call.number == 3:
+            server.die()
+            return Reply(ending="nothing")
+        return chat("A")
+
+    def judged(server: MisbehavingServer) -> int:
+        engine = {"kind": "openai", "base_url": server.base_url, "model": "judge", "concurrency": 1, "tries": 1}
+        judge = find_judge(JudgeSection.model_validate({"kind": "llm", "engine": engine}), Policy(model="-"))
+        found = evaluate_run(recipe, policy, policy, judge, tmp_path / "run" / "evaluation")
+        return found["rows"][0]["after"]["n"]
+
+    file = tmp_path / "run" / "evaluation" / "result.json"
+    with MisbehavingServer(script) as server:
+        assert judged(server) == 1
+    assert not file.exists()
+    gone = False
+    with MisbehavingServer(script) as server:
+        assert judged(server) == 6
+        assert len(server.calls) == 10
+        assert judged(server) == 6
+        assert len(server.calls) == 10
+    assert file.exists()
 
 
 def test_a_judge_in_words_is_asked_what_its_context_holds(tmp_path: Path):

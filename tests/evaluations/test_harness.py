@@ -1,6 +1,7 @@
 """Tasks of lm_eval on made-up items, answered by scripts: figures by hand, what is asked, and what is refused."""
 
 import json
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from selfsteer.evaluations.asking import Answer, Asked, Choices
 from selfsteer.evaluations.harness import Harness
+from selfsteer.evaluations.local_data import local_data
 from selfsteer.evaluations.results import TaskResult
 from selfsteer.recipe.sections import EvaluationSection
 
@@ -235,6 +237,14 @@ def test_of_a_limited_run_the_items_are_tried_that_will_be_asked(tmp_path: Path)
     Harness(EvaluationSection(tasks=["ifeval"], data=str(tmp_path), limit=2), tmp_path / "out")
     with pytest.raises(ValueError, match="item 3 of ifeval"):
         Harness(EvaluationSection(tasks=["ifeval"], data=str(tmp_path), limit=3), tmp_path / "out")
+
+
+def test_data_is_on_the_disk_before_it_counts_as_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path, "gsm8k", "test.jsonl", GSM8K)
+    forced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: forced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    local_data("gsm8k", tmp_path, tmp_path / "out")
+    assert [name for name in forced if name.endswith(".tmp")] == ["test.jsonl.tmp", "README.md.tmp"]
 
 
 @pytest.mark.parametrize("task", sorted(ROWS))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from selfsteer.clock import Spent, Taken, count, part
 from selfsteer.records import Dropped
 from selfsteer.store import folder
-from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder
+from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, sync
 from selfsteer.store.folder import (
     SCHEMA_VERSION,
     Contents,
@@ -584,7 +584,7 @@ def test_reading_holds_a_row_group_not_the_file(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "-x", ".hidden", "a b", "ä", "a" * 65, "a\n"])
 def test_run_names(name: str, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"Choose another with output=runs/NAME"):
+    with pytest.raises(ValueError, match=r"Name another output folder, such as runs/NAME"):
         RunFolder("/" if name == "" else tmp_path / "x" / name if name != "." else ".")
     assert list(tmp_path.iterdir()) == []
 
@@ -656,6 +656,27 @@ def test_a_clock_without_room_is_named_and_hides_no_error(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_lock_without_room_is_named(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match=r"make room.*run/LOCK"), RunFolder(tmp_path / "run"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with RunFolder(tmp_path / "run"):
+        pass
+
+
+def test_a_disk_that_forces_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=rf"repair the disk.*{tmp_path.name}"):
+        sync(tmp_path)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
 def test_the_peak_of_memory_is_of_the_work_alone_and_the_larger_of_two_sessions(tmp_path: Path):
     held = bytearray(b"1") * 300_000_000
@@ -682,7 +703,7 @@ def test_a_folder_that_can_t_be_made_names_what_stands_in_its_place(tmp_path: Pa
     for name in ("file", "loose"):
         path = tmp_path / name / below
         with (
-            pytest.raises(ValueError, match=rf"{path} can't be made: {tmp_path / name} is no folder\. .*output=DIR"),
+            pytest.raises(ValueError, match=rf"{path} can't be made: {tmp_path / name} is no folder\. .*output folder"),
             RunFolder(path),
         ):
             pass
@@ -691,7 +712,10 @@ def test_a_folder_that_can_t_be_made_names_what_stands_in_its_place(tmp_path: Pa
 def test_a_model_s_folder_takes_no_run(tmp_path: Path):
     """The run's own JSON files would be taken for the model's, which then is another one in the next session."""
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds a model \(config\.json\)\. .*output=DIR"), RunFolder(tmp_path):
+    with (
+        pytest.raises(ValueError, match=rf"{tmp_path} holds a model \(config\.json\)\. .*output folder"),
+        RunFolder(tmp_path),
+    ):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
@@ -772,7 +796,7 @@ def test_second_process_learns_who_holds_the_folder_and_a_killed_one_holds_nothi
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with (
-            pytest.raises(RunFolderBusy, match=rf"in use by process {holder.pid} on .* since \d{{4}}-.*output=DIR"),
+            pytest.raises(RunFolderBusy, match=rf"in use by process {holder.pid} on .* since \d{{4}}-.*output folder"),
             RunFolder(path),
         ):
             pass

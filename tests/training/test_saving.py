@@ -417,6 +417,17 @@ def test_a_training_that_was_stopped_behind_its_last_step_only_delivers(
     assert delivered(job) == delivered(whole)
 
 
+def test_a_continued_training_saves_as_often_as_it_is_told_now(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped at step 2 of 6, which is saved; then saved at every step, of which two are kept."""
+    job = replace(job_of(tiny, tmp_path, save_steps=100), max_steps=6)
+    stop_at(monkeypatch, 2)
+    with runtime.graceful_stop(), pytest.raises(runtime.Interrupted):
+        train(job)
+    monkeypatch.undo()
+    train(replace(job, training=job.training.model_copy(update={"save_steps": 1})))
+    assert sorted(folder.name for folder in Path(job.output).glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "removed": lambda file: file.unlink(),
     "emptied": lambda file: file.write_text(""),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfsteer.data.files import rows_with
-from selfsteer.store.durable import digest, file_digest, read_small_text
+from selfsteer.store.durable import digest, file_digest, make_folder, read_small_text, write
 
 Rows = list[dict[str, Any]]
 
@@ -83,17 +83,16 @@ Configurations = Mapping[str, Mapping[str, Rows]]
 
 
 def _lay_out(folder: Path, configurations: Configurations) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     lines = ["---", "configs:"]
     for name, splits in configurations.items():
         lines += [f"- config_name: {name}", "  data_files:"]
         for split, rows in splits.items():
             file = folder / name / f"{split}.jsonl"
-            file.parent.mkdir(exist_ok=True)
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            make_folder(file.parent)
+            write(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
             lines += [f"  - split: {split}", f"    path: {name}/{split}.jsonl"]
     # Written last: it says that the rest is there.
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]), encoding="utf-8")
+    write(folder / "README.md", "\n".join([*lines, "---", ""]).encode())
 
 
 _PUBLISHED = {"ifeval": ("train", 541), "gsm8k": ("test", 1319), "math500": ("test", 500), "mmlu": ("test", 14042)}

@@ -77,7 +77,10 @@ _NO_ANSWER = "no answer"
 
 
 def no_answer(reason: str | None = None) -> str:
-    """The error of a pair that the judge did not answer; unlike others, the next run asks again."""
+    """The error of a pair that the judge did not answer; unlike others, the next run asks again.
+
+    reason: of a request that failed for itself; without one, the judge has gone.
+    """
     return f"{_NO_ANSWER} ({reason})" if reason else _NO_ANSWER
 
 

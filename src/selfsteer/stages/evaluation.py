@@ -2,7 +2,7 @@
 
     <run>/evaluation/parts/      answers and verdicts, under content keys: what is there is not asked again
     <run>/evaluation/data/       local data, laid out
-    <run>/evaluation/result.json the summary, with the digest of what made it
+    <run>/evaluation/result.json the summary, with the digest of what made it; only where the judge has not gone
 
 Not a stage: nothing later is made of it. Left out on purpose: what the tasks are (`evaluations/`).
 """
@@ -28,7 +28,7 @@ from selfsteer.judges.base import RecipeJudge
 from selfsteer.judges.find import ask, open_judge
 from selfsteer.judges.llm import keyed, rendered
 from selfsteer.measures.metrics import plain
-from selfsteer.measures.verdicts import Verdict
+from selfsteer.measures.verdicts import Verdict, no_answer
 from selfsteer.recipe.engines import runs_already
 from selfsteer.recipe.sections import EvaluationSection, Recipe
 from selfsteer.records import Checkpoint, Pair
@@ -103,7 +103,7 @@ def check_evaluation(recipe: Recipe, judge: RecipeJudge | None) -> None:
 def evaluate_run(
     recipe: Recipe, first: Checkpoint, aligned: Checkpoint, judge: RecipeJudge | None, folder: Path
 ) -> dict[str, Any]:
-    """The recipe's tasks before and after. What was found once is not asked again."""
+    """The recipe's tasks before and after. What was found once is not asked again; what a judge that has gone left, is."""
     section = recipe.evaluation
     made_of = digest(
         {
@@ -119,12 +119,18 @@ def evaluate_run(
     file = folder / "result.json"
     if os.path.lexists(file):
         known = read_json(file, {"made_of": str, "result": dict}, way_out="delete it, and the same command evaluates again")
-        if known["made_of"] == made_of:
+        if known["made_of"] == made_of and not _judge_has_gone(known["result"]):
             return known["result"]
     models = [_named(recipe, first, "first policy"), _named(recipe, aligned, "aligned policy")]
     result = plain(evaluate(models, section, judge, folder))
-    write(file, canonical_json({"made_of": made_of, "result": result}))
+    if not _judge_has_gone(result):
+        write(file, canonical_json({"made_of": made_of, "result": result}))
     return result
+
+
+def _judge_has_gone(result: dict[str, Any]) -> bool:
+    """Whether there are items that the same command should ask again."""
+    return any(no_answer() in task["unanswered"] for model in result["models"].values() for task in model["tasks"])
 
 
 def _named(recipe: Recipe, model: Checkpoint, name: str) -> Answering:

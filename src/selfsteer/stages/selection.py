@@ -16,7 +16,7 @@ from selfsteer.judges.checks import checks_verdicts
 from selfsteer.judges.find import ask
 from selfsteer.measures.quality import Rewards, rewards_of
 from selfsteer.measures.text import similarity, words
-from selfsteer.measures.verdicts import Verdict, by_margin
+from selfsteer.measures.verdicts import Verdict, by_margin, no_answer
 from selfsteer.recipe.sections import Selection
 from selfsteer.records import Dropped, Pair
 from selfsteer.stages.base import Round, Work, arithmetic, inputs_of, make_stage, measured, policy_scorer, taking
@@ -164,7 +164,10 @@ def selection_stage(round: Round, candidates: Candidates) -> Stage:
         settings["judge"] = judge.settings()
 
         def asked(work: Work) -> Iterator[Verdict]:
-            return ask(judge, lessons, work.journal, total=sum(1 for _ in lessons()))
+            for verdict in ask(judge, lessons, work.journal, total=sum(1 for _ in lessons())):
+                if verdict.error == no_answer():
+                    raise OSError(f"{work.stage.path}: the judge has gone; the same command asks it for the rest")
+                yield verdict
 
         rank, models = _by_verdicts(lessons, asked), ()
     else:

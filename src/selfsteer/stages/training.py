@@ -30,7 +30,7 @@ from selfsteer.training.displacement import Moved
 from selfsteer.training.launch import launch
 from selfsteer.training.packing import Row
 from selfsteer.training.scoring import Group, score_missing, scores, tokenize
-from selfsteer.training.train import TrainingJob
+from selfsteer.training.train import MECHANICS, TrainingJob
 from selfsteer.training.trainer import reward_queries
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def policy_stage(round: Round, preferences: Stage) -> Stage:
 def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | Alignment) -> Stage:
     settings: dict[str, Any] = {
         "objective": section.model_dump(exclude={"kind", "objective", "queries", "temperature", "reference", "weighting"}),
-        "training": round.recipe.training.model_dump(exclude={"save_steps", "report_to", "gradient_checkpointing"}),
+        "training": round.recipe.training.model_dump(exclude=MECHANICS - {"save_dtype"}),
         "seed": round.recipe.seed,
     }
     if name == POLICY and round.recipe.queries.holdout:
@@ -177,8 +177,10 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
     if anchored or {"half", "holdout", "aside"} & work.origin.settings.keys():
         make_folder(unfinished)
         data = unfinished / "pairs.parquet"
-        lessons = _anchored(round, work, pairs) if anchored else _lessons(round, work, pairs)
-        queries = columns.write_rows(data, map(columns.pair_row, lessons), columns.PAIRS)
+        if not data.is_file():  # checkpoints know it by its bytes, which another pyarrow writes otherwise
+            lessons = _anchored(round, work, pairs) if anchored else _lessons(round, work, pairs)
+            columns.write_rows(data, map(columns.pair_row, lessons), columns.PAIRS)
+        queries = columns.count(data)
         if queries == 0:
             raise ValueError(f"{work.stage.path}: every pair is held out; lower queries.holdout.")
     job = TrainingJob(

@@ -272,6 +272,12 @@ def opened(path: Path) -> Generator[pq.ParquetFile]:
         yield file
 
 
+def count(path: Path) -> int:
+    """How many rows such a file has."""
+    with opened(path) as file:
+        return file.metadata.num_rows
+
+
 def column(path: Path, name: str) -> list[Any]:
     """One column of such a file; nothing else is read."""
     with opened(path) as file, named(path):

@@ -123,10 +123,12 @@ def write_failed(error: OSError, path: Path) -> OSError:
 
 
 def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's list of names, to the disk."""
+    """Force a file's bytes, or a folder's list of names, to the disk. Raises OSError naming `path` when the disk fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise write_failed(error, path) from error
     finally:
         os.close(descriptor)
 

@@ -58,6 +58,7 @@ from selfsteer.store.durable import (
     replacing,
     sync,
     write,
+    write_failed,
 )
 from selfsteer.store.journal import Journal
 
@@ -130,7 +131,7 @@ def write_taken(file: Path, taken: Taken) -> None:
     write(file, json.dumps({**taken._asdict(), "seconds": round(taken.seconds, 3)}).encode())
 
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Of the files in a run folder: part of every fingerprint and of the key of everything in a journal."""
 
 DATA, _DROPPED, _MANIFEST, _REOPENED = "data.parquet", "dropped.jsonl", "MANIFEST.json", "REOPENED.json"
@@ -253,7 +254,7 @@ class RunFolder:
         if not RUN_NAME.fullmatch(self.path.name):
             raise ValueError(
                 f"{str(path)!r}: a run folder's name must begin with a letter or digit and hold only letters, digits, '.',"
-                " '_' and '-', at most 64 of them. Choose another with output=runs/NAME."
+                " '_' and '-', at most 64 of them. Name another output folder, such as runs/NAME."
             )
 
     @classmethod
@@ -271,16 +272,16 @@ class RunFolder:
         if found != SCHEMA_VERSION:
             raise ValueError(
                 f"{self.path}: a run of version {found}, and this selfsteer reads version {SCHEMA_VERSION}. Take another"
-                " folder with output=DIR, or go on with the selfsteer that began it."
+                " output folder, or go on with the selfsteer that began it."
             )
 
     def __enter__(self) -> Self:
         self._check_version()
         standing = next((each for each in (self.path, *self.path.parents) if os.path.lexists(each)), self.path)
         if not standing.is_dir():
-            raise ValueError(f"{self.path} can't be made: {standing} is no folder. Name another one with output=DIR.")
+            raise ValueError(f"{self.path} can't be made: {standing} is no folder. Name another output folder.")
         if (self.path / "config.json").exists():  # the run's own files would be taken for the model's
-            raise ValueError(f"{self.path} holds a model (config.json). Name a folder for the run with output=DIR.")
+            raise ValueError(f"{self.path} holds a model (config.json). Name another output folder.")
         make_folder(self.path)
         lock_file = self.path / "LOCK"
         if os.path.lexists(lock_file):  # what is no file can't be locked, and reading the holder out of a pipe would wait
@@ -293,11 +294,15 @@ class RunFolder:
             os.close(lock)
             raise RunFolderBusy(
                 f"{self.path} is in use by {holder}. Wait for it, stop it (or, if it is gone, the processes it started),"
-                " or choose another folder with output=DIR."
+                " or name another output folder."
             ) from None
         os.ftruncate(lock, 0)
         holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}: {shlex.join(sys.argv)}\n"
-        os.write(lock, os.fsencode(holder))
+        try:
+            os.write(lock, os.fsencode(holder))
+        except OSError as error:
+            os.close(lock)
+            raise write_failed(error, lock_file) from error
         self._lock = lock
         return self
 
@@ -324,7 +329,7 @@ class RunFolder:
     def _gone(self) -> RunFolderGone:
         return RunFolderGone(
             f"{self.path}: the run folder was moved, deleted or replaced while this process worked in it. What was finished"
-            " is where the folder is now: run the same command again with output=DIR naming that."
+            " is where the folder is now: name that as the output folder and run the same command again."
         )
 
     def describe(self, recipe_yaml: str, run_info: Mapping[str, Any]) -> None:
@@ -616,9 +621,7 @@ def _read_manifest(path: Path) -> Manifest | None:
     if claimed != digest(fields):
         raise StageDamaged(f"{path}: not as it was written. {_way_out(path)}")
     if fields["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another folder with output=DIR."
-        )
+        raise ValueError(f"{path}: of version {fields['schema_version']}, not {SCHEMA_VERSION}. Take another output folder.")
     names = [value for key in ("outputs", "inputs") for value in fields.get(key, {}).values()]
     if fields.keys() != Manifest.__dataclass_fields__.keys() or not all(isinstance(name, str) for name in names):
         raise StageDamaged(f"{path}: not written by this program. {_way_out(path)}")

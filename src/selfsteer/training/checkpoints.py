@@ -133,6 +133,12 @@ def rotate(output: Path, *, spare: int | None = None) -> None:
         shutil.rmtree(folder)
 
 
+def remove(output: Path) -> None:
+    """Of a training that is finished."""
+    for folder in _newest_first(output):
+        shutil.rmtree(folder)
+
+
 def at_step(output: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return output / f"checkpoint-{step}"

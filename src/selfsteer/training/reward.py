@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, PeftModel, TaskType
 from transformers import (
     PreTrainedModel,
@@ -101,7 +102,11 @@ def train_reward(job: RewardJob, tokenizer: PreTrainedTokenizerBase, settings: R
     write_history(job.output / "history.jsonl", history_of(resume) if resume else [])
     cache = job.output / ".cache"
     what = {"file": str(job.tokens), "identity": job.identity}
-    data = Dataset.from_generator(_rows, gen_kwargs=what, cache_dir=str(cache))
+    with checkpoints.writing(cache):
+        try:
+            data = Dataset.from_generator(_rows, gen_kwargs=what, cache_dir=str(cache))
+        except DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
     trainer = _Trainer(
         model=job.model,
         args=_arguments(job, settings),

@@ -40,7 +40,7 @@ from selfsteer.records import Checkpoint, Pair, Scored
 from selfsteer.runtime import progress, raise_if_stopped, stop_requested
 from selfsteer.store import columns
 from selfsteer.store.columns import pair_row
-from selfsteer.store.durable import canonical_json, digest, make_folder
+from selfsteer.store.durable import canonical_json, digest, make_folder, replacing, write
 from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
 from selfsteer.training.logps import Packing, casting_once, choose_packing, teach, to_device
@@ -309,7 +309,7 @@ def score_shared(groups: Iterable[Group], journal: Journal, scoring: Scoring, la
     """
     folder = _folder(journal)
     make_folder(folder)
-    with (folder / _GROUPS).open("wb") as file:
+    with replacing(folder / _GROUPS) as file:
         for key, pairs, edges in groups:
             line = {"key": key, "pairs": [pair_row(pair) for pair in pairs], "edges": edges}
             file.write(canonical_json(line) + b"\n")
@@ -319,7 +319,7 @@ def score_shared(groups: Iterable[Group], journal: Journal, scoring: Scoring, la
         "description": scoring.description,
         "parts": str(journal.folder),
     }
-    (folder / _SCORING_JOB).write_bytes(canonical_json(job))
+    write(folder / _SCORING_JOB, canonical_json(job))
     status = run_group(launcher, "selfsteer.training.scoring", folder)
     settle(journal)
     if status and not runtime.stop_requested():

@@ -72,11 +72,12 @@ from selfsteer.training.trainer import (
 
 log = logging.getLogger(__name__)
 
-_MECHANICS = {
+MECHANICS = {
     *("micro_batch_size", "tokens_per_batch", "prefix_sharing", "gradient_checkpointing"),
     *("save_steps", "save_dtype", "report_to"),
 }
-"""Of the training section, what may change between a stop and its continuation."""
+"""Of the training section, what may change between a stop and its continuation; `save_dtype` makes other files of the same
+weights, the others nothing but other roundings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,7 @@ class TrainingJob:
         """sha256 of what determines the result, no paths; of how prompts are rendered the output folder tells."""
         content = self.as_json()
         policy = {file.name: file_digest(file) for file in sorted(Path(self.policy.model).glob("*.safetensors"))}
-        settings = {name: value for name, value in content["training"].items() if name not in _MECHANICS}
+        settings = {name: value for name, value in content["training"].items() if name not in MECHANICS}
         pairs = file_digest(Path(self.pairs))
         del content["output"]
         return digest(content | {"policy": policy, "pairs": pairs, "training": settings})

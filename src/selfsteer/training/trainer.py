@@ -317,6 +317,12 @@ class WholeSteps(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    @part("checkpoint")
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """As transformers does; a full disk is told like everywhere else."""
+        with checkpoints.writing(checkpoints.at_step(Path(cast(str, self.args.output_dir)), self.state.global_step)):
+            super()._save_checkpoint(model, trial)
+
 
 def _without_zero(rate: Callable[[int], float], warmup: int) -> Callable[[int], float]:
     return lambda step: (step + 1) / warmup if step < warmup else rate(step)
@@ -420,12 +426,6 @@ class PreferenceTrainer(WholeSteps):
             return super().create_optimizer(*args, **kwargs)
         except ImportError as error:
             raise ValueError(f"training.optimizer: {error}") from error
-
-    @part("checkpoint")
-    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """As transformers does; a full disk is told like everywhere else."""
-        with checkpoints.writing(checkpoints.at_step(Path(cast(str, self.args.output_dir)), self.state.global_step)):
-            super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's measures to what transformers logs."""
@@ -532,6 +532,10 @@ class Keeper(TrainerCallback):
         self._update = ExitStack()
         self.crossed = False
         """The bound was crossed behind `within`."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The distance between checkpoints is that of now; transformers goes on with the one that the checkpoint has."""
+        state.save_steps = int(args.save_steps)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the step to the history."""
