@@ -295,6 +295,15 @@ def test_a_special_token_beyond_the_embedding_that_nothing_writes_is_no_matter(
         load_tokenizer(str(folder))
 
 
+def test_a_template_of_ones_own_that_writes_a_token_beyond_the_embedding_is_refused(folder: Path, tmp_path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}<image>")
+    with pytest.raises(ValueError, match=r"401 ids \(the last one is '<image>'\)"):
+        load_tokenizer(str(folder), chat_template=str(tmp_path / "own.jinja"))
+
+
 def test_special_tokens_beside_the_vocabulary_are_tokens(tmp_path: Path):
     """Else an answer could never end."""
     plain = tiny_tokenizer()

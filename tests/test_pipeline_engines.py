@@ -27,7 +27,7 @@ def logging_vllm(scripted_vllm: Put, log: Path, *, dies_after: int = -1) -> str:
     note = f"with open({str(log)!r}, 'a') as file: print("
     during = (
         f"{note}json.dumps([model, asked['prompt'], asked['seed']]), file=file)\n"
-        f"if pathlib.Path({str(log)!r}).read_text().count(chr(10)) == {dies_after}: os.kill(os.getpid(), 9)\n"
+        f"if pathlib.Path({str(log)!r}).read_text().count(chr(10)) >= {dies_after} > 0: os.kill(os.getpid(), 9)\n"
         f"choice['token_ids'] = [*(10 + (asked['seed'] >> n) % 300 for n in range(0, 24, 3)), 2]"
     )
     before = f"model = arguments[arguments.index('--model') + 1]\n{note}'start', model, file=file)"

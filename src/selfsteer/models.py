@@ -295,6 +295,7 @@ def load_tokenizer(
     tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = read_small_text(Path(chat_template))
+        _refuse_unknown(tokenizer, path, load_configuration(path, trust_remote_code=trust_remote_code))
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{path}: the tokenizer has no chat template. Name one in the recipe (policy.chat_template: FILE.jinja), or "
@@ -329,16 +330,21 @@ def read_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, mistral_format=False)
         assert isinstance(found, PreTrainedTokenizerBase)
         found.decode(found("a word")["input_ids"])  # some mistakes show only then
+    _refuse_unknown(found, path, configuration)
+    return found
+
+
+def _refuse_unknown(tokenizer: PreTrainedTokenizerBase, path: str, configuration: PreTrainedConfig) -> None:
+    """Raises ValueError for tokens that the model's embedding lacks, where something writes them."""
     rows = configuration.get_text_config().to_dict().get("vocab_size")
-    largest = max(_needed_ids(found, path), default=-1)
+    largest = max(_needed_ids(tokenizer, path), default=-1)
     if isinstance(rows, int) and largest >= rows:
-        last = found.convert_ids_to_tokens(largest)
+        last = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
             f"{path}: the tokenizer has {largest + 1:,} ids (the last one is {last!r}), the model's "
             f"embedding {rows:,} rows (vocab_size in config.json). Take the tokenizer.json that belongs to these weights, "
             "or resize the model (resize_token_embeddings) and train the new rows."
         )
-    return found
 
 
 def _needed_ids(tokenizer: PreTrainedTokenizerBase, path: str) -> frozenset[int]:
