@@ -304,10 +304,13 @@ def test_trackers_are_asked_for_before_anything_is_sampled(recipe_of: RecipeOf, 
 def test_what_can_t_be_trained_on_is_refused_before_anything_is_sampled(
     recipe_of: RecipeOf, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Batches that the processes can't share, more of them than devices, quantized weights."""
+    """Batches that the processes can't share, more of them than devices, DeepSpeed, quantized weights."""
     two = {"launcher": {"kind": "accelerate", "processes": 2}}
     with pytest.raises(ValueError, match=r"alignment\.batch_size: 3 can't be shared by 2 processes .* take a multiple"):
         run(recipe_of(tmp_path / "run", {**two, "alignment.batch_size": 3}))
+    (tmp_path / "deepspeed.yaml").write_text("distributed_type: DEEPSPEED")
+    with pytest.raises(ValueError, match="DeepSpeed is not supported"):
+        run(recipe_of(tmp_path / "run", {"launcher": {"kind": "accelerate", "config": str(tmp_path / "deepspeed.yaml")}}))
     quantized = Path(shutil.copytree(tiny_folder, tmp_path / "quantized"))
     configuration = json.loads((quantized / "config.json").read_text())
     configuration["quantization_config"] = {"quant_method": "gptq", "bits": 4}

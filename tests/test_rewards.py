@@ -103,7 +103,9 @@ def test_the_same_command_again_is_done(trained: dict[str, Any], tiny_folder: st
     folder = Path(trained["model"]).parent
     monkeypatch.setattr("selfsteer.rewards.train_reward", None)
     sources = [Source(path=folder.parent / "pairs.jsonl")]
+    (folder / "checkpoint-8").mkdir()  # as of a kill behind the result
     assert train_reward_model(sources, tiny_folder, folder, SETTINGS, TRAINING) == trained
+    assert not (folder / "checkpoint-8").exists()
     with pytest.raises(ValueError, match="holds a reward model of other data or settings"):
         train_reward_model(sources, tiny_folder, folder, SETTINGS, replace(TRAINING, seed=1))
 

@@ -11,7 +11,7 @@ scored on the same token ids. Left out on purpose: the training itself (`trainin
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from selfsteer.measures.verdicts import judge_report
 from selfsteer.models import checkpoint, positions_of, resolve
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.sections import Policy
-from selfsteer.records import Checkpoint, Dropped, Message, Pair, PairRow
+from selfsteer.records import Checkpoint, Dropped, Message, PairRow
 from selfsteer.store.columns import pair
 from selfsteer.store.durable import canonical_json, digest, read_json, replacing, write
 from selfsteer.store.folder import RunFolder, day_of
@@ -106,6 +106,7 @@ def train_reward_model(
         if os.path.lexists(file):
             known = read_json(file, {"identity": str}, way_out="delete it, and the same command trains again")
             if known["identity"] == identity:
+                checkpoints.remove(folder.path)  # which a kill behind the result leaves
                 return known
             raise ValueError(taken)
         if checkpoints.holds_another(folder.path, identity):
@@ -219,7 +220,8 @@ def _held_out(sources: Mapping[str, Source], reward: RewardModel, folder: Path, 
     with Journal(folder / "parts") as journal:
         found: dict[str, Any] = {}
         for name, source in sources.items():
-            pairs = [each for each in _pairs_of(source.path) if is_held_out(each.query_id, share)]
+            rows = (row for row in read_pairs(source.path) if not isinstance(row, Dropped))
+            pairs = [pair(row) for row in rows if is_held_out(row["query_id"], share)]
             if pairs:
                 found[name] = judge_report(reward_verdicts(reward, lambda pairs=pairs: pairs, journal, total=len(pairs)))
         return found
@@ -233,10 +235,6 @@ def _scorer(model: Checkpoint, settings: RewardSettings, day: str) -> RewardMode
         dtype=settings.dtype,
         max_tokens=min(filter(None, (settings.max_tokens, positions_of(model.path)))),
     )
-
-
-def _pairs_of(path: Path) -> Iterator[Pair]:
-    return (pair(row) for row in read_pairs(path) if not isinstance(row, Dropped))
 
 
 def reward_bench(model: str, files: Sequence[Path], output: Path, settings: RewardSettings) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def check_recipe(recipe: Recipe, *, queries: bool = True) -> None:
         if path is not None:
             regular_file(Path(path), f"name an ordinary file in {setting}")
     if recipe.launcher.config is not None:
-        _check_launcher(Path(recipe.launcher.config))
+        check_launcher(Path(recipe.launcher.config))
     if recipe.judge.model is not None and not runs_already(recipe.judge.engine):
         check_model(recipe.judge.model, "judge.model")
     if not queries:
@@ -48,8 +48,11 @@ def check_recipe(recipe: Recipe, *, queries: bool = True) -> None:
         regular_file(Path(recipe.principles.chat_template), "name an ordinary file in principles.chat_template")
 
 
-def _check_launcher(path: Path) -> None:
-    """What is in it, accelerate says in each process that it starts."""
+def check_launcher(path: Path) -> None:
+    """Raises ValueError for what is no configuration of accelerate, or one that is not supported here.
+
+    What else is in it, accelerate says in each process that it starts.
+    """
     try:
         found = yaml.safe_load(read_small_text(path))
     except yaml.YAMLError as error:

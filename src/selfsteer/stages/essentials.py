@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from selfsteer.data.named import check_launcher
 from selfsteer.models import available_memory, compute_dtype, load_configuration, pick_device
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Checkpoint
@@ -48,8 +49,11 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def check_processes(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Raises ValueError where the launcher's processes can't share a batch of these stages, or outnumber the devices."""
+    """Raises ValueError for a configuration of accelerate that will not do, and for processes that can't share a batch or
+    outnumber the devices."""
     launcher = recipe.launcher
+    if launcher.config is not None:
+        check_launcher(Path(launcher.config))
     if launcher.processes is None:
         return
     for stage in stages:

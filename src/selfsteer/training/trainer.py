@@ -304,8 +304,8 @@ class WholeSteps(Trainer):
         self.lr_scheduler = LambdaLR(scheduler.optimizer, rates)
         if 3 * warmup > num_training_steps and parallel.is_first():
             log.warning(
-                "the learning rate rises in %d of %d steps (training.warmup_ratio); take more queries or epochs, or a"
-                " smaller batch",
+                "the learning rate rises in %d of %d steps (in a recipe training.warmup_ratio); take more queries or"
+                " epochs, or a smaller batch",
                 *(warmup, num_training_steps),
             )
         return self.lr_scheduler
