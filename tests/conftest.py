@@ -38,6 +38,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _imported() -> Iterator[None]:
+    """So is what a test imported on its way: 50,000 objects more, and a fifth of a run's time goes into looking at them."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 FORKED = str(Path(__file__).with_name("forked.py"))
 
 

@@ -271,8 +271,9 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_made(
     cluster: str, recipe_of: RecipeOf, tmp_path: Path, changes: dict[str, Any], expected: str
 ):
     output = tmp_path / "run"
+    recipe = recipe_of(output, {"generator.batch_size": 4, "alignment.batch_size": 4})  # which four processes can share
     with pytest.raises(ValueError, match=expected):
-        selfsteer.run(Recipe.model_validate(recipe_of(output) | changes))
+        selfsteer.run(Recipe.model_validate(recipe | changes))
     assert not output.exists()
 
 

@@ -352,6 +352,25 @@ def test_margins_over_steps_are_drawn(tmp_path: Path):
     assert figure.axes[0].lines[0].get_ydata().tolist() == [0.0, 0.4]
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_nothing_is_drawn_beyond_a_panel_s_edge(scale: float):
+    """The room for ticks and labels is fixed: large numbers, small ones and two hundred thousand responses fit in it."""
+    plots = pytest.importorskip("selfsteer.reports.plots")
+    curve = [{"step": step, "loss": scale * (1 + step / 300), "margin": -scale * step} for step in (1.0, 2.0, 250.0)]
+    sets = {"PBAA pairs": measure(pairs(-4.0))}
+    counts = sets["PBAA pairs"]["distributions"]["length"]["counts"]
+    counts["chosen"] = [round(20 * scale) * count for count in counts["chosen"]]
+    judged = {**sets["PBAA pairs"], "judge": {"accuracy": Estimate(0.4, 0.1, 0.9, 9)}}
+    points = {"PBAA pairs": judged, "generator pairs": judged}
+    drawn = [plots.figure_three({}, points), *plots.plots({"policy": {"curve": curve}}, sets)]
+    assert {"figure-3", "loss", "reward-margin", "figure-1", "length"} <= {plot.name for plot in drawn}
+    for figure in (figure for plot in drawn for figure in plot.panels.values()):
+        with plots.mpl.rc_context(plots.STYLE):
+            found, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert 0 <= found.x0 < found.x1 <= width
+        assert 0 <= found.y0 < found.y1 <= height
+
+
 def test_page_has_plots_in_the_colours_of_the_page(tmp_path: Path):
     plots = pytest.importorskip("selfsteer.reports.plots")
     reader = page(tmp_path / "report.html", metrics(), [])
