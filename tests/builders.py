@@ -46,7 +46,7 @@ def steering_group(number: int) -> list[Pair]:
 
 
 def write_pairs(path: Path, policy: Policy, training: Training, groups: list[list[Pair]]) -> Path:
-    with open_scorer(policy, training) as scorer:
+    with open_scorer(policy, training, training.quantize) as scorer:
         rows = [pair_row(pair) for group in score(scorer, groups) for pair in group]
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path

@@ -73,14 +73,14 @@ def gapped_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(*, seed: int = 0, vocab_size: int = 400, max_positions: int = 512) -> LlamaForCausalLM:
+def tiny_model(*, seed: int = 0, vocab_size: int = 400, max_positions: int = 512, width: int = 32) -> LlamaForCausalLM:
     """Two layers of Llama with four query heads on two key-value heads, about 31,000 random weights."""
     random_state = torch.get_rng_state()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -143,13 +143,13 @@ def tiny_adapter(folder: Path, base: str, *, seed: int) -> None:
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "model")
 
 
-def tiny_model_dir(folder: Path, *, seed: int = 0, max_positions: int = 512, spare_rows: int = 0) -> str:
+def tiny_model_dir(folder: Path, *, seed: int = 0, max_positions: int = 512, spare_rows: int = 0, width: int = 32) -> str:
     """Save the tiny model and its tokenizer as an ordinary Hugging Face folder; returns its path.
 
     spare_rows: of the embedding, that no token has.
     """
     tokenizer = tiny_tokenizer()
-    model = tiny_model(seed=seed, vocab_size=len(tokenizer) + spare_rows, max_positions=max_positions)
+    model = tiny_model(seed=seed, vocab_size=len(tokenizer) + spare_rows, max_positions=max_positions, width=width)
     model.generation_config = GenerationConfig(pad_token_id=PAD_ID, bos_token_id=START_ID, eos_token_id=END_ID)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -23,6 +23,7 @@ _NEEDED_FOR = {
     "report": "plots on the page",
     "evaluate": "benchmarks of lm-evaluation-harness",
     "reward": "training reward models",
+    "qlora": "adapters on weights in 4 bits (training.lora.quantize)",
     "ray": "engines and trainings on a Ray cluster",
 }
 """The extras, by what they are for."""

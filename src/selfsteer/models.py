@@ -10,6 +10,7 @@ many kinds, or goes on with random numbers.
 
 import ctypes
 import gc
+import importlib
 import json
 import logging
 import os
@@ -34,18 +35,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from selfsteer import llamacpp, threads
 from selfsteer.clock import part
 from selfsteer.recipe.engines import DTypeName
 from selfsteer.recipe.references import PACKAGE, check_model
-from selfsteer.recipe.sections import Policy
+from selfsteer.recipe.sections import Policy, Quantization
 from selfsteer.records import Adapter, Checkpoint
 from selfsteer.store.durable import digest, file_digest, make_folder, open_to_others, read_object, read_small_text, write
 from selfsteer.weights import Stored, check_files, check_fit, refuse_pointer
@@ -455,16 +458,21 @@ def load_model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     kind: Any = AutoModelForCausalLM,
+    quantize: Quantization | None = None,
 ) -> PreTrainedModel:
     """A model in eval mode, from safetensors only; `kind` is the class of transformers, a causal language model.
 
     Its own dropout is off, in training as well (as in the paper's reference implementation): with it a step would have
-    other log-probabilities than the reference for no reason.
-    Raises ValueError for weights that are damaged or do not fit the configuration, with their names.
+    other log-probabilities than the reference for no reason. quantize: hold linear layers in 4 bits (`quantizable`), the
+    others in `dtype`.
+    Raises ValueError for weights that are damaged or do not fit the configuration, with their names, and for a model that
+    can't be quantized here.
     """
     let_go()  # of the model before
     stored = check_files(Path(path))
     configuration = load_configuration(path, trust_remote_code=trust_remote_code)
+    if quantize is not None:
+        check_quantization(configuration, device, trust_remote_code=trust_remote_code)
     quantized = configuration.to_dict().get("quantization_config")
     way_out = "Compare config.json and generation_config.json with those that belong to these weights."
     if quantized:
@@ -472,6 +480,7 @@ def load_model(
     with _in_words(path, "the model can't be loaded", way_out):
         if not quantized:
             _refuse_larger(kind, configuration, stored, trust_remote_code=trust_remote_code)
+        in_four_bits = {} if quantize is None else {"quantization_config": _four_bits(), "device_map": {"": device}}
         model, information = kind.from_pretrained(
             path,
             config=without_dropout(configuration),
@@ -481,10 +490,11 @@ def load_model(
             output_loading_info=True,
             # Not so that they may differ, but so that they are told: `check_fit` refuses them with their names.
             ignore_mismatched_sizes=True,
+            **in_four_bits,
         )
     check_fit(path, information)
     _refuse_untied(path, model)
-    model = model.to(device).eval()
+    model = (model.to(device) if quantize is None else _as_linear(model)).eval()
     causal = kind is AutoModelForCausalLM
     probe = torch.tensor([[0, 0], [0, 1]] if causal else [[0]], device=model.device)
     with _in_words(path, "the model can't be used", way_out), torch.no_grad():
@@ -496,6 +506,76 @@ def load_model(
         )
     threads.follow(model)
     return model
+
+
+def _four_bits() -> BitsAndBytesConfig:
+    """QLoRA's (arXiv 2305.14314, section 3): NormalFloat in blocks of 64 weights, whose scales are quantized in turn."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+_BLOCK = 64
+
+
+def quantizable(model: PreTrainedModel) -> list[torch.nn.Linear]:
+    """The layers that are held in 4 bits: all linear ones but the output layer.
+
+    Embeddings, norms and experts that are one tensor are none of them.
+    """
+    head = model.get_output_embeddings()
+    return [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
+
+
+def check_quantization(
+    configuration: PreTrainedConfig, device: torch.device | str, *, trust_remote_code: bool = False
+) -> None:
+    """Raises ValueError where bitsandbytes is not there, and for a model whose layers it can't hold in 4 bits there."""
+    if not is_bitsandbytes_available(_BITSANDBYTES):
+        raise ValueError(
+            f"training.lora.quantize: needs bitsandbytes {_BITSANDBYTES} or newer; pip install 'selfsteer[qlora]', or set it"
+            " to null"
+        )
+    if configuration.to_dict().get("quantization_config"):
+        raise ValueError("training.lora.quantize: the weights of the policy are quantized already; set it to null")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(configuration, trust_remote_code=trust_remote_code)
+    widths = {layer.in_features for layer in quantizable(empty)}
+    if not widths:
+        raise ValueError(
+            f"training.lora.quantize: {type(empty).__name__} has no linear layers to hold in 4 bits; set it to null"
+        )
+    # bitsandbytes 0.50.2 reads such layers back wrongly on CPUs (a relative error of 0.2 to 0.4 in place of 0.09).
+    if torch.device(device).type == "cpu" and (odd := sorted(width for width in widths if width % _BLOCK)):
+        raise ValueError(
+            f"training.lora.quantize: on CPUs bitsandbytes wants layers of a multiple of {_BLOCK} inputs, and this model has"
+            f" some of {odd[0]}; set it to null, or train on a GPU"
+        )
+
+
+_BITSANDBYTES = "0.50"
+"""As the extra in pyproject.toml has it."""
+
+
+def _as_linear(model: PreTrainedModel) -> PreTrainedModel:
+    """Layers in 4 bits that compute like those of torch: in autocast's dtype, and alike with a gradient and without.
+
+    On CPUs with AVX512-BF16 bitsandbytes would exchange their weights for others at the first pass without gradient: its
+    products are rounded to bfloat16 then, and none has a gradient any more.
+    """
+    kind: Any = importlib.import_module("bitsandbytes.nn").Linear4bit
+    for layer in cast("Iterator[Any]", model.modules()):
+        if isinstance(layer, kind):
+            layer.support_avx512bf16_for_cpu = False
+            layer.register_forward_pre_hook(_in_autocast_s_dtype)
+    return model
+
+
+def _in_autocast_s_dtype(layer: Any, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    (states,) = given
+    kind = states.device.type
+    if torch.is_autocast_enabled(kind):
+        states = states.to(torch.get_autocast_dtype(kind))
+    layer.compute_dtype = states.dtype
+    return (states,)
 
 
 def _refuse_untied(path: str, model: PreTrainedModel) -> None:

@@ -282,3 +282,6 @@ class Saving(TypedDict):
     """The same of what is delivered."""
     rounded: float | None
     """The same with its weights rounded to bfloat16, as an engine would sample them; None of what is delivered in it."""
+    quantized: NotRequired[float]
+    """With training.lora.quantize, the same on the weights in 4 bits that it was trained on; `trained` is then of the
+    adapter on the full weights."""

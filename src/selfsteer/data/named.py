@@ -48,8 +48,10 @@ def check_recipe(recipe: Recipe, *, queries: bool = True) -> None:
         regular_file(Path(recipe.principles.chat_template), "name an ordinary file in principles.chat_template")
 
 
-def check_launcher(path: Path) -> None:
+def check_launcher(path: Path, *, quantize: bool = False) -> None:
     """Raises ValueError for what is no configuration of accelerate, or one that is not supported here.
+
+    quantize: weights are to be held in 4 bits.
 
     What else is in it, accelerate says in each process that it starts.
     """
@@ -61,6 +63,8 @@ def check_launcher(path: Path) -> None:
         raise ValueError(f"{path}: no settings of accelerate; {_ACCELERATE}")
     if found.get("distributed_type") == "DEEPSPEED":
         raise ValueError(f"{path}: DeepSpeed is not supported: it rounds what is trained; choose FSDP (`accelerate config`)")
+    if quantize and found.get("distributed_type") == "FSDP":
+        raise ValueError(f"{path}: FSDP can't shard weights in 4 bits; set training.lora.quantize=null, or choose MULTI_GPU")
 
 
 _ACCELERATE = "`accelerate config --config_file FILE` writes such a file"

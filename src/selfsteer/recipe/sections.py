@@ -261,6 +261,9 @@ class Alignment(Section):
     generator is always the round's start, which its pairs have to stay close to.)"""
 
 
+Quantization = Literal["nf4"]
+
+
 class Lora(Section):
     """Low-rank adapters (arXiv 2106.09685), folded into the model when training ends."""
 
@@ -272,6 +275,10 @@ class Lora(Section):
     """Dropout in the adapter; above 0 the first margins are no longer exactly zero."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter, as peft names them."""
+    quantize: Quantization | None = None
+    """nf4: hold the frozen weights of the linear layers in 4 bits while adapters are trained (QLoRA, arXiv 2305.14314;
+    needs the extra selfsteer[qlora]). The reference is then the quantized policy; what comes out is the adapter on the
+    full weights (docs/howto/lora.md)."""
 
 
 SchedulerName = Literal[
@@ -318,6 +325,11 @@ class Training(Section):
     the last reading before. Every reading within the bound is then a checkpoint."""
     report_to: list[str] = Field(default_factory=list[str])
     """Trackers, as transformers names them (tensorboard, wandb, ...); one may stand without a list."""
+
+    @property
+    def quantize(self) -> Quantization | None:
+        """`lora.quantize`: how the frozen weights are held."""
+        return None if self.lora is None else self.lora.quantize
 
     @field_validator("report_to", mode="before")
     @classmethod

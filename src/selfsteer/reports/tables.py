@@ -475,6 +475,8 @@ def _drift(drift: Drift, title: str) -> Table:
 def _saved(side: Json) -> str:
     saving = side.get("saving", {})
     margins = saving.get("trained"), saving.get("delivered")
+    if "quantized" in saving:
+        margins = saving["quantized"], *margins
     return "" if None in margins else " -> ".join(f"{margin:.3f}" for margin in margins)
 
 

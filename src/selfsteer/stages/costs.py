@@ -35,6 +35,9 @@ from selfsteer.training.trainer import margin_queries, reward_queries
 _ADAM = 8
 """Bytes of AdamW's two moments, for each trained weight in float32."""
 
+_FOUR_BITS = 4.127 / 8
+"""Bytes of a weight in 4 bits and of its share in the quantized scale of its block (arXiv 2305.14314, section 3)."""
+
 _ACTIVATIONS = 34
 """Bytes a token, layer and unit of width that half precision keeps for the backward pass (arXiv 2205.05198, section 4.1,
 without the attention scores, which are never stored)."""
@@ -62,6 +65,8 @@ class Size(NamedTuple):
     """Numbers that the cache of a token takes, over all layers."""
     output: int = 0
     """Weights of the output layer."""
+    quantized: int = 0
+    """Of the parameters, those that a training holds in 4 bits (training.lora.quantize)."""
 
 
 class Lengths(NamedTuple):
@@ -220,10 +225,12 @@ def _memory(recipe: Recipe, name: str, work: _Work, counts: Counts, model: _Mode
     size, rates, half = model
     if work.queries:
         held = training_memory(recipe, longest_query(recipe, counts, name), size, rates.kept, half=half)
+        if size.quantized:  # the adapter is delivered, and its margins are measured, on the full weights
+            held = max(held, weights_held(size, half=half) + output_memory(size, half=half))
     elif work.samples and recipe.engine.kind == "transformers":
         held = sampling_memory(recipe, counts, size, half=half)
     elif work.scored:
-        held = (4 + (2 if half else 0)) * size.parameters + output_memory(size, half=half)
+        held = weights_held(size, half=half) + output_memory(size, half=half)
     else:
         return 0
     return rates.libraries + round((1 + _KEPT_FREE) * held)
@@ -294,6 +301,8 @@ def _passes(recipe: Recipe, counts: Counts, work: _Work, trained: float, section
     """Tokens that a training passes forward beside its steps: displacement, margins when saving, margins of its pairs."""
     after = reward_queries(work.queries, recipe.quality.sample) * work.each
     saving = _MARGIN_PASSES * min(work.queries, margin_queries(work.queries)) * work.each
+    if recipe.training.quantize is not None:  # the reference is scored anew
+        saving += work.queries * work.each
     if recipe.training.displacement_steps == 0 or not work.each:
         return after + saving
     unrelated = counts.bare.mean + counts.response
@@ -322,9 +331,15 @@ def output_memory(size: Size, *, half: bool) -> int:
     return (2 if half else 0) * size.output + _CHUNK
 
 
+def weights_held(size: Size, *, half: bool) -> int:
+    """Bytes of weights in float32 and of their copy in half precision, as pairs are scored."""
+    return (4 + (2 if half else 0)) * size.parameters
+
+
 def training_state(size: Size, *, half: bool) -> int:
-    """Bytes of weights in float32, their copy in half precision, gradients and AdamW: what no setting but LoRA lowers."""
-    return (4 + (2 if half else 0)) * size.parameters + (4 + _ADAM) * size.trained
+    """Bytes of the weights as they are trained on, gradients and AdamW: what no setting but LoRA lowers."""
+    full = size._replace(parameters=size.parameters - size.quantized)
+    return weights_held(full, half=half) + round(_FOUR_BITS * size.quantized) + (4 + _ADAM) * size.trained
 
 
 def training_memory(recipe: Recipe, tokens: float, size: Size, kept: float | None, *, half: bool) -> int:

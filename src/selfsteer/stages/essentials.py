@@ -15,10 +15,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from selfsteer.data.named import check_launcher
-from selfsteer.models import available_memory, compute_dtype, load_configuration, pick_device
+from selfsteer.models import (
+    available_memory,
+    check_quantization,
+    compute_dtype,
+    load_configuration,
+    pick_device,
+    quantizable,
+)
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Checkpoint
-from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, training_state
+from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, training_state, weights_held
 from selfsteer.stages.status import TRAININGS
 from selfsteer.store.folder import POLICY, Stage
 from selfsteer.training.train import with_adapter
@@ -31,6 +38,7 @@ def check_essentials(recipe: Recipe, policy: Checkpoint, stages: Sequence[str]) 
     if trainings:
         check_processes(recipe, trainings)
         check_plain(recipe, policy)
+        check_four_bits(recipe, policy)
         size = size_of(policy, recipe)
         check_memory(recipe, size)
         check_disk(recipe, size, trainings)
@@ -53,7 +61,7 @@ def check_processes(recipe: Recipe, stages: Sequence[str]) -> None:
     outnumber the devices."""
     launcher = recipe.launcher
     if launcher.config is not None:
-        check_launcher(Path(launcher.config))
+        check_launcher(Path(launcher.config), quantize=recipe.training.quantize is not None)
     if launcher.processes is None:
         return
     for stage in stages:
@@ -80,13 +88,21 @@ def check_plain(recipe: Recipe, policy: Checkpoint) -> None:
         )
 
 
+def check_four_bits(recipe: Recipe, policy: Checkpoint) -> None:
+    """Raises ValueError where the policy is to be held in 4 bits and can't be."""
+    if recipe.training.quantize is not None:
+        trust = recipe.policy.trust_remote_code
+        check_quantization(load_configuration(policy.path, trust_remote_code=trust), pick_device(), trust_remote_code=trust)
+
+
 def check_memory(recipe: Recipe, size: Size) -> None:
     """Raises ValueError where weights, gradients and optimizer of a training in this process can't fit its device."""
     if recipe.launcher.kind != "local":
         return
     device = pick_device()
     room = device_memory(device)
-    need = training_state(size, half=compute_dtype(recipe.training.dtype, device) != torch.float32)
+    half = compute_dtype(recipe.training.dtype, device) != torch.float32
+    need = max(training_state(size, half=half), weights_held(size, half=half))
     if need <= room:
         return
     way_out = (
@@ -141,6 +157,7 @@ def size_of(model: Checkpoint, recipe: Recipe) -> Size:
         empty = cast(PreTrainedModel, AutoModelForCausalLM.from_config(configuration, trust_remote_code=trust))
         parameters, output = sum(part.numel() for part in empty.parameters()), empty.get_output_embeddings()
         weights = 0 if output is None else sum(part.numel() for part in output.parameters())
+        quantized = 0 if recipe.training.quantize is None else sum(layer.weight.numel() for layer in quantizable(empty))
         if recipe.training.lora is not None:
             with_adapter(empty, recipe.training.lora)  # in place
     trained = sum(part.numel() for part in empty.parameters() if part.requires_grad)
@@ -148,4 +165,4 @@ def size_of(model: Checkpoint, recipe: Recipe) -> Size:
     layers, width, heads = (int(text.get(name) or 1) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     each = int(text.get("head_dim") or width // heads)
     cached = 2 * layers * int(text.get("num_key_value_heads") or heads) * each
-    return Size(parameters, trained, layers, width, cached, weights)
+    return Size(parameters, trained, layers, width, cached, weights, quantized)

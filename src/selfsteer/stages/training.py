@@ -3,6 +3,9 @@
 A dual generator is two trainings, each on one half of L_SSO. What they train is sampled as two adapters of one model by
 engines that can do that, merged by others; margins are measured on the merged model.
 
+The pairs come with log-probabilities of the policy. They are taken again where the reference is another function: the policy
+of the first round, or, with training.lora.quantize, the policy with its weights in 4 bits, on which the adapter is trained.
+
 Left out on purpose: the trainer (`training/`); files are the contract: sealed pairs in, a Hugging Face folder out.
 """
 
@@ -30,7 +33,7 @@ from selfsteer.training.displacement import Moved
 from selfsteer.training.launch import launch
 from selfsteer.training.packing import Row
 from selfsteer.training.scoring import Group, score_missing, scores, tokenize
-from selfsteer.training.train import MECHANICS, TrainingJob
+from selfsteer.training.train import MECHANICS, TrainingJob, identity_of
 from selfsteer.training.trainer import reward_queries
 
 log = logging.getLogger(__name__)
@@ -98,7 +101,7 @@ def policy_stage(round: Round, preferences: Stage) -> Stage:
 def _training_stage(round: Round, name: str, pairs: Stage, section: Generator | Alignment) -> Stage:
     settings: dict[str, Any] = {
         "objective": section.model_dump(exclude={"kind", "objective", "queries", "temperature", "reference", "weighting"}),
-        "training": round.recipe.training.model_dump(exclude=MECHANICS - {"save_dtype"}),
+        "training": identity_of(round.recipe.training, MECHANICS - {"save_dtype"}),
         "seed": round.recipe.seed,
     }
     if name == POLICY and round.recipe.queries.holdout:
@@ -156,13 +159,14 @@ def _unrelated(round: Round) -> tuple[Row, ...]:
 
 
 def _anchored(round: Round, work: Work, pairs: Stage) -> Iterator[Pair]:
-    """The same with the reference log-probabilities of the policy that the run began with."""
-    scorer = policy_scorer(round)._replace(model=round.first)
+    """The same with the log-probabilities of the reference: of this round or of the first, held as the training holds it."""
+    reference = round.first if "reference" in work.origin.inputs else round.policy
+    scorer = policy_scorer(round)._replace(model=reference, quantize=round.recipe.training.quantize)
 
     def groups() -> Iterator[Group]:
         return scorer.by_query(_lessons(round, work, pairs))
 
-    score_missing(scorer, groups(), work.journal, description="log-probabilities of the first policy", total=kept(pairs))
+    score_missing(scorer, groups(), work.journal, description="log-probabilities of the reference", total=kept(pairs))
     for group in groups():
         yield from scores(work.journal, group)
 
@@ -173,7 +177,7 @@ def _train(round: Round, work: Work, pairs: Stage, section: Generator | Alignmen
         if stale != unfinished:
             shutil.rmtree(stale)
     data, queries = pairs.path / "data.parquet", kept(pairs)
-    anchored = "reference" in work.origin.inputs
+    anchored = "reference" in work.origin.inputs or round.recipe.training.quantize is not None
     if anchored or {"half", "holdout", "aside"} & work.origin.settings.keys():
         make_folder(unfinished)
         data = unfinished / "pairs.parquet"

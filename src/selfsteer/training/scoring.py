@@ -35,7 +35,7 @@ from selfsteer import runtime
 from selfsteer.clock import count, part, timed
 from selfsteer.models import compute_dtype, end_ids, let_go, load_model, pick_device, position_limit, tokenizer_of
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.sections import Launcher, Policy, Training
+from selfsteer.recipe.sections import Launcher, Policy, Quantization, Training
 from selfsteer.records import Checkpoint, Pair, Scored
 from selfsteer.runtime import progress, raise_if_stopped, stop_requested
 from selfsteer.store import columns
@@ -67,6 +67,8 @@ class Scorer(NamedTuple):
     training: Training
     launcher: Launcher = Launcher()
     """Whose processes score."""
+    quantize: Quantization | None = None
+    """As `training.lora.quantize`, for the reference of such a training; measures are of the full weights."""
 
     def group(self, pairs: Sequence[Pair], edges: tuple[int, ...] = ()) -> Group:
         """The pairs under a key of what determines their log-probabilities."""
@@ -78,6 +80,8 @@ class Scorer(NamedTuple):
             "prefix_sharing": self.training.prefix_sharing,
             "pairs": [_identity(pair) for pair in pairs],
         }
+        if self.quantize is not None:
+            content["quantize"] = self.quantize
         return Group(digest(content | ({"edges": edges} if edges else {})), pairs, edges)
 
     def by_query(self, pairs: Iterable[Pair]) -> Iterator[Group]:
@@ -106,10 +110,11 @@ def score_missing(scorer: Scorer, groups: Iterable[Group], journal: Journal, *, 
         return
     policy = scorer.policy.model_copy(update={"model": scorer.model.path})
     if scorer.launcher.kind == "accelerate":
-        score_shared(lacking, journal, Scoring(policy, scorer.training, description), scorer.launcher)
+        scoring = Scoring(policy, scorer.training, description, scorer.quantize)
+        score_shared(lacking, journal, scoring, scorer.launcher)
     else:
         with progress(description, total, unit="queries") as advance:
-            score_into(journal, lacking, (policy, scorer.training), advance)
+            score_into(journal, lacking, (policy, scorer.training, scorer.quantize), advance)
         let_go()
     raise_if_stopped()
 
@@ -153,12 +158,13 @@ class OpenScorer(NamedTuple):
 
 
 @contextmanager
-def open_scorer(policy: Policy, training: Training) -> Generator[OpenScorer]:
+def open_scorer(policy: Policy, training: Training, quantize: Quantization | None = None) -> Generator[OpenScorer]:
     """The policy (a local folder) ready to score; the model is let go of when the block ends."""
     device = pick_device()
     tokenizer = tokenizer_of(policy)
     # Master weights in float32 and autocast, as in training: weights rounded beforehand would give other numbers.
-    model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=policy.trust_remote_code)
+    trust = policy.trust_remote_code
+    model = load_model(policy.model, dtype=torch.float32, device=device, trust_remote_code=trust, quantize=quantize)
     teach(model, compute_dtype(training.dtype, device))
     yield OpenScorer(model, Prompts.of(policy, tokenizer, end_ids(policy.model, tokenizer)), training)
 
@@ -268,9 +274,15 @@ def _scored(pair: Pair, numbers: Numbers) -> Pair:
 
 
 def score_into(
-    journal: Journal, groups: Iterable[Group], how: tuple[Policy, Training], advance: Callable[[int], None]
+    journal: Journal,
+    groups: Iterable[Group],
+    how: tuple[Policy, Training, Quantization | None],
+    advance: Callable[[int], None],
 ) -> None:
-    """Score every group and append it to the journal; returns early when a signal asked to stop, with all of it durable."""
+    """Score every group and append it to the journal; returns early when a signal asked to stop, with all of it durable.
+
+    how: what `open_scorer` takes.
+    """
     with open_scorer(*how) as scorer, casting_once(scorer.model.device):
         scored = timed("score", _score(scorer, takewhile(lambda _: not stop_requested(), groups)))
         journal.fill(((group.key, _record(group, found)) for group, found in scored), advance)
@@ -286,6 +298,7 @@ class Scoring(NamedTuple):
     """`policy.model` is a local folder."""
     training: Training
     description: str
+    quantize: Quantization | None = None
 
 
 _FOLDER, _GROUPS, _SCORING_JOB = "scoring", "groups.jsonl", "job.json"
@@ -317,6 +330,7 @@ def score_shared(groups: Iterable[Group], journal: Journal, scoring: Scoring, la
         "policy": scoring.policy.model_dump(mode="json"),
         "training": scoring.training.model_dump(mode="json"),
         "description": scoring.description,
+        "quantize": scoring.quantize,
         "parts": str(journal.folder),
     }
     write(folder / _SCORING_JOB, canonical_json(job))
@@ -354,7 +368,7 @@ def main() -> None:
         Journal(Path(job["parts"]), writer=f"main-{rank}", read=False) as journal,
         progress(description, total, unit="queries") as advance,
     ):
-        score_into(journal, _share(folder, rank, count), (policy, training), advance)
+        score_into(journal, _share(folder, rank, count), (policy, training, job["quantize"]), advance)
 
 
 def _share(folder: Path, rank: int, count: int) -> Iterator[Group]:

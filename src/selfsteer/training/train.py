@@ -10,6 +10,11 @@ log-probabilities come with the pairs; no reference model is loaded.
     output/adapter/        with training.lora, the adapter itself, in peft's format
     output/displaced.json  that training.stop_at_displacement was crossed, and the step whose model is delivered
 
+With training.lora.quantize the frozen weights are held in 4 bits (QLoRA, arXiv 2305.14314). The reference has to
+be the policy at step 0, or the first margins would be errors of rounding: so it is the policy in 4 bits, too, and the pairs
+come with its log-probabilities (`stages/training.py` takes them). What is delivered is the adapter on the full weights, as
+engines sample it; its margin there is measured beside that of the training (`Saving`).
+
 Left out on purpose: evaluation during training; the stages measure before and after.
 """
 
@@ -17,15 +22,15 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -87,7 +92,8 @@ class TrainingJob:
     policy: Policy
     """The model to start from; `policy.model` is a local folder."""
     pairs: str
-    """Parquet with the columns of `columns.PAIRS`, the rows of one query together."""
+    """Parquet with the columns of `columns.PAIRS`, the rows of one query together; their log-probabilities are those of
+    the reference, loaded as this training loads the policy (`scoring.open_scorer` with `training.lora.quantize`)."""
     output: str
     loss: LossName
     beta: float
@@ -121,13 +127,20 @@ class TrainingJob:
         """sha256 of what determines the result, no paths; of how prompts are rendered the output folder tells."""
         content = self.as_json()
         policy = {file.name: file_digest(file) for file in sorted(Path(self.policy.model).glob("*.safetensors"))}
-        settings = {name: value for name, value in content["training"].items() if name not in MECHANICS}
         pairs = file_digest(Path(self.pairs))
         del content["output"]
-        return digest(content | {"policy": policy, "pairs": pairs, "training": settings})
+        return digest(content | {"policy": policy, "pairs": pairs, "training": identity_of(self.training)})
 
 
 _JSON = TypeAdapter(TrainingJob)
+
+
+def identity_of(training: Training, mechanics: Collection[str] = MECHANICS) -> dict[str, Any]:
+    """What of the section determines the result; a setting that earlier versions had not is there where it is used."""
+    found = training.model_dump(mode="json", exclude=set(mechanics))
+    if training.lora is not None and training.lora.quantize is None:
+        del found["lora"]["quantize"]
+    return found
 
 
 class TrainingResult(NamedTuple):
@@ -239,7 +252,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
         return None
     with part("measure"):
         moved = None if meter is None else meter.moved(cast(torch.nn.Module, trainer.model_wrapped))
-    saving = _export(trainer, tokenizer, job, lambda trained: pairs(trained) - at_first)
+    saving = _export(trainer, tokenizer, (job, data), lambda trained: pairs(trained) - at_first)
     history = read_history(output / "history.jsonl")
     return TrainingResult(
         model=str(output / "model"),
@@ -272,6 +285,10 @@ def _trainer(
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         log.warning("accelerate does not shard on this kind of device: every process holds the whole model")
     if trainer.is_fsdp_enabled:
+        if job.training.quantize is not None:
+            raise ValueError(
+                "training.lora.quantize: FSDP can't shard weights in 4 bits; set it to null, or share the batch alone"
+            )
         # `teach` casts where it is right to: FSDP's own policy would round the log-probabilities that the model returns.
         cast(Any, trainer.accelerator.state.fsdp_plugin).mixed_precision_policy = None
     trainer.remove_callback(PrinterCallback)
@@ -358,7 +375,13 @@ def _progress(queries: int) -> AbstractContextManager[Callable[[int], None]]:
 def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel | PeftModel, Packing]:
     training = job.training
     device = pick_device()
-    model = load_model(job.policy.model, dtype=torch.float32, device=device, trust_remote_code=job.policy.trust_remote_code)
+    model = load_model(
+        job.policy.model,
+        dtype=torch.float32,
+        device=device,
+        trust_remote_code=job.policy.trust_remote_code,
+        quantize=training.quantize,
+    )
     teach(model, compute_dtype(training.dtype, device), job.weighting)
     rows = share_prompts(data[0].pairs).rows
     packing = choose_packing(model, rows, sharing=training.prefix_sharing)
@@ -456,9 +479,10 @@ def _order(job: TrainingJob, data: TokenGroups, args: TrainingArguments) -> Orde
 
 
 def _export(
-    trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainingJob, margin: Margin
+    trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, of: tuple[TrainingJob, TokenGroups], margin: Margin
 ) -> Saving | None:
     """What the first process delivers; None in the others."""
+    job, data = of
     model = _whole_model(trainer, job)
     if model is None:
         return None
@@ -466,7 +490,27 @@ def _export(
         _forget_optimizer(trainer, model)
     given = load_configuration(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     to = Delivery(Path(job.output) / "model", given, job.training.save_dtype, tokenizer)
-    return deliver(model, to, None if trainer.is_fsdp_enabled else margin)
+    if job.training.quantize is None:
+        return deliver(model, to, None if trainer.is_fsdp_enabled else margin)
+    assert isinstance(model, PeftModel)
+    quantized = margin(model)
+    whole, full_margin = _on_full_weights(model, job, data)
+    saving = deliver(whole, to, full_margin)
+    saving["quantized"] = quantized
+    log.info("the adapter's margin is %.3g on the weights in 4 bits, %.3g on the full ones", quantized, saving["trained"])
+    return saving
+
+
+def _on_full_weights(model: PeftModel, job: TrainingJob, data: TokenGroups) -> tuple[PeftModel, Margin]:
+    """The adapter on the weights of the policy as they are, and margins over what these had without it."""
+    assert job.training.lora is not None
+    lora = job.training.lora.model_copy(update={"quantize": None})
+    whole, packing = _prepare_model(replace(job, training=job.training.model_copy(update={"lora": lora})), data)
+    assert isinstance(whole, PeftModel)
+    pairs = margins(data, Collator(packing), beta=job.beta, weighted=job.weighting != "none")
+    at_first = pairs(whole)
+    set_peft_model_state_dict(whole, get_peft_model_state_dict(model))
+    return whole, lambda trained: pairs(trained) - at_first
 
 
 def _forget_optimizer(trainer: PreferenceTrainer, model: torch.nn.Module) -> None:
