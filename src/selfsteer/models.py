@@ -566,6 +566,7 @@ def _as_linear(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(layer, kind):
             layer.support_avx512bf16_for_cpu = False
             layer.register_forward_pre_hook(_in_autocast_s_dtype)
+    let_go()  # of the weights that were rounded
     return model
 
 

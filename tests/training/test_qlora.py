@@ -38,6 +38,7 @@ from selfsteer.stages import essentials
 from selfsteer.stages.costs import Counts, Lengths, Rates, Size, stage_costs, training_state
 from selfsteer.store import columns
 from selfsteer.training import checkpoints
+from selfsteer.training import train as training
 from selfsteer.training.launch import launch
 from selfsteer.training.scoring import tokenize
 from selfsteer.training.train import TrainingJob, identity_of, train
@@ -211,6 +212,25 @@ def margin_in_four_bits(job: TrainingJob) -> float:
         prompt, chosen, rejected = tokenize(columns.pair(row), prompts)
         gaps.append(logps(prompt, chosen) - row["ref_chosen_logps"] - logps(prompt, rejected) + row["ref_rejected_logps"])
     return job.beta * sum(gaps) / len(gaps)
+
+
+@installed
+def test_the_weights_in_four_bits_are_gone_when_the_full_ones_are_there(job: TrainingJob, monkeypatch: pytest.MonkeyPatch):
+    trainers: list[PreferenceTrainer] = []
+    original, deliver = PreferenceTrainer.train, training.deliver
+
+    def trained(self: PreferenceTrainer, *args: Any, **kwargs: Any) -> Any:
+        trainers.append(self)
+        return original(self, *args, **kwargs)
+
+    def delivered(*args: Any) -> Any:
+        [trainer] = trainers
+        assert sum(weights.numel() for weights in trainer.model.parameters()) == 0
+        return deliver(*args)
+
+    monkeypatch.setattr(PreferenceTrainer, "train", trained)
+    monkeypatch.setattr(training, "deliver", delivered)
+    assert train(job).saving is not None
 
 
 @installed

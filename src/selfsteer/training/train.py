@@ -53,7 +53,7 @@ from selfsteer.runtime import progress
 from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, read_object, write
 from selfsteer.training import checkpoints, parallel
 from selfsteer.training.displacement import LARGEST, Meter, Moved, schedule
-from selfsteer.training.export import Delivery, Margin, Saving, deliver
+from selfsteer.training.export import Delivery, Margin, Saving, deliver, lost
 from selfsteer.training.logps import Packing, choose_packing, teach
 from selfsteer.training.objective import REFERENCE_FREE, objective
 from selfsteer.training.packing import Row, pack, row_tokens, share_prompts
@@ -497,19 +497,38 @@ def _export(
     whole, full_margin = _on_full_weights(model, job, data)
     saving = deliver(whole, to, full_margin)
     saving["quantized"] = quantized
-    log.info("the adapter's margin is %.3g on the weights in 4 bits, %.3g on the full ones", quantized, saving["trained"])
+    _tell_of_full_weights(quantized, saving["trained"])
     return saving
 
 
+_UNLIKE = 0.25
+"""Of the margin; where the full weights change it by more, a warning says so."""
+
+
+def _tell_of_full_weights(quantized: float, trained: float | None) -> None:
+    assert trained is not None
+    said = "the adapter's margin is %.3g on the weights in 4 bits, on which it was trained, and %.3g on the full ones"
+    if lost(quantized, trained) <= _UNLIKE:
+        log.info(said, quantized, trained)
+        return
+    log.warning(f"{said}; where that is too little, set training.lora.quantize=null", quantized, trained)
+
+
 def _on_full_weights(model: PeftModel, job: TrainingJob, data: TokenGroups) -> tuple[PeftModel, Margin]:
-    """The adapter on the weights of the policy as they are, and margins over what these had without it."""
+    """The adapter on the weights of the policy as they are, and margins over what these had without it.
+
+    The weights in 4 bits are let go of: `model` is of no use any more.
+    """
+    adapter = {name: weights.cpu() for name, weights in get_peft_model_state_dict(model).items()}
+    for weights in (*model.parameters(), *model.buffers()):
+        weights.data = weights.data.new_empty(0)  # the trainer and its parts still refer to it
     assert job.training.lora is not None
     lora = job.training.lora.model_copy(update={"quantize": None})
     whole, packing = _prepare_model(replace(job, training=job.training.model_copy(update={"lora": lora})), data)
     assert isinstance(whole, PeftModel)
     pairs = margins(data, Collator(packing), beta=job.beta, weighted=job.weighting != "none")
     at_first = pairs(whole)
-    set_peft_model_state_dict(whole, get_peft_model_state_dict(model))
+    set_peft_model_state_dict(whole, adapter)
     return whole, lambda trained: pairs(trained) - at_first
 
 
