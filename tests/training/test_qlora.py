@@ -40,7 +40,7 @@ from selfsteer.store import columns
 from selfsteer.training import checkpoints
 from selfsteer.training import train as training
 from selfsteer.training.launch import launch
-from selfsteer.training.scoring import tokenize
+from selfsteer.training.scoring import Scorer, tokenize
 from selfsteer.training.train import TrainingJob, identity_of, train
 from selfsteer.training.trainer import PreferenceTrainer, read_history
 
@@ -275,6 +275,10 @@ def test_the_setting_is_part_of_what_a_training_is(folder: str, tmp_path: Path):
     assert plain.digest() != quantized.digest()
     assert identity_of(quantized.training)["lora"]["quantize"] == "nf4"
     assert identity_of(plain.training)["lora"] == Lora().model_dump(exclude={"quantize"})
+    tokenizer = tokenizer_of(plain.policy)
+    prompts = Prompts.of(plain.policy, tokenizer, end_ids(folder, tokenizer))
+    scorer = Scorer(checkpoint(Path(folder)), plain.policy, prompts, FLOAT32)
+    assert scorer.group(GROUPS[0]).key != scorer._replace(quantize="nf4").group(GROUPS[0]).key, "a score of the one is none"
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------------
