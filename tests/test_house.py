@@ -12,7 +12,7 @@ FLOORS = (
     {"runtime", "records", "recipe"},
     {"store", "cluster", "llamacpp"},
     {"weights", "threads"},
-    {"data", "models", "prompts"},
+    {"data", "models", "prompts", "adapters"},
     {"engines", "training", "measures"},
     {"pairs"},
     {"judges", "evaluations"},

@@ -17,7 +17,7 @@ from selfsteer.comparing import compare
 from selfsteer.engines.base import Completion
 from selfsteer.given import train_pairs
 from selfsteer.models import checkpoint
-from selfsteer.recipe.sections import Recipe
+from selfsteer.recipe.sections import Lora, Recipe
 from selfsteer.stages import essentials
 from selfsteer.stages.costs import Counts, Lengths, Rates, Size, stage_costs, stage_tokens
 
@@ -163,12 +163,16 @@ def test_memory_by_hand():
     assert found["2-responses"] == pytest.approx(4 * (1000 + 2 * (19 + 20) * 32), abs=1)
     assert found["1-principles"] == 0, "no model there, nothing is said"
     assert memory(key="memory_most")["6-policy"] == pytest.approx(16 * 1000 + 100 * (9 + 2 * 20) + CHUNK + 4 * 100)
-    copied = (4 + 2) * 1000 + 2 * 100 + CHUNK
-    assert memory(half=True)["3-steering"] == pytest.approx(copied), (
-        "copies in half precision, the output layer's own beside"
+    assert memory(half=True)["3-steering"] == pytest.approx(4 * 1000 + 2 * 100 + CHUNK), (
+        "as loaded, and the output layer's copy"
     )
     to_a_budget = recipe.model_copy(update={"training": recipe.training.model_copy(update={"tokens_per_batch": 500})})
     assert memory(to_a_budget)["4-generator"] == pytest.approx(16 * 1000 + 100 * 500 + CHUNK + 4 * 100)
+    adapter = recipe.model_copy(update={"training": recipe.training.model_copy(update={"lora": Lora()})})
+    size = size._replace(trained=10, linear=700)
+    held = memory(adapter, "memory_most", half=True)
+    assert held["4-generator"] == pytest.approx(4 * 300 + 2 * 700 + 12 * 10 + 100 * (2 * 19 + 4 * 20) + CHUNK + 2 * 100)
+    assert held["6-policy"] == pytest.approx(8 * 1000 + CHUNK + 2 * 100), "as delivered, beside what is rounded"
 
 
 def test_what_a_forward_pass_keeps_is_counted_once_and_without_weights():

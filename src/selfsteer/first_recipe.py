@@ -102,9 +102,10 @@ def _text(value: str) -> str:
 
 def _chosen(policy: Policy, queries: Queries) -> Chosen:
     checkpoint = resolve(policy)
-    size = size_of(checkpoint, Recipe(policy=policy, queries=queries))
+    plain = Recipe(policy=policy, queries=queries)
+    size = size_of(checkpoint, plain)
     device = pick_device()
-    need = training_state(size, half=compute_dtype("auto", device) != torch.float32)
+    need = training_state(plain.training, size, half=compute_dtype("auto", device) != torch.float32)
     room = device_memory(device)
     lora = need > 0.8 * room  # activations come on top
     try:

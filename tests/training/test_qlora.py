@@ -314,12 +314,14 @@ def test_weights_in_four_bits_take_an_eighth(folder: str, recipe_of: RecipeOf, t
     """Of two layers of width 64: queries and outputs 64², keys and values 64 * 32, three of 64 * 128."""
     recipe = Recipe.model_validate(recipe_of(tmp_path / "run", {"training.lora": {"rank": 4, "quantize": "nf4"}}))
     size = essentials.size_of(checkpoint(Path(folder)), recipe)
-    assert size.quantized == 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 128)
-    plain = Size(1_000_000, 1000, 2, 8, 32)
-    held = plain._replace(quantized=800_000)
-    assert training_state(plain, half=False) == 4_000_000 + 12_000
-    assert training_state(held, half=False) == 800_000 + round(800_000 * 4.127 / 8) + 12_000
-    assert training_state(held, half=True) == 1_200_000 + round(800_000 * 4.127 / 8) + 12_000
+    assert size.linear == 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 128)
+    size = Size(1_000_000, 1000, 2, 8, 32, linear=800_000)
+    whole, plain, quantized = (Training(lora=lora) for lora in (None, Lora(), Lora(quantize="nf4")))
+    assert training_state(whole, size, half=True) == 6_000_000 + 12_000
+    assert training_state(plain, size, half=False) == 4_000_000 + 12_000
+    assert training_state(plain, size, half=True) == 800_000 + 1_600_000 + 12_000
+    for half in (False, True):
+        assert training_state(quantized, size, half=half) == 800_000 + round(800_000 * 4.127 / 8) + 12_000
 
 
 def test_the_plan_counts_the_reference_and_the_full_weights_that_are_delivered(recipe_of: RecipeOf, tmp_path: Path):
@@ -328,10 +330,9 @@ def test_the_plan_counts_the_reference_and_the_full_weights_that_are_delivered(r
     recipes = [
         Recipe.model_validate(recipe_of(tmp_path / "run", {"training.lora": {"quantize": each}})) for each in (None, "nf4")
     ]
-    size = Size(10**9, 1000, 2, 8, 32)
+    size = Size(10**9, 1000, 2, 8, 32, linear=10**9)
     plain, quantized = (
-        {each["stage"]: each for each in stage_costs(recipe, counts, sized, Rates(), half=False)}
-        for recipe, sized in zip(recipes, (size, size._replace(quantized=10**9)), strict=True)
+        {each["stage"]: each for each in stage_costs(recipe, counts, size, Rates(), half=False)} for recipe in recipes
     )
     assert quantized["6-policy"]["scored"] - plain["6-policy"]["scored"] == 6 * (10 + 2 * 5)
     assert quantized["6-policy"]["memory"] == quantized["3-steering"]["memory"]

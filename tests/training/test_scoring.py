@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,43 @@ def test_order_and_micro_batches(policy: Policy, several: dict[str, int]):
         for x, y in zip(a, b, strict=True):
             assert y.chosen.logps == pytest.approx(x.chosen.logps, rel=1e-5)
             assert y.rejected.logps == pytest.approx(x.rejected.logps, rel=1e-5)
+
+
+def test_in_half_precision_linear_layers_are_held_so_and_nothing_changes(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Autocast casts their weights anyway; embeddings, norms and the output layer are used in float32, too."""
+    half, groups = Training(dtype="bfloat16"), [[pair(n)] for n in range(3)]
+    with open_scorer(policy, half) as scorer:
+        found = list(score(scorer, groups))
+        dtypes = {name: weights.dtype for name, weights in scorer.model.named_parameters()}
+    linear = {name for name in dtypes if "_proj" in name}
+    assert len(linear) == 2 * 7
+    assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == linear
+    monkeypatch.setattr("selfsteer.training.scoring.hold_in_half", lambda *_: None)
+    with open_scorer(policy, half) as scorer:
+        assert list(score(scorer, groups)) == found, "bit for bit"
+
+
+def test_a_layer_that_does_not_compute_in_half_precision_is_left_alone(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    """Some routers switch autocast off: their weights are used in float32, and rounded ones would give other numbers."""
+    half, groups = Training(dtype="bfloat16"), [[pair(n)] for n in range(3)]
+
+    def found() -> tuple[list[Any], torch.dtype]:
+        with open_scorer(policy, half) as scorer:
+            mlp: Any = scorer.model.model.layers[0].mlp
+
+            def exact(states: torch.Tensor) -> torch.Tensor:
+                with torch.autocast("cpu", enabled=False):
+                    return type(mlp).forward(mlp, states.float())
+
+            mlp.forward = exact
+            return list(score(scorer, groups)), mlp.gate_proj.weight.dtype
+
+    held, dtype = found()
+    assert dtype == torch.float32
+    monkeypatch.setattr("selfsteer.training.scoring.hold_in_half", lambda *_: None)
+    assert found()[0] == held
 
 
 def test_groups_are_read_one_after_the_other(policy: Policy):

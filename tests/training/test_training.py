@@ -90,6 +90,52 @@ def test_first_margins_are_exactly_zero(dtype: Any, lora: Lora | None, job: Trai
     assert result.last["margin"] > 0.0
 
 
+def test_an_adapter_is_trained_on_frozen_weights_in_half_precision(
+    job: TrainingJob, groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As autocast uses them; it is delivered on those in float32. Every number is that of a training on these."""
+    training = FLOAT32.model_copy(update={"dtype": "bfloat16", "lora": Lora(rank=4)})
+    pairs = write_pairs(tmp_path / "pairs.parquet", job.policy, training, groups)
+    job = replace(job, pairs=str(pairs), training=training)
+    held: dict[str, torch.dtype] = {}
+    step = PreferenceTrainer.training_step
+
+    def noting(trainer: Any, *given: Any, **more: Any) -> torch.Tensor:
+        held.update({name: weights.dtype for name, weights in trainer.model.named_parameters()})
+        return step(trainer, *given, **more)
+
+    monkeypatch.setattr(PreferenceTrainer, "training_step", noting)
+    result = train(job)
+    in_half = {name for name, dtype in held.items() if dtype == torch.bfloat16}
+    assert in_half == {name for name in held if "base_layer" in name}
+    assert len(in_half) == 2 * 7
+    monkeypatch.setattr("selfsteer.training.train.hold_in_half", lambda *_: None)
+    other = replace(job, output=str(tmp_path / "plain"))
+    plain = train(other)
+    assert torch.float32 in {held[name] for name in in_half}, "the second training did not hold them so"
+    assert curve(job) == curve(other)
+    assert result.saving == plain.saving
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert Path(job.output, name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_in_half_precision_a_young_adapter_counts_as_much_as_merged(job: TrainingJob, groups: Any, tmp_path: Path):
+    """A first step of 1e-4: below what bfloat16 tells apart from a layer's output, to which peft adds it rounded."""
+    training = FLOAT32.model_copy(update={"lora": Lora(rank=4)})
+    margins: dict[str, float] = {}
+    for dtype in ("float32", "bfloat16"):
+        training = training.model_copy(update={"dtype": dtype})
+        pairs = write_pairs(tmp_path / f"{dtype}.parquet", job.policy, training, groups)
+        one = replace(
+            job, output=str(tmp_path / dtype), pairs=str(pairs), training=training, learning_rate=1e-4, max_steps=2
+        )
+        saving = train(one).saving
+        assert saving is not None
+        assert saving["trained"] is not None
+        margins[dtype] = saving["trained"]
+    assert margins["bfloat16"] == pytest.approx(margins["float32"], rel=0.25)
+
+
 def test_the_share_of_the_sft_term_is_in_the_history(job: TrainingJob, pairs: Path):
     """At the first step every margin is zero: the sum of 0.1 / |y_w| over the pairs, against that and 0.05 a pair."""
     result = train(replace(job, batch_size=6, epochs=1))

@@ -22,6 +22,7 @@ from peft import LoraModel, PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from selfsteer.adapters import add_before_rounding
 from selfsteer.engines.base import Completion, Request, Sampling
 from selfsteer.engines.decoding import ATTENTION_NAME, Segment, SlotCache, UnsupportedAttentionError, choose, plan_step
 from selfsteer.models import end_ids, let_go, load_model, position_limit, read_tokenizer, untrained_ids
@@ -159,6 +160,7 @@ class TransformersEngine:
         adapted = PeftModel.from_pretrained(model, first.path, adapter_name=first.name)
         for adapter in others:
             adapted.load_adapter(adapter.path, adapter_name=adapter.name)
+        add_before_rounding(adapted)
         return adapted
 
     def _decoded(self, tokens: list[int]) -> str:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence, Sized
 from typing import NamedTuple, Self, TypedDict
 
-from selfsteer.recipe.sections import Alignment, Generator, Recipe, Share
+from selfsteer.recipe.sections import Alignment, Generator, Recipe, Share, Training
 from selfsteer.stages.status import (
     GAIN,
     GENERATORS,
@@ -65,8 +65,8 @@ class Size(NamedTuple):
     """Numbers that the cache of a token takes, over all layers."""
     output: int = 0
     """Weights of the output layer."""
-    quantized: int = 0
-    """Of the parameters, those that a training holds in 4 bits (training.lora.quantize)."""
+    linear: int = 0
+    """Of the parameters, those that take less room where nothing trains them (`models.quantizable`)."""
 
 
 class Lengths(NamedTuple):
@@ -225,12 +225,12 @@ def _memory(recipe: Recipe, name: str, work: _Work, counts: Counts, model: _Mode
     size, rates, half = model
     if work.queries:
         held = training_memory(recipe, longest_query(recipe, counts, name), size, rates.kept, half=half)
-        if size.quantized:  # the adapter is delivered, and its margins are measured, on the full weights
-            held = max(held, weights_held(size, half=half) + output_memory(size, half=half))
+        if recipe.training.lora is not None:  # delivered on the full weights, on a CPU beside a copy that is rounded
+            held = max(held, (8 if rates.libraries else 4) * size.parameters + output_memory(size, half=half))
     elif work.samples and recipe.engine.kind == "transformers":
         held = sampling_memory(recipe, counts, size, half=half)
     elif work.scored:
-        held = weights_held(size, half=half) + output_memory(size, half=half)
+        held = scoring_state(size, half=half) + output_memory(size, half=half)
     else:
         return 0
     return rates.libraries + round((1 + _KEPT_FREE) * held)
@@ -331,15 +331,24 @@ def output_memory(size: Size, *, half: bool) -> int:
     return (2 if half else 0) * size.output + _CHUNK
 
 
-def weights_held(size: Size, *, half: bool) -> int:
-    """Bytes of weights in float32 and of their copy in half precision, as pairs are scored."""
-    return (4 + (2 if half else 0)) * size.parameters
+def scoring_state(size: Size, *, half: bool) -> int:
+    """Bytes of weights that nothing trains: in float32 when they are loaded, then as `frozen_weights` says."""
+    return max(4 * size.parameters, frozen_weights(size, half=half))
 
 
-def training_state(size: Size, *, half: bool) -> int:
+def frozen_weights(size: Size, *, half: bool, quantized: bool = False) -> int:
+    """Bytes of linear layers in the products' dtype or in 4 bits, and of embeddings, norms and output layer in float32."""
+    each = _FOUR_BITS if quantized else 2 if half else 4
+    return 4 * (size.parameters - size.linear) + round(each * size.linear)
+
+
+def training_state(training: Training, size: Size, *, half: bool) -> int:
     """Bytes of the weights as they are trained on, gradients and AdamW: what no setting but LoRA lowers."""
-    full = size._replace(parameters=size.parameters - size.quantized)
-    return weights_held(full, half=half) + round(_FOUR_BITS * size.quantized) + (4 + _ADAM) * size.trained
+    if training.lora is None:
+        weights = (4 + (2 if half else 0)) * size.parameters
+    else:
+        weights = frozen_weights(size, half=half, quantized=training.quantize is not None)
+    return weights + (4 + _ADAM) * size.trained
 
 
 def training_memory(recipe: Recipe, tokens: float, size: Size, kept: float | None, *, half: bool) -> int:
@@ -351,7 +360,8 @@ def training_memory(recipe: Recipe, tokens: float, size: Size, kept: float | Non
     budget = recipe.training.tokens_per_batch
     together = recipe.training.micro_batch_size * tokens if budget is None else max(budget, tokens)
     gradient = 0 if recipe.training.lora else 4 * size.output  # of the output layer's use; summed with its use as embedding
-    return training_state(size, half=half) + round(together * activations) + output_memory(size, half=half) + gradient
+    state = training_state(recipe.training, size, half=half) + gradient
+    return state + round(together * activations) + output_memory(size, half=half)
 
 
 def model_disk(recipe: Recipe, size: Size) -> int:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from selfsteer.adapters import with_adapter
 from selfsteer.data.named import check_launcher
 from selfsteer.models import (
     available_memory,
@@ -25,10 +26,9 @@ from selfsteer.models import (
 )
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Checkpoint
-from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, training_state, weights_held
+from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, scoring_state, training_state
 from selfsteer.stages.status import TRAININGS
 from selfsteer.store.folder import POLICY, Stage
-from selfsteer.training.train import with_adapter
 
 
 def check_essentials(recipe: Recipe, policy: Checkpoint, stages: Sequence[str]) -> None:
@@ -102,7 +102,7 @@ def check_memory(recipe: Recipe, size: Size) -> None:
     device = pick_device()
     room = device_memory(device)
     half = compute_dtype(recipe.training.dtype, device) != torch.float32
-    need = max(training_state(size, half=half), weights_held(size, half=half))
+    need = max(training_state(recipe.training, size, half=half), scoring_state(size, half=half))
     if need <= room:
         return
     way_out = (
@@ -157,7 +157,7 @@ def size_of(model: Checkpoint, recipe: Recipe) -> Size:
         empty = cast(PreTrainedModel, AutoModelForCausalLM.from_config(configuration, trust_remote_code=trust))
         parameters, output = sum(part.numel() for part in empty.parameters()), empty.get_output_embeddings()
         weights = 0 if output is None else sum(part.numel() for part in output.parameters())
-        quantized = 0 if recipe.training.quantize is None else sum(layer.weight.numel() for layer in quantizable(empty))
+        linear = sum(layer.weight.numel() for layer in quantizable(empty))
         if recipe.training.lora is not None:
             with_adapter(empty, recipe.training.lora)  # in place
     trained = sum(part.numel() for part in empty.parameters() if part.requires_grad)
@@ -165,4 +165,4 @@ def size_of(model: Checkpoint, recipe: Recipe) -> Size:
     layers, width, heads = (int(text.get(name) or 1) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     each = int(text.get("head_dim") or width // heads)
     cached = 2 * layers * int(text.get("num_key_value_heads") or heads) * each
-    return Size(parameters, trained, layers, width, cached, weights, quantized)
+    return Size(parameters, trained, layers, width, cached, weights, linear)

@@ -7,7 +7,7 @@ is why the first reward margins are exactly zero.
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any, NamedTuple, cast
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from selfsteer.models import let_go
 from selfsteer.recipe.sections import Weighting
 from selfsteer.training.objective import expected_logps, response_weights
 from selfsteer.training.packing import ATTENTION, Batch, Layout, Row, pack, packed_mask, pad
@@ -74,6 +75,31 @@ def casting_once(device: torch.device) -> AbstractContextManager[Any]:
     must not change meanwhile, and nothing be trained.
     """
     return torch.autocast(device.type, enabled=False)
+
+
+@torch.no_grad()
+def hold_in_half(model: PreTrainedModel, layers: Iterable[torch.nn.Linear], dtype: torch.dtype) -> None:
+    """Keep weights of linear layers as autocast casts them at each use, and not in float32 beside that: the same bits.
+
+    layers: of the model, and nothing trains them. Those that a pass does not call, or calls outside of autocast, stay.
+    """
+    if dtype == torch.float32:
+        return
+    device = model.device
+    called: dict[torch.nn.Module, bool] = {}
+
+    def note(layer: torch.nn.Module, _: Any) -> None:
+        called[layer] = called.get(layer, True) and torch.is_autocast_enabled(device.type)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers if layer.weight.dtype == torch.float32]
+    with torch.autocast(device.type, dtype=dtype):
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for layer, under_autocast in called.items():
+        if under_autocast:
+            layer.to(dtype)
+    let_go()  # of the weights in float32
 
 
 def choose_packing(model: PreTrainedModel, rows: Sequence[Row], *, sharing: bool = True) -> Packing:

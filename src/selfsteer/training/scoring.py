@@ -33,7 +33,16 @@ from transformers import PreTrainedModel
 
 from selfsteer import runtime
 from selfsteer.clock import count, part, timed
-from selfsteer.models import compute_dtype, end_ids, let_go, load_model, pick_device, position_limit, tokenizer_of
+from selfsteer.models import (
+    compute_dtype,
+    end_ids,
+    let_go,
+    load_model,
+    pick_device,
+    position_limit,
+    quantizable,
+    tokenizer_of,
+)
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Launcher, Policy, Quantization, Training
 from selfsteer.records import Checkpoint, Pair, Scored
@@ -43,7 +52,7 @@ from selfsteer.store.columns import pair_row
 from selfsteer.store.durable import canonical_json, digest, make_folder, replacing, write
 from selfsteer.store.folder import SCHEMA_VERSION
 from selfsteer.store.journal import Journal
-from selfsteer.training.logps import Packing, casting_once, choose_packing, teach, to_device
+from selfsteer.training.logps import Packing, casting_once, choose_packing, hold_in_half, teach, to_device
 from selfsteer.training.packing import Rows, TokenPair, row_tokens, share_prompts, together
 from selfsteer.training.parallel import run_group, take_in, taking_part, wait_for_group
 
@@ -209,6 +218,7 @@ def _score(scorer: OpenScorer, groups: Iterable[Group]) -> Iterator[tuple[Group,
     if first is None:
         return
     packing = choose_packing(model, first[1].rows, sharing=training.prefix_sharing)
+    hold_in_half(model, quantizable(model), compute_dtype(training.dtype, model.device))
     batches = together(
         chain([first], tokens),
         lambda each: row_tokens(each[1].rows),

@@ -21,21 +21,20 @@ Left out on purpose: evaluation during training; the stages measure before and a
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from selfsteer import runtime
+from selfsteer.adapters import with_adapter
 from selfsteer.clock import part
 from selfsteer.models import (
     compute_dtype,
@@ -45,16 +44,17 @@ from selfsteer.models import (
     load_model,
     pick_device,
     positions_of,
+    quantizable,
     tokenizer_of,
 )
 from selfsteer.prompts import Prompts
-from selfsteer.recipe.sections import Lora, LossName, Policy, Training, Weighting
+from selfsteer.recipe.sections import LossName, Policy, Training, Weighting
 from selfsteer.runtime import progress
 from selfsteer.store.durable import canonical_json, digest, file_digest, make_folder, read_object, write
 from selfsteer.training import checkpoints, parallel
 from selfsteer.training.displacement import LARGEST, Meter, Moved, schedule
 from selfsteer.training.export import Delivery, Margin, Saving, deliver, lost
-from selfsteer.training.logps import Packing, choose_packing, teach
+from selfsteer.training.logps import Packing, choose_packing, hold_in_half, teach
 from selfsteer.training.objective import REFERENCE_FREE, objective
 from selfsteer.training.packing import Row, pack, row_tokens, share_prompts
 from selfsteer.training.trainer import (
@@ -372,7 +372,10 @@ def _progress(queries: int) -> AbstractContextManager[Callable[[int], None]]:
     return nullcontext(lambda _: None)
 
 
-def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel | PeftModel, Packing]:
+def _prepare_model(
+    job: TrainingJob, data: TokenGroups, *, to_train: bool = True
+) -> tuple[PreTrainedModel | PeftModel, Packing]:
+    """The policy, with its adapter where one is trained. to_train: weights that are frozen need not be in float32."""
     training = job.training
     device = pick_device()
     model = load_model(
@@ -380,52 +383,22 @@ def _prepare_model(job: TrainingJob, data: TokenGroups) -> tuple[PreTrainedModel
         dtype=torch.float32,
         device=device,
         trust_remote_code=job.policy.trust_remote_code,
-        quantize=training.quantize,
+        quantize=training.quantize if to_train else None,
     )
-    teach(model, compute_dtype(training.dtype, device), job.weighting)
+    dtype = compute_dtype(training.dtype, device)
+    teach(model, dtype, job.weighting)
     rows = share_prompts(data[0].pairs).rows
     packing = choose_packing(model, rows, sharing=training.prefix_sharing)
     if training.lora is None:
         return model, packing
-    tied = _shared_weights(model)
+    layers = quantizable(model)
     adapted = with_adapter(model, training.lora)
-    _refuse_tied(model, tied)
     if type(model.get_output_embeddings()) is not torch.nn.Linear:
         raise ValueError("training.lora.target_modules: the output layer can't carry an adapter; leave it out")
+    if to_train and os.environ.get("ACCELERATE_USE_FSDP") != "true":  # which shards weights of one dtype together
+        with adapted.disable_adapter():
+            hold_in_half(model, layers, dtype)
     return adapted, packing
-
-
-def _shared_weights(model: PreTrainedModel) -> set[int]:
-    """The weights that more than one module has; of most small models the embedding's, which is the output layer's too."""
-    counts = Counter(id(weights) for module in model.modules() for weights in module.parameters(recurse=False))
-    return {weights for weights, count in counts.items() if count > 1}
-
-
-def _refuse_tied(model: PreTrainedModel, tied: set[int]) -> None:
-    """An adapter on one module of several with the same weights would be merged into all of them."""
-    wrong = sorted(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        and any(id(weights) in tied for weights in module.get_base_layer().parameters(recurse=False))
-    )
-    if wrong:
-        raise ValueError(
-            f"training.lora.target_modules: {', '.join(wrong)} shares its weights with another layer (tie_word_embeddings), "
-            "and merging would change that one as well. Leave it out, or untie the model before."
-        )
-
-
-def with_adapter(model: PreTrainedModel, lora: Lora) -> PeftModel:
-    """The model with the adapter that is trained, on all that training.lora.target_modules names."""
-    adapter = LoraConfig(
-        r=lora.rank,
-        lora_alpha=cast(int, lora.alpha),
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return cast(PeftModel, get_peft_model(model, adapter))
 
 
 def _arguments(job: TrainingJob) -> TrainingArguments:
@@ -490,12 +463,17 @@ def _export(
         _forget_optimizer(trainer, model)
     given = load_configuration(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     to = Delivery(Path(job.output) / "model", given, job.training.save_dtype, tokenizer)
-    if job.training.quantize is None:
+    if trainer.is_fsdp_enabled or all(weights.dtype == torch.float32 for weights in model.parameters()):
         return deliver(model, to, None if trainer.is_fsdp_enabled else margin)
     assert isinstance(model, PeftModel)
+    if job.training.quantize is None:
+        return deliver(_on_full_weights(model, job, data)[0], to, margin)
     quantized = margin(model)
-    whole, full_margin = _on_full_weights(model, job, data)
-    saving = deliver(whole, to, full_margin)
+    whole, packing = _on_full_weights(model, job, data)
+    pairs = margins(data, Collator(packing), beta=job.beta, weighted=job.weighting != "none")
+    with whole.disable_adapter():
+        at_first = pairs(whole)  # its reference is the policy in 4 bits
+    saving = deliver(whole, to, lambda trained: pairs(trained) - at_first)
     saving["quantized"] = quantized
     _tell_of_full_weights(quantized, saving["trained"])
     return saving
@@ -514,22 +492,18 @@ def _tell_of_full_weights(quantized: float, trained: float | None) -> None:
     log.warning(f"{said}; where that is too little, set training.lora.quantize=null", quantized, trained)
 
 
-def _on_full_weights(model: PeftModel, job: TrainingJob, data: TokenGroups) -> tuple[PeftModel, Margin]:
-    """The adapter on the weights of the policy as they are, and margins over what these had without it.
+def _on_full_weights(model: PeftModel, job: TrainingJob, data: TokenGroups) -> tuple[PeftModel, Packing]:
+    """The adapter on the weights of the policy as they are.
 
-    The weights in 4 bits are let go of: `model` is of no use any more.
+    Those that it was trained on are let go of: `model` is of no use any more.
     """
     adapter = {name: weights.cpu() for name, weights in get_peft_model_state_dict(model).items()}
     for weights in (*model.parameters(), *model.buffers()):
         weights.data = weights.data.new_empty(0)  # the trainer and its parts still refer to it
-    assert job.training.lora is not None
-    lora = job.training.lora.model_copy(update={"quantize": None})
-    whole, packing = _prepare_model(replace(job, training=job.training.model_copy(update={"lora": lora})), data)
+    whole, packing = _prepare_model(job, data, to_train=False)
     assert isinstance(whole, PeftModel)
-    pairs = margins(data, Collator(packing), beta=job.beta, weighted=job.weighting != "none")
-    at_first = pairs(whole)
     set_peft_model_state_dict(whole, adapter)
-    return whole, lambda trained: pairs(trained) - at_first
+    return whole, packing
 
 
 def _forget_optimizer(trainer: PreferenceTrainer, model: torch.nn.Module) -> None:
