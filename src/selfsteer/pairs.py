@@ -4,12 +4,11 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 
 from selfsteer.measures.text import is_refusal, leaks_principle, similarity
 from selfsteer.prompts import Prompts
 from selfsteer.recipe.sections import Filters, ObjectiveName
-from selfsteer.records import Message, Pair, PairKind, Principles, Query, Response, Responses, Side, side
+from selfsteer.records import Message, Pair, PairKind, Principles, Query, Response, Responses, Side
 
 
 def steering_pairs(responses: Responses, prompts: Prompts, objective: ObjectiveName = "sso") -> tuple[Pair, ...]:
@@ -60,7 +59,8 @@ def _pair(responses: Responses, kind: PairKind, prompt: tuple[Message, ...], ran
 
 def response_side(response: Response) -> Side:
     """The response as a side of a pair."""
-    return replace(side(response.text, response.finish_reason), token_ids=response.sampled, seed=response.seed)
+    turn = (Message(role="assistant", content=response.text),)
+    return Side(messages=turn, finish=response.finish_reason, token_ids=response.sampled, seed=response.seed)
 
 
 def reject_reason(good: Response, bad: Response, principles: Principles, filters: Filters) -> str | None:

@@ -9,6 +9,8 @@ from selfsteer.measures.estimates import Estimate, mean_estimate, paired_differe
 from selfsteer.measures.quality import compare, implicit_reward, measure
 from selfsteer.measures.text import HASHES, near_repeats, ngram_hashes, script_mismatch, signature, words
 from selfsteer.records import Message, Pair, PairKind, Side, side
+from selfsteer.stages.base import measured
+from selfsteer.store.columns import TEXTS, pair_row
 
 
 def pair(chosen: str | Side, rejected: str | Side, *, query: str = "Why?", kind: PairKind = "alignment") -> Pair:
@@ -20,6 +22,14 @@ def pair(chosen: str | Side, rejected: str | Side, *, query: str = "Why?", kind:
 def scored(chosen: tuple[float, int], rejected: tuple[float, int], query_id: str = "q") -> Pair:
     good = replace(side("a good answer"), logps=chosen[0], tokens=chosen[1])
     return replace(pair(good, replace(side("a bad one"), logps=rejected[0], tokens=rejected[1])), query_id=query_id)
+
+
+def test_pairs_are_measured_without_token_ids_and_principles():
+    one = scored((math.log(0.5), 1), (math.log(0.1), 2))
+    row = pair_row(replace(one, chosen=replace(one.chosen, token_ids=(5,), seed=1), rejected=replace(one.rejected, seed=2)))
+    some = {name: row[name] for name in TEXTS}
+    assert not {"chosen_ids", "rejected_ids", "principles", "chosen_seed", "rejected_seed"} & some.keys()
+    assert measured([some]) == measured([row])
 
 
 def test_on_policy_probability_by_hand():
@@ -314,6 +324,13 @@ def test_language_mismatch_counts_the_rows_that_can_be_told():
 def test_words_of_languages_without_spaces():
     assert words("Hello, World") == ("hello", "world")
     assert words("自转 ok") == ("自", "转", "ok")
+
+
+def test_words_of_ascii_are_those_that_any_text_has():
+    """One letter that is not ASCII, behind the text, has it split as all others are."""
+    every = "".join(map(chr, range(128)))
+    text = " ".join(f"{first}{second}x" for first in every for second in every)
+    assert words(text) == words(f"{text} é")[:-1]
 
 
 @pytest.mark.parametrize(

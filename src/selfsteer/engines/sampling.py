@@ -6,7 +6,7 @@ has to be read (principles, verdicts) is asked again until it can be: `unread`.
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ def request(prompts: Prompts, messages: tuple[Message, ...], *, model_digest: st
             "model": model_digest,
             "messages": messages,
             "prompts": prompts.digest,
-            **asdict(sampling),
+            **{name: getattr(sampling, name) for name in Sampling.__dataclass_fields__},
             "seed": seed,
         }
     )

@@ -143,7 +143,7 @@ def measure(pairs: Iterable[Pair]) -> Measures:
             chosen.truncated += pair.chosen.finish == "length"
             rejected.truncated += pair.rejected.finish == "length"
         overlaps.append(similarity(pair.chosen.text, pair.rejected.text))
-        digests.append(_digest(json.dumps([pair.prompt, pair.chosen.text, pair.rejected.text])))
+        digests.append(_digest(json.dumps([pair.prompt, chosen.digests[-1], rejected.digests[-1]])))
         if pair.scored:
             scores.add(pair.chosen.score, pair.rejected.score)
     if not digests:

@@ -25,8 +25,13 @@ _CHARACTERS = (
 # Vowels and tones that stand above, below and beside letters, from Arabic to Thai: no letters to `re`, but parts of words.
 _MARKS = "".join(character for code in range(0x300, 0x20000) if unicodedata.category(character := chr(code))[0] == "M")
 
-_WORD = re.compile(rf"[{_CHARACTERS}][{_MARKS}]*|(?:[^\W{_CHARACTERS}][{_MARKS}]*)+")
+# Runs of letters and runs of marks: letter by letter the same words take three times as long.
+_WORD = re.compile(rf"[{_CHARACTERS}][{_MARKS}]*|[^\W{_CHARACTERS}]+(?:[{_MARKS}]+[^\W{_CHARACTERS}]*)*")
 
+_ASCII_WORDS = bytes(
+    ord(chr(byte).lower()) if chr(byte) in string.ascii_letters + string.digits + "_" else ord(" ") for byte in range(256)
+)
+"""Of ASCII what makes words, in small letters, and spaces for everything else."""
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
@@ -45,7 +50,9 @@ _MULTIPLIERS = _mixed(np.arange(1, HASHES + 1, dtype=np.uint64)) | np.uint64(1)
 @lru_cache(maxsize=16)  # a pair's measures ask for the same few texts again and again
 def words(text: str) -> tuple[str, ...]:
     """The lower-cased words of a text, without punctuation; however its letters are composed, wide or narrow (NFKC)."""
-    return tuple(_WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower()))
+    if text.isascii():  # most are, and the same words come out in a seventieth of the time
+        return tuple(text.encode().translate(_ASCII_WORDS).decode().split())
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).lower()))
 
 
 def repetition(text_words: tuple[str, ...]) -> float | None:

@@ -281,5 +281,5 @@ def taking(**measures: Callable[[], object]) -> Callable[[], dict[str, Any]]:
 
 
 def measured(rows: Iterable[Mapping[str, Any]]) -> Measures:
-    """The measures of a stage's pairs."""
+    """The measures of a stage's pairs; rows of `columns.TEXTS` will do."""
     return measure(map(columns.pair, rows))

@@ -101,7 +101,9 @@ def pair_measures(stage: Stage, steering: Stage, spared: frozenset[str]) -> Call
 
     spared: the queries held out, on which the two are compared.
     """
-    return taking(pairs=lambda: measured(stage.written()), comparison=lambda: _compared(stage, steering, spared))
+    return taking(
+        pairs=lambda: measured(stage.written(columns.TEXTS)), comparison=lambda: _compared(stage, steering, spared)
+    )
 
 
 def _compared(stage: Stage, steering: Stage, spared: frozenset[str]) -> Comparison:
@@ -110,7 +112,8 @@ def _compared(stage: Stage, steering: Stage, spared: frozenset[str]) -> Comparis
     To those that trained it the generator has seen the policy's own answers.
     """
     of = spared or None
-    found = compare(map(columns.pair, stage.written(of=of)), map(columns.pair, policy_pairs(steering, of=of)))
+    both = stage.written(columns.TEXTS, of=of), policy_pairs(steering, columns.TEXTS, of=of)
+    found = compare(*(map(columns.pair, rows) for rows in both))
     found["held_out"] = bool(spared)
     return found
 
@@ -190,7 +193,7 @@ def _preference_pairs(
 
 
 def _pairs(work: Work, *, wanted: int, rows: Iterator[dict[str, Any] | Dropped]) -> Contents:
-    measures = taking(pairs=lambda: measured(work.stage.written()))
+    measures = taking(pairs=lambda: measured(work.stage.written(columns.TEXTS)))
     return Contents(wanted=wanted, rows=rows, schema=columns.PAIRS, measures=measures)
 
 

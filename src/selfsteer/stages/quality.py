@@ -9,7 +9,8 @@ each; by checks the steering pairs, too. Left out on purpose: how judges judge (
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, cast
@@ -48,7 +49,7 @@ from selfsteer.stages.base import (
 from selfsteer.stages.drawing import draw, held_out
 from selfsteer.stages.principles import concision_pairs, load_pool
 from selfsteer.stages.status import QUALITY, by_checks, is_judged
-from selfsteer.stages.steering import policy_pairs
+from selfsteer.stages.steering import POLICY_PAIRS, policy_pairs
 from selfsteer.store import columns
 from selfsteer.store.durable import canonical_json, file_digest, read_json, write
 from selfsteer.store.folder import Contents, Origin, Stage
@@ -75,7 +76,16 @@ class Reports(TypedDict):
 
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
-"""The rows of a set of pairs, each time from the beginning."""
+"""The rows that are judged, each time from the beginning."""
+
+
+class Pairs(NamedTuple):
+    """A set of pairs of which some are judged."""
+
+    queries: Callable[[], Iterable[str]]
+    """The ids of all."""
+    rows: Callable[..., Iterator[dict[str, Any]]]
+    """Their rows; with `of`, those of these queries."""
 
 
 def require_checks(recipe: Recipe, *, principles: bool) -> None:
@@ -123,13 +133,17 @@ def quality_stage(
         **arithmetic(recipe.training),
     }
     # In stage 5 of a run without a generator stand the policy's own pairs.
-    sets: dict[DataSet, Rows] = {}
+    sets: dict[DataSet, Pairs] = {}
     if steering is not None:
-        sets["pbaa"] = lambda: policy_pairs(steering)
-    sets["pbaa" if recipe.generator.kind == "none" and principles else "alignment"] = preferences.rows
+        own = partial(columns.column, steering.path / POLICY_PAIRS, "query_id")
+        sets["pbaa"] = Pairs(own, partial(policy_pairs, steering))
+    name = "pbaa" if recipe.generator.kind == "none" and principles else "alignment"
+    sets[name] = Pairs(partial(preferences.column, "query_id"), preferences.rows)
     task = _Task(judge, bool(settings["principle_consistency"]), by_checks(recipe, principles=principles), sets)
     if task.checks and steering is not None and recipe.generator.objective != "l_minus":
-        sets["steering"] = lambda: _steering_rows(steering, original=recipe.generator.objective == "sso")
+        original = recipe.generator.objective == "sso"
+        rows = partial(_steering_rows, steering, original=original)
+        sets["steering"] = Pairs(partial(steering.column, "query_id"), rows)
     origin = Origin(settings=settings, inputs=inputs)
     reopen_unanswered(round.folder.stage(round.number, QUALITY), origin)
     stage = make_stage(round, QUALITY, origin, lambda work: _quality(round, work, preferences, task))
@@ -152,11 +166,11 @@ class _Task(NamedTuple):
     judge: RecipeJudge | None
     consistency: bool
     checks: bool
-    sets: Mapping[DataSet, Rows]
+    sets: Mapping[DataSet, Pairs]
 
 
 def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Contents:
-    drawn: dict[DataSet, Rows] = {name: _drawn(round, rows) for name, rows in task.sets.items()}
+    drawn: dict[DataSet, Rows] = {name: _drawn(round, pairs) for name, pairs in task.sets.items()}
     found = (
         verdict_row(name, by, verdict)
         for name, rows in drawn.items()
@@ -175,12 +189,12 @@ def _quality(round: Round, work: Work, preferences: Stage, task: _Task) -> Conte
     return Contents(wanted=kept(preferences), files=tuple(files))
 
 
-def _drawn(round: Round, rows: Rows) -> Rows:
+def _drawn(round: Round, pairs: Pairs) -> Rows:
     """Those that are judged."""
-    ids = {row["query_id"] for row in rows()}
+    ids = set(pairs.queries())
     # Of the steering pairs, and where nothing is held out, all are of queries that were trained on.
     drawn = draw(round, ids & held_out(round) or ids, round.recipe.quality.sample)
-    return lambda: (row for row in rows() if row["query_id"] in drawn)
+    return partial(pairs.rows, of=drawn)
 
 
 def _judged(
@@ -246,9 +260,9 @@ def read_reports(stage: Stage) -> Reports:
 # --- checks ----------------------------------------------------------------------------------------------------------------
 
 
-def _steering_rows(steering: Stage, *, original: bool) -> Iterator[dict[str, Any]]:
+def _steering_rows(steering: Stage, *, of: Collection[str], original: bool) -> Iterator[dict[str, Any]]:
     """The pairs of L+, y+ above y-; with `original`, y_o of the same query beside them, which L- has as its chosen one."""
-    for _, rows in groupby(steering.rows(), key=lambda row: row["query_id"]):
+    for _, rows in groupby(steering.rows(of=of), key=lambda row: row["query_id"]):
         halves = {row["kind"]: row for row in rows}
         row = halves["l_plus"]
         yield {**row, "original": halves["l_minus"]["chosen"][-1]["content"]} if original else row

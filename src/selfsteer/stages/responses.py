@@ -187,11 +187,11 @@ def requests_of(
         "bad": round.prompts.steer(query.messages, principles.bad_message),
         "original": query.messages,
     }
-    bare = round.recipe.responses.bare
     found: dict[str, Request] = {}
     for role, model in models.items():
         seed = seed_for(round.recipe.seed, round.number, stage, query.id, role, number)
-        item = _request(round, model, messages[role], bare if role == "original" else steered, seed)
+        drawn = round.recipe.responses.bare if role == "original" else steered
+        item = _request(round, model, messages[role], drawn, seed)
         found[role] = item if model.adapter is None else replace(item, adapter=model.adapter.name)
     return found
 

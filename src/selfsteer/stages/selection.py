@@ -210,7 +210,7 @@ def _selected(
                 yield columns.pair_row(item.pair)
 
     wanted = sum(1 for _ in _lessons(candidates.preferences, held_out(round)))
-    measures = taking(pairs=lambda: measured(work.stage.written()))
+    measures = taking(pairs=lambda: measured(work.stage.written(columns.TEXTS)))
     return Contents(wanted=wanted, rows=rows(), schema=columns.PAIRS, measures=measures)
 
 

@@ -59,9 +59,11 @@ HEADROOM_QUERIES = 512
 """The headroom is measured on at most so many, drawn with the seed."""
 
 
-def policy_pairs(stage: Stage, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Their rows, or those of these queries."""
-    return columns.file_rows(stage.path / POLICY_PAIRS, of=of)
+def policy_pairs(
+    stage: Stage, only: list[str] | None = None, *, of: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Their rows, or those of these queries; of all columns, or of these alone."""
+    return columns.file_rows(stage.path / POLICY_PAIRS, only, of=of)
 
 
 def steering_stage(round: Round, responses: Stage) -> Stage:
@@ -153,8 +155,8 @@ def _steering(round: Round, work: Work, responses: Stage) -> Contents:
         schema=columns.PAIRS,
         rows_each=2 if objective in ("sso", "equation_3") else 1,
         measures=taking(
-            pairs=lambda: measured(work.stage.written()),
-            policy_pairs=lambda: measured(policy_pairs(work.stage)),
+            pairs=lambda: measured(work.stage.written(columns.TEXTS)),
+            policy_pairs=lambda: measured(policy_pairs(work.stage, columns.TEXTS)),
             headroom=lambda: headroom(list(found.values())),
         ),
         files=tuple(files),

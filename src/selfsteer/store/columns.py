@@ -96,6 +96,9 @@ PAIRS = pa.schema(
 )
 """Stages 3 and 5: `records.Pair`; ids, principles and seeds are null for pairs made elsewhere."""
 
+TEXTS = [name for name in PAIRS.names if name != "principles" and not name.endswith(("_ids", "_seed"))]
+"""Of these what pairs are measured by: without token ids, which are most of a row."""
+
 VERDICTS = pa.schema(
     [
         ("pairs", pa.string()),

@@ -533,10 +533,10 @@ class Stage:
         self._sealed()
         return self.written(of=of)
 
-    def written(self, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The same rows for `Contents.measures`, just before the stage is sealed."""
+    def written(self, only: list[str] | None = None, *, of: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The same rows for `Contents.measures`, just before the stage is sealed; of all columns, or of these alone."""
         with _damage_named(self.path):
-            yield from columns.file_rows(self.path / DATA, of=of)
+            yield from columns.file_rows(self.path / DATA, only, of=of)
 
     def column(self, name: str) -> list[Any]:
         """One column of the rows of a sealed stage; nothing else is read."""
