@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["compare", "evaluate", "export", "load", "measure", "report", "run", "status", "train"]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+# Where it is installed it asks, on some CPUs, for a kernel that is not used here.
+logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
 # Everything is imported inside the functions, so that `import selfsteer` and the command's help stay fast.
 

@@ -503,8 +503,6 @@ def _configure_logging(*, verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
-    # Where it is installed it asks, on some CPUs, for a kernel that is not used here.
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.WARNING if verbose else logging.ERROR)
     logging.getLogger("selfsteer").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
