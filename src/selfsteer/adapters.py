@@ -75,13 +75,15 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In place of peft's for one plain adapter, x (..., inputs) -> (..., outputs)."""
     weight: Tensor = layer.get_base_layer().weight
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    casting = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if casting else weight.dtype
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = len(active) == 1 and active[0] not in layer.lora_variant and not (args or kwargs)
     if dtype == torch.float32 or not plain or layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, x, *args, **kwargs)
     (name,) = active
     down, up = layer.lora_A[name], layer.lora_B[name]
-    added = up(down(layer.lora_dropout[name](x.to(down.weight.dtype)))) * layer.scaling[name]
-    rows, product = x.to(dtype).flatten(0, -2), added.to(dtype).flatten(0, -2)
-    return torch.addmm(product, rows, weight.to(dtype).T).unflatten(0, x.shape[:-1])
+    given = x if casting else x.to(down.weight.dtype)
+    added = up(down(layer.lora_dropout[name](given))) * layer.scaling[name]
+    rows, added = x.to(dtype).flatten(0, -2), added.to(dtype).flatten(0, -2)
+    return torch.addmm(added, rows, weight.to(dtype).T).unflatten(0, x.shape[:-1])

@@ -226,11 +226,11 @@ def _memory(recipe: Recipe, name: str, work: _Work, counts: Counts, model: _Mode
     if work.queries:
         held = training_memory(recipe, longest_query(recipe, counts, name), size, rates.kept, half=half)
         if recipe.training.lora is not None:  # delivered on the full weights, on a CPU beside a copy that is rounded
-            held = max(held, (8 if rates.libraries else 4) * size.parameters + output_memory(size, half=half))
+            held = max(held, (2 if rates.libraries else 1) * loaded_weights(size) + output_memory(size, half=half))
     elif work.samples and recipe.engine.kind == "transformers":
         held = sampling_memory(recipe, counts, size, half=half)
     elif work.scored:
-        held = scoring_state(size, half=half) + output_memory(size, half=half)
+        held = loaded_weights(size) + output_memory(size, half=half)
     else:
         return 0
     return rates.libraries + round((1 + _KEPT_FREE) * held)
@@ -331,23 +331,21 @@ def output_memory(size: Size, *, half: bool) -> int:
     return (2 if half else 0) * size.output + _CHUNK
 
 
-def scoring_state(size: Size, *, half: bool) -> int:
-    """Bytes of weights that nothing trains: in float32 when they are loaded, then as `frozen_weights` says."""
-    return max(4 * size.parameters, frozen_weights(size, half=half))
-
-
-def frozen_weights(size: Size, *, half: bool, quantized: bool = False) -> int:
-    """Bytes of linear layers in the products' dtype or in 4 bits, and of embeddings, norms and output layer in float32."""
-    each = _FOUR_BITS if quantized else 2 if half else 4
-    return 4 * (size.parameters - size.linear) + round(each * size.linear)
+def loaded_weights(size: Size) -> int:
+    """Bytes of a model as it is loaded, in float32, in which it is also delivered; the most that scoring holds."""
+    return 4 * size.parameters
 
 
 def training_state(training: Training, size: Size, *, half: bool) -> int:
-    """Bytes of the weights as they are trained on, gradients and AdamW: what no setting but LoRA lowers."""
+    """Bytes of the weights as they are trained on, gradients and AdamW: what no setting but LoRA lowers.
+
+    Linear layers that LoRA freezes are held in the products' dtype or in 4 bits, other weights in float32.
+    """
     if training.lora is None:
         weights = (4 + (2 if half else 0)) * size.parameters
     else:
-        weights = frozen_weights(size, half=half, quantized=training.quantize is not None)
+        each = _FOUR_BITS if training.quantize is not None else 2 if half else 4
+        weights = 4 * (size.parameters - size.linear) + round(each * size.linear)
     return weights + (4 + _ADAM) * size.trained
 
 

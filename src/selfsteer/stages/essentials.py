@@ -26,7 +26,7 @@ from selfsteer.models import (
 )
 from selfsteer.recipe.sections import Recipe
 from selfsteer.records import Checkpoint
-from selfsteer.stages.costs import Size, checkpoints_disk, model_disk, scoring_state, training_state
+from selfsteer.stages.costs import Size, checkpoints_disk, loaded_weights, model_disk, training_state
 from selfsteer.stages.status import TRAININGS
 from selfsteer.store.folder import POLICY, Stage
 
@@ -102,7 +102,7 @@ def check_memory(recipe: Recipe, size: Size) -> None:
     device = pick_device()
     room = device_memory(device)
     half = compute_dtype(recipe.training.dtype, device) != torch.float32
-    need = max(training_state(recipe.training, size, half=half), scoring_state(size, half=half))
+    need = max(training_state(recipe.training, size, half=half), loaded_weights(size))
     if need <= room:
         return
     way_out = (

@@ -252,7 +252,7 @@ def _train(job: TrainingJob) -> TrainingResult | None:
         return None
     with part("measure"):
         moved = None if meter is None else meter.moved(cast(torch.nn.Module, trainer.model_wrapped))
-    saving = _export(trainer, tokenizer, (job, data), lambda trained: pairs(trained) - at_first)
+    saving = _export(trainer, tokenizer, job, data, lambda trained: pairs(trained) - at_first)
     history = read_history(output / "history.jsonl")
     return TrainingResult(
         model=str(output / "model"),
@@ -452,10 +452,9 @@ def _order(job: TrainingJob, data: TokenGroups, args: TrainingArguments) -> Orde
 
 
 def _export(
-    trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, of: tuple[TrainingJob, TokenGroups], margin: Margin
+    trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainingJob, data: TokenGroups, margin: Margin
 ) -> Saving | None:
     """What the first process delivers; None in the others."""
-    job, data = of
     model = _whole_model(trainer, job)
     if model is None:
         return None
@@ -463,8 +462,10 @@ def _export(
         _forget_optimizer(trainer, model)
     given = load_configuration(job.policy.model, trust_remote_code=job.policy.trust_remote_code)
     to = Delivery(Path(job.output) / "model", given, job.training.save_dtype, tokenizer)
-    if trainer.is_fsdp_enabled or all(weights.dtype == torch.float32 for weights in model.parameters()):
-        return deliver(model, to, None if trainer.is_fsdp_enabled else margin)
+    if trainer.is_fsdp_enabled:
+        return deliver(model, to, None)
+    if all(weights.dtype == torch.float32 for weights in model.parameters()):
+        return deliver(model, to, margin)
     assert isinstance(model, PeftModel)
     if job.training.quantize is None:
         return deliver(_on_full_weights(model, job, data)[0], to, margin)
